@@ -1,0 +1,292 @@
+"""How much of every task does a merge keep? Accuracy on held-out text, relative to the adapter's own.
+
+    python benchmarks/quality.py "linear" "pcb space=knots|core density=0.1|0.2" --limit 100
+
+measures these settings on the example adapters and their test text, to try the script. Settings to
+ship are chosen on validation data: a folder of ``<task>/validation.jsonl`` given as ``--data``.
+
+A setting is a method and its options; ``|`` separates alternatives, and every combination is
+measured: with every weight at 1, and at the best common weight. Merging with all weights times s is s
+times the merged delta, so that only the encoder runs again. From 1 the search goes through
+``--scales`` in the direction that improves the mean, until it improves no more.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Generator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pcb_peft import demo, merge_adapters
+from pcb_peft.errors import PcbPeftError
+
+SCALES = (0.3, 0.5, 0.7, 1.0, 1.3, 1.6, 2.2)
+SETTINGS = (
+    "linear",
+    "ties density=0.2 space=dense|core|knots scope=global",
+    "pcb space=knots|core|dense|factor scope=global|module formula=es density=0.2",
+    "pcb space=knots scope=module formula=paper|reference|nlp|vision|es density=0.1",
+    "pcb space=knots scope=module formula=es density=0.05|0.1|0.3|0.5",
+)
+
+Deltas = dict[str, Tensor]  # by the name of the parameter
+Model = Any  # a transformers model
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Setting:
+    """One way to merge.
+
+    Attributes:
+        label: What the table calls it.
+        options: Arguments of `merge_adapters`.
+    """
+
+    label: str
+    options: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Score:
+    """Accuracy by task, relative to the task's own adapter: 1 is as good."""
+
+    by_task: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Over the tasks."""
+        return sum(self.by_task) / len(self.by_task)
+
+    @property
+    def worst(self) -> float:
+        """Of the tasks."""
+        return min(self.by_task)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Result:
+    """A line of the table.
+
+    Attributes:
+        label: The setting.
+        scores: By common weight: those tried.
+        seconds: What the merge took.
+    """
+
+    label: str
+    scores: Mapping[float, Score]
+    seconds: float
+
+    @property
+    def best(self) -> float:
+        """The common weight with the highest mean."""
+        return max(self.scores, key=lambda scale: self.scores[scale].mean)
+
+
+class Bench:
+    """One model, the tasks' tokens, and what each adapter reaches alone."""
+
+    def __init__(self, tasks: list[demo.Task], base: Path, *, bfloat16: bool = False) -> None:
+        self.tasks = tasks
+        self.base = base
+        self.bfloat16 = bfloat16
+        self.model: Model = demo.load_base(base)
+        tokenizer = demo.load_tokenizer(base)
+        self.batches = [demo.make_batches(tokenizer, task.texts) for task in tasks]
+        self.own = [
+            self._accuracy(demo.load_with_peft(base, task.adapter, len(task.labels)), index)
+            for index, task in enumerate(tasks)
+        ]
+
+    def score(self, deltas: Deltas, scale: float) -> Score:
+        """Adds the deltas, runs the encoder once per task, takes them away."""
+        with added(self.model, deltas, scale):
+            found = [self._accuracy(self.model, index) for index in range(len(self.tasks))]
+        return Score(tuple(now / own for now, own in zip(found, self.own, strict=True)))
+
+    def measure(self, setting: Setting, scales: tuple[float, ...]) -> Result:
+        """Merges once, scores it at weight 1 and on the way to its best common weight."""
+        begin = time.perf_counter()
+        deltas = self.merge(setting)
+        seconds = time.perf_counter() - begin
+        scores = climb(lambda scale: self.score(deltas, scale), scales)
+        return Result(setting.label, scores, seconds)
+
+    def merge(self, setting: Setting) -> Deltas:
+        """What the merged adapter adds to each parameter."""
+        merged = merge_adapters([task.adapter for task in self.tasks], **setting.options)
+        if (self.tasks[0].adapter / "adapter_config.json").read_text("utf-8").count('"IA3"'):
+            return self._multiplied(merged)
+        return {f"{module}.weight": merged.delta(module) for module in merged.modules}
+
+    def _multiplied(self, merged: Any) -> Deltas:  # noqa: ANN401
+        """The deltas of an adapter that multiplies, biases included, as PEFT makes them.
+
+        They are as linear in a common weight as the others: W∘(1 + s(l − 1)) is W + s(W∘l − W).
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            merged.save_pretrained(Path(folder) / "merged")
+            model = demo.load_with_peft(self.base, Path(folder) / "merged")
+        before = dict(self.model.named_parameters())
+        after = dict(model.merge_and_unload().base_model.named_parameters())
+        prefix = self.model.base_model_prefix
+        return {
+            f"{prefix}.{name}": (value - before[f"{prefix}.{name}"]).detach()
+            for name, value in after.items()
+            if not torch.equal(value, before[f"{prefix}.{name}"])
+        }
+
+    def _accuracy(self, model: Model, index: int) -> float:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):
+            pooled = demo.encode(model, self.batches[index])
+        return self.tasks[index].accuracy(pooled.float())
+
+
+@contextlib.contextmanager
+def added(model: Model, deltas: Deltas, scale: float) -> Generator[None]:
+    """The model with `scale` times the deltas; afterwards bit for bit what it was."""
+    parameters = {name: model.get_parameter(name).data for name in deltas}
+    kept = {name: values.clone() for name, values in parameters.items()}
+    try:
+        for name, delta in deltas.items():
+            parameters[name].add_(delta, alpha=scale)
+        yield
+    finally:
+        for name, values in kept.items():
+            parameters[name].copy_(values)
+
+
+def climb(score: Callable[[float], Score], scales: tuple[float, ...]) -> dict[float, Score]:
+    """Scores at 1 and at its neighbours in `scales`, on and on as long as the mean improves."""
+    scores = {1.0: score(1.0)}
+    above = sorted(scale for scale in scales if scale > 1)
+    below = sorted((scale for scale in scales if scale < 1), reverse=True)
+    for side in (above, below):
+        best = scores[1.0].mean
+        for scale in side:
+            scores[scale] = score(scale)
+            if scores[scale].mean < best:
+                break
+            best = scores[scale].mean
+        if best > scores[1.0].mean:
+            break
+    return scores
+
+
+def settings_of(text: str) -> list[Setting]:
+    """Every setting that a line such as ``pcb space=knots|core density=0.1`` stands for."""
+    method, *pairs = text.split()
+    names = [pair.partition("=")[0] for pair in pairs]
+    choices = [pair.partition("=")[2].split("|") for pair in pairs]
+    return [
+        Setting(
+            " ".join(
+                [method, *(f"{name}={value}" for name, value in zip(names, picked, strict=True))]
+            ),
+            {"method": method}
+            | {name: _value(value) for name, value in zip(names, picked, strict=True)},
+        )
+        for picked in itertools.product(*choices)
+    ]
+
+
+def _value(text: str) -> object:
+    """A number, a list of them (``1,0.5``), or the word itself."""
+    if "," in text:
+        return [float(part) for part in text.split(",")]
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def table(bench: Bench, results: list[Result]) -> str:
+    """The results in Markdown, the best at its best common weight first."""
+    alone = ", ".join(
+        f"{task.name} {100 * own:.1f}" for task, own in zip(bench.tasks, bench.own, strict=True)
+    )
+    count = sum(len(task.texts) for task in bench.tasks)
+    lines = [
+        f"Accuracy over {count} texts of {len(bench.tasks)} tasks, in % of each adapter's own: {alone}.",
+        "",
+        "| setting | mean at 1 | worst at 1 | best weight | mean | worst | merge, s | by task |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    ordered = sorted(results, key=lambda result: -result.scores[result.best].mean)
+    return "\n".join([*lines, *map(_line, ordered)]) + "\n"
+
+
+def _line(result: Result) -> str:
+    plain, best = result.scores[1.0], result.scores[result.best]
+    each = " ".join(f"{100 * value:.0f}" for value in best.by_task)
+    label = f"`{result.label}`"
+    numbers = [plain.mean, plain.worst], [best.mean, best.worst]
+    first, second = ([f"{100 * value:.1f}" for value in pair] for pair in numbers)
+    cells = [label, *first, f"{result.best:g}", *second, f"{result.seconds:.1f}", each]
+    return f"| {' | '.join(cells)} |"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Reads the command line, measures, prints the table."""
+    options = _parser().parse_args(arguments)
+    examples = demo.examples_folder()
+    tasks = demo.load_tasks(
+        options.adapters or examples / "lora",
+        options.data or examples / "data",
+        options.split,
+        options.limit,
+        dict(pair.split("=", 1) for pair in options.rename),
+    )
+    bench = Bench(tasks, demo.base_model_folder(), bfloat16=options.bfloat16)
+    base = Result("none: the base encoder", {1.0: bench.score({}, 1.0)}, 0.0)
+    results = [base]
+    for setting in itertools.chain.from_iterable(map(settings_of, options.settings or SETTINGS)):
+        try:
+            results.append(bench.measure(setting, options.scales))
+        except PcbPeftError as error:
+            sys.stderr.write(f"{setting.label}: {error}\n")
+            continue
+        sys.stderr.write(_line(results[-1]) + "\n")
+        if options.output:
+            options.output.write_text(table(bench, results), "utf-8")
+    sys.stdout.write(table(bench, results))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("settings", nargs="*", help="settings to measure; none: a grid around the defaults")
+    add("--adapters", type=Path, help="folder of adapters (default: examples/minilm/lora)")
+    add("--data", type=Path, help="folder of <task>.jsonl or <task>/<split>.jsonl")
+    add("--split", default="validation", help="file of a task's folder (default: %(default)s)")
+    add("--limit", type=int, default=250, help="texts per task (default: %(default)s)")
+    add(
+        "--rename",
+        action="append",
+        default=[],
+        metavar="LABEL=OTHER",
+        help="a label of the data that task.json calls otherwise",
+    )
+    add("--scales", type=_scales, default=SCALES, help="common weights, for example 0.5,1,2")
+    add("--bfloat16", action="store_true", help="run the encoder in bfloat16: several times faster")
+    add("--output", type=Path, help="also write the table to this file")
+    return parser
+
+
+def _scales(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

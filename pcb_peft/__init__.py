@@ -1,0 +1,52 @@
+"""Merge PEFT adapters: right, fast, and at the front of the science.
+
+from pcb_peft import merge_adapters
+
+merged = merge_adapters(["math-lora", "code-lora"], method="pcb")
+merged.save_pretrained("merged")
+"""
+
+from pcb_peft.adapter import Adapter, fold_adapter, load_adapter
+from pcb_peft.engine import merge, merge_adapters
+from pcb_peft.errors import (
+    AdapterError,
+    BaseModelError,
+    MismatchError,
+    OptionError,
+    OutputError,
+    PcbPeftError,
+    UnsupportedError,
+)
+from pcb_peft.merged import MergedAdapter
+from pcb_peft.methods import MergeMethod, get_method, list_methods, merge_method
+from pcb_peft.recipe import Recipe, read_recipe
+from pcb_peft.report import Report
+from pcb_peft.source import Source
+from pcb_peft.spaces import list_spaces
+from pcb_peft.version import __version__
+
+__all__ = [
+    "Adapter",
+    "AdapterError",
+    "BaseModelError",
+    "MergeMethod",
+    "MergedAdapter",
+    "MismatchError",
+    "OptionError",
+    "OutputError",
+    "PcbPeftError",
+    "Recipe",
+    "Report",
+    "Source",
+    "UnsupportedError",
+    "__version__",
+    "fold_adapter",
+    "get_method",
+    "list_methods",
+    "list_spaces",
+    "load_adapter",
+    "merge",
+    "merge_adapters",
+    "merge_method",
+    "read_recipe",
+]

@@ -1,0 +1,7 @@
+"""``python -m pcb_peft``: the command line."""
+
+import sys
+
+from pcb_peft.cli import main
+
+sys.exit(main())

@@ -1,0 +1,302 @@
+"""An adapter: a lazy mapping from module to delta, that can be saved, or folded into its base model."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from pcb_peft.base_model import BaseModel, open_base_model
+from pcb_peft.card import model_card, public_name
+from pcb_peft.delta import Delta
+from pcb_peft.errors import AdapterError, PcbPeftError, UnsupportedError
+from pcb_peft.fold import fold_deltas
+from pcb_peft.formats import Contents, Entry, format_for, format_of
+from pcb_peft.formats.checkpoint import CONFIG, SAFETENSORS
+from pcb_peft.formats.registry import PREFIX
+from pcb_peft.options import did_you_mean
+from pcb_peft.output import replace_directory
+from pcb_peft.progress import tracker
+from pcb_peft.source import Files, Source, files_of_model, open_files
+
+HEADED_TASKS = ("SEQ_CLS", "TOKEN_CLS")  # PEFT looks for a head in the files of such an adapter
+HEADS = "heads"
+
+
+class Modules(Mapping[str, Delta]):
+    """Module path to delta; a delta is read, or computed, each time it is asked for, and not kept."""
+
+    def __init__(self, entries: Mapping[str, Entry]) -> None:
+        self.entries = dict(sorted(entries.items()))
+
+    def __getitem__(self, module: str) -> Delta:
+        if module not in self.entries:
+            raise KeyError(f"no delta for {module!r}{did_you_mean(module, self.entries)}")
+        return self.entries[module].load()
+
+    def __contains__(self, module: object) -> bool:
+        return module in self.entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Head:
+    """Parameters that an adapter replaces (PEFT's modules_to_save), most often a classification head.
+
+    Attributes:
+        modules: The names under which PEFT is told to save them.
+        parameters: Parameter path in the base model to a function that reads it.
+    """
+
+    modules: tuple[str, ...] = ()
+    parameters: Mapping[str, Callable[[], Tensor]] = dataclasses.field(default_factory=dict)
+
+    def read(self) -> dict[str, Tensor]:
+        """All parameters, by path."""
+        return {name: load() for name, load in self.parameters.items()}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Adapter:
+    """What one adapter does to its base model.
+
+    Attributes:
+        name: For messages and reports.
+        modules: Module path in the base model to delta.
+        source: Where it was read, if from files.
+        base_model: Path or hub id, as far as it is known.
+        revision: Of the base model.
+        task_type: PEFT's.
+        head: The parameters that it replaces.
+    """
+
+    name: str
+    modules: Modules
+    source: Source | None = None
+    base_model: str | None = None
+    revision: str | None = None
+    task_type: str | None = None
+    head: Head = dataclasses.field(default_factory=Head)
+
+    def delta(self, module: str, base_model: str | Path | BaseModel | None = None) -> Tensor:
+        """What is added to a module's weight W, float32, in W's own orientation.
+
+        (out, in) for Linear, (in, out) for Conv1D.
+
+        Args:
+            module: Its path in the base model.
+            base_model: Asked for only where ΔW depends on W, as for (IA)³.
+
+        Raises:
+            KeyError: The adapter does not touch that module.
+            BaseModelError: W is needed.
+        """
+        delta = self.modules[module]
+        if base_model is None:
+            return delta.delta()
+        base = base_model if isinstance(base_model, BaseModel) else open_base_model(base_model)
+        delta = dataclasses.replace(delta, fan_in_fan_out=base.fan_in_fan_out(module))
+        return delta.delta(base.weight(module))
+
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        rank_pattern: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        """Writes a PEFT adapter that `PeftModel.from_pretrained` loads, whole or not at all.
+
+        The scaling is folded into the factors (r = lora_alpha, the same for all modules), so that every consumer reads
+        it alike.
+
+        Args:
+            directory: Where to.
+            dtype: Of the tensors; they are rounded to it once.
+            rank_pattern: Let every module of a LoRA have its own rank instead of padding it with zeros.
+            overwrite: Replace a directory that is not empty.
+
+        Raises:
+            UnsupportedError: The deltas are dense, or of several kinds.
+            OutputError: The directory cannot be written.
+        """
+        kinds = {entry.kind for entry in self.modules.entries.values()}
+        if len(kinds) != 1:
+            names = ", ".join(sorted(kind.__name__ for kind in kinds)) or "no deltas at all"
+            raise UnsupportedError(
+                f"{self.name} holds {names}: one PEFT adapter holds deltas of one kind"
+            )
+        format_ = format_for(kinds.pop())
+        options = {"rank_pattern": True} if rank_pattern else {}
+        written = format_.write(dict(self.modules), dtype, **options)  # type: ignore[misc]
+        head = {PREFIX + name: values.to(dtype) for name, values in self.head.read().items()}
+        config = self._identity(format_.peft_type) | written.config
+        if head:
+            config["modules_to_save"] = list(self.head.modules)
+        with replace_directory(Path(directory), overwrite=overwrite) as target:
+            tensors = {
+                name: values.contiguous() for name, values in (written.tensors | head).items()
+            }
+            safetensors.torch.save_file(tensors, target / SAFETENSORS, metadata={"format": "pt"})
+            (target / CONFIG).write_text(
+                json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+            )
+            write_files(
+                target, self._companions() | {"README.md": self._card(format_.peft_type).encode()}
+            )
+
+    def fold(
+        self,
+        base_model: str | Path | BaseModel,
+        output: str | Path,
+        *,
+        overwrite: bool = False,
+        progress: bool | None = None,
+    ) -> None:
+        """Writes the base model with W + ΔW in the place of W, shard by shard.
+
+        Args:
+            base_model: Path or hub id of a transformers checkpoint in safetensors.
+            output: Where to.
+            overwrite: Replace a directory that is not empty.
+            progress: Show a bar; default: on a terminal.
+
+        Raises:
+            MismatchError: The base model has not these modules, or in other shapes.
+            OutputError: The directory cannot be written.
+        """
+        base = base_model if isinstance(base_model, BaseModel) else open_base_model(base_model)
+        fold_deltas(
+            self.modules,
+            base,
+            output,
+            extra_files=self._companions(folded=True),
+            overwrite=overwrite,
+            progress=tracker(progress),
+        )
+
+    def _identity(self, peft_type: str) -> dict[str, Any]:
+        """The fields of the configuration that say what the adapter belongs to."""
+        headless = self.task_type in HEADED_TASKS and not self.head.parameters
+        fields = {
+            "peft_type": peft_type,
+            "task_type": None if headless else self.task_type,
+            "base_model_name_or_path": public_name(self.base_model),
+            "revision": self.revision if public_name(self.base_model) else None,
+            "inference_mode": True,
+        }
+        return {key: value for key, value in fields.items() if value is not None}
+
+    def _companions(self, *, folded: bool = False) -> dict[str, bytes]:
+        """The files that stand beside the weights; a folded model has no other place for the head."""
+        return head_files({self.name: self.head}) if folded else {}
+
+    def _card(self, peft_type: str) -> str:
+        """The model card."""
+        tags = [peft_type.lower(), "transformers"]
+        return model_card(
+            title=self.name,
+            base_model=self.base_model,
+            task_type=self.task_type,
+            tags=tags,
+            sources=[],
+            settings=[],
+        )
+
+
+def head_files(heads: Mapping[str, Head]) -> dict[str, bytes]:
+    """One file per adapter that has a head: ``model.load_state_dict(load_file(...), strict=False)`` loads it."""
+    return {
+        f"{HEADS}/{name}.safetensors": safetensors.torch.save(
+            head.read(), metadata={"format": "pt"}
+        )
+        for name, head in heads.items()
+        if head.parameters
+    }
+
+
+def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Writes files, by path below the directory."""
+    for name, content in files.items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_bytes(content)
+
+
+def load_adapter(
+    source: str | Path | Source | tuple[Any, str] | Adapter,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+) -> Adapter:
+    """Reads an adapter that PEFT saved. Its tensors are read when they are asked for; no base model is needed.
+
+    Args:
+        source: A directory, a hub id, or (PeftModel, adapter name).
+        revision: Of the hub repository.
+        subfolder: In the directory or the repository.
+
+    Raises:
+        AdapterError: There is no adapter, or its files are damaged.
+        UnsupportedError: It holds what cannot be read; the message names it.
+    """
+    if isinstance(source, Adapter):
+        return source
+    if isinstance(source, tuple):
+        model, name = source
+        return _parsed(name, None, files_of_model(model, name))
+    if not isinstance(source, Source):
+        source = Source(str(source), revision, subfolder)
+    files = open_files(source)
+    return _parsed(source.name, dataclasses.replace(source, sha256=files.sha256), files)
+
+
+def _parsed(name: str, source: Source | None, files: Files) -> Adapter:
+    config = files.config
+    where = source.path if source else f"adapter {name!r}"
+    try:
+        contents = format_of(config).read(config, files.tensors)
+    except PcbPeftError as error:
+        raise type(error)(f"{where}: {error}") from error
+    if not contents.modules:
+        raise AdapterError(f"{where}: the files hold no delta of peft_type {config['peft_type']}")
+    return Adapter(
+        name=name,
+        modules=Modules(contents.modules),
+        source=source,
+        base_model=config.get("base_model_name_or_path") or None,
+        revision=config.get("revision"),
+        task_type=config.get("task_type"),
+        head=Head(_saved_modules(config, contents), contents.saved),
+    )
+
+
+def _saved_modules(config: Mapping[str, Any], contents: Contents) -> tuple[str, ...]:
+    """What PEFT must be told to save: the configuration's own words, or else the modules that hold the parameters."""
+    stated = config.get("modules_to_save") or sorted(
+        {name.rpartition(".")[0] for name in contents.saved}
+    )
+    return tuple(
+        name for name in stated if any(f".{name}." in f".{saved}" for saved in contents.saved)
+    )
+
+
+def fold_adapter(
+    adapter: str | Path | Source | tuple[Any, str] | Adapter,
+    base_model: str | Path,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> None:
+    """Writes the base model with an adapter folded into its weights; as `load_adapter(adapter).fold(...)`."""
+    load_adapter(adapter).fold(base_model, output, overwrite=overwrite, progress=progress)

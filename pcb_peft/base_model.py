@@ -1,0 +1,402 @@
+"""A base model on disk: its tensors, read one at a time, under the names that adapters use."""
+
+import dataclasses
+import difflib
+import functools
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from pcb_peft.errors import BaseModelError, MismatchError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "LICENSE*"]
+_NOT_DOWNLOADED = ["consolidated*", "original/*", "onnx/*", "openvino/*"]
+_QUANTISED = re.compile(r"\.(qweight|qzeros|SCB|weight_packed|weight_scale(_inv)?|weight\.\w+)$")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Span:
+    """Where a tensor lies: bytes `begin` to `end` of the checkpoint's file `file`."""
+
+    file: str
+    begin: int
+    end: int
+    shape: tuple[int, ...]
+
+
+def open_base_model(source: str | Path, revision: str | None = None) -> "BaseModel":
+    """Opens a transformers checkpoint without reading a tensor.
+
+    Args:
+        source: A directory, or the id of a repository on the hub (from its cache when offline).
+        revision: Branch, tag or commit of the repository. A directory has none.
+
+    Raises:
+        BaseModelError: There is no such model, or it is stored in a form that cannot be read.
+    """
+    directory = Path(source).expanduser()
+    if not directory.is_dir():
+        directory = _download(str(source), revision)
+    config = _read_json(directory / "config.json")
+    spans: dict[str, Span] = {}
+    for file in _shard_files(directory):
+        spans |= _read_spans(directory, file)
+    _refuse_quantised(config, spans, str(source))
+    return BaseModel(str(source), directory, config, spans)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BaseModel:
+    """A checkpoint; made by `open_base_model`.
+
+    A *module* is a path in the model in memory, as adapters name it
+    (``model.layers.0.self_attn.q_proj``); a *parameter* is a name in the checkpoint's files. The
+    two differ where the checkpoint was saved from the bare encoder (no ``bert.``), or by an older
+    release of transformers.
+
+    Attributes:
+        source: What the caller named.
+        directory: Where the files are.
+        config: ``config.json``.
+        spans: Parameter → where it lies.
+    """
+
+    source: str
+    directory: Path
+    config: Mapping[str, Any]
+    spans: Mapping[str, Span]
+
+    @functools.cached_property
+    def files(self) -> tuple[str, ...]:
+        """Names of the files that hold the weights."""
+        return tuple(sorted({span.file for span in self.spans.values()}))
+
+    def parameter(self, module: str, kind: str = "weight") -> str:
+        """The name of a module's weight in the checkpoint.
+
+        Args:
+            module: Its path in memory, with or without the prefix of the bare model (``bert.``).
+            kind: The attribute that holds the weight.
+
+        Raises:
+            MismatchError: The base has no such module.
+            BaseModelError: It has, but its files do not: the weight is tied, or stored otherwise.
+        """
+        name = self._find(f"{module}.{kind}")
+        if name is None:
+            raise self._not_found(module, kind)
+        return name
+
+    def tensor(self, parameter: str) -> Tensor:
+        """A parameter's values, freshly read."""
+        path = self.directory / self.spans[parameter].file
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(parameter)
+
+    def weight(self, module: str) -> Tensor:
+        """W of a module, as it is stored; raises what `parameter` raises."""
+        return self.tensor(self.parameter(module))
+
+    def bias(self, module: str) -> Tensor | None:
+        """The bias of a module, or None where it has none."""
+        name = self.bias_parameter(module)
+        return None if name is None else self.tensor(name)
+
+    def bias_parameter(self, module: str) -> str | None:
+        """The name of a module's bias in the checkpoint, or None where it has none."""
+        return self._find(f"{module}.bias")
+
+    def tied(self, parameter: str) -> tuple[str, ...]:
+        """What else, in memory, has the values of `parameter`; empty where they are its own.
+
+        Where transformers does not know the architecture, ``tie_word_embeddings`` and the height
+        of the weight (a row for every token) tell.
+        """
+        if self._skeleton.parameters:
+            return self._skeleton.tied.get(self._skeleton.renamed(parameter), ())
+        span = self.spans.get(parameter)
+        tokens = span is not None and span.shape[:1] == (self.config.get("vocab_size"),)
+        return ("the output layer",) if tokens and self.config.get("tie_word_embeddings") else ()
+
+    def fan_in_fan_out(self, module: str, shape: tuple[int, int]) -> bool:
+        """Whether a module stores W as (in, out), as ``Conv1D`` and embeddings do.
+
+        The class of the layer tells. Where transformers does not know the architecture, or the
+        architecture not the module, the shapes tell: W equals `shape`, or is the other way round.
+        A square W equals both, and then is (out, in) if the layer has no bias (a ``Conv1D`` always
+        has one), or if no layer of the checkpoint is seen to be a ``Conv1D`` (W not square, its
+        bias as long as W is wide). What remains is ambiguous.
+
+        Args:
+            module: Its path in memory.
+            shape: (out, in) according to the adapter; 1 stands for a number that it does not know.
+
+        Raises:
+            MismatchError: The base has no such module.
+            BaseModelError: Both orientations are possible.
+        """
+        from transformers.pytorch_utils import Conv1D
+
+        weight = self.spans[self.parameter(module)].shape
+        layer = self._skeleton.layer(module)
+        if layer is not None:
+            return isinstance(layer, Conv1D | nn.Embedding)
+        straight, turned = _fits(shape, weight), _fits(shape[::-1], weight)
+        if not (straight and turned):
+            return turned
+        if self.bias_parameter(module) is None or not any(map(self._seen_as_conv1d, self.spans)):
+            return False
+        raise BaseModelError(
+            f"{self.source}: whether the square weight of {module} is stored as (out, in) or as "
+            f"(in, out) cannot be told: the base has layers of both kinds, and its architecture "
+            f"({self.config.get('model_type')}) is none of transformers' own; leave the module out"
+        )
+
+    def _seen_as_conv1d(self, parameter: str) -> bool:
+        bias = self.spans.get(f"{parameter.removesuffix('.weight')}.bias")
+        shape = self.spans[parameter].shape
+        return bias is not None and len(shape) == 2 and shape[0] != shape[1] == bias.shape[0]
+
+    @functools.cached_property
+    def _skeleton(self) -> "_Skeleton":
+        return _build_skeleton(self.directory)
+
+    @functools.cached_property
+    def _in_files(self) -> dict[str, str]:
+        """Name in memory → name in the files, for every tensor that is the same in both."""
+        skeleton = self._skeleton
+        same = (name for name in sorted(self.spans) if not skeleton.converts(name))
+        return {skeleton.renamed(name): name for name in same}
+
+    def _find(self, name: str) -> str | None:
+        """The parameter behind a name in memory.
+
+        One that the model does not have is a name of the file, an older one, or a head's.
+        """
+        known = self._skeleton.known(name)
+        if known is not None:
+            return self._in_files.get(known)
+        return name if name in self.spans else self._in_files.get(self._skeleton.renamed(name))
+
+    def _not_found(self, module: str, kind: str) -> BaseModelError | MismatchError:
+        tied = self.tied(f"{module}.{kind}")
+        if tied:
+            return tied_error(self.source, module, tied)
+        if self._skeleton.known(f"{module}.{kind}") is not None:
+            return BaseModelError(
+                f"{self.source}: {module} is not in the files as it is in memory (it is fused, "
+                "split or permuted when the model is loaded); leave the module out"
+            )
+        modules = [name.removesuffix(f".{kind}") for name in self.spans if name.endswith(kind)]
+        nearest = ", ".join(difflib.get_close_matches(module, modules, n=3)) or "none is similar"
+        return MismatchError(
+            f"{module} is not in the base model {self.source} (nearest: {nearest}); "
+            "give the base that the adapter was trained on"
+        )
+
+
+def tied_error(source: str, module: str, tied: tuple[str, ...]) -> BaseModelError:
+    """Why one end of tied weights cannot be changed, and the way out."""
+    others = ", ".join(name.removesuffix(".weight") for name in tied)
+    return BaseModelError(
+        f"{source}: {module} is tied to the embeddings or another weight ({others}): what is made "
+        "for one would change the other; save the base with tie_word_embeddings=false and both "
+        "weights in its files, or leave the module out"
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Skeleton:
+    """What transformers knows about an architecture; empty where it does not know it.
+
+    Attributes:
+        parameters: The names of all parameters in memory.
+        layers: Module → layer, on the meta device.
+        tied: Parameter → the others that are the same tensor.
+        prefix: The module that is the bare model, ``bert`` in a ``BertForMaskedLM``.
+        conversions: How names and tensors of a file become those in memory (transformers 5).
+    """
+
+    parameters: frozenset[str] = frozenset()
+    layers: Mapping[str, nn.Module] = dataclasses.field(default_factory=dict[str, nn.Module])
+    tied: Mapping[str, tuple[str, ...]] = dataclasses.field(
+        default_factory=dict[str, tuple[str, ...]]
+    )
+    prefix: str = ""
+    conversions: tuple[Any, ...] = ()
+
+    def known(self, name: str) -> str | None:
+        """`name` as this model has it: as it is, without its prefix, or with it."""
+        candidates = (name, name.removeprefix(f"{self.prefix}."), f"{self.prefix}.{name}")
+        return next((name for name in candidates if name in self.parameters), None)
+
+    def renamed(self, name: str) -> str:
+        """The name in memory of a parameter of a file; `name` itself if there is none."""
+        return self.known(self._convert(name)[0]) or self.known(name) or name
+
+    def converts(self, name: str) -> bool:
+        """Whether the values of a parameter of a file are computed with when it is loaded."""
+        renamed, computed = self._convert(name)
+        return computed and self.known(renamed) is not None
+
+    def layer(self, module: str) -> nn.Module | None:
+        """The layer of a module, or None where the model has none of that name."""
+        known = self.known(f"{module}.weight")
+        return None if known is None else self.layers.get(known.removesuffix(".weight"))
+
+    def _convert(self, name: str) -> tuple[str, bool]:
+        """As transformers does it: all renamings in turn, then the first computation that fits."""
+        computed = False
+        for conversion in self.conversions:
+            computes = hasattr(conversion, "operations")
+            if not (computes and computed):
+                name, pattern = conversion.rename_source_key(name)
+                computed |= computes and pattern is not None
+        return name, computed
+
+
+def _build_skeleton(directory: Path) -> _Skeleton:
+    model = _build_on_meta(directory)
+    if model is None:
+        return _Skeleton()
+    return _Skeleton(
+        parameters=frozenset(model.state_dict()),
+        layers=dict(model.named_modules(remove_duplicate=False)),
+        tied=_tied_names(model),
+        prefix=model.base_model_prefix,
+        conversions=_conversions(model),
+    )
+
+
+def _build_on_meta(directory: Path) -> "PreTrainedModel | None":
+    """The model, without memory, or None where transformers has no code of its own for it."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        named = getattr(transformers, (config.architectures or [""])[0], None)
+        with torch.device("meta"):
+            if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+                return named(config)
+            return transformers.AutoModel.from_config(config, trust_remote_code=False)
+    except (ImportError, OSError, ValueError):
+        return None
+
+
+def _tied_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return {
+        name: tuple(other for other in names if other != name)
+        for names in groups.values()
+        for name in names
+        if len(names) > 1
+    }
+
+
+def _conversions(model: "PreTrainedModel") -> tuple[Any, ...]:
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+    except ImportError:  # transformers 4 loads the files' names as they are
+        return ()
+    conversions = get_model_conversion_mapping(model)
+    return tuple(sorted(conversions, key=lambda conversion: hasattr(conversion, "operations")))
+
+
+def _download(source: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                source,
+                revision=revision,
+                allow_patterns=_DOWNLOADED,
+                ignore_patterns=_NOT_DOWNLOADED,
+            )
+        )
+    except (OSError, ValueError) as error:
+        raise BaseModelError(
+            f"{source} is neither a directory nor a hub repository that can be reached: {error}"
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError) as error:
+        raise BaseModelError(
+            f"{path} cannot be read ({error}); give the directory of a transformers checkpoint"
+        ) from error
+
+
+def _shard_files(directory: Path) -> list[str]:
+    """Names of the files with weights; a single file goes before an index, as in transformers."""
+    if (directory / SINGLE_FILE).is_file():
+        return [SINGLE_FILE]
+    if not (directory / INDEX_FILE).is_file():
+        raise _no_safetensors(directory)
+    index = _read_json(directory / INDEX_FILE)
+    files = sorted(set(index["weight_map"].values()))
+    for file in files:
+        if Path(file).name != file or not (directory / file).is_file():
+            raise BaseModelError(
+                f"{directory / INDEX_FILE} names the file {file!r}, which is not beside it; "
+                "fetch the model again"
+            )
+    return files
+
+
+def _no_safetensors(directory: Path) -> BaseModelError:
+    others = sorted(path.name for path in directory.iterdir() if path.suffix in {".bin", ".gguf"})
+    found = f"it has {', '.join(others)}; " if others else ""
+    return BaseModelError(
+        f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}; {found}"
+        "load the model with transformers and save it again with save_pretrained"
+    )
+
+
+def _read_spans(directory: Path, file: str) -> dict[str, Span]:
+    path = directory / file
+    try:
+        with safe_open(path, framework="pt"):  # checks header and length
+            pass
+    except SafetensorError as error:
+        raise BaseModelError(f"{path} is damaged ({error}); fetch the model again") from error
+    with path.open("rb") as stream:
+        start = 8 + int.from_bytes(stream.read(8), "little")
+        header: dict[str, Any] = json.loads(stream.read(start - 8))
+    header.pop("__metadata__", None)
+    return {name: _span(file, start, entry) for name, entry in header.items()}
+
+
+def _span(file: str, start: int, entry: Mapping[str, Any]) -> Span:
+    begin, end = entry["data_offsets"]
+    return Span(file, start + begin, start + end, tuple(entry["shape"]))
+
+
+def _refuse_quantised(config: Mapping[str, Any], spans: Mapping[str, Span], source: str) -> None:
+    tensor = next(filter(_QUANTISED.search, spans), None)
+    if not (tensor or config.get("quantization_config")):
+        return
+    reason = f"it holds {tensor}" if tensor else "its config.json has a quantization_config"
+    raise BaseModelError(
+        f"{source} is quantised ({reason}): every change would be rounded away; "
+        "give the model that it was made from, in bfloat16, float16 or float32"
+    )
+
+
+def _fits(shape: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+    return len(weight) == 2 and all(a in (1, b) for a, b in zip(shape, weight, strict=True))

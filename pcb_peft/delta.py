@@ -1,0 +1,226 @@
+"""What an adapter does to one weight W, in the form in which it is known exactly.
+
+Shapes are those of the operator: ``out`` is the number of output features, ``in`` of input features. Where a layer
+stores W the other way round (``Conv1D`` of GPT-2), `fan_in_fan_out` says so, and only the last step, from ΔW to W's
+own orientation, looks at it.
+"""
+
+import abc
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from pcb_peft.errors import BaseModelError
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Delta(abc.ABC):
+    """The change of one weight.
+
+    Attributes:
+        fan_in_fan_out: W is stored as (in, out), as ``Conv1D`` does, and not as (out, in).
+    """
+
+    fan_in_fan_out: bool = False
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of ΔW."""
+
+    @abc.abstractmethod
+    def matrix(self) -> Tensor:
+        """ΔW, float32, shape (out, in), whichever way W is stored."""
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(out, k) and (k, in), float64, whose product is ΔW."""
+        matrix = self.matrix().double()
+        identity = torch.eye(min(matrix.shape), dtype=matrix.dtype)
+        return (identity, matrix) if matrix.shape[0] <= matrix.shape[1] else (matrix, identity)
+
+    @abc.abstractmethod
+    def norm(self) -> float:
+        """‖ΔW‖_F."""
+
+    @abc.abstractmethod
+    def scaled(self, weight: float) -> "Delta":
+        """The same change, `weight` times as large."""
+
+    @abc.abstractmethod
+    def zero(self) -> "Delta":
+        """No change, of the same kind and shape: what an adapter does to a module that it does not touch."""
+
+    def delta(self, weight: Tensor | None = None) -> Tensor:
+        """ΔW in W's own orientation, float32.
+
+        Args:
+            weight: W, asked for only where ΔW depends on it.
+
+        Raises:
+            BaseModelError: ΔW depends on W and `weight` is None.
+        """
+        del weight
+        matrix = self.matrix()
+        return matrix.T if self.fan_in_fan_out else matrix
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """W + ΔW in W's dtype: computed in float32, rounded once."""
+        return weight.float().add_(self.delta(weight)).to(weight.dtype)
+
+    def apply_to_bias(self, bias: Tensor) -> Tensor:
+        """The layer's bias after the change, in its own dtype."""
+        return bias
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class LowRank(Delta):
+    """ΔW = scaling · lora_B @ lora_A: a LoRA.
+
+    Attributes:
+        lora_A: (r, in).
+        lora_B: (out, r).
+        scaling: alpha/r or alpha/√r, kept apart so that a single adapter folds bit for bit as PEFT folds it.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.lora_B.shape[0], self.lora_A.shape[1]
+
+    @property
+    def rank(self) -> int:
+        return self.lora_A.shape[0]
+
+    def matrix(self) -> Tensor:
+        return (self.lora_B.float() @ self.lora_A.float()) * self.scaling
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The scaling is shared out evenly."""
+        root = math.sqrt(abs(self.scaling))
+        return self.lora_B.double() * math.copysign(root, self.scaling), self.lora_A.double() * root
+
+    def norm(self) -> float:
+        """From the Gram matrices of the factors: ‖BA‖² = tr(BᵀB AAᵀ)."""
+        lora_B, lora_A = self.factors()
+        return math.sqrt(max(0.0, float(((lora_B.T @ lora_B) * (lora_A @ lora_A.T)).sum())))
+
+    def scaled(self, weight: float) -> "LowRank":
+        return dataclasses.replace(self, scaling=self.scaling * weight)
+
+    def zero(self) -> "LowRank":
+        lora_A, lora_B = torch.zeros_like(self.lora_A[:1]), torch.zeros_like(self.lora_B[:, :1])
+        return LowRank(lora_A, lora_B, fan_in_fan_out=self.fan_in_fan_out)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Core(Delta):
+    """ΔW = left @ core @ rightᵀ, with orthonormal columns in `left` and `right`.
+
+    Attributes:
+        left: (out, p).
+        core: (p, q).
+        right: (in, q).
+    """
+
+    left: Tensor
+    core: Tensor
+    right: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.left.shape[0], self.right.shape[0]
+
+    def matrix(self) -> Tensor:
+        return (self.left @ self.core.to(self.left.dtype) @ self.right.T).float()
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.left.double() @ self.core.double(), self.right.double().T
+
+    def norm(self) -> float:
+        return float(self.core.double().norm())
+
+    def scaled(self, weight: float) -> "Core":
+        return dataclasses.replace(self, core=self.core * weight)
+
+    def zero(self) -> "Core":
+        return dataclasses.replace(self, core=torch.zeros_like(self.core))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Dense(Delta):
+    """ΔW itself.
+
+    Attributes:
+        values: (out, in).
+    """
+
+    values: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.values.shape[0], self.values.shape[1]
+
+    def matrix(self) -> Tensor:
+        return self.values.float()
+
+    def norm(self) -> float:
+        return float(torch.linalg.vector_norm(self.values, dtype=torch.float64))
+
+    def scaled(self, weight: float) -> "Dense":
+        return dataclasses.replace(self, values=self.values * weight)
+
+    def zero(self) -> "Dense":
+        return dataclasses.replace(self, values=torch.zeros_like(self.values))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Diagonal(Delta):
+    """W' = diag(l) W, or W diag(l) for a feed-forward layer: an (IA)³.
+
+    Attributes:
+        l: (out,), or (in,) where `feedforward` is true. 1 changes nothing.
+        feedforward: The layer's input is scaled, not its output.
+    """
+
+    l: Tensor  # noqa: E741  (the paper's letter)
+    feedforward: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (1, self.l.numel()) if self.feedforward else (self.l.numel(), 1)
+
+    def matrix(self) -> Tensor:
+        raise BaseModelError(
+            "an (IA)³ adapter multiplies W, so its ΔW is W∘(l − 1): give base_model"
+        )
+
+    def delta(self, weight: Tensor | None = None) -> Tensor:
+        if weight is None:
+            return self.matrix()
+        return weight.float() * (self._along(weight) - 1)
+
+    def apply(self, weight: Tensor) -> Tensor:
+        return (weight.float() * self._along(weight)).to(weight.dtype)
+
+    def apply_to_bias(self, bias: Tensor) -> Tensor:
+        return bias if self.feedforward else (bias.float() * self.l.float()).to(bias.dtype)
+
+    def norm(self) -> float:
+        """‖l − 1‖: ΔW is not known."""
+        return float((self.l.double() - 1).norm())
+
+    def scaled(self, weight: float) -> "Diagonal":
+        return dataclasses.replace(self, l=1 + weight * (self.l - 1))
+
+    def zero(self) -> "Diagonal":
+        return dataclasses.replace(self, l=torch.ones_like(self.l))
+
+    def _along(self, weight: Tensor) -> Tensor:
+        """`l`, shaped to scale the rows or the columns of W as it is stored."""
+        columns = self.feedforward != self.fan_in_fan_out
+        return self.l.float().to(weight.device).view((1, -1) if columns else (-1, 1))

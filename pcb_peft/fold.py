@@ -1,0 +1,179 @@
+"""Add deltas into a base model's weights, shard by shard, without loading the model."""
+
+import dataclasses
+import functools
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from pcb_peft.base_model import INDEX_FILE, SINGLE_FILE, BaseModel, tied_error
+from pcb_peft.delta import Delta, Diagonal
+from pcb_peft.errors import BaseModelError, MismatchError, OutputError
+from pcb_peft.output import replace_directory
+
+Edit = Callable[[Tensor], Tensor]
+Progress = Callable[[Sequence[str], str], Iterable[str]]
+
+_BUFFER_BYTES = 8 << 20
+_WEIGHTS = re.compile(
+    r"\.(bin|ckpt|gguf|h5|mlmodel|msgpack|onnx|onnx_data|ot|pb|pt|pth|safetensors|tflite)$"
+)
+
+
+def _silent(items: Sequence[str], description: str) -> Iterable[str]:
+    del description
+    return items
+
+
+def fold_deltas(
+    deltas: Mapping[str, Delta],
+    base: BaseModel,
+    output: Path | str,
+    *,
+    extra_files: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+    progress: Progress = _silent,
+) -> None:
+    """Writes the base model with `deltas` added to its weights, as a transformers checkpoint.
+
+    Every shard keeps its header to the byte; a tensor without a delta is copied as bytes, one with
+    a delta is computed in float32 and rounded once. The base's other files are copied as they are,
+    but for weights in other formats (``.bin``, ``.onnx`` … and the folders that hold them), which
+    would no longer be the same model.
+
+    Args:
+        deltas: Module → its delta. Each is asked for when its weight is met in the files, used and
+            dropped: a mapping that computes them is never held as a whole.
+        base: What to add them to.
+        output: The directory to write. It appears whole or not at all.
+        extra_files: Name → text of files to write beside the weights, in place of the base's.
+        overwrite: Replace `output` even though it holds something.
+        progress: Is given the parameters that change in a shard, and the shard's name; hands the
+            parameters on.
+
+    Raises:
+        MismatchError: A module is not in the base, or its delta has another shape than its weight.
+        BaseModelError: A weight is tied, or not stored as plain floating-point numbers.
+        OutputError: `output` cannot be written.
+    """
+    output = Path(output)
+    _refuse_overlap(output.resolve(), base.directory.resolve())
+    edits = _plan(deltas, base)
+    with replace_directory(output, overwrite=overwrite) as directory:
+        for file in base.files:
+            _fold_shard(base, file, directory / file, edits, progress)
+        for path in _other_files(base):
+            (directory / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(base.directory / path, directory / path)
+        for name, text in (extra_files or {}).items():
+            (directory / name).write_text(text, encoding="utf-8", newline="\n")
+
+
+def _refuse_overlap(output: Path, base: Path) -> None:
+    if output.is_relative_to(base) or base.is_relative_to(output):
+        raise OutputError(
+            f"{output} and the base model in {base} lie in each other; name a directory elsewhere"
+        )
+
+
+def _plan(deltas: Mapping[str, Delta], base: BaseModel) -> dict[str, Edit]:
+    """Parameter → what becomes of its values; no delta is looked at yet."""
+
+    @functools.lru_cache(maxsize=1)  # a weight and its bias are neighbours in the file
+    def delta(module: str) -> Delta:
+        return _fitted(deltas[module], module, base)
+
+    edits: dict[str, Edit] = {}
+    for module in deltas:
+        weight, bias = base.parameter(module), base.bias_parameter(module)
+        if tied := base.tied(weight):
+            raise tied_error(base.source, module, tied)
+        if weight in edits:
+            raise MismatchError(f"{module} is one of two names for {weight}; leave one of them out")
+        edits[weight] = lambda values, module=module: delta(module).apply(values)
+        if bias is not None:
+            edits[bias] = lambda values, module=module: delta(module).apply_to_bias(values)
+    return edits
+
+
+def _fitted(delta: Delta, module: str, base: BaseModel) -> Delta:
+    """`delta`, the way round that the base stores W: an adapter's own word on that is often wrong."""
+    weight = base.spans[base.parameter(module)].shape
+    turned = base.fan_in_fan_out(module, delta.shape)
+    shape = weight[::-1] if turned else weight
+    if isinstance(delta, Diagonal):  # has but one of the two numbers
+        shape = (1, *shape[1:]) if delta.feedforward else (*shape[:1], 1)
+    if len(weight) != 2 or delta.shape != shape:
+        raise MismatchError(
+            f"{module}: the adapter's (out, in) is {delta.shape}, the weight in {base.source} is "
+            f"{weight}{' as (in, out)' * turned}; give the base that the adapter was trained on"
+        )
+    return dataclasses.replace(delta, fan_in_fan_out=turned)
+
+
+def _fold_shard(
+    base: BaseModel, file: str, target: Path, edits: Mapping[str, Edit], progress: Progress
+) -> None:
+    """Copies a shard, with the values of the edited parameters replaced on the way."""
+    edited = sorted(
+        (name for name in edits if base.spans[name].file == file),
+        key=lambda name: base.spans[name].begin,
+    )
+    source = base.directory / file
+    with source.open("rb") as reader, target.open("wb") as writer:
+        for name in progress(edited, file):
+            _copy(reader, writer, base.spans[name].begin - reader.tell())
+            writer.write(_edited_bytes(base, name, edits[name]))
+            reader.seek(base.spans[name].end)
+        _copy(reader, writer, source.stat().st_size - reader.tell())
+
+
+def _edited_bytes(base: BaseModel, name: str, edit: Edit) -> memoryview:
+    values = base.tensor(name)
+    if not values.is_floating_point() or values.element_size() == 1:
+        raise BaseModelError(
+            f"{base.source}: {name} is stored as {values.dtype}, to which nothing can be added; "
+            "give the model in bfloat16, float16 or float32"
+        )
+    return edit(values).contiguous().view(torch.uint8).numpy().data
+
+
+def _copy(reader: BinaryIO, writer: BinaryIO, count: int) -> None:
+    while count:
+        chunk = reader.read(min(count, _BUFFER_BYTES))
+        if not chunk:
+            raise BaseModelError(f"{reader.name} became shorter while it was read")
+        writer.write(chunk)
+        count -= len(chunk)
+
+
+def _other_files(base: BaseModel) -> list[Path]:
+    """What goes along with the weights, relative to the base's directory.
+
+    Weights in other formats do not, at the top or in a folder (``onnx/``), unless the folder is a
+    further module of a sentence-transformers model. Neither do hidden folders.
+    """
+    paths = [path.relative_to(base.directory) for path in sorted(base.directory.rglob("*"))]
+    left_out = {path.parts[0] for path in paths if _WEIGHTS.search(path.name)}
+    left_out |= {path.parts[0] for path in paths if len(path.parts) > 1 and path.parts[0][0] == "."}
+    left_out |= {path.name for path in paths if path.name.endswith(".index.json")}
+    keep = {INDEX_FILE} if base.files != (SINGLE_FILE,) else set[str]()
+    left_out -= keep | _module_folders(base.directory)
+    return [
+        path
+        for path in paths
+        if path.parts[0] not in left_out and (base.directory / path).is_file()
+    ]
+
+
+def _module_folders(directory: Path) -> set[str]:
+    modules = directory / "modules.json"
+    if not modules.is_file():
+        return set()
+    return {module["path"] for module in json.loads(modules.read_text(encoding="utf-8"))}

@@ -1,0 +1,95 @@
+"""The files of one adapter: its configuration, and its tensors, read when asked for."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import safetensors
+import torch
+from torch import Tensor
+
+from pcb_peft.errors import AdapterError
+
+CONFIG = "adapter_config.json"
+SAFETENSORS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+
+
+class Tensors(Protocol):
+    """Named tensors of which shape and dtype are known before the data is read."""
+
+    def names(self) -> list[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def dtype(self, name: str) -> torch.dtype: ...
+    def read(self, name: str) -> Tensor: ...
+
+
+class SafetensorsFile:
+    """Tensors of a safetensors file, read one by one."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._file = safetensors.safe_open(str(path), framework="pt")
+        except (OSError, safetensors.SafetensorError) as error:
+            raise AdapterError(f"{path} is not a readable safetensors file: {error}") from error
+
+    def names(self) -> list[str]:
+        return sorted(self._file.keys())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._file.get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        return _DTYPES[self._file.get_slice(name).get_dtype()]
+
+    def read(self, name: str) -> Tensor:
+        return self._file.get_tensor(name)
+
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class TensorsInMemory:
+    """Tensors of a live model, or of a pickled file."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def names(self) -> list[str]:
+        return sorted(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name].dtype
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name].detach().cpu()
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The configuration, as PEFT wrote it; the order of its keys is kept, since patterns depend on it."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path} cannot be read: {error}") from error
+    if not isinstance(config, dict) or "peft_type" not in config:
+        raise AdapterError(
+            f"{path} has no peft_type: it is not the configuration of a PEFT adapter"
+        )
+    return config
+
+
+def open_tensors(directory: Path) -> Tensors:
+    """The adapter's tensors, from safetensors if there are any, else from a pickled file without running code."""
+    if (directory / SAFETENSORS).is_file():
+        return SafetensorsFile(directory / SAFETENSORS)
+    path = directory / PICKLE
+    if not path.is_file():
+        raise AdapterError(f"{directory} has neither {SAFETENSORS} nor {PICKLE}")
+    try:
+        return TensorsInMemory(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:
+        raise AdapterError(f"{path} cannot be loaded with weights_only=True: {error}") from error

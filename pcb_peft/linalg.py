@@ -1,0 +1,46 @@
+"""The few decompositions that spaces and truncation share."""
+
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Svd: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""(U, σ, Vᵀ): (m, k), (k,), (k, n)."""
+
+OVERSAMPLING = 16
+POWER_ITERATIONS = 3
+
+
+def column_signs(columns: Tensor) -> Tensor:
+    """±1 per column of an (m, k) matrix: what makes the entry of largest magnitude positive."""
+    largest = columns.gather(0, columns.abs().argmax(0, keepdim=True))[0]
+    return torch.where(largest < 0, -1, 1).to(columns.dtype)
+
+
+def svd(matrix: Tensor) -> Svd:
+    """The thin singular value decomposition, by way of a QR if the matrix is long."""
+    rows, cols = matrix.shape
+    if rows < cols:
+        u, s, vh = svd(matrix.T)
+        return vh.T, s, u.T
+    if rows > 2 * cols:
+        q, r = torch.linalg.qr(matrix)
+        u, s, vh = torch.linalg.svd(r, full_matrices=False)
+        return q @ u, s, vh
+    return torch.linalg.svd(matrix, full_matrices=False)
+
+
+def leading_svd(matrix: Tensor, count: int) -> Svd:
+    """The `count` leading singular triplets, to the accuracy of a randomised range finder with power iterations.
+
+    Source: Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1. The test matrix is drawn from a fixed seed.
+    """
+    generator = torch.Generator().manual_seed(0)
+    test = torch.randn(matrix.shape[1], count + OVERSAMPLING, generator=generator).to(matrix)
+    basis = torch.linalg.qr(matrix @ test).Q
+    for _ in range(POWER_ITERATIONS):
+        basis = torch.linalg.qr(matrix.T @ basis).Q
+        basis = torch.linalg.qr(matrix @ basis).Q
+    u, s, vh = svd(basis.T @ matrix)
+    return basis @ u[:, :count], s[:count], vh[:count]

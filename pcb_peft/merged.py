@@ -1,0 +1,50 @@
+"""The result of a merge: an adapter that knows how it was made."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from pcb_peft.adapter import Adapter, Head, head_files
+from pcb_peft.card import model_card, public_name
+from pcb_peft.recipe import FILE_NAME, Recipe
+from pcb_peft.report import Report
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class MergedAdapter(Adapter):
+    """A merged adapter.
+
+    Attributes:
+        recipe: Everything that is needed to make it again.
+        report: What was decided and what it cost.
+        heads: The heads that each source adapter keeps for itself, by its name.
+    """
+
+    recipe: Recipe
+    report: Report
+    heads: Mapping[str, Head] = dataclasses.field(default_factory=dict[str, Head])
+
+    def _companions(self, *, folded: bool = False) -> dict[str, bytes]:
+        own = {self.name: self.head} if folded else {}
+        return {FILE_NAME: self.recipe.to_yaml().encode(), **head_files({**self.heads, **own})}
+
+    def _card(self, peft_type: str) -> str:
+        recipe, report = self.recipe, self.report
+        sources = [
+            (public_name(source.path) or source.name, weight)
+            for source, weight in zip(recipe.adapters, recipe.weights, strict=True)
+        ]
+        settings = {
+            "method": recipe.method,
+            "space": recipe.space,
+            "scope": recipe.scope,
+            **{name: value for name, value in recipe.options.items() if value is not None},
+            "retained energy": f"{report.energy:.4f}",
+        }
+        return model_card(
+            title=f"{len(sources)} adapters merged with {recipe.method}",
+            base_model=self.base_model,
+            task_type=self.task_type,
+            tags=[peft_type.lower(), "transformers"],
+            sources=sources,
+            settings=list(settings.items()),
+        )

@@ -1,0 +1,15 @@
+"""Task arithmetic."""
+
+from pcb_peft.methods.registry import merge_method
+from pcb_peft.statistics import Merged, TaskVectors
+
+
+@merge_method("linear", paper="arXiv:2212.04089", keeps_one=True)
+def linear(tasks: TaskVectors) -> Merged:
+    """The weighted sum of the task vectors: τ_m = Σ_t λ_t τ_t.
+
+    Exact, and the same in every space but `factor`, where sums of factors stand for sums of products.
+
+    Source: Ilharco et al. 2023, section 2.
+    """
+    return tasks.combine(lambda x, weights: (weights * x).sum(0))

@@ -1,0 +1,158 @@
+"""PCB-Merging: parameter competition balancing."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pcb_peft.methods.registry import merge_method
+from pcb_peft.options import Density, Tail
+from pcb_peft.statistics import Merged, TaskVectors
+
+Cross = Callable[[Tensor, Tensor], Tensor]
+"""How the tasks see each other: (τ, signed and min–max normalised τ), each (T, r, c), to (T, r, c)."""
+
+
+def _raw(x: Tensor, normed: Tensor) -> Tensor:
+    """tanh(τ_i Σ_j τ_j)."""
+    del normed
+    return torch.tanh(x * x.sum(0))
+
+
+def _half_normed(x: Tensor, normed: Tensor) -> Tensor:
+    """tanh(τ_i Σ_j N_j)."""
+    return torch.tanh(x * normed.sum(0))
+
+
+def _normed(x: Tensor, normed: Tensor) -> Tensor:
+    """Σ_j tanh(N_i N_j); of each pair the tanh is taken once."""
+    del x
+    cross = torch.tanh(normed * normed)
+    for i in range(len(normed)):
+        for j in range(i):
+            agreement = torch.tanh(normed[i] * normed[j])
+            cross[i] += agreement
+            cross[j] += agreement
+    return cross
+
+
+FORMULAS: dict[str, tuple[float, Cross]] = {  # name: (winsorised tail, inter-balancing)
+    "reference": (0.0001, _raw),
+    "nlp": (0.01, _raw),
+    "vision": (0.01, _half_normed),
+    "es": (0.01, _normed),
+}
+
+
+@merge_method("pcb", paper="arXiv:2410.02396", space="knots", scope="module", keeps_one=True)
+def pcb(
+    tasks: TaskVectors,
+    *,
+    density: Density = 0.2,
+    formula: Literal["paper", "reference", "nlp", "vision", "es"] = "es",
+    winsor: Tail | None = None,
+) -> Merged:
+    """Balance the competition of parameters within each task and across tasks, drop the losers, rescale the rest.
+
+    With T tasks and N = sign(τ)·min–max|τ|, the authors' code computes per task
+    β_intra = exp(T·N²), β_inter = `formula`, β = β_intra β_inter, s = min–max(max(β, its (1 − density)-quantile)), and
+    τ_m = Σ_i λ_i τ_i s_i / Σ_i s_i.
+
+    Args:
+        density: Fraction of entries kept per task vector: the paper's mask ratio r.
+        formula: Which of the five published ones. `paper`: the equations. The authors' code differs from them and has
+            four paths: `reference` (the repository's root) and `nlp`: tanh(τ_i Σ_j τ_j) for β_inter; `vision`:
+            tanh(τ_i Σ_j N_j); `es`: Σ_j tanh(N_i N_j), the only one that does not depend on the scale of τ.
+        winsor: Fraction of each tail of |τ| that is clamped first; default: the formula's own, 0.0001 for `reference`,
+            0 for `paper` (always), 0.01 for the others.
+
+    Source: Du et al. 2024, section 3, and github.com/duguodong7/pcb-merging at 5897888. Departures: a task vector that
+    has no competitor in its scope, because all others are zero there, is not balanced but returned. And where the
+    original divides 0 by 0: a row of equal |τ| has N = 0; a row that is constant once its tails are clamped is not
+    clamped; where only the largest score lies above the quantile, it is kept and not dropped; a zero row has no say.
+    """
+    if formula == "paper":
+        return _paper(tasks, density)
+    tail, cross = FORMULAS[formula]
+    tail = tail if winsor is None else winsor
+    inner = [int(tasks.size * tail), max(0, int(tasks.size * (1 - tail) - 1))]
+    minimum, low, high, maximum = tasks.order_statistics(
+        torch.abs, [0, *inner, tasks.size - 1]
+    ).unbind(-1)
+    if int((maximum > 0).sum()) < 2:
+        return _sum(tasks)
+    collapsed = high <= low
+    low, high = torch.where(collapsed, minimum, low), torch.where(collapsed, maximum, high)
+    spread = reciprocal(high - low)
+
+    def clamped(x: Tensor) -> Tensor:
+        return x.abs().maximum(low).minimum(high)
+
+    def score(x: Tensor) -> Tensor:
+        unit = (clamped(x) - low) * spread
+        return torch.exp(tasks.tasks * unit.square()) * cross(x, torch.sign(x) * unit)
+
+    cut = [min(int(tasks.size * (1 - density)), tasks.size - 1), tasks.size - 1]
+    threshold, top = tasks.order_statistics(score, cut).unbind(-1)
+    only_top = (threshold == top) & (top > 0)
+    threshold = torch.where(only_top, torch.nextafter(top, torch.zeros_like(top)), threshold)
+    stretch = reciprocal(top - threshold)
+
+    def merge(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        scale = (score(x).maximum(threshold) - threshold) * stretch
+        return weighted_mean(weights * torch.sign(x) * clamped(x), scale), scale
+
+    return tasks.combine(merge)
+
+
+def _paper(tasks: TaskVectors, density: float) -> Merged:
+    """The equations: β_i = Softmax(T·Norm(τ_i²)) Σ_j Softmax(Norm(τ_i τ_j)); Norm is min–max, Softmax over the row."""
+    count = tasks.tasks
+
+    def pairs(x: Tensor) -> Tensor:  # (T, r, c) to (T·T, r, c)
+        return (x[:, None] * x).flatten(0, 1)
+
+    ends = tasks.extremes(pairs)
+    low, spread = ends[..., 0], reciprocal(ends[..., 1] - ends[..., 0])
+    own = slice(None, None, count + 1)  # the pairs (i, i)
+    present = ends[own, ..., 1] > 0
+    if int(present.sum()) < 2:
+        return _sum(tasks)
+
+    def intra(x: Tensor) -> Tensor:
+        return torch.exp(count * (x.square() - low[own]) * spread[own])
+
+    def inter(x: Tensor) -> Tensor:
+        return torch.exp((pairs(x) - low) * spread)
+
+    # Softmax divides by a sum over the row; relative to the row's mean the values are of order 1.
+    intra_mean, inter_mean = tasks.sums(intra) / tasks.size, tasks.sums(inter) / tasks.size
+
+    def score(x: Tensor) -> Tensor:
+        return intra(x) / intra_mean * (inter(x) / inter_mean).unflatten(0, (count, count)).sum(1)
+
+    cut = min(int(tasks.size * (1 - density)), tasks.size - 1)
+    threshold = tasks.order_statistics(score, [cut])[..., 0]
+
+    def merge(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        scores = score(x)
+        scale = scores * (scores >= threshold) * present
+        return weighted_mean(weights * x, scale), scale
+
+    return tasks.combine(merge)
+
+
+def _sum(tasks: TaskVectors) -> Merged:
+    """What is left where nobody competes."""
+    return tasks.combine(lambda x, weights: (weights * x).sum(0))
+
+
+def weighted_mean(x: Tensor, scale: Tensor) -> Tensor:
+    """Σ_t x_t s_t / Σ_t s_t over the tasks, 0 where nothing is kept."""
+    return (x * scale).sum(0) / scale.sum(0).clamp(min=1e-12)
+
+
+def reciprocal(spread: Tensor) -> Tensor:
+    """1/spread, and 0 for a spread of 0."""
+    return torch.where(spread > 0, 1 / spread, 0)

@@ -1,0 +1,81 @@
+"""What a merge method is, and the shelf on which they stand.
+
+A method is a function from the task vectors of a scope to the merged ones. Its keyword-only parameters are its options.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from pcb_peft.errors import OptionError
+from pcb_peft.options import Option, did_you_mean, options_of
+from pcb_peft.statistics import Merged, TaskVectors
+
+_SHELF: dict[str, "MergeMethod"] = {}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MergeMethod:
+    """A merge method and what the engine has to know of it.
+
+    Attributes:
+        name: As recipes and the command line call it.
+        function: ``function(tasks, **options) -> Merged``.
+        paper: Where it was published.
+        space: The space it works in unless the caller says otherwise.
+        scope: The scope likewise: "global" or "module".
+        keeps_one: A single adapter comes back as it is, times its weight.
+    """
+
+    name: str
+    function: Callable[..., Merged]
+    paper: str
+    space: str
+    scope: str
+    keeps_one: bool
+
+    @property
+    def options(self) -> dict[str, Option]:
+        return options_of(self.function)
+
+    @property
+    def summary(self) -> str:
+        """The first line of the function's docstring."""
+        return (inspect.getdoc(self.function) or "").split("\n", 1)[0]
+
+    def __call__(self, tasks: TaskVectors, **options: Any) -> Merged:
+        return self.function(tasks, **options)
+
+
+def merge_method(
+    name: str, *, paper: str, space: str = "core", scope: str = "global", keeps_one: bool = False
+) -> Callable[[Callable[..., Merged]], Callable[..., Merged]]:
+    """Puts a function on the shelf; the function itself stays as it is. The arguments are `MergeMethod`'s."""
+
+    def register(function: Callable[..., Merged]) -> Callable[..., Merged]:
+        _SHELF[name] = MergeMethod(name, function, paper, space, scope, keeps_one)
+        return function
+
+    return register
+
+
+def list_methods() -> dict[str, MergeMethod]:
+    """All merge methods, by name."""
+    return dict(sorted(_SHELF.items()))
+
+
+def get_method(method: str | MergeMethod) -> MergeMethod:
+    """The method of that name.
+
+    Raises:
+        OptionError: There is none.
+    """
+    if isinstance(method, MergeMethod):
+        return method
+    if method not in _SHELF:
+        known = ", ".join(list_methods())
+        raise OptionError(
+            f"no merge method {method!r}{did_you_mean(method, _SHELF)}; there are {known}"
+        )
+    return _SHELF[method]

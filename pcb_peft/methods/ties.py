@@ -1,0 +1,32 @@
+"""TIES-Merging."""
+
+import torch
+from torch import Tensor
+
+from pcb_peft.methods.registry import merge_method
+from pcb_peft.options import Density
+from pcb_peft.statistics import Merged, TaskVectors
+
+
+@merge_method("ties", paper="arXiv:2306.01708")
+def ties(tasks: TaskVectors, *, density: Density = 0.2) -> Merged:
+    """Trim each task vector, elect a sign per entry, average those that have it.
+
+    Args:
+        density: Fraction of entries kept per task vector, the largest in magnitude.
+
+    Source: Yadav et al. 2023, algorithm 1. Departures: the weights scale the task vectors before the election, so that
+    a weight of −1 is the negated task vector and equal weights are the paper's λ; entries that tie with the smallest
+    kept one are kept; an entry whose sum is 0 elects no sign and merges to 0 (the authors' code gives it the sign that
+    most other entries have).
+    """
+    cut = tasks.size - max(1, int(density * tasks.size))
+    threshold = tasks.order_statistics(torch.abs, [cut])[..., 0]
+
+    def merge(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        kept = x.abs() >= threshold
+        trimmed = weights * x * kept
+        elected = trimmed * trimmed.sum(0) > 0
+        return (trimmed * elected).sum(0) / elected.sum(0).clamp(min=1), kept
+
+    return tasks.combine(merge)

@@ -1,0 +1,139 @@
+"""Options: the keyword-only parameters of a method or a space are its schema.
+
+Names, kinds, bounds and defaults come from the signature; the explanations from the docstring's ``Args`` section.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, TypeAlias
+
+from pcb_peft.errors import OptionError
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Range:
+    """Bounds of a number; an open end is not itself allowed."""
+
+    low: float
+    high: float
+    low_open: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return (self.low < value if self.low_open else self.low <= value) and value <= self.high
+
+    def __str__(self) -> str:
+        return f"in {'(' if self.low_open else '['}{self.low:g}, {self.high:g}]"
+
+
+Density: TypeAlias = Annotated[float, Range(0, 1, low_open=True)]
+"""The fraction of entries that is kept."""
+
+Tail: TypeAlias = Annotated[float, Range(0, 0.5)]
+"""A fraction at either end of a distribution."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Option:
+    """One option.
+
+    Attributes:
+        name: As the caller writes it.
+        kind: bool, int, float or str.
+        default: None also says that None is allowed.
+        bounds: Of a number.
+        choices: All allowed values, where they are few.
+        explanation: From the docstring.
+    """
+
+    name: str
+    kind: type
+    default: Any
+    bounds: Range | None = None
+    choices: tuple[str, ...] = ()
+    explanation: str = ""
+
+    @property
+    def allowed(self) -> str:
+        """What may be given, in words."""
+        if self.choices:
+            return "one of " + ", ".join(self.choices)
+        return f"{self.kind.__name__}{f' {self.bounds}' if self.bounds else ''}"
+
+    def check(self, value: Any, owner: str) -> Any:
+        """The value in its own kind.
+
+        Raises:
+            OptionError: It is of another kind, or out of bounds.
+        """
+        if value is None and self.default is None:
+            return None
+        if self.kind is float and type(value) is int:
+            value = float(value)
+        in_bounds = self.bounds is None or value in self.bounds
+        if (
+            type(value) is not self.kind
+            or not in_bounds
+            or (self.choices and value not in self.choices)
+        ):
+            raise OptionError(f"{owner}: {self.name} is {value!r}; it must be {self.allowed}")
+        return value
+
+
+def options_of(function: Callable[..., Any]) -> dict[str, Option]:
+    """The keyword-only parameters of a function, by name."""
+    hints = typing.get_type_hints(function, include_extras=True)
+    explanations = _explanations(inspect.getdoc(function) or "")
+    return {
+        name: _option(name, hints[name], parameter.default, explanations.get(name, ""))
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+
+
+def bind(options: Mapping[str, Option], values: Mapping[str, Any], owner: str) -> dict[str, Any]:
+    """The values of all options: those given, checked, and the defaults of the others.
+
+    Raises:
+        OptionError: An unknown name or a value that is not allowed.
+    """
+    for name in values:
+        if name not in options:
+            allowed = f"its options are {', '.join(options)}" if options else "it has no options"
+            raise OptionError(
+                f"{owner} has no option {name!r}{did_you_mean(name, options)}; {allowed}"
+            )
+    return {
+        name: option.check(values[name], owner) if name in values else option.default
+        for name, option in options.items()
+    }
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """``; did you mean 'x'?``, or nothing."""
+    close = difflib.get_close_matches(word, list(words), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _option(name: str, hint: Any, default: Any, explanation: str) -> Option:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        hint = next(member for member in typing.get_args(hint) if member is not types.NoneType)
+    bounds = None
+    if typing.get_origin(hint) is Annotated:
+        hint, bounds = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return Option(name, str, default, choices=typing.get_args(hint), explanation=explanation)
+    return Option(name, hint, default, bounds, explanation=explanation)
+
+
+def _explanations(docstring: str) -> dict[str, str]:
+    """Name to explanation, out of a Google-style ``Args`` section."""
+    section = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)*)", docstring, re.MULTILINE)
+    entries = (
+        re.findall(r"^ {4}(\w+): (.*(?:\n {8,}.*)*)", section[1], re.MULTILINE) if section else []
+    )
+    return {name: " ".join(text.split()) for name, text in entries}

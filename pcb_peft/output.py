@@ -1,0 +1,106 @@
+"""A directory that appears whole or not at all."""
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Generator
+from pathlib import Path
+
+from pcb_peft.errors import OutputError
+
+
+@contextlib.contextmanager
+def replace_directory(target: Path, *, overwrite: bool) -> Generator[Path]:
+    """A temporary directory that takes the place of `target` once the block ends without an exception.
+
+    It lies beside the target, under a name of its own: what a killed run left behind is never met again. At the end
+    every file gets the mode that the umask gives and is synced, then the directory is renamed. Until that rename
+    `target` is untouched.
+
+    Args:
+        target: Where the directory shall be. A symbolic link is followed and stays.
+        overwrite: Replace `target` even though it holds something. An empty directory is always replaced.
+
+    Raises:
+        OutputError: `target` cannot be replaced, or must not be.
+    """
+    target = target.resolve()
+    _check(target, overwrite=overwrite)
+    temporary = _make_beside(target)
+    try:
+        yield temporary
+        _settle(temporary)
+        _check(target, overwrite=overwrite)
+        _swap(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check(target: Path, *, overwrite: bool) -> None:
+    if Path.cwd().resolve().is_relative_to(target):
+        raise OutputError(
+            f"{target} is the current directory or lies above it; name a directory of its own"
+        )
+    if target.is_mount():
+        raise OutputError(
+            f"{target} is a mount point and cannot be replaced; name a directory in it"
+        )
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise OutputError(f"{target} is a file; name a directory")
+    if not overwrite and any(target.iterdir()):
+        raise OutputError(
+            f"{target} exists and is not empty; name another directory, "
+            "or allow its replacement: overwrite=True, --overwrite"
+        )
+
+
+def _make_beside(target: Path) -> Path:
+    """A new directory on `target`'s file system, with the mode that the umask gives."""
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise OutputError(f"{target.parent} cannot be written: {error.strerror}") from error
+    return temporary
+
+
+def _settle(directory: Path) -> None:
+    """Gives all files below `directory` an ordinary mode, then makes them durable."""
+    mode = directory.stat().st_mode & 0o666
+    for folder, _, files in os.walk(directory, topdown=False):
+        for name in files:
+            path = Path(folder, name)
+            path.chmod(mode)
+            _sync(path, os.O_RDWR)
+        _sync_directory(Path(folder))
+
+
+def _swap(new: Path, target: Path) -> None:
+    """Renames `new` to `target`; what was there comes back if that fails."""
+    aside = new.with_suffix(".old")
+    try:
+        if target.exists():
+            target.rename(aside)
+        new.rename(target)
+    except BaseException:
+        if aside.exists() and not target.exists():
+            aside.rename(target)
+        raise
+    _sync_directory(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync_directory(directory: Path) -> None:
+    if os.name == "posix":  # elsewhere a directory cannot be opened
+        _sync(directory, os.O_RDONLY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

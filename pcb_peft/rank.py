@@ -1,0 +1,114 @@
+"""The rank of what leaves: optimal truncation of a delta, and the energy that it retains."""
+
+import functools
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from pcb_peft.delta import Core, Delta, Dense, LowRank
+from pcb_peft.errors import OptionError
+from pcb_peft.linalg import Svd, column_signs, leading_svd, svd
+
+Rank: TypeAlias = int | float | Literal["full"] | None
+"""An integer, a fraction of the energy to retain, "full" (dense), or None: lossless where the space allows it."""
+
+EXACT_SIZE = 512  # a matrix that has at most so many rows or columns is decomposed in full
+NOISE = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-6,
+}  # singular values below this part of the largest are rounding
+
+
+def check_rank(rank: object) -> Rank:
+    """The rank, if it is one.
+
+    Raises:
+        OptionError: It is not.
+    """
+    if rank is None or rank == "full":
+        return rank  # type: ignore[return-value]
+    if (type(rank) is int and rank >= 1) or (type(rank) is float and 0 < rank < 1):
+        return rank
+    raise OptionError(
+        f"rank is {rank!r}; it must be an integer from 1, an energy fraction in (0, 1), 'full' (dense, for folding), "
+        "or None (lossless where the space allows it)"
+    )
+
+
+def truncate(delta: Delta, rank: int | float | None) -> tuple[LowRank, float]:
+    """The closest delta of lower rank (Eckart and Young), with balanced factors.
+
+    Args:
+        delta: Low-rank, core or dense.
+        rank: At most so many, or as few as retain this fraction of the energy; None drops nothing but rounding.
+
+    Returns:
+        The truncated delta, float32, and the retained fraction of ‖ΔW‖²_F.
+    """
+    left, middle, right = decompose(delta)
+    total = float(middle.double().square().sum())
+    u, s, vh = _leading(middle, rank, total)
+    u, vh = _lift(left, u), _lift(right, vh.T).T
+    energy = min(1.0, float(s.double().square().sum()) / total) if total > 0 else 1.0
+    root = s.sqrt()
+    factors = ((root[:, None] * vh).float(), (u * root).float())
+    return LowRank(*factors, fan_in_fan_out=delta.fan_in_fan_out), energy
+
+
+def balanced(delta: Delta) -> tuple[Tensor, Tensor]:
+    """lora_A = √ΣVᵀ and lora_B = U√Σ, float64, each column of U signed so that its largest entry is positive.
+
+    Whatever pair (BG, G⁻¹A) stood for the adapter, this is what comes out.
+    """
+    left, middle, right = decompose(delta)
+    u, s, vh = svd(middle)
+    u, vh = _lift(left, u), _lift(right, vh.T).T
+    signs, root = column_signs(u), s.sqrt()
+    return (root * signs)[:, None] * vh, u * (root * signs)
+
+
+@functools.singledispatch
+def decompose(delta: Delta) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """ΔW = left @ middle @ rightᵀ with orthonormal columns in left and right; None stands for the identity."""
+    return None, delta.matrix(), None
+
+
+@decompose.register
+def _(delta: LowRank) -> tuple[Tensor, Tensor, Tensor]:
+    left, left_triangle = torch.linalg.qr(delta.lora_B.double() * delta.scaling)
+    right, right_triangle = torch.linalg.qr(delta.lora_A.double().T)
+    return left, left_triangle @ right_triangle.T, right
+
+
+@decompose.register
+def _(delta: Core) -> tuple[Tensor, Tensor, Tensor]:
+    return delta.left, delta.core.double(), delta.right
+
+
+@decompose.register
+def _(delta: Dense) -> tuple[None, Tensor, None]:
+    return None, delta.values, None
+
+
+def _lift(basis: Tensor | None, columns: Tensor) -> Tensor:
+    return columns if basis is None else basis.to(columns.dtype) @ columns
+
+
+def _leading(matrix: Tensor, rank: int | float | None, total: float) -> Svd:
+    """The singular triplets that a rank asks for."""
+    smaller = min(matrix.shape)
+    if isinstance(rank, int) and smaller > EXACT_SIZE and rank < smaller // 4:
+        triplets = leading_svd(matrix.float(), rank)
+    else:
+        triplets = svd(matrix)
+    u, s, vh = triplets
+    count = max(1, min(_count(s, rank, total), int((s > NOISE[s.dtype] * s[0]).sum())))
+    return u[:, :count], s[:count], vh[:count]
+
+
+def _count(s: Tensor, rank: int | float | None, total: float) -> int:
+    """How many of the singular values a rank asks for."""
+    if isinstance(rank, float):
+        return int((s.double().square().cumsum(0) < rank * total).sum()) + 1
+    return len(s) if rank is None else rank

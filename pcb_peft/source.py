@@ -1,0 +1,129 @@
+"""Where adapters come from: a directory, the Hub, or a live PeftModel; and what must be written down to find one again."""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pcb_peft.errors import AdapterError
+from pcb_peft.formats.checkpoint import (
+    CONFIG,
+    PICKLE,
+    SAFETENSORS,
+    Tensors,
+    TensorsInMemory,
+    open_tensors,
+    read_config,
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Source:
+    """Where one adapter is.
+
+    Attributes:
+        path: A directory or a hub id.
+        revision: Of the hub repository.
+        subfolder: In the directory or the repository.
+        sha256: Of the tensors' file, when it was read.
+    """
+
+    path: str
+    revision: str | None = None
+    subfolder: str | None = None
+    sha256: str | None = None
+
+    @property
+    def name(self) -> str:
+        """A short name, without the way to it."""
+        return Path(self.subfolder or self.path).resolve().name or "adapter"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Files:
+    """An adapter's configuration and tensors, and the hash of what they were read from."""
+
+    config: Mapping[str, Any]
+    tensors: Tensors
+    sha256: str | None = None
+
+
+def open_files(source: Source) -> Files:
+    """The files of an adapter in a directory or on the Hub.
+
+    Raises:
+        AdapterError: There is no adapter there, or it is another one than the hash says.
+    """
+    directory = _local(source) or _downloaded(source)
+    if not (directory / CONFIG).is_file():
+        raise AdapterError(f"{directory} holds no {CONFIG}{_nearby(directory)}")
+    digest = _digest(directory)
+    if source.sha256 not in (None, digest):
+        raise AdapterError(
+            f"{source.path} has changed: its tensors have SHA-256 {digest}, the recipe says {source.sha256}; "
+            "restore the adapter, or take sha256 out of the recipe to merge what is there now"
+        )
+    return Files(read_config(directory / CONFIG), open_tensors(directory), digest)
+
+
+def files_of_model(model: Any, adapter_name: str) -> Files:
+    """What `PeftModel.save_pretrained` would write for one adapter of a live model.
+
+    Raises:
+        AdapterError: The model has no adapter of that name.
+    """
+    from peft import get_peft_model_state_dict
+
+    if adapter_name not in getattr(model, "peft_config", {}):
+        known = ", ".join(getattr(model, "peft_config", {})) or "none (is it a PeftModel?)"
+        raise AdapterError(f"the model has no adapter {adapter_name!r}; its adapters are {known}")
+    config = model.peft_config[adapter_name].to_dict()
+    config["peft_type"] = str(getattr(config["peft_type"], "value", config["peft_type"]))
+    config["task_type"] = getattr(config.get("task_type"), "value", config.get("task_type"))
+    if config.get("base_model_name_or_path") is None:
+        config["base_model_name_or_path"] = getattr(model.get_base_model(), "name_or_path", None)
+    tensors = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    return Files(config, TensorsInMemory(tensors))
+
+
+def _local(source: Source) -> Path | None:
+    directory = Path(source.path).expanduser()
+    if not directory.is_dir():
+        return None
+    return directory / source.subfolder if source.subfolder else directory
+
+
+def _downloaded(source: Source) -> Path:
+    """The adapter's directory in the Hub's cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    prefix = f"{source.subfolder}/" if source.subfolder else ""
+    wanted = [prefix + name for name in (CONFIG, SAFETENSORS, PICKLE)]
+    try:
+        root = snapshot_download(source.path, revision=source.revision, allow_patterns=wanted)
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise AdapterError(
+            f"{source.path} is neither a directory nor a hub repository that can be reached: {error}"
+        ) from error
+    return Path(root) / prefix
+
+
+def _nearby(directory: Path) -> str:
+    """A hint: where under the directory there are adapters."""
+    if not directory.is_dir():
+        return ": no such directory"
+    found = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG}"))
+    return f"; there are adapters in its subfolders {', '.join(found)}" if found else ""
+
+
+def _digest(directory: Path) -> str | None:
+    for name in (SAFETENSORS, PICKLE):
+        if (directory / name).is_file():
+            digest = hashlib.sha256()
+            with (directory / name).open("rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+            return digest.hexdigest()
+    return None

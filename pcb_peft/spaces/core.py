@@ -1,0 +1,24 @@
+"""Canonical core space: coordinates in bases that all adapters share."""
+
+from collections.abc import Sequence
+
+from pcb_peft.delta import Core, Delta, Dense, LowRank
+from pcb_peft.spaces.bases import shared_bases
+from pcb_peft.spaces.registry import Projection, space
+from pcb_peft.statistics import stacked
+
+
+@space("core", accepts=(LowRank, Core, Dense), lossless=True)
+def core(deltas: Sequence[Delta], weights: Sequence[float]) -> Projection:
+    """Uᵀ ΔW_t V, at most R×R for R = Σ r_t, in left and right singular bases shared by all adapters.
+
+    Source: Core Space, Panariello et al. 2025, arXiv:2509.17786. Departure: their bases are singular vectors of the
+    stacked B's and of the stacked A's, so that (BG, G⁻¹A) merges differently from (B, A); here they are those of the
+    stacked ΔW's, which do not depend on the factors.
+    """
+    bases = shared_bases([delta.factors() for delta in deltas])
+    flip = deltas[0].fan_in_fan_out
+    block = stacked(bases.cores, weights)
+    return Projection(
+        (block,), lambda merged: Core(bases.left, merged[0], bases.right, fan_in_fan_out=flip)
+    )

@@ -1,0 +1,15 @@
+"""Dense space: ΔW itself."""
+
+from collections.abc import Sequence
+
+from pcb_peft.delta import Core, Delta, Dense, LowRank
+from pcb_peft.spaces.registry import Projection, space
+from pcb_peft.statistics import products
+
+
+@space("dense", accepts=(LowRank, Core, Dense), lossless=False)
+def dense(deltas: Sequence[Delta], weights: Sequence[float]) -> Projection:
+    """The entries of ΔW, as in the papers; computed tile by tile and never held at once."""
+    block = products([delta.factors() for delta in deltas], weights)
+    flip = deltas[0].fan_in_fan_out
+    return Projection((block,), lambda merged: Dense(merged[0], fan_in_fan_out=flip))

@@ -1,0 +1,58 @@
+"""Factor space: lora_A and lora_B themselves."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pcb_peft.delta import Delta, LowRank
+from pcb_peft.rank import balanced
+from pcb_peft.spaces.registry import Projection, space
+from pcb_peft.statistics import stacked
+
+
+def _as_trained(delta: Delta) -> tuple[Tensor, Tensor]:
+    """(lora_A, lora_B) as they stand, the scaling shared out evenly."""
+    lora_B, lora_A = delta.factors()
+    return lora_A, lora_B
+
+
+GAUGES: dict[str, Callable[[Delta], tuple[Tensor, Tensor]]] = {
+    "balanced": balanced,
+    "as_trained": _as_trained,
+}
+
+
+@space("factor", accepts=(LowRank,), lossless=True)
+def factor(
+    deltas: Sequence[Delta],
+    weights: Sequence[float],
+    *,
+    gauge: Literal["balanced", "as_trained"] = "balanced",
+) -> Projection:
+    """The entries of lora_A and lora_B, each merged for itself; the smaller ranks are padded with zeros.
+
+    A weight λ enters as √|λ| on both sides, with its sign on lora_B. The product of merged factors is not the merge of
+    the products: even `linear` has cross terms here.
+
+    Args:
+        gauge: (BG, G⁻¹A) is the same adapter for every invertible G. `balanced` uses B = U√Σ and A = √ΣVᵀ, which do
+            not depend on G; `as_trained` uses the stored factors, as PEFT's `add_weighted_adapter` does.
+    """
+    pairs = [GAUGES[gauge](delta) for delta in deltas]
+    rank = max(lora_A.shape[0] for lora_A, _ in pairs)
+    lora_A = torch.stack([_padded(a, rank) for a, _ in pairs])
+    lora_B = torch.stack([_padded(b.T, rank).T for _, b in pairs])
+    roots = [math.sqrt(abs(weight)) for weight in weights]
+    signed = [math.copysign(root, weight) for root, weight in zip(roots, weights, strict=True)]
+    flip = deltas[0].fan_in_fan_out
+    blocks = (stacked(lora_A, roots), stacked(lora_B, signed))
+    return Projection(
+        blocks, lambda merged: LowRank(merged[0].float(), merged[1].float(), fan_in_fan_out=flip)
+    )
+
+
+def _padded(matrix: Tensor, rows: int) -> Tensor:
+    return torch.nn.functional.pad(matrix, (0, 0, 0, rows - matrix.shape[0]))

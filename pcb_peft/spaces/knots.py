@@ -1,0 +1,24 @@
+"""KnOTS space: a shared left basis, and each adapter's own right part."""
+
+from collections.abc import Sequence
+
+from pcb_peft.delta import Core, Delta, Dense, LowRank
+from pcb_peft.spaces.bases import shared_bases
+from pcb_peft.spaces.registry import Projection, space
+from pcb_peft.statistics import products
+
+
+@space("knots", accepts=(LowRank, Core, Dense), lossless=True)
+def knots(deltas: Sequence[Delta], weights: Sequence[float]) -> Projection:
+    """Uᵀ ΔW_t, at most R×in for R = Σ r_t, with U the left singular vectors of [ΔW_1 … ΔW_T].
+
+    Source: KnOTS, Stoica et al. 2025, arXiv:2410.19735, whose ΣV_tᵀ this is; U comes from the factors, without an SVD
+    of the concatenated ΔW's.
+    """
+    factors = [delta.factors() for delta in deltas]
+    left = shared_bases(factors).left
+    flip = deltas[0].fan_in_fan_out
+    block = products([(left.T.double() @ b.double(), a) for b, a in factors], weights)
+    return Projection(
+        (block,), lambda merged: LowRank(merged[0].float(), left, fan_in_fan_out=flip)
+    )

@@ -1,0 +1,95 @@
+"""What a space is, and the shelf on which they stand.
+
+A space says in which coordinates adapters compete: it makes stacked blocks of the deltas of one module, and a delta of
+the merged blocks. Its keyword-only parameters are its options.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from pcb_peft.delta import Delta
+from pcb_peft.errors import OptionError
+from pcb_peft.options import Option, did_you_mean, options_of
+from pcb_peft.statistics import Block
+
+Encode: TypeAlias = Callable[..., "Projection"]
+
+_SHELF: dict[str, "Space"] = {}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Projection:
+    """One module's deltas in the coordinates of a space.
+
+    Attributes:
+        blocks: One stack, or more where a delta has several parts.
+        decode: From the merged blocks to the merged delta.
+    """
+
+    blocks: tuple[Block, ...]
+    decode: Callable[[Sequence[Tensor]], Delta]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Space:
+    """A space and what the engine has to know of it.
+
+    Attributes:
+        name: As recipes and the command line call it.
+        encode: ``encode(deltas, weights, **options) -> Projection``: the deltas of one module, at least one, all of the
+            same shape, and their weights. (An adapter that does not touch the module brings a zero.)
+        accepts: The kinds of delta that it can take.
+        lossless: What it decodes has a low rank without any truncation.
+    """
+
+    name: str
+    encode: Encode
+    accepts: tuple[type[Delta], ...]
+    lossless: bool
+
+    @property
+    def options(self) -> dict[str, Option]:
+        return options_of(self.encode)
+
+    @property
+    def summary(self) -> str:
+        """The first line of the function's docstring."""
+        return (inspect.getdoc(self.encode) or "").split("\n", 1)[0]
+
+    def __call__(
+        self, deltas: Sequence[Delta], weights: Sequence[float], **options: Any
+    ) -> Projection:
+        return self.encode(deltas, weights, **options)
+
+
+def space(
+    name: str, *, accepts: tuple[type[Delta], ...], lossless: bool
+) -> Callable[[Encode], Encode]:
+    """Puts a function on the shelf; the function itself stays as it is. The arguments are `Space`'s."""
+
+    def register(encode: Encode) -> Encode:
+        _SHELF[name] = Space(name, encode, accepts, lossless)
+        return encode
+
+    return register
+
+
+def list_spaces() -> dict[str, Space]:
+    """All spaces, by name."""
+    return dict(sorted(_SHELF.items()))
+
+
+def get_space(name: str) -> Space:
+    """The space of that name.
+
+    Raises:
+        OptionError: There is none.
+    """
+    if name not in _SHELF:
+        known = ", ".join(list_spaces())
+        raise OptionError(f"no space {name!r}{did_you_mean(name, _SHELF)}; there are {known}")
+    return _SHELF[name]

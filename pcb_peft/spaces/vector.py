@@ -1,0 +1,31 @@
+"""Vector space of (IA)³ adapters."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pcb_peft.delta import Delta, Diagonal
+from pcb_peft.spaces.registry import Projection, space
+from pcb_peft.statistics import stacked
+
+
+@space("vector", accepts=(Diagonal,), lossless=True)
+def vector(deltas: Sequence[Delta], weights: Sequence[float]) -> Projection:
+    """L − 1, the task vector of an (IA)³ adapter: the merged l is 1 + Σ w (l − 1) for `linear`, never Σ w l."""
+    first = deltas[0]
+    values = torch.stack([_task_vector(delta) for delta in deltas])
+
+    def decode(merged: Sequence[Tensor]) -> Diagonal:
+        l = 1 + merged[0][0].double()  # noqa: E741
+        feedforward = isinstance(first, Diagonal) and first.feedforward
+        return Diagonal(l.float(), feedforward, fan_in_fan_out=first.fan_in_fan_out)
+
+    return Projection((stacked(values, weights),), decode)
+
+
+def _task_vector(delta: Delta) -> Tensor:
+    """(1, n)."""
+    if not isinstance(delta, Diagonal):
+        raise TypeError(f"{type(delta).__name__} is not diagonal")
+    return delta.l.double()[None] - 1

@@ -1,0 +1,261 @@
+"""The task vectors of one scope, as a method sees them.
+
+Shape legend: T adapters; a block is the stack (T, rows, cols) of one module's task vectors in some space; a tile is
+some rows of a block (T, r, cols); D is the number of values per adapter in all blocks of the scope.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeAlias, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pcb_peft import selection
+
+Index: TypeAlias = slice | Tensor
+
+Score: TypeAlias = Callable[[Tensor], Tensor]
+"""A tile (T, r, c) to (K, r, c), elementwise in r and c, for any K."""
+
+Rule: TypeAlias = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
+"""A tile (T, r, cols) and the weights (T, 1, 1) to the merged tile (r, cols); a method that drops entries adds, for the
+report, a tensor (T, r, cols) that is not 0 where it kept them."""
+
+Result = TypeVar("Result")
+
+TILE_VALUES = (
+    1 << 16
+)  # of all adapters together: small enough for a core's cache, and for malloc to recycle
+DEVICE_TILE_VALUES = 1 << 24  # where a tile has an accelerator to fill
+SAMPLE_VALUES = 1 << 18  # per adapter
+DOUBLE_VALUES = 1 << 27  # up to so many values in all, a scope is computed in float64
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Block:
+    """One module's task vectors in some space.
+
+    Attributes:
+        shape: (T, rows, cols).
+        weights: λ of the papers, one per adapter, as this space has them.
+        open: Given dtype and device, a function from row and column indices to that part (T, r, c) of the stack.
+    """
+
+    shape: tuple[int, int, int]
+    weights: tuple[float, ...]
+    open: Callable[[torch.dtype, torch.device], Callable[[Index, Index], Tensor]]
+
+    @property
+    def size(self) -> int:
+        return self.shape[1] * self.shape[2]
+
+
+def stacked(values: Tensor, weights: Sequence[float]) -> Block:
+    """A block that is held in memory: values (T, rows, cols)."""
+
+    def open_(dtype: torch.dtype, device: torch.device) -> Callable[[Index, Index], Tensor]:
+        stack = values.to(device, dtype)
+        return lambda rows, cols: stack[:, rows][:, :, cols]
+
+    return Block((values.shape[0], values.shape[1], values.shape[2]), tuple(weights), open_)
+
+
+def products(factors: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float]) -> Block:
+    """A block of products, of which each tile is computed when it is asked for.
+
+    Args:
+        factors: Per adapter (rows, r) and (r, cols), for any r.
+        weights: One per adapter.
+    """
+    rows, cols = factors[0][0].shape[0], factors[0][1].shape[1]
+
+    def open_(dtype: torch.dtype, device: torch.device) -> Callable[[Index, Index], Tensor]:
+        pairs = [(left.to(device, dtype), right.to(device, dtype)) for left, right in factors]
+
+        def tile(rows: Index, cols: Index) -> Tensor:
+            return torch.stack([left[rows] @ right[:, cols] for left, right in pairs])
+
+        return tile
+
+    return Block((len(factors), rows, cols), tuple(weights), open_)
+
+
+class TaskVectors:
+    """The task vectors of one scope: T rows of D values, seen as tiles.
+
+    Scores and rules must give the same value for an entry whatever tile it comes in.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        *,
+        device: torch.device | None = None,
+        track: Callable[[Iterable[Block]], Iterable[Block]] = iter,
+    ) -> None:
+        """Looks at `blocks` in this order; `track` wraps every pass over them, to show progress."""
+        self.blocks = blocks
+        self.device = device or torch.device("cpu")
+        self.tasks = blocks[0].shape[0]
+        self.size = sum(block.size for block in blocks)
+        self.dtype = torch.float64 if self.tasks * self.size <= DOUBLE_VALUES else torch.float32
+        self._track = track
+
+    def order_statistics(self, score: Score, indices: Sequence[int]) -> Tensor:
+        """The values that stand at `indices` (from 0) once the D scores of a row are sorted: exact.
+
+        Returns:
+            (K, 1, 1, len(indices)): `[..., i]` broadcasts against a tile.
+        """
+
+        def sweep(
+            split: Callable[[Tensor], list[selection.Part]],
+        ) -> Iterator[list[selection.Part]]:
+            return self._sweep(lambda tile: split(score(tile).flatten(1)))
+
+        values = selection.order_statistics(self._sample(score), self.size, indices, sweep)
+        return values[:, None, None, :]
+
+    def extremes(self, score: Score) -> Tensor:
+        """The smallest and the largest score of each row: (K, 1, 1, 2)."""
+
+        def of_tile(tile: Tensor) -> tuple[Tensor, Tensor]:
+            scores = score(tile)
+            return scores.amin((1, 2)), scores.amax((1, 2))
+
+        lows, highs = zip(*self._sweep(of_tile), strict=True)
+        values = torch.stack([torch.stack(lows).amin(0), torch.stack(highs).amax(0)], dim=-1)
+        return values[:, None, None, :]
+
+    def sums(self, score: Score) -> Tensor:
+        """The sum of each row's scores, added in float64: (K, 1, 1)."""
+        parts = self._sweep(lambda tile: score(tile).sum((1, 2), dtype=torch.float64))
+        return torch.stack(list(parts)).sum(0)[:, None, None].to(self.dtype)
+
+    def combine(self, rule: Rule, *, whole: bool = False) -> "Merged":
+        """The merged blocks, each computed when it is asked for.
+
+        Args:
+            rule: How a tile is merged.
+            whole: Tiles are whole blocks: for rules that are not elementwise.
+        """
+        return Merged(self, rule, whole)
+
+    def tiles(self, block: Block, whole: bool = False) -> Iterator[Callable[[], Tensor]]:
+        """The block's tiles, of which each is computed by a call."""
+        part = block.open(self.dtype, self.device)
+        values = TILE_VALUES if self.device.type == "cpu" else DEVICE_TILE_VALUES
+        height = block.shape[1] if whole else max(1, values // (self.tasks * block.shape[2]))
+        for start in range(0, block.shape[1], height):
+            rows = slice(start, start + height)
+            yield lambda rows=rows: part(rows, slice(None))
+
+    def _sweep(self, function: Callable[[Tensor], Result]) -> Iterator[Result]:
+        """What `function` makes of each tile, in order."""
+        tiles = (tile for block in self._track(self.blocks) for tile in self.tiles(block))
+        return in_order(lambda tile: function(tile()), tiles)
+
+    def _sample(self, score: Score) -> Tensor:
+        """The scores of a part of every block, in proportion to its size; of all of it where that is little."""
+        share = min(1.0, SAMPLE_VALUES / self.size)
+        if share == 1:
+            return torch.cat(list(self._sweep(lambda tile: score(tile).flatten(1))), dim=1)
+        generator = torch.Generator().manual_seed(0)
+        parts: list[Tensor] = []
+        for block in self.blocks:
+            _, rows, cols = block.shape
+            height = min(rows, math.ceil(math.sqrt(share * block.size)))
+            width = min(cols, math.ceil(share * block.size / height))
+            some_rows = torch.randperm(rows, generator=generator)[:height].to(self.device)
+            some_cols = torch.randperm(cols, generator=generator)[:width].to(self.device)
+            tile = block.open(self.dtype, self.device)(some_rows, some_cols)
+            parts.append(score(tile).flatten(1))
+        return torch.cat(parts, dim=1)
+
+
+@dataclasses.dataclass(slots=True)
+class BlockCounts:
+    """What was seen while a block was merged.
+
+    Attributes:
+        entries: How many there are.
+        kept: How many of them each adapter kept; empty if the method drops none.
+        conflicts: At how many entries adapters disagree on the sign.
+    """
+
+    entries: int
+    kept: list[int] = dataclasses.field(default_factory=list[int])
+    conflicts: int = 0
+
+
+class Merged:
+    """The merged blocks of a scope."""
+
+    def __init__(self, tasks: TaskVectors, rule: Rule, whole: bool) -> None:
+        self._tasks = tasks
+        self._rule = rule
+        self._whole = whole
+
+    def block(self, index: int) -> tuple[Tensor, BlockCounts]:
+        """The merged block (rows, cols) of that index, on the CPU, and what was counted on the way."""
+        tasks, block = self._tasks, self._tasks.blocks[index]
+        weights = torch.tensor(block.weights, dtype=tasks.dtype, device=tasks.device)[:, None, None]
+
+        def merge(tile: Callable[[], Tensor]) -> tuple[Tensor, list[int], int]:
+            values = tile()
+            result = self._rule(values, weights)
+            merged, kept = result if isinstance(result, tuple) else (result, None)
+            kept_counts = [] if kept is None else [count(mask) for mask in kept]
+            return merged.cpu(), kept_counts, count(disagreement(values))
+
+        counts = BlockCounts(block.size)
+        rows: list[Tensor] = []
+        for values, kept, disagreements in in_order(merge, tasks.tiles(block, self._whole)):
+            rows.append(values)
+            counts.conflicts += disagreements
+            counts.kept = [a + b for a, b in zip(counts.kept or [0] * len(kept), kept, strict=True)]
+        return torch.cat(rows), counts
+
+
+def disagreement(tile: Tensor) -> Tensor:
+    """Where two adapters of a tile (T, r, c) have opposite signs: (r, c)."""
+    return (tile.amin(0) < 0) & (tile.amax(0) > 0)
+
+
+def count(mask: Tensor) -> int:
+    """How many entries are not 0. (numpy counts several times faster than torch on a CPU.)"""
+    return int(np.count_nonzero(mask.cpu().numpy()))
+
+
+def in_order(
+    function: Callable[[Callable[[], Tensor]], Result], tiles: Iterable[Callable[[], Tensor]]
+) -> Iterator[Result]:
+    """`map`, on as many threads as torch would use; the few tiles in flight bound the memory.
+
+    Tiles are too small to be shared by threads, so each thread takes whole ones.
+    """
+    workers = torch.get_num_threads()
+    tiles = iter(tiles)
+    first = list(itertools.islice(tiles, 2))
+    if workers == 1 or len(first) < 2:
+        yield from map(function, itertools.chain(first, tiles))
+        return
+    queue: collections.deque[concurrent.futures.Future[Result]] = collections.deque()
+    try:
+        with concurrent.futures.ThreadPoolExecutor(
+            workers, initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool:
+            for tile in itertools.chain(first, tiles):
+                queue.append(pool.submit(function, tile))
+                if len(queue) > 2 * workers:
+                    yield queue.popleft().result()
+            while queue:
+                yield queue.popleft().result()
+    finally:
+        torch.set_num_threads(workers)

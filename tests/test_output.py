@@ -1,0 +1,173 @@
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from pcb_peft.errors import OutputError
+from pcb_peft.output import replace_directory
+
+
+def write(target, text="new", *, overwrite=False):
+    with replace_directory(target, overwrite=overwrite) as directory:
+        (directory / "sub").mkdir()
+        (directory / "sub" / "file").write_text(text)
+
+
+def content(target):
+    return (target / "sub" / "file").read_text()
+
+
+@pytest.fixture
+def umask():
+    before = os.umask(0o027)
+    yield 0o027
+    os.umask(before)
+
+
+def test_a_new_directory_appears_with_its_parents_and_nothing_beside_it(tmp_path):
+    target = tmp_path / "a" / "b"
+    write(target)
+    assert content(target) == "new"
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_an_empty_directory_is_replaced(tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    write(target)
+    assert content(target) == "new"
+
+
+def test_a_full_directory_is_replaced_only_on_request(tmp_path):
+    target = tmp_path / "out"
+    write(target, "old")
+    with pytest.raises(OutputError, match=r"overwrite=True, --overwrite"):
+        write(target)
+    assert content(target) == "old"
+    (target / "stale").touch()
+    write(target, overwrite=True)
+    assert content(target) == "new"
+    assert [path.name for path in target.iterdir()] == ["sub"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_after_a_failure_the_old_directory_is_there_and_nothing_else(tmp_path, error):
+    target = tmp_path / "out"
+    write(target, "old")
+
+    def fails():
+        with replace_directory(target, overwrite=True) as directory:
+            (directory / "half").touch()
+            raise error
+
+    pytest.raises(error, fails)
+    assert content(target) == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_if_the_last_rename_fails_the_old_directory_comes_back(tmp_path, monkeypatch):
+    target = tmp_path / "out"
+    write(target, "old")
+    rename = Path.rename
+
+    def fails(self, to):
+        if self.suffix == ".tmp":
+            raise PermissionError(to)
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(PermissionError):
+        write(target, overwrite=True)
+    assert content(target) == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_directory_filled_in_the_meantime_is_not_replaced(tmp_path):
+    target = tmp_path / "out"
+
+    def is_late():
+        with replace_directory(target, overwrite=False):
+            write(target, "of another process")
+
+    with pytest.raises(OutputError, match="not empty"):
+        is_late()
+    assert content(target) == "of another process"
+
+
+def test_leftovers_of_a_killed_run_do_not_matter(tmp_path):
+    target = tmp_path / "out"
+    with replace_directory(target, overwrite=False) as directory:
+        killed = directory.name
+    (tmp_path / killed).mkdir()
+    (tmp_path / killed).with_suffix(".old").mkdir()
+    write(target, overwrite=True)
+    assert content(target) == "new"
+
+
+def test_modes_are_those_that_the_umask_gives(tmp_path, umask):
+    with replace_directory(tmp_path / "out", overwrite=False) as directory:
+        (directory / "sub").mkdir()
+        for name in ("closed", "sub/closed"):
+            (directory / name).touch(mode=0o600)
+        (directory / "open").touch()
+        (directory / "open").chmod(0o777)
+    modes = {
+        path.name: stat.S_IMODE(path.stat().st_mode)
+        for path in (tmp_path / "out", *(tmp_path / "out").rglob("*"))
+    }
+    files, folders = 0o666 & ~umask, 0o777 & ~umask
+    assert modes == {"out": folders, "sub": folders, "closed": files, "open": files}
+
+
+def test_a_file_is_refused(tmp_path):
+    (tmp_path / "out").touch()
+    with pytest.raises(OutputError, match="is a file"):
+        write(tmp_path / "out", overwrite=True)
+
+
+@pytest.mark.parametrize("target", [".", "..", "/", ""])
+def test_the_current_directory_and_those_above_it_are_refused(tmp_path, monkeypatch, target):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match="current directory"):
+        write(Path(target), overwrite=True)
+
+
+def test_a_mount_point_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "is_mount", lambda self: self.name == "out")
+    with pytest.raises(OutputError, match="mount point"):
+        write(tmp_path / "out")
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"file cannot be written"):
+        write(tmp_path / "file" / "out")
+
+
+def test_a_symbolic_link_stays_and_what_it_points_to_is_replaced(tmp_path):
+    write(tmp_path / "real", "old")
+    (tmp_path / "link").symlink_to("real")
+    write(tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert content(tmp_path / "real") == "new"
+
+
+def test_everything_is_synced_before_the_rename(tmp_path, monkeypatch):
+    synced = []
+    fsync, rename = os.fsync, Path.rename
+
+    def record(descriptor):
+        synced.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def check(self, to):
+        wanted = {path.stat().st_ino for path in (self, *self.rglob("*"))}
+        assert wanted <= set(synced)
+        return rename(self, to)
+
+    monkeypatch.setattr(os, "fsync", record)
+    monkeypatch.setattr(Path, "rename", check)
+    write(tmp_path / "out")
+    assert tmp_path.stat().st_ino == synced[-1]
