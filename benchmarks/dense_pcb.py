@@ -1,0 +1,141 @@
+"""Global PCB-Merging in dense space: the streaming engine beside the original algorithm.
+
+    python benchmarks/dense_pcb.py                     # Llama-3.2-1B's shapes, 4 adapters of rank 16
+    python benchmarks/dense_pcb.py --layers 2          # a smaller model
+
+The engine merges all layers; the original algorithm, which sorts whole task vectors in memory, merges as many as
+``--original-layers`` says. Each runs in a process of its own, so that its peak memory is its own.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+HIDDEN, KEY_VALUE, MLP = 2048, 512, 8192  # Llama-3.2-1B
+SHAPES = {  # (out, in)
+    "self_attn.q_proj": (HIDDEN, HIDDEN),
+    "self_attn.k_proj": (KEY_VALUE, HIDDEN),
+    "self_attn.v_proj": (KEY_VALUE, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HIDDEN),
+    "mlp.gate_proj": (MLP, HIDDEN),
+    "mlp.up_proj": (MLP, HIDDEN),
+    "mlp.down_proj": (HIDDEN, MLP),
+}
+
+
+def write_adapter(directory: Path, layers: int, rank: int, seed: int) -> None:
+    """A LoRA of all seven linear layers, with random factors."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    for layer in range(layers):
+        for module, (rows, cols) in SHAPES.items():
+            name = f"base_model.model.model.layers.{layer}.{module}"
+            tensors[f"{name}.lora_A.weight"] = torch.randn(rank, cols, generator=generator) / cols**0.5
+            tensors[f"{name}.lora_B.weight"] = torch.randn(rows, rank, generator=generator) * 0.01
+    directory.mkdir(parents=True)
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": [m.split(".")[1] for m in SHAPES]}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+
+
+def run_engine(adapters: list[str], formula: str, density: float) -> None:
+    """Statistics and every merged tile, produced and dropped."""
+    from pcb_peft import merge_adapters
+
+    options = {"formula": formula, "density": density}
+    merged = merge_adapters(adapters, "pcb", space="dense", scope="global", rank="full", **options)
+    for module in merged.modules:
+        merged.delta(module)
+
+
+def run_original(adapters: list[str], formula: str, density: float) -> None:
+    """The published algorithm on the concatenated task vectors, float32: sorts for the quantiles, whole rows at once."""
+    from pcb_peft import load_adapter
+
+    loaded = [load_adapter(adapter) for adapter in adapters]
+    x = torch.stack([torch.cat([a.delta(m).flatten() for m in a.modules]) for a in loaded])
+    count, size = x.shape
+    tail = 0.0001 if formula == "reference" else 0.01
+
+    def clamped(values: Tensor, low: int, high: int) -> Tensor:
+        ordered = values.sort(dim=1).values
+        return values.clamp(ordered[:, low : low + 1], ordered[:, high : high + 1])
+
+    def unit(values: Tensor) -> Tensor:
+        low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
+        return (values - low) / (high - low)
+
+    magnitude = clamped(x.abs(), int(size * tail), int(size * (1 - tail) - 1))
+    signed, normed = x.sign() * magnitude, x.sign() * unit(magnitude)
+    if formula == "es":
+        inter = torch.stack([torch.tanh(row * normed).sum(0) for row in normed])
+    else:
+        inter = torch.tanh(x * (normed if formula == "vision" else x).sum(0))
+    score = torch.exp(count * unit(magnitude) ** 2) * inter
+    scale = unit(clamped(score, int(size * (1 - density)), size - 1))
+    _ = (signed * scale).sum(0) / scale.sum(0).clamp(min=1e-12)
+
+
+def measure(name: str, adapters: list[Path], arguments: argparse.Namespace) -> tuple[float, float]:
+    """Seconds and peak resident GiB of one algorithm in a process of its own."""
+    command = [sys.executable, __file__, "--run", name, *map(str, adapters)]
+    command += ["--formula", arguments.formula, "--density", str(arguments.density)]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    seconds, peak = output.split()
+    return float(seconds), float(peak)
+
+
+def child(arguments: argparse.Namespace) -> None:
+    """What the measured process does."""
+    run = {"engine": run_engine, "original": run_original}[arguments.run]
+    started = time.perf_counter()
+    run(arguments.adapters, arguments.formula, arguments.density)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
+    print(time.perf_counter() - started, peak)
+
+
+def main() -> None:
+    """Measures both and prints them side by side."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("adapters", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--run", help=argparse.SUPPRESS)
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--original-layers", type=int, default=1)
+    parser.add_argument("--count", type=int, default=4, help="adapters")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--formula", default="es")
+    parser.add_argument("--density", type=float, default=0.1)
+    arguments = parser.parse_args()
+    if arguments.run:
+        child(arguments)
+        return
+    per_layer = sum(rows * cols for rows, cols in SHAPES.values())
+    sizes = {"engine": arguments.layers, "original": arguments.original_layers}
+    print(f"{arguments.count} adapters of rank {arguments.rank}, formula {arguments.formula}, {torch.get_num_threads()} threads")
+    print("| algorithm | values per adapter | seconds | values/s per adapter | ns per value and adapter | peak GiB |")
+    print("|---|---|---|---|---|---|")
+    costs: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, layers in sizes.items():
+            adapters = [Path(scratch, name, str(seed)) for seed in range(arguments.count)]
+            for seed, directory in enumerate(adapters):
+                write_adapter(directory, layers, arguments.rank, seed)
+            seconds, peak = measure(name, adapters, arguments)
+            values = layers * per_layer
+            costs[name] = seconds / values / arguments.count
+            rate = values / seconds
+            print(f"| {name} | {values:.3g} | {seconds:.1f} | {rate:.3g} | {costs[name] * 1e9:.1f} | {peak:.2f} |")
+    print(f"per value, the original takes {costs['original'] / costs['engine']:.1f} times as long as the engine")
+
+
+if __name__ == "__main__":
+    main()
