@@ -8,13 +8,13 @@ comes, never what it is.
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Part: TypeAlias = tuple[int, int, int, Tensor]  # see `partition`
+Part: TypeAlias = tuple[int, int, Tensor]  # see `partition`
 
 MARGIN = 12.0  # half width of a bracket, in standard errors of as many independent values
 KEPT_VALUES = 1 << 24  # how many values one bracket keeps at most
@@ -29,48 +29,64 @@ class Bracket:
     high: float
     value: float | None = None  # the answer
     below: int = 0  # how many values are < low
-    at_low: int = 0  # ... are = low
-    at_high: int = 0  # ... are = high
-    inside: int = 0
-    stride: int = 1  # one in `stride` of the values inside is kept
-    kept: list[Tensor] = dataclasses.field(default_factory=list[Tensor])
+    inside: int = 0  # how many are in [low, high]
+    stride: int = 1  # one in `stride` of those inside is kept
+    kept: "Buffer" = dataclasses.field(default_factory=lambda: Buffer())
 
     def add(self, part: Part) -> None:
         """Takes in one tile."""
-        below, at_low, at_high, inner = part
+        below, inside, values = part
         self.below += below
-        self.at_low += at_low
-        self.at_high += at_high
-        self.inside += len(inner)
-        self.kept.append(inner[:: self.stride])
-        if sum(map(len, self.kept)) > KEPT_VALUES:
+        self.inside += inside
+        self.kept.append(values[:: self.stride])
+        if len(self.kept) > KEPT_VALUES:
             self.stride *= 2
-            self.kept = [torch.cat(self.kept)[::2]]
+            self.kept = Buffer(self.kept.values[::2].clone())
 
     def settle(self) -> None:
         """After a pass: reads the answer off the counts, or sets the bracket of the next pass."""
         position = self.index - self.below
         if position < 0:
             self._restart(-np.inf, self.low)
-        elif position < self.at_low:
-            self.value = self.low
-        elif position < self.at_low + self.inside:
-            self._select(torch.cat(self.kept), position - self.at_low)
-        elif position < self.at_low + self.inside + self.at_high:
-            self.value = self.high
-        else:
+        elif position >= self.inside:
             self._restart(self.high, np.inf)
-
-    def _select(self, inner: Tensor, position: int) -> None:
-        if self.stride == 1:
-            self.value = float(torch.kthvalue(inner, position + 1).values)
+        elif self.low == self.high:
+            self.value = self.low
+        elif self.stride == 1:
+            self.value = float(torch.kthvalue(self.kept.values, position + 1).values)
         else:
-            quantile = position / max(1, self.inside - 1)
-            self._restart(*narrowed(inner.sort().values, quantile, self.low, self.high))
+            ordered, quantile = self.kept.values.sort().values, position / max(1, self.inside - 1)
+            self._restart(*narrowed(ordered, quantile, self.low, self.high))
 
     def _restart(self, low: float, high: float) -> None:
-        self.low, self.high, self.kept, self.stride = low, high, [], 1
-        self.below = self.at_low = self.at_high = self.inside = 0
+        self.low, self.high, self.kept, self.stride = low, high, Buffer(), 1
+        self.below = self.inside = 0
+
+
+class Buffer:
+    """Values appended one after the other. (A list of small tensors would pin the memory around each of them.)"""
+
+    def __init__(self, values: Tensor | None = None) -> None:
+        self._space = torch.empty(0) if values is None else values
+        self._used = len(self._space)
+
+    def __len__(self) -> int:
+        return self._used
+
+    @property
+    def values(self) -> Tensor:
+        """All of them."""
+        return self._space[: self._used]
+
+    def append(self, values: Tensor) -> None:
+        """Adds values at the end, in room that doubles when it is full."""
+        end = self._used + len(values)
+        if end > len(self._space):
+            space = values.new_empty(max(1024, 2 * end))
+            space[: self._used] = self.values
+            self._space = space
+        self._space[self._used : end] = values
+        self._used = end
 
 
 def narrowed(ordered: Tensor, quantile: float, low: float, high: float) -> tuple[float, float]:
@@ -85,16 +101,15 @@ def narrowed(ordered: Tensor, quantile: float, low: float, high: float) -> tuple
 
 
 def partition(values: Tensor, low: float, high: float) -> Part:
-    """How many values are below `low`, how many equal either end, and those strictly inside."""
+    """How many values are below `low`, how many in [low, high], and which (none if the interval is a single value)."""
     # numpy compares several times faster than torch does on a CPU; both speak the same operators.
-    on_cpu = values.device.type == "cpu"
-    array = values.numpy() if on_cpu else values
-    count = np.count_nonzero if on_cpu else torch.count_nonzero
-    below = int(count(array < low))
-    at_low = int(count(array == low))
-    at_high = int(count(array == high)) if high > low else 0
-    inner = array[(array > low) & (array < high)]
-    return below, at_low, at_high, torch.as_tensor(inner)
+    array: Any = values.numpy() if values.device.type == "cpu" else values
+    reached = array >= low
+    inside = reached if high == np.inf else reached & (array <= high)
+    count: Any = np.count_nonzero if values.device.type == "cpu" else torch.count_nonzero
+    below = 0 if low == -np.inf else len(array) - int(count(reached))
+    kept = array[inside] if low < high else array[:0]
+    return below, len(kept) if low < high else int(count(inside)), torch.as_tensor(kept)
 
 
 def order_statistics(

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pcb_peft import selection
+from pcb_peft import noise, selection
 
 Index: TypeAlias = slice | Tensor
 
@@ -27,11 +27,12 @@ Rule: TypeAlias = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
 """A tile (T, r, cols) and the weights (T, 1, 1) to the merged tile (r, cols); a method that drops entries adds, for the
 report, a tensor (T, r, cols) that is not 0 where it kept them."""
 
+Transform: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""A tile (T, r, c) and independent random numbers in [0, 1), float64, of that shape, to what stands in for the tile."""
+
 Result = TypeVar("Result")
 
-TILE_VALUES = (
-    1 << 16
-)  # of all adapters together: small enough for a core's cache, and for malloc to recycle
+TILE_VALUES = 1 << 18  # of all adapters together: it fits a core's cache, and pays for its calls
 DEVICE_TILE_VALUES = 1 << 24  # where a tile has an accelerator to fill
 SAMPLE_VALUES = 1 << 18  # per adapter
 DOUBLE_VALUES = 1 << 27  # up to so many values in all, a scope is computed in float64
@@ -45,11 +46,13 @@ class Block:
         shape: (T, rows, cols).
         weights: λ of the papers, one per adapter, as this space has them.
         open: Given dtype and device, a function from row and column indices to that part (T, r, c) of the stack.
+        keys: Of the random numbers, one per adapter; without them there are none.
     """
 
     shape: tuple[int, int, int]
     weights: tuple[float, ...]
     open: Callable[[torch.dtype, torch.device], Callable[[Index, Index], Tensor]]
+    keys: tuple[int, ...] = ()
 
     @property
     def size(self) -> int:
@@ -84,6 +87,31 @@ def products(factors: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float])
         return tile
 
     return Block((len(factors), rows, cols), tuple(weights), open_)
+
+
+def transformed(block: Block, transform: Transform) -> Block:
+    """The same block, of which each part is transformed when it is asked for.
+
+    Raises:
+        ValueError: The block has no keys.
+    """
+    if len(block.keys) != block.shape[0]:
+        raise ValueError(f"{len(block.keys)} keys for {block.shape[0]} adapters: no random numbers")
+
+    def open_(dtype: torch.dtype, device: torch.device) -> Callable[[Index, Index], Tensor]:
+        part = block.open(dtype, device)
+        keys = torch.tensor(block.keys, device=device)
+        _, height, width = block.shape
+        starts, columns = torch.arange(0, height * width, width), torch.arange(width)
+        starts, columns = starts.to(device), columns.to(device)
+
+        def tile(rows: Index, cols: Index) -> Tensor:
+            positions = starts[rows][:, None] + columns[cols]
+            return transform(part(rows, cols), noise.uniform(keys, positions))
+
+        return tile
+
+    return dataclasses.replace(block, open=open_)
 
 
 class TaskVectors:
@@ -137,6 +165,15 @@ class TaskVectors:
         """The sum of each row's scores, added in float64: (K, 1, 1)."""
         parts = self._sweep(lambda tile: score(tile).sum((1, 2), dtype=torch.float64))
         return torch.stack(list(parts)).sum(0)[:, None, None].to(self.dtype)
+
+    def transformed(self, transform: Transform) -> "TaskVectors":
+        """These task vectors with every tile transformed, for all that is then asked of them.
+
+        The random numbers of an entry follow from its adapter's key and its place in the block. A transform sees whole
+        rows, but for the parts of rows that are sampled, where it decides only how soon an order statistic is found.
+        """
+        blocks = [transformed(block, transform) for block in self.blocks]
+        return TaskVectors(blocks, device=self.device, track=self._track)
 
     def combine(self, rule: Rule, *, whole: bool = False) -> "Merged":
         """The merged blocks, each computed when it is asked for.
@@ -229,7 +266,7 @@ def disagreement(tile: Tensor) -> Tensor:
 
 
 def count(mask: Tensor) -> int:
-    """How many entries are not 0. (numpy counts several times faster than torch on a CPU.)"""
+    """How many entries are not 0; numpy counts several times faster than torch on a CPU."""
     return int(np.count_nonzero(mask.cpu().numpy()))
 
 

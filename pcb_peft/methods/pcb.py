@@ -68,14 +68,17 @@ def pcb(
             0 for `paper` (always), 0.01 for the others.
 
     Source: Du et al. 2024, section 3, and github.com/duguodong7/pcb-merging at 5897888. Departures: a task vector that
-    has no competitor in its scope, because all others are zero there, is not balanced but returned. And where the
-    original divides 0 by 0: a row of equal |τ| has N = 0; a row that is constant once its tails are clamped is not
+    has no competitor in its scope, because all others are zero there, is not balanced but returned; and fewer than 100
+    values are not clamped, of which the code's indices would cut the largest down to the next. Where the original
+    divides 0 by 0: a row of equal |τ| has N = sign(τ); a row that is constant once its tails are clamped is not
     clamped; where only the largest score lies above the quantile, it is kept and not dropped; a zero row has no say.
     """
     if formula == "paper":
         return _paper(tasks, density)
     tail, cross = FORMULAS[formula]
     tail = tail if winsor is None else winsor
+    if tasks.size * max(tail, 0.01) < 1:
+        tail = 0.0
     inner = [int(tasks.size * tail), max(0, int(tasks.size * (1 - tail) - 1))]
     minimum, low, high, maximum = tasks.order_statistics(
         torch.abs, [0, *inner, tasks.size - 1]
@@ -84,6 +87,7 @@ def pcb(
         return _sum(tasks)
     collapsed = high <= low
     low, high = torch.where(collapsed, minimum, low), torch.where(collapsed, maximum, high)
+    low = torch.where(low < high, low, 0)
     spread = reciprocal(high - low)
 
     def clamped(x: Tensor) -> Tensor:
@@ -91,7 +95,8 @@ def pcb(
 
     def score(x: Tensor) -> Tensor:
         unit = (clamped(x) - low) * spread
-        return torch.exp(tasks.tasks * unit.square()) * cross(x, torch.sign(x) * unit)
+        intra = torch.exp(tasks.tasks * (unit.square() - 1))  # e^T is left out, or it overflows
+        return intra * cross(x, torch.sign(x) * unit)
 
     cut = [min(int(tasks.size * (1 - density)), tasks.size - 1), tasks.size - 1]
     threshold, top = tasks.order_statistics(score, cut).unbind(-1)
@@ -121,7 +126,7 @@ def _paper(tasks: TaskVectors, density: float) -> Merged:
         return _sum(tasks)
 
     def intra(x: Tensor) -> Tensor:
-        return torch.exp(count * (x.square() - low[own]) * spread[own])
+        return torch.exp(count * ((x.square() - low[own]) * spread[own] - 1))
 
     def inter(x: Tensor) -> Tensor:
         return torch.exp((pairs(x) - low) * spread)

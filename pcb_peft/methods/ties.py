@@ -1,9 +1,9 @@
 """TIES-Merging."""
 
-import torch
 from torch import Tensor
 
 from pcb_peft.methods.registry import merge_method
+from pcb_peft.methods.verbs import elected, least_kept, mean_of
 from pcb_peft.options import Density
 from pcb_peft.statistics import Merged, TaskVectors
 
@@ -20,13 +20,11 @@ def ties(tasks: TaskVectors, *, density: Density = 0.2) -> Merged:
     kept one are kept; an entry whose sum is 0 elects no sign and merges to 0 (the authors' code gives it the sign that
     most other entries have).
     """
-    cut = tasks.size - max(1, int(density * tasks.size))
-    threshold = tasks.order_statistics(torch.abs, [cut])[..., 0]
+    threshold = least_kept(tasks, density)
 
     def merge(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         kept = x.abs() >= threshold
         trimmed = weights * x * kept
-        elected = trimmed * trimmed.sum(0) > 0
-        return (trimmed * elected).sum(0) / elected.sum(0).clamp(min=1), kept
+        return mean_of(trimmed, elected(trimmed)), kept
 
     return tasks.combine(merge)

@@ -1,0 +1,26 @@
+"""DARE: drop and rescale, then task arithmetic."""
+
+from pcb_peft.methods.registry import merge_method
+from pcb_peft.methods.verbs import drop_at_random
+from pcb_peft.options import Density
+from pcb_peft.statistics import Merged, TaskVectors
+
+
+@merge_method("dare_linear", paper="arXiv:2311.03099", scope="module")
+def dare_linear(tasks: TaskVectors, *, density: Density = 0.5, rescale: bool = True) -> Merged:
+    """Drop entries at random, rescale the rest, then add: τ_m = Σ_t λ_t τ_t m_t / density.
+
+    Each entry of m_t is 1 with probability `density`, else 0, so that `linear` is what it gives in expectation. It
+    takes no statistics: both scopes give the same.
+
+    Args:
+        density: Probability with which an entry is kept; the paper's 1 − p.
+        rescale: Divide what is kept by the density.
+
+    Source: Yu et al. 2024, the two steps of DARE before task arithmetic. Departure: masks follow from seed, adapter,
+    module and place. Given the masks it is PEFT's `dare_linear` to rounding. (mergekit's `rescale` restores the sum of
+    |τ_t| of each tensor instead of the expectation of each entry.)
+    """
+    return drop_at_random(tasks, density, rescale).combine(
+        lambda x, weights: ((weights * x).sum(0), x)
+    )

@@ -1,0 +1,42 @@
+"""FR-Merging: the part of FREE-Merging that adds nothing to the model."""
+
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from pcb_peft.methods.registry import merge_method
+from pcb_peft.methods.spectral import merge_matrices
+from pcb_peft.options import Range
+from pcb_peft.statistics import Merged, TaskVectors
+
+
+@merge_method("fr", paper="arXiv:2411.16815", space="dense", scope="module", keeps_one=True)
+def fr(tasks: TaskVectors, *, cutoff: Annotated[float, Range(0, 1)] = 0.1) -> Merged:
+    """Take the low frequencies out of each ΔW, seen as an image, and add up the rest.
+
+    ΔW = Σ_t λ_t F⁻¹(H ∘ F(ΔW_t)), with F the two-dimensional Fourier transform, and H 0 at the frequencies (η, γ) with
+    √(η² + γ²) < D₀ and 1 elsewhere.
+
+    Args:
+        cutoff: D₀ as part of the largest √(η² + γ²), that of the fastest oscillation along both sides.
+
+    Source: Zheng and Wang 2025, the stage without experts. Departures: the weights are the caller's, not the tasks'
+    mean entries; frequencies are in cycles per entry, so that D₀ means the same for every shape; and H is centred at
+    frequency 0, where github.com/Zhengsh123/FREE-Merging at 36c0f41 keeps a disc around the fastest oscillation whose
+    radius depends on the shape: all but the slowest 0.02 % of a square matrix, a third of one four times as wide.
+    """
+    return merge_matrices(tasks, lambda x: _merge(x, cutoff))
+
+
+def _merge(x: Tensor, cutoff: float) -> Tensor:
+    total = x.sum(0)  # the filter is linear
+    rows, cols = total.shape
+    radius = torch.hypot(_frequencies(rows)[:, None], _frequencies(cols)[: cols // 2 + 1])
+    kept = torch.fft.rfft2(total) * (radius >= cutoff * 0.5**0.5).to(total.device)
+    return torch.fft.irfft2(kept, s=(rows, cols))
+
+
+def _frequencies(length: int) -> Tensor:
+    """In cycles per entry, from 0 up to 1/2 and then the negative ones."""
+    return torch.fft.fftfreq(length, dtype=torch.float64)

@@ -1,0 +1,27 @@
+"""Isotropic merging in the common subspace: Iso-C."""
+
+from torch import Tensor
+
+from pcb_peft.linalg import significant
+from pcb_peft.methods.registry import merge_method
+from pcb_peft.methods.spectral import merge_matrices
+from pcb_peft.statistics import Merged, TaskVectors
+
+
+@merge_method("iso_c", paper="arXiv:2502.04959", scope="module", keeps_one=True)
+def iso_c(tasks: TaskVectors) -> Merged:
+    """Sum the task vectors, then give all directions of the sum the same strength.
+
+    With Σ_t λ_t ΔW_t = U Σ Vᵀ: ΔW = σ̄ U Vᵀ, where σ̄ is the mean of the singular values.
+
+    Source: Marczak et al. 2025, and github.com/danielm1405/iso-merging at d34010a. Departures: the mean goes over the
+    numerical rank, where the authors take it over all min(out, in) singular values, which for a LoRA are mostly 0 and
+    make σ̄ smaller by the factor rank / min(out, in); and a task vector that has no competitor is returned, not
+    flattened.
+    """
+    return merge_matrices(tasks, _merge)
+
+
+def _merge(x: Tensor) -> Tensor:
+    u, s, vh = significant(x.sum(0))
+    return s.sum() / max(1, len(s)) * (u @ vh)

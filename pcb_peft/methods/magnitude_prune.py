@@ -1,0 +1,28 @@
+"""Magnitude pruning."""
+
+from torch import Tensor
+
+from pcb_peft.methods.registry import merge_method
+from pcb_peft.methods.verbs import least_kept
+from pcb_peft.options import Density
+from pcb_peft.statistics import Merged, TaskVectors
+
+
+@merge_method("magnitude_prune", paper="arXiv:1506.02626")
+def magnitude_prune(tasks: TaskVectors, *, density: Density = 0.5) -> Merged:
+    """Trim each task vector, then add: τ_m = Σ_t λ_t τ_t m_t, where m_t marks the largest |τ_t|.
+
+    Args:
+        density: Fraction of entries kept per task vector, the largest in magnitude.
+
+    Source: Han et al. 2015, section 3.1, on task vectors, as PEFT's function of this name and as the baseline of DARE
+    (Yu et al. 2024). Departures: the threshold is taken over the scope and not per tensor, and entries that tie with
+    the smallest kept one are kept. Without ties, and per tensor, the result is PEFT's to rounding.
+    """
+    threshold = least_kept(tasks, density)
+
+    def merge(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        kept = x.abs() >= threshold
+        return (weights * x * kept).sum(0), kept
+
+    return tasks.combine(merge)

@@ -1,0 +1,45 @@
+"""Spherical linear interpolation."""
+
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from pcb_peft.errors import OptionError
+from pcb_peft.methods.registry import merge_method
+from pcb_peft.methods.verbs import average_on_sphere, unit
+from pcb_peft.options import Range
+from pcb_peft.statistics import Merged, TaskVectors
+
+
+@merge_method("slerp", paper="doi:10.1145/325334.325242", scope="module", keeps_one=True)
+def slerp(tasks: TaskVectors, *, t: Annotated[float, Range(0, 1)] | None = None) -> Merged:
+    """Turn one task vector towards another along the great circle.
+
+    With u_1, u_2 the directions of two task vectors and Ω the angle between them: the direction
+    (sin((1 − t)Ω) u_1 + sin(tΩ) u_2) / sin Ω, with the length of the mean |λ| times (1 − t)‖τ_1‖ + t‖τ_2‖. A negative
+    λ turns its task vector around. Opposite vectors have no great circle: u_1 and u_2 are then mixed as 1 − t to t.
+
+    Args:
+        t: How far, from 0 for the first adapter to 1 for the second; default: |λ_2| / (|λ_1| + |λ_2|).
+
+    Raises:
+        OptionError: There are not two adapters.
+
+    Source: Shoemake 1985, on the directions of task vectors; a zero one has no say. (mergekit's `slerp`, of whole
+    weights, and its `nuslerp` put the sines before vectors of their own lengths: the same where the lengths are equal;
+    otherwise the longer one pulls the direction.)
+    """
+    if tasks.tasks != 2:
+        raise OptionError(
+            f"slerp goes from one adapter to another, and there are {tasks.tasks}; karcher takes any number"
+        )
+    shares = None if t is None else torch.tensor([1 - t, t], dtype=torch.float64)
+    return average_on_sphere(tasks, great_circle, shares)
+
+
+def great_circle(cosines: Tensor, shares: Tensor) -> Tensor:
+    """sin(share_t Ω) / sin Ω."""
+    angle = torch.acos(cosines[0, 1])
+    coefficients = torch.sin(shares * angle) / torch.sin(angle)
+    return unit(cosines, coefficients) if torch.sin(angle) > 1e-6 else shares

@@ -1,0 +1,29 @@
+"""Superposed task-specific features: STF."""
+
+import torch
+from torch import Tensor
+
+from pcb_peft.linalg import ROUNDING, joined, significant
+from pcb_peft.methods.registry import merge_method
+from pcb_peft.methods.spectral import merge_matrices
+from pcb_peft.statistics import Merged, TaskVectors
+
+
+@merge_method("stf", paper="arXiv:2502.10698", scope="module", keeps_one=True)
+def stf(tasks: TaskVectors) -> Merged:
+    """Superpose the tasks' singular features so that each keeps its response: u_kᵀ ΔW v_k = σ_k for all of them.
+
+    With the singular triplets (u_k, σ_k, v_k) of all λ_t ΔW_t together: ΔW = Σ_k x_k u_k v_kᵀ, where x solves the
+    linear system (UᵀU ∘ VᵀV) x = σ. It is the smallest ΔW that has these responses.
+
+    Source: Qiu et al. 2025. Departures: a task has as many triplets as its numerical rank, and where features depend
+    on each other, as those of two equal adapters, x is the least-squares solution, so that these merge to themselves.
+    """
+    return merge_matrices(tasks, _merge)
+
+
+def _merge(x: Tensor) -> Tensor:
+    u, s, vh = joined([significant(matrix) for matrix in x])
+    kernel = (u.T @ u) * (vh @ vh.T)
+    strength = torch.linalg.pinv(kernel, rtol=ROUNDING**2, hermitian=True) @ s
+    return (u * strength) @ vh

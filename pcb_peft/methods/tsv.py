@@ -1,0 +1,41 @@
+"""Task singular vectors: TSV-Merge."""
+
+import math
+
+from torch import Tensor
+
+from pcb_peft.linalg import Svd, joined, orthonormalized, significant
+from pcb_peft.methods.registry import merge_method
+from pcb_peft.methods.spectral import merge_matrices
+from pcb_peft.options import Density
+from pcb_peft.statistics import Merged, TaskVectors
+
+
+@merge_method("tsv", paper="arXiv:2412.00081", scope="module", keeps_one=True)
+def tsv(tasks: TaskVectors, *, density: Density = 1.0) -> Merged:
+    """Put all tasks' singular vectors side by side, make them orthonormal, and give them their singular values back.
+
+    With λ_t ΔW_t = U_t Σ_t V_tᵀ, U = [U_1 … U_T] and V = [V_1 … V_T]: ΔW = U_⊥ diag(Σ_1 … Σ_T) V_⊥ᵀ, where U_⊥ is the
+    matrix with orthonormal columns that is nearest to U.
+
+    Args:
+        density: Fraction of each task's singular triplets that is kept, the largest. 1 / T makes the result about as
+            high in rank as one adapter.
+
+    Source: TSV-M, Gargiulo et al. 2025, and github.com/AntoAndGar/task_singular_vectors at a6c9718. Departures: a task
+    has as many triplets as its numerical rank, where the authors take min(out, in) / T of them, which for a LoRA are
+    mostly arbitrary vectors of its null space; and singular vectors that depend on each other, as those of two equal
+    adapters, share their span instead of being completed by arbitrary ones, so that equal adapters merge to themselves.
+    """
+    return merge_matrices(tasks, lambda x: _merge(x, density))
+
+
+def _merge(x: Tensor, density: float) -> Tensor:
+    u, s, vh = joined([_leading(significant(matrix), density) for matrix in x])
+    return (orthonormalized(u) * s) @ orthonormalized(vh.T).T
+
+
+def _leading(triplets: Svd, density: float) -> Svd:
+    u, s, vh = triplets
+    count = math.ceil(density * len(s))
+    return u[:, :count], s[:count], vh[:count]

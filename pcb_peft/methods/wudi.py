@@ -1,0 +1,35 @@
+"""WUDI-Merging in closed form."""
+
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from pcb_peft.linalg import ROUNDING
+from pcb_peft.methods.registry import merge_method
+from pcb_peft.methods.spectral import merge_matrices
+from pcb_peft.options import Range
+from pcb_peft.statistics import Merged, TaskVectors
+
+
+@merge_method("wudi", paper="arXiv:2503.08099", scope="module", keeps_one=True)
+def wudi(tasks: TaskVectors, *, ridge: Annotated[float, Range(0, 1e6)] = 0.0) -> Merged:
+    """Disturb each task as little as possible on the inputs that its own task vector responds to.
+
+    Minimises Σ_t ‖(τ − τ_t) τ_tᵀ‖² / ‖τ_t‖². With G_t = τ_tᵀ τ_t / ‖τ_t‖² that is τ = (Σ_t τ_t G_t)(Σ_t G_t)⁺.
+
+    Args:
+        ridge: ε of the term ε ‖τ − Σ_t τ_t‖² that is added; every G_t has trace 1. It stands for stopping early, on the
+            way from task arithmetic (large ε) to the minimum (0).
+
+    Source: Cheng et al. 2025, and github.com/nathanielyvo/WUDI-Merging at dc3cd12. Departure: the authors take 300
+    steps of Adam of size 1e-5 from Σ_t τ_t, and so stop somewhere on the way; here the minimum is computed.
+    """
+    return merge_matrices(tasks, lambda x: _merge(x, ridge))
+
+
+def _merge(x: Tensor, ridge: float) -> Tensor:
+    gram = x.mT @ x / x.square().sum((1, 2), keepdim=True)
+    target = (x @ gram + ridge * x).sum(0)
+    kernel = gram.sum(0) + ridge * torch.eye(x.shape[2], dtype=x.dtype, device=x.device)
+    return target @ torch.linalg.pinv(kernel, rtol=ROUNDING**2, hermitian=True)
