@@ -13,7 +13,7 @@ from torch import Tensor
 from pcb_peft.base_model import BaseModel, open_base_model
 from pcb_peft.card import model_card, public_name
 from pcb_peft.delta import Delta
-from pcb_peft.errors import AdapterError, PcbPeftError, UnsupportedError
+from pcb_peft.errors import AdapterError, OptionError, PcbPeftError, UnsupportedError
 from pcb_peft.fold import fold_deltas
 from pcb_peft.formats import Contents, Entry, format_for, format_of
 from pcb_peft.formats.checkpoint import CONFIG, SAFETENSORS
@@ -104,7 +104,8 @@ class Adapter:
         if base_model is None:
             return delta.delta()
         base = base_model if isinstance(base_model, BaseModel) else open_base_model(base_model)
-        delta = dataclasses.replace(delta, fan_in_fan_out=base.fan_in_fan_out(module))
+        flip = base.fan_in_fan_out(module, delta.shape)
+        delta = dataclasses.replace(delta, fan_in_fan_out=flip)
         return delta.delta(base.weight(module))
 
     def save_pretrained(
@@ -128,6 +129,7 @@ class Adapter:
 
         Raises:
             UnsupportedError: The deltas are dense, or of several kinds.
+            OptionError: The dtype cannot hold the values, or there are no ranks for a `rank_pattern`.
             OutputError: The directory cannot be written.
         """
         kinds = {entry.kind for entry in self.modules.entries.values()}
@@ -137,16 +139,17 @@ class Adapter:
                 f"{self.name} holds {names}: one PEFT adapter holds deltas of one kind"
             )
         format_ = format_for(kinds.pop())
+        if rank_pattern and any(entry.rank is None for entry in self.modules.entries.values()):
+            raise OptionError(f"rank_pattern: {self.name} has no ranks; leave it out")
         options = {"rank_pattern": True} if rank_pattern else {}
         written = format_.write(dict(self.modules), dtype, **options)  # type: ignore[misc]
         head = {PREFIX + name: values.to(dtype) for name, values in self.head.read().items()}
         config = self._identity(format_.peft_type) | written.config
         if head:
             config["modules_to_save"] = list(self.head.modules)
+        tensors = {name: values.contiguous() for name, values in (written.tensors | head).items()}
+        _refuse_overflow(tensors)
         with replace_directory(Path(directory), overwrite=overwrite) as target:
-            tensors = {
-                name: values.contiguous() for name, values in (written.tensors | head).items()
-            }
             safetensors.torch.save_file(tensors, target / SAFETENSORS, metadata={"format": "pt"})
             (target / CONFIG).write_text(
                 json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
@@ -214,6 +217,14 @@ class Adapter:
         )
 
 
+def _refuse_overflow(tensors: Mapping[str, Tensor]) -> None:
+    for name, values in tensors.items():
+        if not values.isfinite().all():
+            raise OptionError(
+                f"{name} has values beyond those of {values.dtype}: save it in bfloat16 or float32"
+            )
+
+
 def head_files(heads: Mapping[str, Head]) -> dict[str, bytes]:
     """One file per adapter that has a head: ``model.load_state_dict(load_file(...), strict=False)`` loads it."""
     return {
@@ -269,6 +280,11 @@ def _parsed(name: str, source: Source | None, files: Files) -> Adapter:
         raise type(error)(f"{where}: {error}") from error
     if not contents.modules:
         raise AdapterError(f"{where}: the files hold no delta of peft_type {config['peft_type']}")
+    for parameter in contents.saved:
+        if parameter.rpartition(".")[0] in contents.modules:
+            raise UnsupportedError(
+                f"{where}: {parameter} replaces a parameter of a module that has a delta too"
+            )
     return Adapter(
         name=name,
         modules=Modules(contents.modules),

@@ -20,9 +20,14 @@ if TYPE_CHECKING:
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "LICENSE*"]
+_DOWNLOADED = [
+    *("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "LICENSE*"),
+    *("*.bpe", "*.codes", "*.spm", "*.tiktoken"),
+]
 _NOT_DOWNLOADED = ["consolidated*", "original/*", "onnx/*", "openvino/*"]
-_QUANTISED = re.compile(r"\.(qweight|qzeros|SCB|weight_packed|weight_scale(_inv)?|weight\.\w+)$")
+_QUANTISED = re.compile(
+    r"\.(qweight|qzeros|SCB|weight_packed|weight_scale(_inv)?|weight\.(absmax|quant_map))$"
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -228,13 +233,11 @@ class _Skeleton:
         conversions: How names and tensors of a file become those in memory (transformers 5).
     """
 
-    parameters: frozenset[str] = frozenset()
-    layers: Mapping[str, nn.Module] = dataclasses.field(default_factory=dict[str, nn.Module])
-    tied: Mapping[str, tuple[str, ...]] = dataclasses.field(
-        default_factory=dict[str, tuple[str, ...]]
-    )
-    prefix: str = ""
-    conversions: tuple[Any, ...] = ()
+    parameters: frozenset[str]
+    layers: Mapping[str, nn.Module]
+    tied: Mapping[str, tuple[str, ...]]
+    prefix: str
+    conversions: tuple[Any, ...]
 
     def known(self, name: str) -> str | None:
         """`name` as this model has it: as it is, without its prefix, or with it."""
@@ -269,7 +272,7 @@ class _Skeleton:
 def _build_skeleton(directory: Path) -> _Skeleton:
     model = _build_on_meta(directory)
     if model is None:
-        return _Skeleton()
+        return _Skeleton(frozenset(), layers={}, tied={}, prefix="", conversions=())
     return _Skeleton(
         parameters=frozenset(model.state_dict()),
         layers=dict(model.named_modules(remove_duplicate=False)),
@@ -319,14 +322,13 @@ def _download(source: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(
-                source,
-                revision=revision,
-                allow_patterns=_DOWNLOADED,
-                ignore_patterns=_NOT_DOWNLOADED,
-            )
+        root = snapshot_download(
+            source,
+            revision=revision,
+            allow_patterns=_DOWNLOADED,
+            ignore_patterns=_NOT_DOWNLOADED,
         )
+        return Path(root)
     except (OSError, ValueError) as error:
         raise BaseModelError(
             f"{source} is neither a directory nor a hub repository that can be reached: {error}"
@@ -347,7 +349,10 @@ def _shard_files(directory: Path) -> list[str]:
     if (directory / SINGLE_FILE).is_file():
         return [SINGLE_FILE]
     if not (directory / INDEX_FILE).is_file():
-        raise _no_safetensors(directory)
+        raise BaseModelError(
+            f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}, and other formats (.bin, .gguf) "
+            "are not read; load the model with transformers and save it again with save_pretrained"
+        )
     index = _read_json(directory / INDEX_FILE)
     files = sorted(set(index["weight_map"].values()))
     for file in files:
@@ -357,15 +362,6 @@ def _shard_files(directory: Path) -> list[str]:
                 "fetch the model again"
             )
     return files
-
-
-def _no_safetensors(directory: Path) -> BaseModelError:
-    others = sorted(path.name for path in directory.iterdir() if path.suffix in {".bin", ".gguf"})
-    found = f"it has {', '.join(others)}; " if others else ""
-    return BaseModelError(
-        f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}; {found}"
-        "load the model with transformers and save it again with save_pretrained"
-    )
 
 
 def _read_spans(directory: Path, file: str) -> dict[str, Span]:

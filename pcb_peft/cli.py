@@ -9,21 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from pcb_peft.adapter import fold_adapter
+from pcb_peft.calibrations import Calibration, When, list_calibrations
 from pcb_peft.demo import POOLS, run_demo
 from pcb_peft.engine import DEFAULT_MEMORY, merge
 from pcb_peft.errors import OptionError, PcbPeftError
 from pcb_peft.merged import MergedAdapter
-from pcb_peft.methods import get_method, list_methods
+from pcb_peft.methods import MergeMethod, get_method, list_methods
 from pcb_peft.options import Option
 from pcb_peft.rank import Rank
 from pcb_peft.recipe import Recipe, read_recipe
 from pcb_peft.source import Source
-from pcb_peft.spaces import get_space, list_spaces
+from pcb_peft.spaces import Space, get_space, list_spaces
 from pcb_peft.version import __version__
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+RECIPE = (
+    *("method", "weights", "space", "scope", "rank", "before", "after"),
+    *("base_model", "heads", "seed"),
+)
+WHEN: tuple[When, When] = ("before", "after")
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 EXAMPLES = {
@@ -77,7 +84,7 @@ def fold_command(parsed: argparse.Namespace) -> None:
 
 
 def methods_command(parsed: argparse.Namespace) -> None:
-    """List the merge methods and the spaces, or explain one of them."""
+    """List the merge methods, the spaces and the calibrations, or explain one of them."""
     if parsed.name is None:
         for method in list_methods().values():
             print(
@@ -86,12 +93,25 @@ def methods_command(parsed: argparse.Namespace) -> None:
         print()
         for space in list_spaces().values():
             print(f"{space.name:12} {space.summary}")
+        for when in WHEN:
+            print()
+            for calibration in list_calibrations(when).values():
+                print(
+                    f"{when:7} {calibration.name:12} {calibration.paper:17} {calibration.summary}"
+                )
         return
-    known = get_space(parsed.name) if parsed.name in list_spaces() else get_method(parsed.name)
-    print(inspect.getdoc(known.encode if hasattr(known, "encode") else known.function))
-    print("\nOptions:")
-    for option in known.options.values():
-        print(f"  {_flag(option)}  {option.allowed}; default {option.default}")
+    for known in _named(parsed.name):
+        print(inspect.getdoc(known.function))
+        print("\nOptions:")
+        for option in known.options.values():
+            print(f"  {_flag(option)}  {option.allowed}; default {option.default}")
+
+
+def _named(name: str) -> Sequence[MergeMethod | Space | Calibration]:
+    """What is called so: a calibration is there twice if it goes before and after."""
+    shelves = (list_calibrations(when) for when in WHEN)
+    calibrations = [shelf[name] for shelf in shelves if name in shelf]
+    return calibrations or [get_space(name) if name in list_spaces() else get_method(name)]
 
 
 def demo_command(parsed: argparse.Namespace) -> None:
@@ -114,7 +134,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     _add_output_arguments(fold)
 
     methods = _command(commands, "methods", methods_command)
-    methods.add_argument("name", nargs="?", help="a method or a space")
+    methods.add_argument("name", nargs="?", help="a method, a space or a calibration")
 
     demo = _command(commands, "demo", demo_command)
     demo.add_argument("-o", "--output", type=Path, help="keep the merged adapter there")
@@ -166,6 +186,15 @@ def _add_merge_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) 
     recipe.add_argument(
         "--rank", type=_rank, help="integer, energy fraction, or full; default: lossless"
     )
+    for when, what in zip(WHEN, ("adapters", "merge"), strict=True):
+        names = ", ".join(list_calibrations(when))
+        recipe.add_argument(
+            f"--{when}",
+            nargs="+",
+            type=_step,
+            metavar="STEP",
+            help=f"calibrations of the {what}: {names}; with an option: NAME:OPTION=VALUE",
+        )
     recipe.add_argument("--base-model", help="directory or hub id")
     recipe.add_argument("--heads", help="keep-each, refuse; default keep-each")
     recipe.add_argument("--seed", type=int, help="of random methods; default 0")
@@ -194,11 +223,7 @@ def _chosen_options(words: Sequence[str]) -> list[tuple[str, Option]]:
 
 def _recipe(parsed: argparse.Namespace) -> Recipe:
     """The recipe that the command line gives, or names."""
-    given = {
-        name: value
-        for name in ("method", "weights", "space", "scope", "rank", "base_model", "heads", "seed")
-        if (value := getattr(parsed, name)) is not None
-    }
+    given = {name: value for name in RECIPE if (value := getattr(parsed, name)) is not None}
     options = {
         name.removeprefix("option."): value
         for name, value in vars(parsed).items()
@@ -211,13 +236,12 @@ def _recipe(parsed: argparse.Namespace) -> Recipe:
                 f"a recipe says everything itself: leave out {extra}, or write it into {parsed.adapters[0]}"
             )
         return read_recipe(Path(parsed.adapters[0]))
-    if "weights" in given:
-        given["weights"] = tuple(given["weights"])
+    given |= {name: tuple(given[name]) for name in ("weights", *WHEN) if name in given}
     return Recipe(adapters=tuple(map(Source, parsed.adapters)), options=options, **given)
 
 
 def _whereabouts(merged: MergedAdapter, output: Path) -> str:
-    ranks = {module.rank for module in merged.report.modules.values()} - {None}
+    ranks = [module.rank for module in merged.report.modules.values() if module.rank is not None]
     rank = f" of rank {max(ranks)}" if ranks else ""
     heads = (
         f"; the heads of {', '.join(merged.heads)} are in {output / 'heads'}"
@@ -244,6 +268,13 @@ def _rank(text: str) -> Rank:
     if text == "full":
         return "full"
     return float(text) if "." in text else int(text)
+
+
+def _step(text: str) -> dict[str, dict[str, Any]]:
+    """``exponent:power=0.5`` is {"exponent": {"power": 0.5}}; several options are separated by commas."""
+    name, _, options = text.partition(":")
+    pairs = (option.partition("=") for option in options.split(",") if option)
+    return {name: {option: yaml.safe_load(value) for option, _, value in pairs}}
 
 
 def _bytes(text: str) -> int:

@@ -1,15 +1,40 @@
 """Space meets method: from the deltas of a module to the merged one, over a scope."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
+from torch import Tensor
 
+from pcb_peft import noise
+from pcb_peft.adapter import Adapter
 from pcb_peft.alignment import Alignment
+from pcb_peft.calibrations import Calibration
 from pcb_peft.delta import Delta
 from pcb_peft.progress import Track
 from pcb_peft.spaces import Projection
-from pcb_peft.statistics import Block, BlockCounts, Merged, TaskVectors
+from pcb_peft.statistics import Block, BlockCounts, Index, Merged, TaskVectors
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a module.
+
+    Attributes:
+        delta: The merged one.
+        counts: What was counted in each block.
+        energy: Fraction of Σ_t ‖λ_t ΔW_t‖²_F that the space holds.
+    """
+
+    delta: Delta
+    counts: Sequence[BlockCounts] = ()
+    energy: float = 1.0
+
+
+Produce: TypeAlias = Callable[[str], Outcome]
+"""From a module to what became of it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -24,6 +49,9 @@ class Competition:
         device: Where tiles are computed.
         track: Shows progress.
         max_memory: Bytes of projections that may be kept between passes.
+        seed: Of random methods.
+        before: What is done to the adapters' deltas first, in this order.
+        after: What is done to the merged delta, in this order.
     """
 
     alignment: Alignment
@@ -33,32 +61,35 @@ class Competition:
     device: torch.device
     track: Track
     max_memory: int
+    seed: int
+    before: Sequence[Calibration] = ()
+    after: Sequence[Calibration] = ()
 
-    def none(self) -> Callable[[str], tuple[Delta, list[BlockCounts]]]:
+    def none(self) -> Produce:
         """A single adapter: its deltas times its weight."""
 
-        def scale(module: str) -> tuple[Delta, list[BlockCounts]]:
-            (delta,), (weight,) = self.alignment.deltas(module), self.weights
-            return (delta if weight == 1 else delta.scaled(weight)), []
+        def scale(module: str) -> Outcome:
+            (delta,), (weight,) = self._deltas(module), self.weights
+            return Outcome(delta if weight == 1 else delta.scaled(weight))
 
         return scale
 
-    def each_module(self) -> Callable[[str], tuple[Delta, list[BlockCounts]]]:
+    def each_module(self) -> Produce:
         """Scope "module": every block of every module is a competition of its own."""
 
-        def merge(module: str) -> tuple[Delta, list[BlockCounts]]:
+        def merge(module: str) -> Outcome:
             projection = self._project(module)
-            results = [
-                self.method(TaskVectors([block], device=self.device)).block(0)
-                for block in projection.blocks
-            ]
-            return projection.decode([values for values, _ in results]), [
-                counts for _, counts in results
-            ]
+            return _decoded(
+                projection,
+                [
+                    self.method(TaskVectors([block], device=self.device)).block(0)
+                    for block in projection.blocks
+                ],
+            )
 
         return merge
 
-    def whole_model(self) -> Callable[[str], tuple[Delta, list[BlockCounts]]]:
+    def whole_model(self) -> Produce:
         """Scope "global": all blocks of all modules are one competition, whose statistics are taken here."""
         projections = _Kept(self._project, self._size, self.max_memory)
         blocks: list[Block] = []
@@ -72,21 +103,75 @@ class Competition:
         )
         merged = self.method(tasks)
 
-        def merge(module: str) -> tuple[Delta, list[BlockCounts]]:
-            results = [merged.block(i) for i in places[module]]
-            delta = projections(module).decode([values for values, _ in results])
-            return delta, [counts for _, counts in results]
+        def merge(module: str) -> Outcome:
+            return _decoded(projections(module), [merged.block(i) for i in places[module]])
 
         return merge
 
+    def calibrated(self, produce: Produce) -> Produce:
+        """What `produce` makes, calibrated afterwards."""
+        for calibration in self.after:
+            produce = self._calibrated(produce, calibration)
+        return produce
+
+    def _calibrated(self, produce: Produce, calibration: Calibration) -> Produce:
+        @functools.cache
+        def whole_model() -> Sequence[Tensor]:
+            survey = calibration.survey
+            if survey is None:
+                return ()
+            modules = self.track(self.alignment.modules, "survey")
+            parts = [survey(produce(module).delta, self._weighted(module)) for module in modules]
+            return (torch.stack(parts).sum(0),)
+
+        def calibrate(module: str) -> Outcome:
+            outcome = produce(module)
+            delta = calibration(outcome.delta, self._weighted(module), *whole_model())
+            return dataclasses.replace(outcome, delta=delta)
+
+        return calibrate
+
+    def _deltas(self, module: str) -> Sequence[Delta]:
+        """What enters the competition."""
+        deltas: Sequence[Delta] = self.alignment.deltas(module)
+        for calibration in self.before:
+            deltas = calibration(deltas)
+        return deltas
+
+    def _weighted(self, module: str) -> list[Delta]:
+        """The adapters' own deltas, times their weights."""
+        pairs = zip(self.alignment.deltas(module), self.weights, strict=True)
+        return [delta.scaled(weight) for delta, weight in pairs]
+
     def _project(self, module: str) -> Projection:
-        return self.encode(self.alignment.deltas(module), self.weights)
+        """The module's projection; its random numbers depend on seed, adapter, module and block, on no order."""
+        projection = self.encode(self._deltas(module), self.weights)
+        blocks = tuple(
+            dataclasses.replace(block, keys=self._keys(module, index))
+            for index, block in enumerate(projection.blocks)
+        )
+        return dataclasses.replace(projection, blocks=blocks)
+
+    def _keys(self, module: str, block: int) -> tuple[int, ...]:
+        adapters = self.alignment.adapters
+        return tuple(noise.key(self.seed, _identity(a), module, block) for a in adapters)
 
     def _size(self, module: str) -> int:
         """Bytes that a module's projection holds, at most: factors, bases and cores."""
         rows, cols = self.alignment.modules[module].shape
         rank = self.alignment.total_rank(module)
         return 12 * rank * (rows + cols) + 8 * len(self.weights) * rank * rank
+
+
+def _decoded(projection: Projection, results: Sequence[tuple[Tensor, BlockCounts]]) -> Outcome:
+    delta = projection.decode([values for values, _ in results])
+    return Outcome(delta, [counts for _, counts in results], projection.energy)
+
+
+def _identity(adapter: Adapter) -> str:
+    """What an adapter is known by wherever it stands among others: the hash of its tensors' file, or else its name."""
+    digest = adapter.source.sha256 if adapter.source else None
+    return digest or adapter.name
 
 
 class _Kept:
@@ -112,6 +197,8 @@ def _reopened(
     projections: Callable[[str], Projection], module: str, index: int, block: Block
 ) -> Block:
     """The same block, whose data is asked of `projections` each time instead of being held."""
-    return dataclasses.replace(
-        block, open=lambda dtype, device: projections(module).blocks[index].open(dtype, device)
-    )
+
+    def reopen(dtype: torch.dtype, device: torch.device) -> Callable[[Index, Index], Tensor]:
+        return projections(module).blocks[index].open(dtype, device)
+
+    return dataclasses.replace(block, open=reopen)

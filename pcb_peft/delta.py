@@ -169,7 +169,7 @@ class Dense(Delta):
         return self.values.float()
 
     def norm(self) -> float:
-        return float(torch.linalg.vector_norm(self.values, dtype=torch.float64))
+        return float(torch.linalg.vector_norm(self.values))
 
     def scaled(self, weight: float) -> "Dense":
         return dataclasses.replace(self, values=self.values * weight)

@@ -5,7 +5,7 @@ import functools
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 
 from pcb_peft.adapter import Adapter, Head, Modules, load_adapter
 from pcb_peft.alignment import Alignment, common_base
-from pcb_peft.competition import Competition
+from pcb_peft.calibrations import Calibration, bound
+from pcb_peft.competition import Competition, Produce
 from pcb_peft.delta import Delta, Dense, Diagonal, LowRank
 from pcb_peft.errors import OptionError, UnsupportedError
 from pcb_peft.formats import Entry
@@ -22,16 +23,13 @@ from pcb_peft.methods import MergeMethod, get_method
 from pcb_peft.options import bind
 from pcb_peft.progress import tracker
 from pcb_peft.rank import Rank, truncate
-from pcb_peft.recipe import Recipe
+from pcb_peft.recipe import Recipe, Step, steps
 from pcb_peft.report import LOW_ENERGY, ModuleReport, Report
 from pcb_peft.source import Source
 from pcb_peft.spaces import Space, get_space, list_spaces
-from pcb_peft.statistics import BlockCounts
 from pcb_peft.version import __version__
 
 DEFAULT_MEMORY = 2 << 30
-
-Produce = Callable[[str], tuple[Delta, list[BlockCounts]]]
 
 
 def merge_adapters(
@@ -46,6 +44,8 @@ def merge_adapters(
     seed: int = 0,
     progress: bool | None = None,
     *,
+    before: Step | Sequence[Step] = (),
+    after: Step | Sequence[Step] = (),
     heads: str = "keep-each",
     max_memory: int = DEFAULT_MEMORY,
     **options: Any,
@@ -65,6 +65,9 @@ def merge_adapters(
         device: Where tiles are computed; default: the CPU.
         seed: Of random methods.
         progress: Show bars; default: on a terminal.
+        before: Calibrations of the adapters, such as "pico": names, or name to options, from
+            `list_calibrations("before")`; in this order.
+        after: Calibrations of the merge, such as "svc" or {"exponent": {"power": 0.5}}, likewise.
         heads: What becomes of parameters that adapters replace (modules_to_save). "keep-each": a head that only one
             adapter has is part of the result, heads that several have are kept in a file per adapter; "refuse".
         max_memory: Bytes that the merge may hold on to between its passes, beside one module and the result. It changes
@@ -86,6 +89,8 @@ def merge_adapters(
         scope=scope,
         rank=rank,
         options=options,
+        before=steps("before", before),
+        after=steps("after", after),
         heads=heads,
         base_model=None if base_model is None else str(base_model),
         seed=seed,
@@ -110,6 +115,7 @@ def merge(
     base, revision = common_base(adapters, recipe.base_model)
     space = _space_for(recipe.space, method, alignment)
     recipe, method_options, space_options = _complete(recipe, method, space, adapters)
+    recipe, before, after = _calibrations(recipe, alignment)
     head, heads = _heads(adapters, recipe.heads)
     competition = Competition(
         alignment,
@@ -119,17 +125,12 @@ def merge(
         torch.device(device or "cpu"),
         tracker(progress),
         max_memory,
+        recipe.seed,
+        before,
+        after,
     )
     report = Report(recipe.method, recipe.space, recipe.scope)
-    if len(adapters) == 1 and method.keeps_one:
-        report.notes.append(
-            f"{adapters[0].name} is alone: without a competitor it is only scaled by its weight"
-        )
-        produce = competition.none()
-    else:
-        produce = (
-            competition.each_module() if recipe.scope == "module" else competition.whole_model()
-        )
+    produce = competition.calibrated(_contest(competition, method, report))
     departure = _Departure(alignment, produce, recipe.rank, space.lossless, report)
     entries = {
         module: departure.entry(module) for module in competition.track(alignment.modules, "merge")
@@ -147,6 +148,17 @@ def merge(
         recipe=recipe,
         report=report,
     )
+
+
+def _contest(competition: Competition, method: MergeMethod, report: Report) -> Produce:
+    """The competition over the scope, or none where the method keeps an adapter that is alone."""
+    adapters = competition.alignment.adapters
+    if len(adapters) == 1 and method.keeps_one:
+        report.notes.append(
+            f"{adapters[0].name} is alone: without a competitor it is only scaled by its weight"
+        )
+        return competition.none()
+    return competition.each_module() if report.scope == "module" else competition.whole_model()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -168,8 +180,9 @@ class _Departure:
         return Entry(type(delta), template.shape, lambda: delta, rank=_rank_of(delta))
 
     def _leave(self, module: str) -> Delta:
-        delta, counts = self.produce(module)
-        delta, energy = self._ranked(module, delta)
+        outcome = self.produce(module)
+        delta, energy = self._ranked(module, outcome.delta)
+        counts = outcome.counts
         entries = max(1, sum(count.entries for count in counts))
         kept = [
             sum(column) / entries for column in zip(*(count.kept for count in counts), strict=True)
@@ -178,7 +191,7 @@ class _Departure:
         self.report.modules[module] = ModuleReport(
             shape=delta.shape,
             rank=_rank_of(delta),
-            energy=energy,
+            energy=energy * outcome.energy,
             norm=delta.norm(),
             kept=dict(zip(names, kept, strict=False)),
             conflicts=sum(count.conflicts for count in counts) / entries,
@@ -263,6 +276,20 @@ def _complete(
         {name: options[name] for name in method.options},
         {name: options[name] for name in space.options},
     )
+
+
+def _calibrations(
+    recipe: Recipe, alignment: Alignment
+) -> tuple[Recipe, list[Calibration], list[Calibration]]:
+    """The recipe with every default of its calibrations written out, and those before and after.
+
+    Raises:
+        OptionError: An unknown name or option, or a calibration that cannot take these adapters.
+    """
+    before, complete_before = bound("before", recipe.before, alignment.kinds)
+    after, complete_after = bound("after", recipe.after, alignment.kinds)
+    recipe = dataclasses.replace(recipe, before=complete_before, after=complete_after)
+    return recipe, before, after
 
 
 def _heads(adapters: Sequence[Adapter], policy: str) -> tuple[Head, dict[str, Head]]:

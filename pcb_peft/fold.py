@@ -5,7 +5,7 @@ import functools
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,9 +16,9 @@ from pcb_peft.base_model import INDEX_FILE, SINGLE_FILE, BaseModel, tied_error
 from pcb_peft.delta import Delta, Diagonal
 from pcb_peft.errors import BaseModelError, MismatchError, OutputError
 from pcb_peft.output import replace_directory
+from pcb_peft.progress import Track, tracker
 
 Edit = Callable[[Tensor], Tensor]
-Progress = Callable[[Sequence[str], str], Iterable[str]]
 
 _BUFFER_BYTES = 8 << 20
 _WEIGHTS = re.compile(
@@ -26,19 +26,14 @@ _WEIGHTS = re.compile(
 )
 
 
-def _silent(items: Sequence[str], description: str) -> Iterable[str]:
-    del description
-    return items
-
-
 def fold_deltas(
     deltas: Mapping[str, Delta],
     base: BaseModel,
     output: Path | str,
     *,
-    extra_files: Mapping[str, str] | None = None,
+    extra_files: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
-    progress: Progress = _silent,
+    progress: Track | None = None,
 ) -> None:
     """Writes the base model with `deltas` added to its weights, as a transformers checkpoint.
 
@@ -52,7 +47,7 @@ def fold_deltas(
             dropped: a mapping that computes them is never held as a whole.
         base: What to add them to.
         output: The directory to write. It appears whole or not at all.
-        extra_files: Name → text of files to write beside the weights, in place of the base's.
+        extra_files: Path → content of files to write beside the weights, in place of the base's.
         overwrite: Replace `output` even though it holds something.
         progress: Is given the parameters that change in a shard, and the shard's name; hands the
             parameters on.
@@ -65,14 +60,19 @@ def fold_deltas(
     output = Path(output)
     _refuse_overlap(output.resolve(), base.directory.resolve())
     edits = _plan(deltas, base)
+    track = progress or tracker(progress=False)
     with replace_directory(output, overwrite=overwrite) as directory:
         for file in base.files:
-            _fold_shard(base, file, directory / file, edits, progress)
+            _fold_shard(base, file, directory / file, edits, track)
         for path in _other_files(base):
-            (directory / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(base.directory / path, directory / path)
-        for name, text in (extra_files or {}).items():
-            (directory / name).write_text(text, encoding="utf-8", newline="\n")
+            shutil.copyfile(base.directory / path, _in_folder(directory / path))
+        for name, content in (extra_files or {}).items():
+            _in_folder(directory / name).write_bytes(content)
+
+
+def _in_folder(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def _refuse_overlap(output: Path, base: Path) -> None:
@@ -118,7 +118,7 @@ def _fitted(delta: Delta, module: str, base: BaseModel) -> Delta:
 
 
 def _fold_shard(
-    base: BaseModel, file: str, target: Path, edits: Mapping[str, Edit], progress: Progress
+    base: BaseModel, file: str, target: Path, edits: Mapping[str, Edit], track: Track
 ) -> None:
     """Copies a shard, with the values of the edited parameters replaced on the way."""
     edited = sorted(
@@ -127,7 +127,7 @@ def _fold_shard(
     )
     source = base.directory / file
     with source.open("rb") as reader, target.open("wb") as writer:
-        for name in progress(edited, file):
+        for name in track(edited, file):
             _copy(reader, writer, base.spans[name].begin - reader.tell())
             writer.write(_edited_bytes(base, name, edits[name]))
             reader.seek(base.spans[name].end)

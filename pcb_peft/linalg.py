@@ -1,5 +1,6 @@
 """The few decompositions that spaces and truncation share."""
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import torch
@@ -10,6 +11,7 @@ Svd: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 OVERSAMPLING = 16
 POWER_ITERATIONS = 3
+ROUNDING = 1e-6  # a smaller part of the largest singular value is what float32 files leave of a 0
 
 
 def column_signs(columns: Tensor) -> Tensor:
@@ -44,3 +46,30 @@ def leading_svd(matrix: Tensor, count: int) -> Svd:
         basis = torch.linalg.qr(matrix @ basis).Q
     u, s, vh = svd(basis.T @ matrix)
     return basis @ u[:, :count], s[:count], vh[:count]
+
+
+def significant(matrix: Tensor, scale: Tensor | None = None) -> Svd:
+    """The singular triplets of the numerical rank.
+
+    Args:
+        matrix: (m, n).
+        scale: What singular values are compared with; default: the largest of them.
+    """
+    u, s, vh = svd(matrix)
+    count = int((s > ROUNDING * (s[:1] if scale is None else scale)).sum())
+    return u[:, :count], s[:count], vh[:count]
+
+
+def joined(triplets: Sequence[Svd]) -> Svd:
+    """Side by side: (U_1 … U_T), (σ_1 … σ_T), (V_1 … V_T)ᵀ."""
+    u, s, vh = zip(*triplets, strict=True)
+    return torch.cat(u, dim=1), torch.cat(s), torch.cat(vh)
+
+
+def orthonormalized(columns: Tensor) -> Tensor:
+    """The nearest matrix with orthonormal columns: the orthogonal polar factor, which solves Procrustes' problem.
+
+    Columns that depend on each other share their span: singular values of 0 stay 0.
+    """
+    u, _, vh = significant(columns)
+    return u @ vh

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from pcb_peft.adapter import Adapter, Head, head_files
 from pcb_peft.card import model_card, public_name
-from pcb_peft.recipe import FILE_NAME, Recipe
+from pcb_peft.recipe import FILE_NAME, Recipe, in_words
 from pcb_peft.report import Report
 
 
@@ -24,7 +24,7 @@ class MergedAdapter(Adapter):
     heads: Mapping[str, Head] = dataclasses.field(default_factory=dict[str, Head])
 
     def _companions(self, *, folded: bool = False) -> dict[str, bytes]:
-        own = {self.name: self.head} if folded else {}
+        own = {self.name: self.head} if folded and self.head.parameters else {}
         return {FILE_NAME: self.recipe.to_yaml().encode(), **head_files({**self.heads, **own})}
 
     def _card(self, peft_type: str) -> str:
@@ -37,6 +37,11 @@ class MergedAdapter(Adapter):
             "method": recipe.method,
             "space": recipe.space,
             "scope": recipe.scope,
+            **{
+                when: in_words(some)
+                for when, some in (("before", recipe.before), ("after", recipe.after))
+                if some
+            },
             **{name: value for name, value in recipe.options.items() if value is not None},
             "retained energy": f"{report.energy:.4f}",
         }

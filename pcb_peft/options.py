@@ -74,10 +74,9 @@ class Option:
             return None
         if self.kind is float and type(value) is int:
             value = float(value)
-        in_bounds = self.bounds is None or value in self.bounds
         if (
             type(value) is not self.kind
-            or not in_bounds
+            or (self.bounds is not None and value not in self.bounds)
             or (self.choices and value not in self.choices)
         ):
             raise OptionError(f"{owner}: {self.name} is {value!r}; it must be {self.allowed}")

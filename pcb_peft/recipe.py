@@ -1,9 +1,10 @@
 """A recipe: everything that is needed to make a merge again. It is the YAML file, field for field."""
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import yaml
 
@@ -13,6 +14,19 @@ from pcb_peft.rank import Rank, check_rank
 from pcb_peft.source import Source
 
 FILE_NAME = "merge_recipe.yaml"
+_KINDS: dict[str, tuple[Any, str]] = {  # of the fields that nothing else checks
+    "method": (str, "a name"),
+    "space": (str, "a name"),
+    "options": (Mapping, "a mapping"),
+    "base_model": (str | None, "a path or hub id"),
+    "seed": (int, "an integer"),
+}
+
+Step: TypeAlias = str | Mapping[str, Mapping[str, Any] | None]
+"""A calibration: its name, or {name: options}."""
+
+Steps: TypeAlias = tuple[Mapping[str, Mapping[str, Any]], ...]
+"""Calibrations in the order in which they are applied, each as {name: options}."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +41,8 @@ class Recipe:
         scope: "global", "module", or "auto": the method's own.
         rank: As in `merge_adapters`.
         options: Of the method and the space.
+        before: Calibrations of the adapters.
+        after: Calibrations of the merge.
         heads: What becomes of the parameters that adapters replace: "keep-each" or "refuse".
         base_model: Path or hub id, where one was given.
         seed: Of random methods.
@@ -40,6 +56,8 @@ class Recipe:
     scope: str = "auto"
     rank: Rank = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    before: Steps = ()
+    after: Steps = ()
     heads: str = "keep-each"
     base_model: str | None = None
     seed: int = 0
@@ -47,6 +65,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Checks what can be checked without reading anything."""
+        for name, (kind, words) in _KINDS.items():
+            if not isinstance(getattr(self, name), kind):
+                raise OptionError(f"{name} is {getattr(self, name)!r}; it must be {words}")
         if not self.adapters:
             raise OptionError("there is nothing to merge: name one adapter or more")
         if not self.weights:
@@ -56,12 +77,10 @@ class Recipe:
                 f"{len(self.adapters)} adapters and {len(self.weights)} weights: give one weight per adapter, in order"
             )
         for weight in self.weights:
-            if (
-                isinstance(weight, bool)
-                or not isinstance(weight, int | float)
-                or weight - weight != 0
-            ):
+            if type(weight) not in (int, float) or not math.isfinite(weight):
                 raise OptionError(f"weights: {weight!r} is not a finite number")
+        object.__setattr__(self, "before", steps("before", self.before))
+        object.__setattr__(self, "after", steps("after", self.after))
         _one_of("scope", self.scope, ("auto", "global", "module"))
         _one_of("heads", self.heads, ("keep-each", "refuse"))
         check_rank(self.rank)
@@ -78,9 +97,40 @@ class Recipe:
             for source, weight in zip(self.adapters, self.weights, strict=True)
         ]
         fields |= {"adapters": adapters, "options": dict(self.options)}
+        fields |= {"before": list(self.before) or None, "after": list(self.after) or None}
         del fields["weights"]
         kept = {key: value for key, value in fields.items() if value is not None}
         return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+
+
+def steps(when: str, given: Step | Sequence[Step] | None) -> Steps:
+    """One calibration or several, with or without options, as `Recipe` has them.
+
+    Raises:
+        OptionError: Something that is neither a name nor a mapping from a name to options.
+    """
+    some: Sequence[Any] = given if isinstance(given, list | tuple) else [given] if given else []
+    return tuple(_step(when, step) for step in some)
+
+
+def in_words(steps: Steps) -> str:
+    """``pico, exponent (power=0.5)``."""
+    words: list[str] = []
+    for name, options in (item for step in steps for item in step.items()):
+        set_ = [f"{option}={value}" for option, value in options.items() if value is not None]
+        words.append(f"{name} ({', '.join(set_)})" if set_ else name)
+    return ", ".join(words)
+
+
+def _step(when: str, step: object) -> dict[str, dict[str, Any]]:
+    entry: Any = {step: {}} if isinstance(step, str) else step
+    if isinstance(entry, Mapping) and len(entry) == 1:
+        ((name, options),) = entry.items()
+        if isinstance(name, str) and isinstance(options or {}, Mapping):
+            return {name: dict(options or {})}
+    raise OptionError(
+        f"{when}: {step!r} is not a calibration; it must be a name, or {{name: {{option: value}}}}"
+    )
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -114,6 +164,8 @@ def read_recipe(path: Path) -> Recipe:
         raise OptionError(f"{path}: give weights, or a weight with each adapter, not both")
     if any(weight is not None for weight in weights):
         content["weights"] = [1.0 if weight is None else weight for weight in weights]
+    if not isinstance(content.get("weights") or [], list):
+        raise OptionError(f"{path}: weights must be a list")
     content["weights"] = tuple(content.get("weights") or ())
     return Recipe(adapters=sources, **content)
 
@@ -122,14 +174,15 @@ def _adapters(items: Any, path: Path) -> tuple[tuple[Source, ...], list[float | 
     if not isinstance(items, list):
         raise OptionError(f"{path}: adapters must be a list")
     sources, weights = [], []
+    known = {field.name for field in dataclasses.fields(Source)}
     for item in items:
-        entry = {"path": item} if isinstance(item, str) else dict(item)
+        entry = dict(item) if isinstance(item, dict) else {"path": item}
         weights.append(entry.pop("weight", None))
-        try:
-            sources.append(Source(**entry))
-        except TypeError:
+        words = all(isinstance(value, str | None) for value in entry.values())
+        if not words or entry.get("path") is None or entry.keys() - known:
             raise OptionError(
                 f"{path}: adapter {item!r} must be a path, or a mapping with path and, if wanted, revision, "
                 "subfolder, sha256 and weight"
-            ) from None
+            )
+        sources.append(Source(**entry))
     return tuple(sources), weights

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 LOW_ENERGY = 0.9
@@ -51,14 +52,13 @@ class Report:
     @property
     def kept(self) -> dict[str, float]:
         """Fraction of its entries that each adapter kept, over all modules (weighted by ΔW's size)."""
-        return {
-            name: self._mean(lambda module, name=name: module.kept[name]) for name in self._names()
-        }
+        names = sorted({name for module in self.modules.values() for name in module.kept})
+        return {name: self._mean([m.kept[name] for m in self.modules.values()]) for name in names}
 
     @property
     def conflicts(self) -> float:
         """Fraction of entries in sign conflict, over all modules (weighted by ΔW's size)."""
-        return self._mean(lambda module: module.conflicts)
+        return self._mean([module.conflicts for module in self.modules.values()])
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -67,17 +67,14 @@ class Report:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.method} in {self.space} space, {self.scope} scope: {len(self.modules)} modules in {self.seconds:.1f} s",
+            f"{self.method} in {self.space} space, {self.scope} scope: "
+            f"{len(self.modules)} modules in {self.seconds:.1f} s",
             f"retained energy {self.energy:.4f}, sign conflicts {self.conflicts:.1%}",
             *(f"kept of {name}: {fraction:.1%}" for name, fraction in self.kept.items()),
             *self.notes,
         ]
         return "\n".join(lines)
 
-    def _names(self) -> list[str]:
-        return sorted({name for module in self.modules.values() for name in module.kept})
-
-    def _mean(self, value: Any) -> float:
+    def _mean(self, values: Sequence[float]) -> float:
         sizes = [math.prod(module.shape) for module in self.modules.values()]
-        values = [value(module) for module in self.modules.values()]
         return math.fsum(s * v for s, v in zip(sizes, values, strict=True)) / max(1, sum(sizes))

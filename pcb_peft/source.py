@@ -97,15 +97,15 @@ def _local(source: Source) -> Path | None:
 def _downloaded(source: Source) -> Path:
     """The adapter's directory in the Hub's cache."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     prefix = f"{source.subfolder}/" if source.subfolder else ""
     wanted = [prefix + name for name in (CONFIG, SAFETENSORS, PICKLE)]
     try:
         root = snapshot_download(source.path, revision=source.revision, allow_patterns=wanted)
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
         raise AdapterError(
-            f"{source.path} is neither a directory nor a hub repository that can be reached: {error}"
+            f"{source.path} is neither a directory nor a hub repository that can be reached: {reason}"
         ) from error
     return Path(root) / prefix
 

@@ -90,6 +90,9 @@ def open_tensors(directory: Path) -> Tensors:
     if not path.is_file():
         raise AdapterError(f"{directory} has neither {SAFETENSORS} nor {PICKLE}")
     try:
-        return TensorsInMemory(torch.load(path, map_location="cpu", weights_only=True))
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise AdapterError(f"{path} cannot be loaded with weights_only=True: {error}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise AdapterError(f"{path} holds something else than named tensors")
+    return TensorsInMemory(tensors)

@@ -1,5 +1,6 @@
 """(IA)³: layers whose input or output is scaled by a learned vector l."""
 
+import re
 from collections.abc import Mapping
 
 import torch
@@ -15,6 +16,7 @@ from pcb_peft.formats.registry import (
     Format,
     Written,
     finite,
+    module_of,
     register,
     saved_parameters,
 )
@@ -30,9 +32,7 @@ def read(config: Config, tensors: Tensors) -> Contents:
     """
     names = tensors.names()
     keys = [name for name in names if name.endswith(L)]
-    entries = {
-        key.removesuffix(L).removeprefix(PREFIX): _entry(config, tensors, key) for key in keys
-    }
+    entries = {module_of(key.removesuffix(L)): _entry(config, tensors, key) for key in keys}
     rest = [name for name in names if not name.endswith(L)]
     return Contents(entries, saved_parameters(tensors, rest))
 
@@ -60,13 +60,20 @@ def write(modules: Mapping[str, Diagonal], dtype: torch.dtype) -> Written:
     }
     config = {
         "target_modules": sorted(modules),
-        "feedforward_modules": sorted(
-            module for module, delta in modules.items() if delta.feedforward
-        ),
+        "feedforward_modules": _feedforward(modules),
         "fan_in_fan_out": any(delta.fan_in_fan_out for delta in modules.values()),
         "init_ia3_weights": True,
     }
     return Written(config, tensors)
+
+
+def _feedforward(modules: Mapping[str, Diagonal]) -> list[str] | str:
+    """The feed-forward modules as PEFT tells them: by the end of the name; by an expression where that is ambiguous."""
+    names = sorted(module for module, delta in modules.items() if delta.feedforward)
+    others = [module for module, delta in modules.items() if not delta.feedforward]
+    if any(other.endswith(tuple(names)) for other in others):
+        return "|".join(map(re.escape, names))
+    return names
 
 
 register(Format("IA3", read, Diagonal, write))

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from pcb_peft.formats.registry import (
     Format,
     Written,
     finite,
+    module_of,
     register,
     saved_parameters,
 )
@@ -37,6 +38,7 @@ UNSUPPORTED = {  # what would change ΔW, and is not read: configuration field t
     "use_bdlora": "block-diagonal LoRA is not read",
     "kasa_config": "KaSA changes the base weights",
 }
+DEFAULT = 8  # PEFT's r and lora_alpha, where the configuration leaves them out
 MUTATING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 CONVERSION = "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
 
@@ -51,7 +53,7 @@ def read(config: Config, tensors: Tensors) -> Contents:
     refuse_unsupported(config)
     names = tensors.names()
     modules = {name.removesuffix(A): name for name in names if name.endswith(A)}
-    entries = {key.removeprefix(PREFIX): _entry(config, tensors, key) for key in modules}
+    entries = {module_of(key): _entry(config, tensors, key) for key in modules}
     rest = [
         name for name in names if not name.endswith((A, B)) or name.rsplit(".", 2)[0] not in modules
     ]
@@ -81,18 +83,32 @@ def scaling_of(config: Config, module: str, rank: int) -> float:
     Raises:
         AdapterError: The configuration says another rank than the tensors have.
     """
-    stated = pattern_value(config.get("rank_pattern"), module, config["r"])
+    stated = pattern_value(config, "rank_pattern", module, config.get("r", DEFAULT))
     if stated != rank:
-        raise AdapterError(f"{module}: lora_A has rank {rank}, but the configuration says {stated}")
-    alpha = pattern_value(config.get("alpha_pattern"), module, config["lora_alpha"])
+        raise AdapterError(
+            f"{module}: lora_A has rank {rank}, but the configuration says {stated!r}"
+        )
+    alpha = pattern_value(config, "alpha_pattern", module, config.get("lora_alpha", DEFAULT))
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise AdapterError(f"{module}: lora_alpha is {alpha!r}; it must be a finite number")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def pattern_value(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """The value of the first key, in the order of the file, that matches the module as PEFT matches it."""
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
+def pattern_value(config: Config, field: str, module: str, default: Any) -> Any:
+    """The value of the first key, in the order of the file, that matches the module as PEFT matches it.
+
+    Raises:
+        AdapterError: The field is not a mapping of regular expressions.
+    """
+    pattern = config.get(field) or {}
+    try:
+        for key, value in pattern.items():
+            if re.match(rf"(.*\.)?({key})$", module):
+                return value
+    except (AttributeError, re.error) as error:
+        raise AdapterError(
+            f"{field} is {pattern!r}; it must map regular expressions to numbers: {error}"
+        ) from error
     return default
 
 
@@ -136,7 +152,11 @@ def write(
         padding = width - delta.rank
         tensors[PREFIX + module + A] = torch.nn.functional.pad(lora_A, (0, 0, 0, padding)).to(dtype)
         tensors[PREFIX + module + B] = torch.nn.functional.pad(lora_B, (0, padding)).to(dtype)
-    ranks = {module: delta.rank for module, delta in modules.items() if delta.rank != rank}
+    ranks = {
+        _pattern(module, modules): delta.rank
+        for module, delta in modules.items()
+        if delta.rank != rank
+    }
     config: dict[str, Any] = {
         "r": rank,
         "lora_alpha": rank,
@@ -150,6 +170,12 @@ def write(
     if rank_pattern and ranks:
         config |= {"rank_pattern": ranks, "alpha_pattern": ranks}
     return Written(config, tensors)
+
+
+def _pattern(module: str, modules: Collection[str]) -> str:
+    """The key of a pattern that matches this one of the modules only."""
+    ambiguous = any(other.endswith(f".{module}") for other in modules)
+    return f"^{module}" if ambiguous else module
 
 
 def _unscaled(delta: LowRank) -> tuple[Tensor, Tensor]:

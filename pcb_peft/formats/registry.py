@@ -113,6 +113,24 @@ def format_for(kind: type[Delta]) -> Format:
     )
 
 
+def module_of(key: str) -> str:
+    """The path in the base model of the module whose tensors begin with `key`.
+
+    Raises:
+        UnsupportedError: The key is none of PEFT's, or the module exists only inside a wrapper of PEFT's.
+    """
+    module = key.removeprefix(PREFIX)
+    if module == key:
+        raise UnsupportedError(
+            f"tensors {key}… are not PEFT's, whose names begin with {PREFIX}; PEFT would not load them either"
+        )
+    if "base_layer" in module.split("."):
+        raise UnsupportedError(
+            f"{module}: an adapter inside a wrapped layer (MultiheadAttention) is not supported"
+        )
+    return module
+
+
 def finite(tensors: Tensors, name: str) -> Tensor:
     """A tensor in float32.
 
@@ -134,7 +152,8 @@ def saved_parameters(tensors: Tensors, names: list[str]) -> dict[str, Callable[[
     saved: dict[str, Callable[[], Tensor]] = {}
     for name in names:
         parameter = name.removeprefix(PREFIX)
-        if not PLAIN_PARAMETER.fullmatch(parameter) or TUNER_PART.search(parameter):
+        plain = name != parameter and PLAIN_PARAMETER.fullmatch(parameter)
+        if not plain or TUNER_PART.search(parameter):
             raise UnsupportedError(
                 f"tensor {name} is neither a delta of this format nor a parameter of the base model that the adapter "
                 "replaces (modules_to_save); it cannot be merged and will not be dropped"

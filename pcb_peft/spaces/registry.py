@@ -28,10 +28,12 @@ class Projection:
     Attributes:
         blocks: One stack, or more where a delta has several parts.
         decode: From the merged blocks to the merged delta.
+        energy: Fraction of Σ_t ‖λ_t ΔW_t‖²_F that the blocks hold.
     """
 
     blocks: tuple[Block, ...]
     decode: Callable[[Sequence[Tensor]], Delta]
+    energy: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -40,30 +42,30 @@ class Space:
 
     Attributes:
         name: As recipes and the command line call it.
-        encode: ``encode(deltas, weights, **options) -> Projection``: the deltas of one module, at least one, all of the
+        function: ``function(deltas, weights, **options) -> Projection``: the deltas of one module, at least one, all of the
             same shape, and their weights. (An adapter that does not touch the module brings a zero.)
         accepts: The kinds of delta that it can take.
         lossless: What it decodes has a low rank without any truncation.
     """
 
     name: str
-    encode: Encode
+    function: Encode
     accepts: tuple[type[Delta], ...]
     lossless: bool
 
     @property
     def options(self) -> dict[str, Option]:
-        return options_of(self.encode)
+        return options_of(self.function)
 
     @property
     def summary(self) -> str:
         """The first line of the function's docstring."""
-        return (inspect.getdoc(self.encode) or "").split("\n", 1)[0]
+        return (inspect.getdoc(self.function) or "").split("\n", 1)[0]
 
     def __call__(
         self, deltas: Sequence[Delta], weights: Sequence[float], **options: Any
     ) -> Projection:
-        return self.encode(deltas, weights, **options)
+        return self.function(deltas, weights, **options)
 
 
 def space(
@@ -71,9 +73,9 @@ def space(
 ) -> Callable[[Encode], Encode]:
     """Puts a function on the shelf; the function itself stays as it is. The arguments are `Space`'s."""
 
-    def register(encode: Encode) -> Encode:
-        _SHELF[name] = Space(name, encode, accepts, lossless)
-        return encode
+    def register(function: Encode) -> Encode:
+        _SHELF[name] = Space(name, function, accepts, lossless)
+        return function
 
     return register
 

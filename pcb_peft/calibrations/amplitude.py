@@ -1,0 +1,46 @@
+"""The norm of the whole merge."""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from pcb_peft.calibrations.registry import after
+from pcb_peft.delta import Core, Delta, Dense, Diagonal, LowRank
+from pcb_peft.options import Range
+
+
+def _squares(merged: Delta, deltas: Sequence[Delta]) -> Tensor:
+    """‖ΔW‖² of the merge and of each adapter: (1 + T,)."""
+    norms = [merged.norm(), *(delta.norm() for delta in deltas)]
+    return torch.tensor(norms, dtype=torch.float64).square()
+
+
+@after(
+    "amplitude",
+    paper="arXiv:2608.17366",
+    accepts=(LowRank, Core, Dense, Diagonal),
+    survey=_squares,
+)
+def amplitude(
+    merged: Delta,
+    deltas: Sequence[Delta],
+    squares: Tensor,
+    *,
+    strength: Annotated[float, Range(0, 1e6)] = 1.0,
+) -> Delta:
+    """Give the merge as a whole the norm of a typical adapter: one factor for all modules, and no weight to choose.
+
+    Args:
+        strength: κ in κ RMS_t‖λ_t ΔW_t‖ / ‖ΔW‖, the norms taken over all modules. The paper has 1.15 where the
+            adapters' norms are of one size and 0.5 where they are not.
+
+    Source: the measured amplitude restoration of CORAM, Sui et al. 2026, equations 3 and 4.
+    """
+    del deltas
+    own, tasks = squares[0], squares[1:]
+    present = tasks[tasks > 0]
+    if own == 0 or not len(present):
+        return merged
+    return merged.scaled(strength * float((present.mean() / own).sqrt()))

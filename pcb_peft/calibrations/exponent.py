@@ -1,0 +1,45 @@
+"""A power of the singular values, of adapters or of their merge."""
+
+from collections.abc import Sequence
+from typing import Annotated, TypeAlias
+
+from pcb_peft.calibrations.registry import after, before
+from pcb_peft.calibrations.spectral import assembled, triplets
+from pcb_peft.delta import Core, Delta, Dense, LowRank
+from pcb_peft.options import Range
+
+PAPER = "arXiv:2502.04959"
+KINDS = (LowRank, Core, Dense)
+
+Power: TypeAlias = Annotated[float, Range(0, 2)]
+
+
+@before("exponent", paper=PAPER, accepts=KINDS)
+def of_adapters(deltas: Sequence[Delta], *, power: Power = 0.5) -> list[Delta]:
+    """Make the spectrum of each adapter flatter, or steeper.
+
+    Args:
+        power: p in σ ↦ c σᵖ, where c keeps the sum of the singular values: 1 changes nothing, 0 makes them equal.
+
+    Source: none for powers in between; 0 is what Iso-C does to a sum (Marczak et al. 2025).
+    """
+    return [_bent(delta, power) for delta in deltas]
+
+
+@after("exponent", paper=PAPER, accepts=KINDS)
+def of_the_merge(merged: Delta, deltas: Sequence[Delta], *, power: Power = 0.5) -> Delta:
+    """Make the spectrum of the merge flatter, or steeper.
+
+    Args:
+        power: p in σ ↦ c σᵖ, where c keeps the sum of the singular values: 1 changes nothing, 0 makes them equal.
+
+    Source: none for powers in between; 0 after `linear` is Iso-C (Marczak et al. 2025).
+    """
+    del deltas
+    return _bent(merged, power)
+
+
+def _bent(delta: Delta, power: float) -> Delta:
+    u, s, vh = triplets(delta)
+    bent = s**power
+    return assembled(delta, (u, bent * (s.sum() / bent.sum()), vh)) if len(s) else delta

@@ -1,0 +1,25 @@
+"""The norm of a merged module."""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from pcb_peft.calibrations.registry import after
+from pcb_peft.delta import Core, Delta, Dense, Diagonal, LowRank
+from pcb_peft.options import Range
+
+
+@after("norm", paper="arXiv:2604.16826", accepts=(LowRank, Core, Dense, Diagonal))
+def norm(
+    merged: Delta, deltas: Sequence[Delta], *, strength: Annotated[float, Range(0, 1e6)] = 1.0
+) -> Delta:
+    """Give each merged module the mean norm of what was merged there: no weight has to be chosen.
+
+    Args:
+        strength: The result's ‖ΔW‖ as a multiple of the mean of ‖λ_t ΔW_t‖.
+
+    Source: the rescaling γ of Pico, Tang and Yang 2026. Departure: the mean goes over the adapters that touch the
+    module.
+    """
+    norms = [size for delta in deltas if (size := delta.norm()) > 0]
+    own = merged.norm()
+    return merged.scaled(strength * sum(norms) / len(norms) / own) if norms and own > 0 else merged

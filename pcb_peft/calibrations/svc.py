@@ -1,0 +1,49 @@
+"""Singular value calibration: SVC."""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from pcb_peft.calibrations.registry import after
+from pcb_peft.calibrations.spectral import assembled, triplets
+from pcb_peft.delta import Core, Delta, Dense, LowRank
+from pcb_peft.linalg import Svd
+from pcb_peft.options import Range
+
+
+@after("svc", paper="arXiv:2602.05536", accepts=(LowRank, Core, Dense))
+def svc(
+    merged: Delta,
+    deltas: Sequence[Delta],
+    *,
+    floor: Annotated[float, Range(0, 1, low_open=True)] | None = None,
+) -> Delta:
+    """Shrink the directions of the merge that several tasks share, and were counted several times.
+
+    For ΔW = U Σ Vᵀ, with a = u_rᵀ ΔW and a_t = u_rᵀ ΔW_t: s_t = ⟨a, a_t⟩ / ‖a_t‖² says how much of task t's response in
+    direction r is there, and σ_r is multiplied by T / Σ_t max(floor, s_t).
+
+    Args:
+        floor: α of the paper; default: its 1 / T. (The authors' script has 1 for TSV-M.)
+
+    Source: Li et al. 2026, and github.com/lyymuwu/SVC at 6ad2b31. Departures: T counts the adapters that touch
+    the module; and they are meant times their weights, so that equal weights still scale the result.
+    """
+    present = [delta for delta in deltas if delta.norm() > 0]
+    if not present:
+        return merged
+    u, s, vh = triplets(merged)
+    shares = torch.stack([_share((u, s, vh), delta) for delta in present])
+    gain = len(present) / shares.clamp(min=floor or 1 / len(present)).sum(0)
+    return assembled(merged, (u, s * gain, vh))
+
+
+def _share(merged: Svd, delta: Delta) -> Tensor:
+    """s_t of every direction; 0 where the task has no response."""
+    u, s, vh = merged
+    left, right = delta.factors()
+    response = (u.T @ left) @ right
+    size = response.square().sum(1)
+    return torch.where(size > 0, s * (response * vh).sum(1) / size, 0)
