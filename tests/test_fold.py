@@ -408,13 +408,13 @@ def test_weights_in_other_formats_stay_behind_and_everything_else_goes_along(tmp
     for name in stale + kept:
         (base / name).parent.mkdir(parents=True, exist_ok=True)
         (base / name).write_text(name)
-    extra = {"README.md": "card\n", "recipe.yaml": "method: pcb\n"}
+    extra = {"README.md": b"card\n", "heads/a.safetensors": b"values"}
     fold_deltas({}, open_base_model(base), tmp_path / "out", extra_files=extra)
     out = tmp_path / "out"
     files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     written = {"config.json", "generation_config.json", "tokenizer.json", "model.safetensors"}
-    assert files == {*kept, *written, "recipe.yaml", "modules.json"}
-    assert {name: (out / name).read_text() for name in extra} == extra
+    assert files == {*kept, *written, *extra, "modules.json"}
+    assert {name: (out / name).read_bytes() for name in extra} == extra
     assert (out / "config.json").read_bytes() == (base / "config.json").read_bytes()
 
 
@@ -500,7 +500,7 @@ def test_what_is_no_directory_and_no_repository_is_named(tmp_path):
 def test_pickled_weights_are_refused_with_the_way_out(tmp_path):
     base = llama(tmp_path / "base")
     (base / "model.safetensors").rename(base / "pytorch_model.bin")
-    with pytest.raises(BaseModelError, match=r"pytorch_model.bin.+save_pretrained"):
+    with pytest.raises(BaseModelError, match=r"neither.+\(.bin, .gguf\).+save_pretrained"):
         open_base_model(base)
 
 

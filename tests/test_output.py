@@ -62,7 +62,8 @@ def test_after_a_failure_the_old_directory_is_there_and_nothing_else(tmp_path, e
             (directory / "half").touch()
             raise error
 
-    pytest.raises(error, fails)
+    with pytest.raises(error):
+        fails()
     assert content(target) == "old"
     assert list(tmp_path.iterdir()) == [target]
 

@@ -1,0 +1,246 @@
+"""Tiny models, and adapters on them: made, saved and measured by PEFT itself."""
+
+import copy
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pcb_peft import Adapter
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(10, 14)
+        self.down = nn.Linear(14, 10, bias=False)
+        self.mix = nn.Linear(10, 10)
+
+
+class Mlp(nn.Module):
+    """No model of transformers; its first layer has the last name of others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(6, 10)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.head = nn.Linear(10, 3)
+
+
+def llama() -> nn.Module:
+    config = transformers.LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def gpt2() -> nn.Module:
+    config = transformers.GPT2Config(
+        vocab_size=32,
+        n_positions=16,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+def bert() -> nn.Module:
+    config = transformers.BertConfig(
+        vocab_size=32,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=16,
+        num_labels=3,
+    )
+    return transformers.BertForSequenceClassification(config)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "mlp": Mlp,
+    "llama": llama,
+    "gpt2": gpt2,  # its layers are Conv1D, one of them square
+    "bert": bert,
+}
+
+
+@functools.cache
+def original(kind: str) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = MODELS[kind]()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) / 10)
+    return model.eval()
+
+
+@dataclasses.dataclass(frozen=True)
+class Workshop:
+    """Makes models and adapters below a directory."""
+
+    directory: Path
+
+    def model(self, kind: str) -> nn.Module:
+        """Always with the same values, none of them zero."""
+        return copy.deepcopy(original(kind))
+
+    def base(self, kind: str) -> Path:
+        """The model as a checkpoint."""
+        directory = self.directory / "bases" / kind
+        if directory.is_dir():
+            return directory
+        model = self.model(kind)
+        if isinstance(model, transformers.PreTrainedModel):
+            model.save_pretrained(directory)
+        else:
+            directory.mkdir(parents=True)
+            save_file(model.state_dict(), directory / "model.safetensors")
+            (directory / "config.json").write_text("{}")
+        return directory
+
+    def peft_model(
+        self,
+        model: nn.Module | str,
+        config: peft.PeftConfig,
+        *,
+        seed: int = 1,
+        name: str = "default",
+        base: str | None = None,
+    ) -> peft.PeftModel:
+        """A model with an adapter of which no trained value is zero; `base` is what it calls its base model."""
+        model = self.model(model) if isinstance(model, str) else model
+        config = copy.deepcopy(config)  # PEFT writes into it
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            if isinstance(model, peft.PeftModel):
+                model.add_adapter(name, config)
+            else:
+                model = peft.get_peft_model(model, config, adapter_name=name)
+            for path, parameter in model.named_parameters():
+                if name in path.split("."):
+                    mean = 1.0 if "ia3_l" in path else 0.0
+                    nn.init.normal_(parameter, mean=mean, std=0.5)
+        model.peft_config[name].base_model_name_or_path = base
+        return model
+
+    def adapter(
+        self,
+        kind: nn.Module | str,
+        config: peft.PeftConfig,
+        name: str = "adapter",
+        *,
+        seed: int = 1,
+        base: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        safetensors: bool = True,
+    ) -> Path:
+        """The directory of such an adapter, saved."""
+        directory = self.directory / name
+        model = self.peft_model(kind, config, seed=seed, base=base).to(dtype)
+        model.save_pretrained(
+            directory, safe_serialization=safetensors, save_embedding_layers=False
+        )
+        return directory
+
+    def adapters(
+        self, kind: str, configs: Iterable[peft.PeftConfig], base: str | None = None
+    ) -> list[Path]:
+        """One per configuration, each with other values."""
+        return [
+            self.adapter(kind, config, f"adapter{seed}", seed=seed, base=base)
+            for seed, config in enumerate(configs, 1)
+        ]
+
+    def changes(self, kind: str, adapter: Path | peft.PeftModel) -> dict[str, Tensor]:
+        """What PEFT's merge_and_unload adds to each parameter that it changes, in float64."""
+        if not isinstance(adapter, peft.PeftModel):
+            adapter = peft.PeftModel.from_pretrained(self.model(kind).double(), adapter)
+        before = self.model(kind).double().state_dict()
+        after = adapter.double().merge_and_unload().state_dict()
+        assert before.keys() == after.keys()
+        changes = {name: after[name] - before[name] for name in before}
+        return {name: change for name, change in changes.items() if change.any()}
+
+    def deltas(self, kind: str, adapter: Path | peft.PeftModel) -> dict[str, Tensor]:
+        """ΔW of each module according to PEFT, in float64."""
+        return {
+            name.removesuffix(".weight"): change
+            for name, change in self.changes(kind, adapter).items()
+            if name.endswith(".weight")
+        }
+
+    @staticmethod
+    def edit_config(adapter: Path, remove: Iterable[str] = (), **fields: Any) -> Path:
+        """The same adapter with other words in its configuration, and these in the order given."""
+        path = adapter / "adapter_config.json"
+        config = {**json.loads(path.read_text()), **fields}
+        path.write_text(json.dumps({k: v for k, v in config.items() if k not in set(remove)}))
+        return adapter
+
+    @staticmethod
+    def edit_tensors(
+        adapter: Path, edit: Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
+    ) -> Path:
+        """The same adapter with other tensors."""
+        path = adapter / "adapter_model.safetensors"
+        save_file(dict(edit(load_file(path))), path, metadata={"format": "pt"})
+        return adapter
+
+    @staticmethod
+    def assert_close(found: Tensor, wanted: Tensor, tolerance: float, what: str = "") -> None:
+        """Same shape, and at most so far apart, relative to the norm of what is wanted."""
+        assert found.shape == wanted.shape, what
+        distance = torch.linalg.vector_norm(found.double() - wanted.double())
+        assert distance <= tolerance * torch.linalg.vector_norm(wanted.double()), what
+
+    def assert_deltas(
+        self,
+        adapter: Adapter,
+        wanted: Mapping[str, Tensor],
+        tolerance: float = 1e-6,
+        base: Path | None = None,
+    ) -> None:
+        """The adapter touches these modules and no others, and does this to each."""
+        assert set(adapter.modules) == set(wanted)
+        for module, delta in wanted.items():
+            found = adapter.delta(module, base_model=base)
+            assert found.dtype == torch.float32
+            self.assert_close(found, delta, tolerance, module)
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test asks the Hub, neither here nor in a process that it starts."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def workshop(tmp_path: Path) -> Workshop:
+    return Workshop(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def shared_workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    """One for all tests of a file: what lies in it must not be changed."""
+    return Workshop(tmp_path_factory.mktemp("shared"))

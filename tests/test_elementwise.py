@@ -1,0 +1,717 @@
+"""The elementwise and the geometric methods against numpy: definitions in float64, written from the papers."""
+
+import inspect
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import peft.utils.merge_utils
+import pytest
+import torch
+from numpy.testing import assert_allclose, assert_array_equal
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pcb_peft import Adapter, get_method, merge_adapters, noise, statistics
+from pcb_peft.adapter import Modules
+from pcb_peft.delta import Diagonal, LowRank
+from pcb_peft.errors import OptionError
+from pcb_peft.formats import Entry
+from pcb_peft.statistics import Block, TaskVectors, products, stacked
+
+Array = NDArray[np.float64]
+Masks = NDArray[np.float64]  # uniform numbers
+
+SHAPES = ((7, 11), (1, 5), (6, 1), (4, 30))  # of the blocks of a scope
+RANDOM = ("dare_linear", "dare_ties", "della")
+TRIMMING = ("ties", "magnitude_prune", "breadcrumbs", "sce")
+GEOMETRIC = ("slerp", "multislerp", "karcher", "model_stock")
+ELEMENTWISE = (*RANDOM, *TRIMMING, "consensus")
+METHODS = (*ELEMENTWISE, *GEOMETRIC)
+WITHOUT_STATISTICS = (*RANDOM, "consensus")
+
+
+# --- definitions: x (T, D), weights (T,), uniform numbers (T, D) → (D,)
+
+
+def linear(x: Array, weights: Array) -> Array:
+    return weights @ x
+
+
+def kept_largest(scores: Array, density: float) -> NDArray[np.bool_]:
+    """The int(density D) largest, at least one, and all that tie with the least of them."""
+    least = np.sort(scores)[len(scores) - max(1, int(density * len(scores)))]
+    return scores >= least
+
+
+def magnitude_prune(x: Array, weights: Array, density: float) -> Array:
+    return sum(w * v * kept_largest(np.abs(v), density) for v, w in zip(x, weights, strict=True))
+
+
+def majority(x: Array) -> Array:
+    """Steps 2 and 3 of TIES: at every entry the mean of those with the sign of their sum."""
+    merged = np.zeros(x.shape[1])
+    for d, column in enumerate(x.T):
+        agreeing = [v for v in column if v * column.sum() > 0]
+        merged[d] = np.mean(agreeing) if agreeing else 0
+    return merged
+
+
+def ties(x: Array, weights: Array, density: float) -> Array:
+    kept = np.stack([v * kept_largest(np.abs(v), density) for v in x])
+    return majority(weights[:, None] * kept)
+
+
+def dropped(x: Array, uniform: Masks, density: float, rescale: bool = True) -> Array:
+    return np.where(uniform < density, x, 0) / (density if rescale else 1)
+
+
+def dare_linear(x: Array, weights: Array, uniform: Masks, **options: Any) -> Array:
+    return linear(dropped(x, uniform, **options), weights)
+
+
+def dare_ties(x: Array, weights: Array, uniform: Masks, **options: Any) -> Array:
+    return majority(weights[:, None] * dropped(x, uniform, **options))
+
+
+def keep_probabilities(row: Array, density: float, epsilon: float) -> Array:
+    """density − ε/2 for the smallest |v| of a row, density + ε/2 for its largest, evenly spaced between them."""
+    epsilon = min(epsilon, 2 * density, 2 - 2 * density)
+    if len(row) == 1:
+        return np.array([density])
+    keep = np.empty(len(row))
+    for rank, place in enumerate(np.argsort(np.abs(row), kind="stable")):
+        keep[place] = density - epsilon / 2 + epsilon * rank / (len(row) - 1)
+    return keep
+
+
+def della(
+    x: Array, weights: Array, uniform: Masks, density: float, epsilon: float, rescale: bool = True
+) -> Array:
+    survivors = np.zeros_like(x)
+    for t, (start, shape) in itertools.product(range(len(x)), starts(SHAPES)):
+        for first in range(start, start + math.prod(shape), shape[1]):
+            row = slice(first, first + shape[1])
+            keep = keep_probabilities(x[t, row], density, epsilon)
+            scaled = x[t, row] / (np.maximum(keep, 1e-300) if rescale else 1)
+            survivors[t, row] = np.where(uniform[t, row] < keep, scaled, 0)
+    return majority(weights[:, None] * survivors)
+
+
+def breadcrumbs(x: Array, weights: Array, density: float, gamma: float) -> Array:
+    size = x.shape[1]
+    kept = max(1, int(density * size))
+    top = min(int(gamma * size), size - kept)
+    merged = np.zeros(size)
+    for v, w in zip(x, weights, strict=True):
+        ordered = np.sort(np.abs(v))[::-1]
+        largest, smallest = ordered[top], ordered[top + kept - 1]
+        merged += w * np.where((np.abs(v) >= smallest) & (np.abs(v) <= largest), v, 0)
+    return merged
+
+
+def sce(x: Array, weights: Array, density: float) -> Array:
+    selected = x * kept_largest(x.var(axis=0), density)
+    energy = (selected**2).sum(axis=1)
+    coefficients = energy / energy.sum()
+    fused = weights[:, None] * selected
+    fused = np.where(fused * fused.sum(axis=0) > 0, fused, 0)
+    return coefficients @ fused
+
+
+def consensus(x: Array, weights: Array, tall: float, votes: int) -> Array:
+    x = weights[:, None] * x
+    merged = x.sum(axis=0)
+    masks = np.abs(x) >= tall * np.abs(merged - x)
+    return np.where(masks.sum(axis=0) >= min(votes, len(x)), merged, 0)
+
+
+def turned(x: Array, weights: Array) -> tuple[Array, Array, Array]:
+    """Unit vectors, lengths and masses of those that are not zero."""
+    x, weights = x[(weights != 0) & x.any(axis=1)], weights[(weights != 0) & x.any(axis=1)]
+    lengths = np.linalg.norm(x, axis=1)
+    return np.sign(weights)[:, None] * x / lengths[:, None], lengths, np.abs(weights)
+
+
+def slerp(x: Array, weights: Array, t: float | None = None) -> Array:
+    (one, other), lengths, masses = turned(x, weights)
+    t = masses[1] / masses.sum() if t is None else t
+    angle = np.arccos(one @ other)
+    direction = (np.sin((1 - t) * angle) * one + np.sin(t * angle) * other) / np.sin(angle)
+    return masses.mean() * ((1 - t) * lengths[0] + t * lengths[1]) * direction
+
+
+def multislerp(x: Array, weights: Array) -> Array:
+    units, lengths, masses = turned(x, weights)
+    mean = masses @ units
+    return mean / np.linalg.norm(mean) * (masses * lengths).mean()
+
+
+def logarithms(point: Array, units: Array) -> Array:
+    """Where on the sphere the units lie, as tangents at a point: their direction there, as long as the angle."""
+    tangents = units - (units @ point)[:, None] * point
+    sines = np.linalg.norm(tangents, axis=1)
+    return tangents * (np.arctan2(sines, units @ point) / np.maximum(sines, 1e-300))[:, None]
+
+
+def karcher(x: Array, weights: Array) -> Array:
+    units, lengths, masses = turned(x, weights)
+    point = units[0]
+    for _ in range(300):  # gradient descent, in the space itself
+        tangent = 0.5 * masses @ logarithms(point, units) / masses.sum()
+        angle = np.linalg.norm(tangent)
+        point = np.cos(angle) * point + np.sinc(angle / np.pi) * tangent
+        point /= np.linalg.norm(point)
+    return point * (masses * lengths).mean()
+
+
+def model_stock(x: Array, weights: Array) -> Array:
+    units = turned(x, weights)[0]
+    count = len(units)
+    cosine = np.mean([units[i] @ units[j] for i in range(count) for j in range(i)])
+    ratio = count * cosine / (1 + (count - 1) * cosine)
+    return max(0, ratio) * linear(x, weights) / count
+
+
+# --- the package on the same data
+
+
+def starts(shapes: Sequence[tuple[int, int]]) -> list[tuple[int, tuple[int, int]]]:
+    """Where each block begins in a flattened task vector."""
+    sizes = [math.prod(shape) for shape in shapes]
+    return list(zip(itertools.accumulate([0, *sizes[:-1]]), shapes, strict=True))
+
+
+def size(shapes: Sequence[tuple[int, int]] = SHAPES) -> int:
+    return sum(math.prod(shape) for shape in shapes)
+
+
+def keys(tasks: int, block: int) -> tuple[int, ...]:
+    return tuple(noise.key(block, task) for task in range(tasks))
+
+
+def blocks_of(
+    x: Array, weights: Sequence[float], shapes: Sequence[tuple[int, int]] = SHAPES
+) -> list[Block]:
+    blocks: list[Block] = []
+    for index, (start, shape) in enumerate(starts(shapes)):
+        values = torch.from_numpy(x[:, start : start + math.prod(shape)].reshape(len(x), *shape))
+        block = stacked(values, weights)
+        blocks.append(Block(block.shape, block.weights, block.open, keys(len(x), index)))
+    return blocks
+
+
+def merged(name: str, blocks: Sequence[Block], **options: Any) -> Array:
+    result = get_method(name)(TaskVectors(blocks), **options)
+    return np.concatenate([result.block(i)[0].numpy().ravel() for i in range(len(blocks))])
+
+
+def merge(name: str, x: Array, weights: Sequence[float] | None = None, **options: Any) -> Array:
+    return merged(name, blocks_of(x, weights or [1.0] * len(x)), **options)
+
+
+def kept(name: str, x: Array, **options: Any) -> list[int]:
+    blocks = blocks_of(x, [1.0] * len(x))
+    result = get_method(name)(TaskVectors(blocks), **options)
+    return list(np.sum([result.block(i)[1].kept for i in range(len(blocks))], axis=0))
+
+
+def splitmix64(key: int, positions: NDArray[np.uint64]) -> Array:
+    """Uniform numbers; `test_noise` shows that these are the generator's."""
+    with np.errstate(over="ignore"):
+        z = np.uint64(key % 2**64) + (positions + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) / 2.0**53
+
+
+def uniform(tasks: int, shapes: Sequence[tuple[int, int]] = SHAPES) -> Masks:
+    rows = [
+        [splitmix64(key, np.arange(math.prod(shape), dtype=np.uint64)) for key in keys(tasks, i)]
+        for i, shape in enumerate(shapes)
+    ]
+    return np.concatenate([np.stack(block) for block in rows], axis=1)
+
+
+def normal(tasks: int, seed: int = 0) -> Array:
+    """Of different lengths, and with something in common so that angles are below 90°."""
+    generator = np.random.default_rng([seed, tasks])
+    common = generator.standard_normal(size())
+    own = generator.standard_normal((tasks, size()))
+    return (0.7 * common + own) * (1 + np.arange(tasks))[:, None]
+
+
+def quarters(tasks: int, seed: int = 0) -> Array:
+    """Multiples of ¼: full of ties, zeros and sums that cancel."""
+    return np.round(normal(tasks, seed)) / 4
+
+
+def with_zeros(tasks: int, seed: int = 0) -> Array:
+    """One task vector is zero, and one block is zero in all."""
+    x = normal(tasks, seed)
+    x[-1] = 0
+    x[:, : math.prod(SHAPES[0])] = 0
+    return x
+
+
+def weights_of(tasks: int) -> list[list[float]]:
+    return [[1.0] * tasks, [0.5, 2.0, 1.0, 0.25, 1.5][:tasks], [1.0, -0.5, 2.0, 1.0, -1.0][:tasks]]
+
+
+TASKS = (2, 3, 5)
+DEFINITIONS: list[tuple[Callable[..., Array], dict[str, Any]]] = [
+    (ties, {"density": 0.2}),
+    (magnitude_prune, {"density": 0.3}),
+    (magnitude_prune, {"density": 0.001}),
+    (dare_linear, {"density": 0.3}),
+    (dare_linear, {"density": 0.6, "rescale": False}),
+    (dare_ties, {"density": 0.3}),
+    (dare_ties, {"density": 0.6, "rescale": False}),
+    (della, {"density": 0.7, "epsilon": 0.14}),
+    (della, {"density": 0.4, "epsilon": 0.8}),
+    (della, {"density": 0.1, "epsilon": 1.0}),
+    (della, {"density": 0.9, "epsilon": 0.5, "rescale": False}),
+    (breadcrumbs, {"density": 0.5, "gamma": 0.1}),
+    (breadcrumbs, {"density": 0.9, "gamma": 0.3}),
+    (breadcrumbs, {"density": 0.3, "gamma": 0.0}),
+    (sce, {"density": 0.2}),
+    (sce, {"density": 1.0}),
+    (consensus, {"tall": 0.4, "votes": 2}),
+    (consensus, {"tall": 0.2, "votes": 1}),
+    (consensus, {"tall": 0.3, "votes": 5}),
+    (multislerp, {}),
+    (karcher, {}),
+    (model_stock, {}),
+]
+
+
+def labels(value: object) -> str | None:
+    return getattr(value, "__name__", None)
+
+
+@pytest.mark.parametrize("tasks", TASKS)
+@pytest.mark.parametrize("data", [normal, quarters, with_zeros])
+@pytest.mark.parametrize(("definition", "options"), DEFINITIONS, ids=labels)
+def test_agrees_with_the_definition(
+    definition: Callable[..., Array],
+    options: dict[str, Any],
+    data: Callable[[int], Array],
+    tasks: int,
+):
+    if definition in (sce, della) and data is quarters and tasks > 2:
+        pytest.skip("variances that tie, or rescaled entries that cancel, differ by rounding")
+    if definition is model_stock and data is with_zeros and tasks == 2:
+        pytest.skip("one task vector has no angle")
+    x = data(tasks)
+    for weights in weights_of(tasks):
+        given = (uniform(tasks),) if definition.__name__ in RANDOM else ()
+        expected = definition(x, np.array(weights), *given, **options)
+        actual = merge(definition.__name__, x, weights, **options)
+        assert_allclose(actual, expected, rtol=1e-9, atol=1e-9 * np.abs(x).max())
+
+
+@pytest.mark.parametrize("t", [None, 0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("weights", [[1.0, 1.0], [3.0, 0.5], [1.0, -2.0]])
+def test_slerp_agrees_with_the_definition(t: float | None, weights: list[float]):
+    x = normal(2)
+    assert_allclose(merge("slerp", x, weights, t=t), slerp(x, np.array(weights), t), atol=1e-12)
+
+
+# --- what the papers and the house rules promise
+
+
+@pytest.mark.parametrize("tasks", TASKS)
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("magnitude_prune", "linear"),
+        ("breadcrumbs", "linear"),
+        ("dare_linear", "linear"),
+        ("dare_ties", "ties"),
+        ("della", "ties"),
+    ],
+)
+def test_at_density_1_nothing_is_dropped(name: str, plain: str, tasks: int):
+    x, options = normal(tasks), {"density": 1.0} if plain == "ties" else {}
+    assert_array_equal(merge(name, x, density=1.0), merge(plain, x, **options))
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "slerp"])
+@pytest.mark.parametrize("weight", [1.0, -0.5])
+def test_one_adapter_at_density_1_comes_back(name: str, weight: float):
+    x = normal(1)
+    options = {"density": 1.0} if name in (*RANDOM, *TRIMMING) else {}
+    assert_allclose(merge(name, x, [weight], **options), weight * x[0], rtol=1e-14)
+
+
+@pytest.mark.parametrize("name", GEOMETRIC)
+def test_a_zero_task_vector_has_no_say(name: str):
+    x = normal(2)
+    x[1] = 0
+    assert_allclose(merge(name, x, [0.5, 3.0]), 0.5 * x[0], rtol=1e-14)
+    assert_array_equal(merge(name, 0 * x), np.zeros(size()))
+    assert_array_equal(merge(name, normal(2), [0.0, 0.0]), np.zeros(size()))
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_task_vectors_of_zeros_merge_to_zeros_of_which_none_is_kept(name: str):
+    x = np.zeros((3, size()))
+    assert_array_equal(merge(name, x), np.zeros(size()))
+    assert kept(name, x) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "slerp"])
+def test_weights_times_a_number_give_the_merge_times_that_number(name: str):
+    """The search for a common weight merges only once."""
+    x, weights = normal(3), [1.0, -0.5, 2.0]
+    larger = merge(name, x, [4 * weight for weight in weights])
+    assert_allclose(larger, 4 * merge(name, x, weights), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "slerp"])
+def test_a_negative_weight_is_the_negated_task_vector(name: str):
+    if name == "sce":
+        pytest.skip("selects by the variance of the task vectors as they are")
+    x = normal(3)
+    turned = x * np.array([1, -1, 1])[:, None]
+    assert_allclose(merge(name, x, [1.0, -2.0, 3.0]), merge(name, turned, [1.0, 2.0, 3.0]))
+
+
+def test_breadcrumbs_without_outliers_prunes_by_magnitude():
+    """The slice [:-0] of other toolkits drops everything."""
+    for density, gamma in ((0.3, 0.0), (0.3, 0.9 / size()), (1.0, 0.5)):
+        x = normal(3)
+        expected = merge("magnitude_prune", x, density=density)
+        assert_array_equal(merge("breadcrumbs", x, density=density, gamma=gamma), expected)
+
+
+def test_breadcrumbs_keeps_its_density_whatever_gamma():
+    for gamma in (0.0, 0.05, 0.4, 1.0):
+        assert kept("breadcrumbs", normal(2), density=0.5, gamma=gamma) == [size() // 2] * 2
+
+
+@pytest.mark.parametrize("name", ["ties", "magnitude_prune", "breadcrumbs"])
+def test_entries_that_tie_are_all_kept(name: str):
+    x = np.where(normal(2) > 0, 1.0, -1.0)
+    assert kept(name, x, density=0.1) == [size()] * 2
+
+
+@pytest.mark.parametrize("name", ["ties", "magnitude_prune"])
+def test_zeros_are_not_kept_to_fill_the_density(name: str):
+    x = np.zeros((2, size()))
+    x[:, :3] = [[1, 2, 3], [1, 0, 0]]
+    assert kept(name, x, density=0.5) == [3, 1]
+
+
+# --- randomness
+
+
+@pytest.mark.parametrize("name", ["dare_linear", "della"])
+def test_dropping_keeps_the_expectation(name: str):
+    """Of 2,000 draws, entry by entry and in the sum: within 5 standard errors. One task, so that nothing is elected."""
+    x, draws, density = normal(1)[0], 2000, 0.3
+    rows = np.tile(x.reshape(1, -1), (draws, 1))
+    block = stacked(torch.from_numpy(rows)[:, None], [1.0] * draws)
+    many = Block(block.shape, block.weights, block.open, tuple(range(draws)))
+    tasks = TaskVectors([many])
+    survivors = dropped_by(name, tasks, density)
+    errors = (survivors.mean(0) - x) / (np.abs(x) * np.sqrt((1 / density - 1) / draws))
+    assert np.abs(errors).max() < 6  # a row's smallest entries are kept less often by `della`
+    assert abs(errors.mean()) * math.sqrt(len(x)) < 5
+    if name == "dare_linear":
+        assert 0.9 < errors.std() < 1.1
+
+
+def dropped_by(name: str, tasks: TaskVectors, density: float) -> Array:
+    """What a method leaves of each task vector: it hands this to the report as what it kept."""
+    seen: list[Tensor] = []
+    original = TaskVectors.combine
+
+    def combine(self: TaskVectors, rule: Any, *, whole: bool = False) -> Any:
+        seen.extend(tile() for tile in self.tiles(self.blocks[0], True))
+        return original(self, rule, whole=whole)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TaskVectors, "combine", combine)
+        get_method(name)(tasks, density=density)
+    return seen[0][:, 0].numpy()
+
+
+def test_della_keeps_large_entries_more_often():
+    draws, n = 4000, 25
+    row = np.random.default_rng(0).permutation(np.arange(1.0, n + 1)) * (-1) ** np.arange(n)
+    block = stacked(torch.from_numpy(np.tile(row, (draws, 1)))[:, None], [1.0] * draws)
+    tasks = TaskVectors([Block(block.shape, block.weights, block.open, tuple(range(draws)))])
+    often = (dropped_by("della", tasks, 0.7) != 0).mean(0)[np.argsort(np.abs(row))]
+    expected = np.linspace(0.63, 0.77, n)  # the default ε of 0.14
+    assert np.abs(often - expected).max() < 5 * math.sqrt(0.25 / draws)
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_the_order_of_adapters_is_irrelevant(name: str):
+    """To the bytes of two, whose sum has no order; to the masks of all."""
+    for tasks in TASKS:
+        x, order = normal(tasks), list(range(tasks))[::-1]
+        weights = weights_of(tasks)[1]
+        forward = blocks_of(x, weights)
+        backward = [
+            Block(b.shape, b.weights[::-1], flipped(b), tuple(b.keys[i] for i in order))
+            for b in forward
+        ]
+        one, other = merged(name, forward), merged(name, backward)
+        assert_allclose(one, other, rtol=1e-12, atol=1e-12)
+        assert_array_equal(one == 0, other == 0)
+        if tasks == 2:
+            assert_array_equal(one, other)
+
+
+def flipped(block: Block) -> Callable[..., Any]:
+    def open_(dtype: torch.dtype, device: torch.device) -> Callable[..., Tensor]:
+        part = block.open(dtype, device)
+        return lambda rows, cols: part(rows, cols).flip(0)
+
+    return open_
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_threads_and_tiles_change_no_byte(name: str, monkeypatch: pytest.MonkeyPatch):
+    """But tiles do where a method adds over all entries, and so in another order: by rounding of float64."""
+    tasks = count_for(name)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(40, 3), (90, 400), (7, 50)]
+    x = [torch.randn(tasks, *shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    blocks = [stacked(each, [1.0] * tasks) for each in x]
+    blocks = [Block(b.shape, b.weights, b.open, keys(tasks, i)) for i, b in enumerate(blocks)]
+
+    def run(values: int, threads: int) -> Array:
+        monkeypatch.setattr(statistics, "TILE_VALUES", values)
+        torch.set_num_threads(threads)
+        return merged(name, blocks)
+
+    before = torch.get_num_threads()
+    try:
+        expected = run(1 << 16, 1)
+        assert_array_equal(run(1 << 16, 3), expected)
+        one, several = run(5000, 1), run(5000, 4)
+    finally:
+        torch.set_num_threads(before)
+    assert_array_equal(several, one)
+    if name in (*GEOMETRIC, "sce"):
+        assert_allclose(one, expected, rtol=0, atol=1e-14)
+    else:
+        assert_array_equal(one, expected)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in GEOMETRIC])
+def test_single_precision_makes_the_same_choices(name: str, monkeypatch: pytest.MonkeyPatch):
+    x, expected = normal(3), merge(name, normal(3))
+    monkeypatch.setattr(statistics, "DOUBLE_VALUES", 0)
+    actual = merged(name, blocks_of(x.astype(np.float32).astype(np.float64), [1.0] * 3))
+    assert actual.dtype == np.float32
+    assert_array_equal(actual == 0, expected == 0)
+    assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+# --- geometry
+
+
+@pytest.mark.parametrize("name", ["slerp", "multislerp", "karcher"])
+@pytest.mark.parametrize("weights", [[1.0, 1.0], [1.0, 3.0], [2.0, -0.5]])
+def test_the_length_is_that_of_the_docstring(name: str, weights: list[float]):
+    """The mean |λ| times the mean of the lengths, weighted by |λ|."""
+    x = normal(2)
+    masses, lengths = np.abs(weights), np.linalg.norm(x, axis=1)
+    expected = masses.mean() * (masses @ lengths) / masses.sum()
+    assert np.linalg.norm(merge(name, x, weights)) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("weights", [[1.0, 1.0], [1.0, 3.0], [2.0, -0.5]])
+def test_the_karcher_mean_of_two_is_slerp(weights: list[float]):
+    x = normal(2)
+    assert_allclose(merge("karcher", x, weights), merge("slerp", x, weights), atol=1e-10)
+
+
+@pytest.mark.parametrize("tasks", TASKS)
+def test_at_the_karcher_mean_the_logarithms_cancel(tasks: int):
+    """Also of task vectors that are nearly at right angles, as those of different tasks are."""
+    x = np.random.default_rng(tasks).standard_normal((tasks, size()))
+    weights = np.arange(1.0, tasks + 1)
+    mean = merge("karcher", x, list(weights))
+    units = x / np.linalg.norm(x, axis=1, keepdims=True)
+    assert np.linalg.norm(weights @ logarithms(mean / np.linalg.norm(mean), units)) < 1e-9
+
+
+@pytest.mark.parametrize("name", GEOMETRIC)
+def test_parallel_and_opposite_task_vectors(name: str):
+    x = normal(1)
+    assert_allclose(merge(name, np.concatenate([x, 3 * x])), 2 * x[0], rtol=1e-7)
+    assert_allclose(merge(name, np.concatenate([x, -x])), 0 * x[0], atol=1e-7)
+    nearly = np.concatenate([x, x + 1e-9 * np.random.default_rng(0).standard_normal(x.shape)])
+    assert_allclose(merge(name, nearly), x[0], atol=1e-8)
+
+
+def test_slerp_ends_at_its_adapters():
+    x = normal(2)
+    assert_allclose(merge("slerp", x, t=0.0), x[0], atol=1e-12)
+    assert_allclose(merge("slerp", x, t=1.0), x[1], atol=1e-12)
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_slerp_takes_two(tasks: int):
+    with pytest.raises(OptionError, match=f"there are {tasks}"):
+        merge("slerp", normal(tasks))
+
+
+def test_model_stock_of_one_task_is_the_mean_and_of_orthogonal_ones_is_zero():
+    x = normal(1)
+    assert_allclose(merge("model_stock", np.concatenate([x, x, x])), x[0], rtol=1e-12)
+    at_right_angles = np.eye(3, size())
+    assert_array_equal(merge("model_stock", at_right_angles), np.zeros(size()))
+
+
+# --- PEFT's own functions, on the same tensors: its `dare_*` with the same masks
+
+
+def as_peft(x: Array) -> list[Tensor]:
+    return list(torch.from_numpy(x.reshape(len(x), *SHAPES[0])))
+
+
+@pytest.mark.parametrize("tasks", TASKS)
+@pytest.mark.parametrize("density", [0.1, 0.5, 0.7])
+@pytest.mark.parametrize("name", ["magnitude_prune", "ties", "dare_linear", "dare_ties"])
+def test_agrees_with_peft(name: str, density: float, tasks: int, monkeypatch: pytest.MonkeyPatch):
+    """With equal weights: PEFT elects the signs before it applies them."""
+    x = normal(tasks)[:, : math.prod(SHAPES[0])]
+    masks = iter(uniform(tasks, SHAPES[:1]) < density)
+    monkeypatch.setattr(
+        torch, "bernoulli", lambda p: torch.from_numpy(next(masks).reshape(p.shape)).to(p.dtype)
+    )
+    weights = [1.5] * tasks
+    expected = getattr(peft.utils.merge_utils, name)(as_peft(x), torch.tensor(weights), density)
+    actual = merged(name, blocks_of(x, weights, SHAPES[:1]), density=density)
+    assert_allclose(actual, expected.numpy().ravel(), rtol=1e-12, atol=1e-12)
+
+
+# --- the whole merge, in every space and scope
+
+
+def lora(name: str, seed: int, modules: Sequence[str] = ("layer.0", "layer.1")) -> Adapter:
+    """All have their first direction in common, so that their angles are below 90°."""
+    common = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed + 1)
+
+    def entry(rank: int) -> Entry:
+        lora_A = torch.randn(rank, 12, generator=generator)
+        lora_B = torch.randn(9, rank, generator=generator)
+        lora_A[0] = 2 * torch.randn(12, generator=common)
+        lora_B[:, 0] = torch.randn(9, generator=common)
+        return Entry(LowRank, (9, 12), lambda: LowRank(lora_A, lora_B, 0.5), rank)
+
+    return Adapter(name=name, modules=Modules({module: entry(2 + seed) for module in modules}))
+
+
+def ia3(name: str, seed: int) -> Adapter:
+    values = 1 + torch.randn(20, generator=torch.Generator().manual_seed(seed))
+    entry = Entry(Diagonal, (20, 1), lambda: Diagonal(values))
+    return Adapter(name=name, modules=Modules({"layer.0": entry}))
+
+
+def pool(tasks: int) -> list[Adapter]:
+    return [lora(f"adapter{i}", i) for i in range(tasks)]
+
+
+def deltas(method: str, adapters: Sequence[Adapter], **options: Any) -> dict[str, Tensor]:
+    merged_adapter = merge_adapters(adapters, method, progress=False, **options)
+    modules = merged_adapter.modules
+    return {name: delta_of(modules[name]) for name in modules}
+
+
+def delta_of(delta: Any) -> Tensor:
+    return delta.l - 1 if isinstance(delta, Diagonal) else delta.matrix()
+
+
+def count_for(method: str) -> int:
+    return 2 if method == "slerp" else 3
+
+
+SPACES = ("dense", "core", "knots", "factor")
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_merges_in_every_space_and_scope(method: str, space: str):
+    by_scope = [
+        deltas(method, pool(count_for(method)), space=space, scope=scope, rank="full")
+        for scope in ("global", "module")
+    ]
+    for result in by_scope:
+        assert all(delta.isfinite().all() for delta in result.values())
+        if (method, space) != ("model_stock", "factor"):  # factors have wide angles
+            assert all(delta.any() for delta in result.values())
+    for module in by_scope[0]:
+        same = torch.equal(by_scope[0][module], by_scope[1][module])
+        assert same == (method in WITHOUT_STATISTICS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_merges_vectors(method: str):
+    result = deltas(method, [ia3(f"adapter{i}", i) for i in range(count_for(method))])
+    assert result["layer.0"].isfinite().all()
+
+
+@pytest.mark.parametrize("scope", ["global", "module"])
+@pytest.mark.parametrize("method", GEOMETRIC)
+def test_geometric_methods_are_the_same_in_all_lossless_coordinates(method: str, scope: str):
+    adapters = pool(count_for(method))
+    dense, core, knots = (
+        deltas(method, adapters, space=space, scope=scope, rank="full")
+        for space in ("dense", "core", "knots")
+    )
+    for module, delta in dense.items():
+        torch.testing.assert_close(core[module], delta, rtol=0, atol=1e-5)
+        torch.testing.assert_close(knots[module], delta, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("method", RANDOM)
+def test_seed_adapter_and_module_make_the_masks_and_the_order_does_not(method: str, space: str):
+    adapters = pool(2)
+    first = deltas(method, adapters, space=space, rank="full")
+    again = deltas(method, adapters, space=space, rank="full", seed=0)
+    other = deltas(method, adapters, space=space, rank="full", seed=1)
+    turned = deltas(method, adapters[::-1], space=space, rank="full")
+    for module, delta in first.items():
+        assert torch.equal(again[module], delta)
+        assert not torch.allclose(other[module], delta, atol=1e-3)
+        torch.testing.assert_close(turned[module], delta, rtol=0, atol=1e-4)
+
+
+def test_masks_of_a_module_do_not_depend_on_the_other_modules():
+    few = [lora(f"adapter{i}", i, ("layer.0",)) for i in range(3)]
+    many = [lora(f"adapter{i}", i) for i in range(3)]
+    alone = deltas("dare_linear", few, space="dense", rank="full")
+    assert torch.equal(
+        alone["layer.0"], deltas("dare_linear", many, space="dense", rank="full")["layer.0"]
+    )
+
+
+def test_dropped_products_are_the_same_in_any_tile(monkeypatch: pytest.MonkeyPatch):
+    generator = torch.Generator().manual_seed(0)
+    factors = [
+        (torch.randn(64, 4, generator=generator), torch.randn(4, 33, generator=generator))
+        for _ in range(3)
+    ]
+    block = products(factors, [1.0] * 3)
+    block = Block(block.shape, block.weights, block.open, keys(3, 0))
+    expected = merged("dare_ties", [block])
+    monkeypatch.setattr(statistics, "TILE_VALUES", 500)
+    assert_allclose(merged("dare_ties", [block]), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_option_is_explained_and_every_method_names_its_source(method: str):
+    found = get_method(method)
+    assert all(option.explanation for option in found.options.values())
+    assert "Source: " in (inspect.getdoc(found.function) or "")
