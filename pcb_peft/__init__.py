@@ -7,6 +7,7 @@ merged.save_pretrained("merged")
 """
 
 from pcb_peft.adapter import Adapter, fold_adapter, load_adapter
+from pcb_peft.calibrations import list_calibrations
 from pcb_peft.engine import merge, merge_adapters
 from pcb_peft.errors import (
     AdapterError,
@@ -17,6 +18,7 @@ from pcb_peft.errors import (
     PcbPeftError,
     UnsupportedError,
 )
+from pcb_peft.live import add_weighted_adapter
 from pcb_peft.merged import MergedAdapter
 from pcb_peft.methods import MergeMethod, get_method, list_methods, merge_method
 from pcb_peft.recipe import Recipe, read_recipe
@@ -40,8 +42,10 @@ __all__ = [
     "Source",
     "UnsupportedError",
     "__version__",
+    "add_weighted_adapter",
     "fold_adapter",
     "get_method",
+    "list_calibrations",
     "list_methods",
     "list_spaces",
     "load_adapter",

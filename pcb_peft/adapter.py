@@ -14,8 +14,8 @@ from pcb_peft.base_model import BaseModel, open_base_model
 from pcb_peft.card import model_card, public_name
 from pcb_peft.delta import Delta
 from pcb_peft.errors import AdapterError, OptionError, PcbPeftError, UnsupportedError
-from pcb_peft.fold import fold_deltas
-from pcb_peft.formats import Contents, Entry, format_for, format_of
+from pcb_peft.fold import fitted, fold_deltas
+from pcb_peft.formats import Contents, Entry, Written, format_for, format_of
 from pcb_peft.formats.checkpoint import CONFIG, SAFETENSORS
 from pcb_peft.formats.registry import PREFIX
 from pcb_peft.options import did_you_mean
@@ -99,14 +99,13 @@ class Adapter:
         Raises:
             KeyError: The adapter does not touch that module.
             BaseModelError: W is needed.
+            MismatchError: The base model has not this module, or in another shape.
         """
         delta = self.modules[module]
         if base_model is None:
             return delta.delta()
         base = base_model if isinstance(base_model, BaseModel) else open_base_model(base_model)
-        flip = base.fan_in_fan_out(module, delta.shape)
-        delta = dataclasses.replace(delta, fan_in_fan_out=flip)
-        return delta.delta(base.weight(module))
+        return fitted(delta, module, base).delta(base.weight(module))
 
     def save_pretrained(
         self,
@@ -132,6 +131,17 @@ class Adapter:
             OptionError: The dtype cannot hold the values, or there are no ranks for a `rank_pattern`.
             OutputError: The directory cannot be written.
         """
+        written = self.written(dtype, rank_pattern=rank_pattern)
+        card = self._card(str(written.config["peft_type"]))
+        config = json.dumps(written.config, indent=2, sort_keys=True) + "\n"
+        with replace_directory(Path(directory), overwrite=overwrite) as target:
+            path = target / SAFETENSORS
+            safetensors.torch.save_file(written.tensors, path, metadata={"format": "pt"})
+            files = {CONFIG: config.encode(), "README.md": card.encode()}
+            write_files(target, self._companions() | files)
+
+    def written(self, dtype: torch.dtype = torch.float32, *, rank_pattern: bool = False) -> Written:
+        """The adapter as PEFT stores it: configuration and tensors. Arguments and errors are `save_pretrained`'s."""
         kinds = {entry.kind for entry in self.modules.entries.values()}
         if len(kinds) != 1:
             names = ", ".join(sorted(kind.__name__ for kind in kinds)) or "no deltas at all"
@@ -149,14 +159,7 @@ class Adapter:
             config["modules_to_save"] = list(self.head.modules)
         tensors = {name: values.contiguous() for name, values in (written.tensors | head).items()}
         _refuse_overflow(tensors)
-        with replace_directory(Path(directory), overwrite=overwrite) as target:
-            safetensors.torch.save_file(tensors, target / SAFETENSORS, metadata={"format": "pt"})
-            (target / CONFIG).write_text(
-                json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-            )
-            write_files(
-                target, self._companions() | {"README.md": self._card(format_.peft_type).encode()}
-            )
+        return Written(config, tensors)
 
     def fold(
         self,

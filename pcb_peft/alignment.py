@@ -1,6 +1,7 @@
 """Do adapters fit each other? Checked before a tensor is read."""
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 
 from pcb_peft.adapter import Adapter
 from pcb_peft.delta import Delta
@@ -32,6 +33,12 @@ class Alignment:
         return {
             entry.kind for adapter in self.adapters for entry in adapter.modules.entries.values()
         }
+
+    def only(self, modules: Iterable[str]) -> "Alignment":
+        """The same adapters, on some of the modules."""
+        some = copy.copy(self)
+        some.modules = {module: self.modules[module] for module in modules}
+        return some
 
     def deltas(self, module: str) -> list[Delta]:
         """One per adapter; a zero for those that do not touch the module."""

@@ -1,6 +1,5 @@
 """The model card of an output: Hub front matter, and what it was made of. It shows no local path."""
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ def public_name(path: str | None) -> str | None:
     """A hub id as it is; None for anything that is or may be a local path."""
     if path is None or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path.startswith("."):
         return None
-    return None if os.path.isabs(path) or Path(path).exists() else path
+    return None if Path(path).exists() else path
 
 
 def model_card(
@@ -28,7 +27,7 @@ def model_card(
     base_model: str | None,
     task_type: str | None,
     tags: Sequence[str],
-    sources: Sequence[tuple[str, float]],
+    sources: Sequence[tuple[str, object]],
     settings: Sequence[tuple[str, Any]],
 ) -> str:
     """The text of README.md.
@@ -53,7 +52,7 @@ def model_card(
         lines += [
             "| adapter | weight |",
             "|---|---|",
-            *(f"| {name} | {weight:g} |" for name, weight in sources),
+            *(f"| {name} | {weight} |" for name, weight in sources),
             "",
         ]
     if settings:

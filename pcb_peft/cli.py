@@ -19,6 +19,7 @@ from pcb_peft.errors import OptionError, PcbPeftError
 from pcb_peft.merged import MergedAdapter
 from pcb_peft.methods import MergeMethod, get_method, list_methods
 from pcb_peft.options import Option
+from pcb_peft.peft_names import SPELLINGS, method_of
 from pcb_peft.rank import Rank
 from pcb_peft.recipe import Recipe, read_recipe
 from pcb_peft.source import Source
@@ -142,7 +143,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: Any, name: str, run: Callable[[Any], None]) -> argparse.ArgumentParser:  # noqa: ANN401
+def _command(commands: Any, name: str, run: Callable[[Any], None]) -> argparse.ArgumentParser:
     summary = (run.__doc__ or "").removesuffix(".")
     parser = commands.add_parser(
         name,
@@ -173,13 +174,13 @@ def _add_merge_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) 
     parser.add_argument(
         "--fold", action="store_true", help="write the base model with the merge folded in"
     )
-    parser.add_argument("--device", help="where tiles are computed, such as cuda")
+    parser.add_argument("--device", type=_device, help="where tiles are computed, such as cuda")
     parser.add_argument(
         "--max-memory", type=_bytes, default=DEFAULT_MEMORY, help="held between passes, such as 1G"
     )
 
     recipe = parser.add_argument_group("the recipe")
-    recipe.add_argument("--method", help=f"{', '.join(list_methods())}; default pcb")
+    recipe.add_argument("--method", help=f"{', '.join([*list_methods(), *SPELLINGS])}; default pcb")
     recipe.add_argument("--weights", nargs="+", type=float, help="one per adapter; default 1")
     recipe.add_argument("--space", help=f"auto, {', '.join(list_spaces())}; default auto")
     recipe.add_argument("--scope", help="auto, global, module; default auto")
@@ -216,7 +217,7 @@ def _chosen_options(words: Sequence[str]) -> list[tuple[str, Option]]:
     scout.add_argument("--method", default="pcb")
     scout.add_argument("--space", default="auto")
     named = scout.parse_known_args(list(words))[0]
-    method = get_method(named.method)
+    method = get_method(method_of(named.method))
     space = get_space(method.space if named.space == "auto" else named.space)
     return [(owner.name, option) for owner in (method, space) for option in owner.options.values()]
 
@@ -257,8 +258,15 @@ def _flag(option: Option) -> str:
 
 def _kind(option: Option) -> Callable[[str], Any]:
     if option.kind is bool:
-        return lambda text: {"true": True, "false": False}[text.lower()]
+        return _bool
     return option.kind
+
+
+def _bool(text: str) -> bool:
+    """True or false."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
 
 
 def _rank(text: str) -> Rank:
@@ -274,14 +282,29 @@ def _step(text: str) -> dict[str, dict[str, Any]]:
     """``exponent:power=0.5`` is {"exponent": {"power": 0.5}}; several options are separated by commas."""
     name, _, options = text.partition(":")
     pairs = (option.partition("=") for option in options.split(",") if option)
-    return {name: {option: yaml.safe_load(value) for option, _, value in pairs}}
+    try:
+        return {name: {option: yaml.safe_load(value) for option, _, value in pairs}}
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME:OPTION=VALUE") from error
 
 
 def _bytes(text: str) -> int:
     """1G, 512M, 64K or a number."""
     number = text.upper().removesuffix("IB").removesuffix("B")
     unit = UNITS.get(number[-1:], 1)
-    return int(float(number.rstrip("KMG")) * unit)
+    try:
+        return int(float(number.rstrip("KMG")) * unit)
+    except (ValueError, OverflowError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes, such as 1G") from error
+
+
+def _device(text: str) -> torch.device:
+    """A device that can be computed on here."""
+    try:
+        torch.zeros(1, device=text).item()
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device that works here") from error
+    return torch.device(text)
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

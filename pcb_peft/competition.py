@@ -43,7 +43,7 @@ class Competition:
 
     Attributes:
         alignment: The adapters side by side.
-        weights: One per adapter.
+        weights: From a module to the adapters' weights there.
         encode: A space with its options bound.
         method: A method with its options bound.
         device: Where tiles are computed.
@@ -55,7 +55,7 @@ class Competition:
     """
 
     alignment: Alignment
-    weights: Sequence[float]
+    weights: Callable[[str], Sequence[float]]
     encode: Callable[[Sequence[Delta], Sequence[float]], Projection]
     method: Callable[[TaskVectors], Merged]
     device: torch.device
@@ -69,7 +69,7 @@ class Competition:
         """A single adapter: its deltas times its weight."""
 
         def scale(module: str) -> Outcome:
-            (delta,), (weight,) = self._deltas(module), self.weights
+            (delta,), (weight,) = self._deltas(module), self.weights(module)
             return Outcome(delta if weight == 1 else delta.scaled(weight))
 
         return scale
@@ -140,12 +140,12 @@ class Competition:
 
     def _weighted(self, module: str) -> list[Delta]:
         """The adapters' own deltas, times their weights."""
-        pairs = zip(self.alignment.deltas(module), self.weights, strict=True)
+        pairs = zip(self.alignment.deltas(module), self.weights(module), strict=True)
         return [delta.scaled(weight) for delta, weight in pairs]
 
     def _project(self, module: str) -> Projection:
         """The module's projection; its random numbers depend on seed, adapter, module and block, on no order."""
-        projection = self.encode(self._deltas(module), self.weights)
+        projection = self.encode(self._deltas(module), self.weights(module))
         blocks = tuple(
             dataclasses.replace(block, keys=self._keys(module, index))
             for index, block in enumerate(projection.blocks)
@@ -160,7 +160,7 @@ class Competition:
         """Bytes that a module's projection holds, at most: factors, bases and cores."""
         rows, cols = self.alignment.modules[module].shape
         rank = self.alignment.total_rank(module)
-        return 12 * rank * (rows + cols) + 8 * len(self.weights) * rank * rank
+        return 12 * rank * (rows + cols) + 8 * len(self.alignment.adapters) * rank * rank
 
 
 def _decoded(projection: Projection, results: Sequence[tuple[Tensor, BlockCounts]]) -> Outcome:

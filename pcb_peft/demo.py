@@ -193,7 +193,7 @@ def _head_of(adapter: Path) -> Head:
         return {name[name.index("classifier.") :]: file.get_tensor(name) for name in names}
 
 
-def load_base(folder: Path, labels: int = 2) -> Any:  # noqa: ANN401  (a transformers model)
+def load_base(folder: Path, labels: int = 2) -> Any:
     """The base encoder under an untrained classifier."""
     from transformers import AutoModelForSequenceClassification
 
@@ -202,7 +202,7 @@ def load_base(folder: Path, labels: int = 2) -> Any:  # noqa: ANN401  (a transfo
     return model.eval()
 
 
-def load_with_peft(base: Path, adapter: Path, labels: int = 2) -> Any:  # noqa: ANN401
+def load_with_peft(base: Path, adapter: Path, labels: int = 2) -> Any:
     """The base encoder with an adapter, as any user of PEFT loads it."""
     from peft import PeftModel
 
@@ -227,14 +227,14 @@ def _quiet() -> Generator[None]:
             logging.enable_progress_bar()
 
 
-def load_tokenizer(base: Path) -> Any:  # noqa: ANN401  (a transformers tokenizer)
+def load_tokenizer(base: Path) -> Any:
     """The base model's tokenizer."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(base)
 
 
-def make_batches(tokenizer: Any, texts: Sequence[Text]) -> list[Batch]:  # noqa: ANN401
+def make_batches(tokenizer: Any, texts: Sequence[Text]) -> list[Batch]:
     """The texts as tokens, in batches of like length, so that little of a batch is padding."""
     columns = [list(column) for column in zip(*texts, strict=True)]
     tokens = tokenizer(*columns, truncation=True, max_length=MAX_LENGTH)
@@ -243,13 +243,13 @@ def make_batches(tokenizer: Any, texts: Sequence[Text]) -> list[Batch]:  # noqa:
     return [(rows, _pad(tokenizer, tokens, rows)) for rows in chunks]
 
 
-def _pad(tokenizer: Any, tokens: Any, rows: list[int]) -> dict[str, Tensor]:  # noqa: ANN401
+def _pad(tokenizer: Any, tokens: Any, rows: list[int]) -> dict[str, Tensor]:
     picked = {key: [values[row] for row in rows] for key, values in tokens.items()}
     return dict(tokenizer.pad(picked, return_tensors="pt"))
 
 
 @torch.inference_mode()
-def encode(model: Any, batches: Sequence[Batch]) -> Tensor:  # noqa: ANN401
+def encode(model: Any, batches: Sequence[Batch]) -> Tensor:
     """What the encoder hands to its head, one row per text, in the order of the texts."""
     encoder = getattr(model, "get_base_model", lambda: model)().base_model
     rows = [row for chunk, _ in batches for row in chunk]

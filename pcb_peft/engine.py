@@ -1,11 +1,10 @@
 """The merge: check, let the adapters compete, set the rank, report."""
 
 import dataclasses
-import functools
 import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +15,26 @@ from pcb_peft.alignment import Alignment, common_base
 from pcb_peft.calibrations import Calibration, bound
 from pcb_peft.competition import Competition, Produce
 from pcb_peft.delta import Delta, Dense, Diagonal, LowRank
-from pcb_peft.errors import OptionError, UnsupportedError
+from pcb_peft.errors import UnsupportedError
 from pcb_peft.formats import Entry
 from pcb_peft.merged import MergedAdapter
 from pcb_peft.methods import MergeMethod, get_method
-from pcb_peft.options import bind
+from pcb_peft.overrides import Override, read_overrides, read_weights
+from pcb_peft.peft_names import method_of, spelled_out
+from pcb_peft.plan import Setting, layers_of, plan
 from pcb_peft.progress import tracker
 from pcb_peft.rank import Rank, truncate
 from pcb_peft.recipe import Recipe, Step, steps
 from pcb_peft.report import LOW_ENERGY, ModuleReport, Report
 from pcb_peft.source import Source
-from pcb_peft.spaces import Space, get_space, list_spaces
-from pcb_peft.version import __version__
 
 DEFAULT_MEMORY = 2 << 30
 
 
-def merge_adapters(
+def merge_adapters(  # noqa: PLR0913  (every choice of a merge, by name)
     adapters: Sequence[str | Path | Source | tuple[Any, str] | Adapter],
     method: str | MergeMethod = "pcb",
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float | Sequence[float]] | None = None,
     space: str = "auto",
     scope: str = "auto",
     rank: Rank = None,
@@ -44,6 +43,7 @@ def merge_adapters(
     seed: int = 0,
     progress: bool | None = None,
     *,
+    overrides: Sequence[Override | Mapping[str, Any]] = (),
     before: Step | Sequence[Step] = (),
     after: Step | Sequence[Step] = (),
     heads: str = "keep-each",
@@ -54,8 +54,9 @@ def merge_adapters(
 
     Args:
         adapters: Directories, hub ids, (PeftModel, adapter name) or loaded adapters; one or more.
-        method: A name from `list_methods()`, or a `MergeMethod`.
-        weights: One float per adapter, the λ of the papers; default 1.0 each.
+        method: A name from `list_methods()`, one of PEFT's (`cat`, `svd`, `ties_svd` …), or a `MergeMethod`.
+        weights: The λ of the papers, one per adapter; default 1.0 each. A list of numbers instead of one is a gradient
+            from the first layer to the last.
         space: Where the adapters compete: a name from `list_spaces()`; "auto": the method's own.
         scope: Over how much of the model statistics are taken: "global", "module" (each weight alone) or "auto": the
             method's own.
@@ -65,6 +66,8 @@ def merge_adapters(
         device: Where tiles are computed; default: the CPU.
         seed: Of random methods.
         progress: Show bars; default: on a terminal.
+        overrides: What some modules do differently, such as ``{"modules": "*.mlp.*", "method": "ties", "options":
+            {"density": 0.3}}``; the first that matches a module has it. See `Override`.
         before: Calibrations of the adapters, such as "pico": names, or name to options, from
             `list_calibrations("before")`; in this order.
         after: Calibrations of the merge, such as "svc" or {"exponent": {"power": 0.5}}, likewise.
@@ -79,16 +82,17 @@ def merge_adapters(
         AdapterError: An adapter that cannot be read, or holds what is not supported.
         MismatchError: Adapters that do not fit each other.
     """
-    chosen = get_method(method)
+    chosen = method if isinstance(method, MergeMethod) else get_method(method_of(method))
     loaded = [load_adapter(adapter) for adapter in adapters]
     recipe = Recipe(
         adapters=tuple(adapter.source or Source(adapter.name) for adapter in loaded),
-        weights=tuple(float(weight) for weight in weights or ()),
-        method=chosen.name,
+        weights=None if weights is None else read_weights(weights),
+        method=method if isinstance(method, str) else method.name,
         space=space,
         scope=scope,
         rank=rank,
         options=options,
+        overrides=read_overrides(overrides),
         before=steps("before", before),
         after=steps("after", after),
         heads=heads,
@@ -109,32 +113,34 @@ def merge(
 ) -> MergedAdapter:
     """Makes what a recipe describes; arguments and errors as those of `merge_adapters`."""
     started = time.perf_counter()
-    method = method or get_method(recipe.method)
+    method = method or get_method(method_of(recipe.method))
     adapters = _named_apart(adapters or [load_adapter(source) for source in recipe.adapters])
+    sources = tuple(adapter.source or Source(adapter.name) for adapter in adapters)
+    recipe = spelled_out(dataclasses.replace(recipe, adapters=sources), adapters)
     alignment = Alignment(adapters)
     base, revision = common_base(adapters, recipe.base_model)
-    space = _space_for(recipe.space, method, alignment)
-    recipe, method_options, space_options = _complete(recipe, method, space, adapters)
+    recipe, settings = plan(recipe, method, alignment)
     recipe, before, after = _calibrations(recipe, alignment)
     head, heads = _heads(adapters, recipe.heads)
-    competition = Competition(
-        alignment,
-        recipe.weights,
-        functools.partial(space, **space_options),
-        functools.partial(method, **method_options),
-        torch.device(device or "cpu"),
-        tracker(progress),
-        max_memory,
-        recipe.seed,
-        before,
-        after,
-    )
     report = Report(recipe.method, recipe.space, recipe.scope)
-    produce = competition.calibrated(_contest(competition, method, report))
-    departure = _Departure(alignment, produce, recipe.rank, space.lossless, report)
-    entries = {
-        module: departure.entry(module) for module in competition.track(alignment.modules, "merge")
-    }
+    layers = layers_of(list(alignment.modules))
+    entries: dict[str, Entry] = {}
+    for setting in settings:
+        competition = Competition(
+            alignment.only(setting.modules),
+            setting.weights_of(layers),
+            setting.encode,
+            setting.decide,
+            torch.device(device or "cpu"),
+            tracker(progress),
+            max_memory,
+            recipe.seed,
+            before,
+            after,
+        )
+        produce = competition.calibrated(_contest(competition, setting, report))
+        departure = _Departure(alignment, produce, recipe.rank, setting.space.lossless, report)
+        entries |= {m: departure.entry(m) for m in competition.track(setting.modules, "merge")}
     report.seconds = time.perf_counter() - started
     _warn_of_lost_energy(report)
     return MergedAdapter(
@@ -150,15 +156,14 @@ def merge(
     )
 
 
-def _contest(competition: Competition, method: MergeMethod, report: Report) -> Produce:
+def _contest(competition: Competition, setting: Setting, report: Report) -> Produce:
     """The competition over the scope, or none where the method keeps an adapter that is alone."""
     adapters = competition.alignment.adapters
-    if len(adapters) == 1 and method.keeps_one:
-        report.notes.append(
-            f"{adapters[0].name} is alone: without a competitor it is only scaled by its weight"
-        )
+    if len(adapters) == 1 and setting.method.keeps_one:
+        note = f"{adapters[0].name} is alone: without a competitor it is only scaled by its weight"
+        report.notes = [*dict.fromkeys([*report.notes, note])]
         return competition.none()
-    return competition.each_module() if report.scope == "module" else competition.whole_model()
+    return competition.each_module() if setting.scope == "module" else competition.whole_model()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -222,60 +227,6 @@ def _named_apart(adapters: Sequence[Adapter]) -> list[Adapter]:
         name = f"{adapter.name}-{seen[adapter.name]}" if total[adapter.name] > 1 else adapter.name
         named.append(dataclasses.replace(adapter, name=name))
     return named
-
-
-def _space_for(name: str, method: MergeMethod, alignment: Alignment) -> Space:
-    """The space that was asked for, or the method's own if it can take the deltas, or the first that can.
-
-    Raises:
-        OptionError: The space cannot take deltas of these kinds.
-    """
-    kinds = alignment.kinds
-    able = [space for space in list_spaces().values() if kinds <= set(space.accepts)]
-    if name == "auto":
-        preferred = get_space(method.space)
-        return preferred if preferred in able else able[0]
-    space = get_space(name)
-    if space not in able:
-        raise OptionError(
-            f"space {name!r} cannot take {_kind_names(kinds)} deltas; "
-            f"allowed here: auto, {', '.join(space.name for space in able)}"
-        )
-    return space
-
-
-def _kind_names(kinds: set[type[Delta]]) -> str:
-    return " and ".join(sorted(kind.__name__ for kind in kinds))
-
-
-def _complete(
-    recipe: Recipe, method: MergeMethod, space: Space, adapters: Sequence[Adapter]
-) -> tuple[Recipe, dict[str, Any], dict[str, Any]]:
-    """The recipe with every default written out, and its options shared out to method and space.
-
-    Raises:
-        OptionError: An option that neither has, or a rank for what has none.
-    """
-    if space.accepts == (Diagonal,) and recipe.rank is not None:
-        raise OptionError(
-            f"rank is {recipe.rank!r}, but an (IA)³ adapter is a vector and has no rank: leave it out"
-        )
-    owner = f"method {method.name} in space {space.name}"
-    options = bind({**space.options, **method.options}, recipe.options, owner)
-    recipe = dataclasses.replace(
-        recipe,
-        adapters=tuple(adapter.source or Source(adapter.name) for adapter in adapters),
-        method=method.name,
-        space=space.name,
-        scope=method.scope if recipe.scope == "auto" else recipe.scope,
-        options=options,
-        version=__version__,
-    )
-    return (
-        recipe,
-        {name: options[name] for name in method.options},
-        {name: options[name] for name in space.options},
-    )
 
 
 def _calibrations(

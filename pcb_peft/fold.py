@@ -87,7 +87,7 @@ def _plan(deltas: Mapping[str, Delta], base: BaseModel) -> dict[str, Edit]:
 
     @functools.lru_cache(maxsize=1)  # a weight and its bias are neighbours in the file
     def delta(module: str) -> Delta:
-        return _fitted(deltas[module], module, base)
+        return fitted(deltas[module], module, base)
 
     edits: dict[str, Edit] = {}
     for module in deltas:
@@ -102,7 +102,7 @@ def _plan(deltas: Mapping[str, Delta], base: BaseModel) -> dict[str, Edit]:
     return edits
 
 
-def _fitted(delta: Delta, module: str, base: BaseModel) -> Delta:
+def fitted(delta: Delta, module: str, base: BaseModel) -> Delta:
     """`delta`, the way round that the base stores W: an adapter's own word on that is often wrong."""
     weight = base.spans[base.parameter(module)].shape
     turned = base.fan_in_fan_out(module, delta.shape)

@@ -31,7 +31,7 @@ class MergedAdapter(Adapter):
         recipe, report = self.recipe, self.report
         sources = [
             (public_name(source.path) or source.name, weight)
-            for source, weight in zip(recipe.adapters, recipe.weights, strict=True)
+            for source, weight in zip(recipe.adapters, recipe.weights or (), strict=True)
         ]
         settings = {
             "method": recipe.method,

@@ -6,6 +6,7 @@ Names, kinds, bounds and defaults come from the signature; the explanations from
 import dataclasses
 import difflib
 import inspect
+import math
 import re
 import types
 import typing
@@ -19,8 +20,8 @@ from pcb_peft.errors import OptionError
 class Range:
     """Bounds of a number; an open end is not itself allowed."""
 
-    low: float
-    high: float
+    low: float = -math.inf
+    high: float = math.inf
     low_open: bool = False
 
     def __contains__(self, value: float) -> bool:
@@ -53,7 +54,7 @@ class Option:
     name: str
     kind: type
     default: Any
-    bounds: Range | None = None
+    bounds: Range = Range()
     choices: tuple[str, ...] = ()
     explanation: str = ""
 
@@ -62,7 +63,7 @@ class Option:
         """What may be given, in words."""
         if self.choices:
             return "one of " + ", ".join(self.choices)
-        return f"{self.kind.__name__}{f' {self.bounds}' if self.bounds else ''}"
+        return f"{self.kind.__name__}{'' if self.bounds == Range() else f' {self.bounds}'}"
 
     def check(self, value: Any, owner: str) -> Any:
         """The value in its own kind.
@@ -76,7 +77,7 @@ class Option:
             value = float(value)
         if (
             type(value) is not self.kind
-            or (self.bounds is not None and value not in self.bounds)
+            or (self.kind in (int, float) and value not in self.bounds)
             or (self.choices and value not in self.choices)
         ):
             raise OptionError(f"{owner}: {self.name} is {value!r}; it must be {self.allowed}")
@@ -121,7 +122,7 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
 def _option(name: str, hint: Any, default: Any, explanation: str) -> Option:
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         hint = next(member for member in typing.get_args(hint) if member is not types.NoneType)
-    bounds = None
+    bounds = Range()
     if typing.get_origin(hint) is Annotated:
         hint, bounds = typing.get_args(hint)
     if typing.get_origin(hint) is typing.Literal:

@@ -1,7 +1,6 @@
 """A recipe: everything that is needed to make a merge again. It is the YAML file, field for field."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -10,6 +9,7 @@ import yaml
 
 from pcb_peft.errors import OptionError
 from pcb_peft.options import did_you_mean
+from pcb_peft.overrides import Override, Weight, plain, read_overrides, read_weights
 from pcb_peft.rank import Rank, check_rank
 from pcb_peft.source import Source
 
@@ -35,12 +35,13 @@ class Recipe:
 
     Attributes:
         adapters: Where they are.
-        weights: λ of the papers, one per adapter; default 1.0 each.
+        weights: λ of the papers, one per adapter, each a number or a gradient over the layers; default 1.0 each.
         method: Its name.
         space: Its name, or "auto": the method's own.
         scope: "global", "module", or "auto": the method's own.
         rank: As in `merge_adapters`.
         options: Of the method and the space.
+        overrides: What some modules do differently.
         before: Calibrations of the adapters.
         after: Calibrations of the merge.
         heads: What becomes of the parameters that adapters replace: "keep-each" or "refuse".
@@ -50,12 +51,13 @@ class Recipe:
     """
 
     adapters: tuple[Source, ...]
-    weights: tuple[float, ...] = ()
+    weights: tuple[Weight, ...] | None = None
     method: str = "pcb"
     space: str = "auto"
     scope: str = "auto"
     rank: Rank = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    overrides: tuple[Override, ...] = ()
     before: Steps = ()
     after: Steps = ()
     heads: str = "keep-each"
@@ -70,15 +72,14 @@ class Recipe:
                 raise OptionError(f"{name} is {getattr(self, name)!r}; it must be {words}")
         if not self.adapters:
             raise OptionError("there is nothing to merge: name one adapter or more")
-        if not self.weights:
-            object.__setattr__(self, "weights", (1.0,) * len(self.adapters))
-        if len(self.weights) != len(self.adapters):
-            raise OptionError(
-                f"{len(self.adapters)} adapters and {len(self.weights)} weights: give one weight per adapter, in order"
-            )
-        for weight in self.weights:
-            if type(weight) not in (int, float) or not math.isfinite(weight):
-                raise OptionError(f"weights: {weight!r} is not a finite number")
+        weights = [1.0] * len(self.adapters) if self.weights is None else self.weights
+        object.__setattr__(self, "weights", read_weights(weights))
+        object.__setattr__(self, "overrides", read_overrides(self.overrides))
+        for some in (weights, *(o.weights for o in self.overrides if o.weights is not None)):
+            if len(some) != len(self.adapters):
+                raise OptionError(
+                    f"{len(self.adapters)} adapters and {len(some)} weights: give one weight per adapter, in order"
+                )
         object.__setattr__(self, "before", steps("before", self.before))
         object.__setattr__(self, "after", steps("after", self.after))
         _one_of("scope", self.scope, ("auto", "global", "module"))
@@ -94,9 +95,10 @@ class Recipe:
                 for key, value in {**dataclasses.asdict(source), "weight": weight}.items()
                 if value is not None
             }
-            for source, weight in zip(self.adapters, self.weights, strict=True)
+            for source, weight in zip(self.adapters, plain(self.weights or ()), strict=True)
         ]
         fields |= {"adapters": adapters, "options": dict(self.options)}
+        fields["overrides"] = [override.as_dict() for override in self.overrides] or None
         fields |= {"before": list(self.before) or None, "after": list(self.after) or None}
         del fields["weights"]
         kept = {key: value for key, value in fields.items() if value is not None}
@@ -166,7 +168,7 @@ def read_recipe(path: Path) -> Recipe:
         content["weights"] = [1.0 if weight is None else weight for weight in weights]
     if not isinstance(content.get("weights") or [], list):
         raise OptionError(f"{path}: weights must be a list")
-    content["weights"] = tuple(content.get("weights") or ())
+    content["overrides"] = content.get("overrides") or ()
     return Recipe(adapters=sources, **content)
 
 

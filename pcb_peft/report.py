@@ -15,7 +15,7 @@ class ModuleReport:
     Attributes:
         shape: (out, in) of ΔW.
         rank: Of what leaves; None where it is dense, or a vector.
-        energy: Retained fraction of the merged ‖ΔW‖²_F.
+        energy: Retained fraction of the merged ‖ΔW‖²_F, times what a lossy space holds of the adapters'.
         norm: ‖ΔW‖_F of what leaves.
         kept: Fraction of its entries that each adapter kept, by name; empty where the method drops none.
         conflicts: Fraction of the entries at which adapters disagree on the sign.
@@ -53,7 +53,7 @@ class Report:
     def kept(self) -> dict[str, float]:
         """Fraction of its entries that each adapter kept, over all modules (weighted by ΔW's size)."""
         names = sorted({name for module in self.modules.values() for name in module.kept})
-        return {name: self._mean([m.kept[name] for m in self.modules.values()]) for name in names}
+        return {name: self._mean([m.kept.get(name, 1.0) for m in self.modules.values()]) for name in names}
 
     @property
     def conflicts(self) -> float:

@@ -1,8 +1,8 @@
 """Exact order statistics of more values than memory holds.
 
 A sample gives, for every wanted order statistic, a bracket that very probably holds it. One pass over all values counts
-what lies below the bracket and keeps what lies inside. If the counts prove that the wanted value is among those kept, it
-is selected from them; otherwise the bracket moves and another pass is made. The sample decides how soon the answer
+what lies below the bracket and keeps what lies inside. If the counts prove that the wanted value is among those kept,
+it is selected from them; otherwise the bracket moves and another pass is made. The sample decides how soon the answer
 comes, never what it is.
 """
 
@@ -64,7 +64,7 @@ class Bracket:
 
 
 class Buffer:
-    """Values appended one after the other. (A list of small tensors would pin the memory around each of them.)"""
+    """Values appended one after the other; a list of small tensors would pin the memory around each of them."""
 
     def __init__(self, values: Tensor | None = None) -> None:
         self._space = torch.empty(0) if values is None else values

@@ -1,4 +1,4 @@
-"""Where adapters come from: a directory, the Hub, or a live PeftModel; and what must be written down to find one again."""
+"""Where adapters come from: a directory, the Hub, or a live PeftModel; and what is written down to find them again."""
 
 import dataclasses
 import hashlib

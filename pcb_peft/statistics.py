@@ -102,8 +102,8 @@ def transformed(block: Block, transform: Transform) -> Block:
         part = block.open(dtype, device)
         keys = torch.tensor(block.keys, device=device)
         _, height, width = block.shape
-        starts, columns = torch.arange(0, height * width, width), torch.arange(width)
-        starts, columns = starts.to(device), columns.to(device)
+        starts = torch.arange(0, height * width, width, device=device)
+        columns = torch.arange(width, device=device)
 
         def tile(rows: Index, cols: Index) -> Tensor:
             positions = starts[rows][:, None] + columns[cols]

@@ -1,5 +1,6 @@
 """The elementwise and the geometric methods against numpy: definitions in float64, written from the papers."""
 
+import dataclasses
 import inspect
 import itertools
 import math
@@ -19,6 +20,7 @@ from pcb_peft.adapter import Modules
 from pcb_peft.delta import Diagonal, LowRank
 from pcb_peft.errors import OptionError
 from pcb_peft.formats import Entry
+from pcb_peft.source import Source
 from pcb_peft.statistics import Block, TaskVectors, products, stacked
 
 Array = NDArray[np.float64]
@@ -686,6 +688,20 @@ def test_seed_adapter_and_module_make_the_masks_and_the_order_does_not(method: s
         assert torch.equal(again[module], delta)
         assert not torch.allclose(other[module], delta, atol=1e-3)
         torch.testing.assert_close(turned[module], delta, rtol=0, atol=1e-4)
+
+
+def test_an_adapter_is_known_by_its_file_and_else_by_its_name():
+    def merged_as(names: Sequence[str], hashes: Sequence[str | None]) -> Tensor:
+        adapters = [
+            dataclasses.replace(lora(name, i), source=Source(name, sha256=sha256))
+            for i, (name, sha256) in enumerate(zip(names, hashes, strict=True))
+        ]
+        return deltas("dare_linear", adapters, rank="full")["layer.0"]
+
+    first = merged_as(["a", "b"], ["1f", "2e"])
+    assert torch.equal(merged_as(["renamed", "moved"], ["1f", "2e"]), first)
+    assert not torch.equal(merged_as(["a", "b"], ["1f", "3d"]), first)
+    assert not torch.equal(merged_as(["a", "b"], [None, None]), merged_as(["a", "c"], [None, None]))
 
 
 def test_masks_of_a_module_do_not_depend_on_the_other_modules():

@@ -20,7 +20,6 @@ from pcb_peft.errors import BaseModelError, MismatchError, OutputError
 from pcb_peft.fold import fold_deltas
 
 # PEFT 0.21 asks transformers 5.23 for it
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 CAUSAL = transformers.AutoModelForCausalLM
 CLASSIFIER = transformers.AutoModelForSequenceClassification

@@ -13,7 +13,6 @@ from torch import nn
 from pcb_peft import AdapterError, BaseModelError, UnsupportedError, load_adapter
 
 # PEFT 0.21 asks transformers 5.23 for it
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 WEIGHTS, CONFIG, PICKLE = "adapter_model.safetensors", "adapter_config.json", "adapter_model.bin"
 EVERY_LAYER = ["up", "down", "mix", "head"]

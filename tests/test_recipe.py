@@ -22,7 +22,6 @@ from pcb_peft import (
 )
 
 # PEFT 0.21 asks transformers 5.23 for it
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 WRITTEN = ("adapter_model.safetensors", "adapter_config.json", "merge_recipe.yaml", "README.md")
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from pathlib import Path
 
 import peft
@@ -12,7 +13,6 @@ from safetensors.torch import load_file
 from pcb_peft import AdapterError, Source, UnsupportedError, load_adapter, merge_adapters
 
 # PEFT 0.21 asks transformers 5.23 for it
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 OLD, NEW = "1" * 40, "2" * 40  # commits
 
@@ -197,7 +197,7 @@ def test_adapters_of_the_hub_merge_and_their_card_names_them(workshop, cache):
     workshop.assert_deltas(merged, {m: deltas[0][m] + deltas[1][m] for m in deltas[0]}, 1e-5)
     merged.save_pretrained(workshop.directory / "out")
     card = (workshop.directory / "out" / "README.md").read_text()
-    assert "| org/math | 1 |" in card
+    assert re.search(r"\| org/math \| 1(\.0)? \|", card)
     assert "| org/many" in card
 
 

@@ -1,4 +1,4 @@
-"""The spectral methods against their dense definitions, in numpy on the m×n matrices, and against the laws they obey."""
+"""The spectral methods against their dense definitions, in numpy on the m×n matrices, and against laws."""
 
 from collections.abc import Callable, Sequence
 
@@ -131,7 +131,7 @@ def low_rank(*ranks: int, shape: tuple[int, int] = (26, 20), seed: int = 0) -> l
     return [(rng.normal(size=(shape[0], r)), rng.normal(size=(r, shape[1]))) for r in ranks]
 
 
-def shared_A(seed: int = 1) -> list[Pair]:
+def shared_right(seed: int = 1) -> list[Pair]:
     (_, lora_A), *pairs = low_rank(3, 3, 3, seed=seed)
     return [(lora_B, lora_A) for lora_B, _ in pairs]
 
@@ -142,7 +142,7 @@ POOLS: dict[str, list[Pair]] = {
     "wide": low_rank(2, 3, 2, shape=(12, 40)),
     "more than the matrix holds": low_rank(4, 4, 4, shape=(10, 9)),
     "full rank": low_rank(8, 8, shape=(8, 8)),
-    "shared A": shared_A(),
+    "shared A": shared_right(),
     "overlapping": [*low_rank(3, 2), tuple(np.array(f) for f in low_rank(3)[0])],
     "one is zero": [*low_rank(3, 2), (np.zeros((26, 1)), np.zeros((1, 20)))],
 }
@@ -293,7 +293,7 @@ def test_nothing_merges_to_nothing(method: str):
     assert np.linalg.norm(merged) <= 1e-12 * np.linalg.norm(opposite)
 
 
-@pytest.mark.parametrize("method", ("tsv", "wudi", "stf"))
+@pytest.mark.parametrize("method", ["tsv", "wudi", "stf"])
 def test_equal_adapters_merge_to_themselves(method: str):
     (x,) = dense(low_rank(4))
     assert distance(apply(method, [x, x, x]), x) < 1e-8
@@ -306,7 +306,7 @@ def test_the_order_does_not_matter(method: str, pool: str):
     assert distance(apply(method, x[::-1]), apply(method, x)) < 1e-8
 
 
-@pytest.mark.parametrize("factor", (3.0, -1.0, 1e-5, 1e5))
+@pytest.mark.parametrize("factor", [3.0, -1.0, 1e-5, 1e5])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_scale_comes_out_again(method: str, factor: float):
     x = dense(POOLS["mixed ranks"])
@@ -380,7 +380,7 @@ def test_wudi_goes_from_its_minimum_to_task_arithmetic():
     assert distance(apply("wudi", x, ridge=1e-9), apply("wudi", x)) < 1e-5
 
 
-@pytest.mark.parametrize("method", ("iso_c", "iso_cts"))
+@pytest.mark.parametrize("method", ["iso_c", "iso_cts"])
 def test_all_directions_are_equally_strong(method: str):
     merged = apply(method, dense(POOLS["mixed ranks"]))
     _, s, _ = svd(merged)

@@ -109,7 +109,7 @@ def format_for(kind: type[Delta]) -> Format:
         if format_.kind is kind:
             return format_
     raise UnsupportedError(
-        f"a {kind.__name__.lower()} delta cannot be saved as a PEFT adapter: give a rank, or fold it into the base model"
+        f"a {kind.__name__} delta cannot be saved as a PEFT adapter: give a rank, or fold it into the base"
     )
 
 

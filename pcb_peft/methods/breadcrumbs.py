@@ -15,7 +15,7 @@ from pcb_peft.statistics import Merged, TaskVectors
 def breadcrumbs(
     tasks: TaskVectors,
     *,
-    density: Density = 0.5,
+    density: Density = 0.9,
     gamma: Annotated[float, Range(0, 1)] = 0.01,
 ) -> Merged:
     """Drop the outliers and the smallest entries of each task vector, then add: τ_m = Σ_t λ_t τ_t m_t.

@@ -39,8 +39,8 @@ def della(
 
     def drop(x: Tensor, uniform: Tensor) -> Tensor:
         keep = density + spread * centred_ranks(x.abs())
-        scale = 1 / keep if rescale else torch.ones_like(keep)
-        return torch.where(uniform < keep, x * scale.to(x.dtype), 0)
+        left = x / keep.to(x.dtype) if rescale else x
+        return torch.where(uniform < keep, left, 0)
 
     def merge(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         weighted = weights * x

@@ -5,21 +5,17 @@ from pcb_peft.methods.verbs import average_on_sphere, unit
 from pcb_peft.statistics import Merged, TaskVectors
 
 
-@merge_method(
-    "multislerp",
-    paper="goddard.blog/posts/multislerp-wow-what-a-cool-idea",
-    scope="module",
-    keeps_one=True,
-)
+@merge_method("multislerp", paper="goddard.blog", scope="module", keeps_one=True)
 def multislerp(tasks: TaskVectors) -> Merged:
     """Average the directions of the task vectors, at their average length.
 
     With u_t = τ_t / ‖τ_t‖ and w_t = λ_t / Σ_s |λ_s|: the direction of Σ_t w_t u_t, with the length of the mean |λ|
     times Σ_t |w_t| ‖τ_t‖. Directions that cancel leave their sum as it is.
 
-    Source: Goddard 2025 and mergekit's `multislerp`, which it is to rounding for λ ≥ 0 whose mean is 1. What mergekit
-    adds, an interpolation in the tangent space at this mean, does nothing: its tangents are orthogonal projections, and
-    their weighted sum is 0 there. (With logarithms for projections it is the first step of `karcher`.) Departures: a
-    negative λ turns its task vector around; the length goes with the mean |λ|; a zero task vector has no say.
+    Source: Goddard, goddard.blog/posts/multislerp-wow-what-a-cool-idea, and mergekit's `multislerp`, which it is to
+    rounding for λ ≥ 0 whose mean is 1. What mergekit does next, to interpolate in the tangent space at this mean, has
+    no effect: its tangents are orthogonal projections, whose weighted sum is 0 there. (With logarithms it is the first
+    step of `karcher`.) Departures: a negative λ turns its task vector around; the length goes with the mean |λ|; a zero
+    task vector has no say.
     """
     return average_on_sphere(tasks, unit)

@@ -5,7 +5,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from pcb_peft.linalg import ROUNDING
+from pcb_peft.linalg import significant
 from pcb_peft.methods.registry import merge_method
 from pcb_peft.methods.spectral import merge_matrices
 from pcb_peft.options import Range
@@ -29,7 +29,8 @@ def wudi(tasks: TaskVectors, *, ridge: Annotated[float, Range(0, 1e6)] = 0.0) ->
 
 
 def _merge(x: Tensor, ridge: float) -> Tensor:
-    gram = x.mT @ x / x.square().sum((1, 2), keepdim=True)
-    target = (x @ gram + ridge * x).sum(0)
-    kernel = gram.sum(0) + ridge * torch.eye(x.shape[2], dtype=x.dtype, device=x.device)
-    return target @ torch.linalg.pinv(kernel, rtol=ROUNDING**2, hermitian=True)
+    unit = x / torch.linalg.matrix_norm(x)[:, None, None]
+    _, s, vh = significant(unit.flatten(0, 1))  # Σ_t G_t = V diag(s²) Vᵀ, and V spans all rows
+    x, unit = x @ vh.T, unit @ vh.T
+    target = (x @ (unit.mT @ unit) + ridge * x).sum(0)
+    return target / (s.square() + ridge) @ vh

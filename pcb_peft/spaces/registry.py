@@ -42,8 +42,8 @@ class Space:
 
     Attributes:
         name: As recipes and the command line call it.
-        function: ``function(deltas, weights, **options) -> Projection``: the deltas of one module, at least one, all of the
-            same shape, and their weights. (An adapter that does not touch the module brings a zero.)
+        function: ``function(deltas, weights, **options) -> Projection``: the deltas of one module, at least one, all of
+            the same shape, and their weights. (An adapter that does not touch the module brings a zero.)
         accepts: The kinds of delta that it can take.
         lossless: What it decodes has a low rank without any truncation.
     """

@@ -1,0 +1,174 @@
+"""What a merge will do to each module: decided, and checked, before a tensor is read."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pcb_peft.alignment import Alignment
+from pcb_peft.delta import Delta, Diagonal
+from pcb_peft.errors import OptionError
+from pcb_peft.methods import MergeMethod, get_method
+from pcb_peft.options import bind
+from pcb_peft.overrides import Override, Weight, at_depth, layer_of
+from pcb_peft.recipe import Recipe
+from pcb_peft.spaces import Projection, Space, get_space, list_spaces
+from pcb_peft.statistics import Merged
+from pcb_peft.version import __version__
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Setting:
+    """How some modules are merged.
+
+    Attributes:
+        method: Who wins.
+        space: In which coordinates.
+        scope: "global" (over these modules) or "module".
+        options: Of both, complete.
+        weights: One per adapter.
+        modules: Those that are merged so.
+    """
+
+    method: MergeMethod
+    space: Space
+    scope: str
+    options: Mapping[str, Any]
+    weights: tuple[Weight, ...]
+    modules: tuple[str, ...] = ()
+
+    @property
+    def decide(self) -> Callable[..., Merged]:
+        """The method with its options."""
+        return functools.partial(
+            self.method, **{name: self.options[name] for name in self.method.options}
+        )
+
+    @property
+    def encode(self) -> Callable[..., Projection]:
+        """The space with its options."""
+        return functools.partial(
+            self.space, **{name: self.options[name] for name in self.space.options}
+        )
+
+    def weights_of(self, layers: int) -> Callable[[str], tuple[float, ...]]:
+        """The weights of a module, in a model of so many layers."""
+        return lambda module: at_depth(self.weights, module, layers)
+
+
+def plan(recipe: Recipe, method: MergeMethod, alignment: Alignment) -> tuple[Recipe, list[Setting]]:
+    """The settings, each with its modules, and the recipe with every default written out.
+
+    Raises:
+        OptionError: A value that is not allowed; an override that matches nothing; a rank for what has none.
+    """
+    weights = recipe.weights or ()
+    base = _setting(method, recipe.space, recipe.scope, recipe.options, weights, alignment.kinds)
+    if base.space.accepts == (Diagonal,) and recipe.rank is not None:
+        raise OptionError(
+            f"rank is {recipe.rank!r}, but an (IA)³ adapter is a vector and has no rank: leave it out"
+        )
+    settings = [
+        _overridden(recipe, base, override, alignment.kinds) for override in recipe.overrides
+    ]
+    complete = dataclasses.replace(
+        recipe,
+        method=method.name,
+        space=base.space.name,
+        scope=base.scope,
+        options=base.options,
+        overrides=tuple(map(_complete, recipe.overrides, settings)),
+        version=__version__,
+    )
+    return complete, _shared_out(
+        base, list(zip(recipe.overrides, settings, strict=True)), alignment
+    )
+
+
+def layers_of(modules: Sequence[str]) -> int:
+    """How many layers a model has, judged by the modules that are merged."""
+    return 1 + max((layer_of(module) or 0 for module in modules), default=0)
+
+
+def _shared_out(
+    base: Setting, overrides: Sequence[tuple[Override, Setting]], alignment: Alignment
+) -> list[Setting]:
+    """Each setting with its modules; the first override that matches a module has it."""
+    owners: dict[str, Setting] = {}
+    for override, setting in overrides:
+        matched = [module for module in alignment.modules if override.matches(module)]
+        if not matched:
+            example = next(iter(alignment.modules))
+            raise OptionError(
+                f"overrides: {override.modules!r} matches no module; one of them is {example}"
+            )
+        owners = {**dict.fromkeys(matched, setting), **owners}
+    settings = [base, *(setting for _, setting in overrides)]
+    shares = [
+        dataclasses.replace(
+            setting, modules=tuple(m for m in alignment.modules if owners.get(m, base) is setting)
+        )
+        for setting in settings
+    ]
+    return [setting for setting in shares if setting.modules]
+
+
+def _overridden(
+    recipe: Recipe, base: Setting, override: Override, kinds: set[type[Delta]]
+) -> Setting:
+    same = override.method in (None, base.method.name)
+    method = base.method if same else get_method(str(override.method))
+    inherited = {name: value for name, value in recipe.options.items() if same}
+    return _setting(
+        method,
+        override.space or (recipe.space if same else "auto"),
+        override.scope or (recipe.scope if same else "auto"),
+        inherited | dict(override.options),
+        base.weights if override.weights is None else override.weights,
+        kinds,
+    )
+
+
+def _complete(override: Override, setting: Setting) -> Override:
+    return dataclasses.replace(
+        override,
+        method=setting.method.name,
+        space=setting.space.name,
+        scope=setting.scope,
+        weights=setting.weights,
+        options=setting.options,
+    )
+
+
+def _setting(
+    method: MergeMethod,
+    space_name: str,
+    scope: str,
+    options: Mapping[str, Any],
+    weights: tuple[Weight, ...],
+    kinds: set[type[Delta]],
+) -> Setting:
+    space = _space_for(space_name, method, kinds)
+    owner = f"method {method.name} in space {space.name}"
+    complete = bind({**space.options, **method.options}, options, owner)
+    return Setting(method, space, method.scope if scope == "auto" else scope, complete, weights)
+
+
+def _space_for(name: str, method: MergeMethod, kinds: set[type[Delta]]) -> Space:
+    """The space that was asked for, or the method's own if it can take the deltas, or the first that can.
+
+    Raises:
+        OptionError: The space cannot take deltas of these kinds.
+    """
+    able = [space for space in list_spaces().values() if kinds <= set(space.accepts)]
+    if name == "auto":
+        preferred = get_space(method.space)
+        return preferred if preferred in able else able[0]
+    space = get_space(name)
+    if space not in able:
+        found = " and ".join(sorted(kind.__name__ for kind in kinds))
+        allowed = ", ".join(space.name for space in able)
+        raise OptionError(
+            f"space {name!r} cannot take {found} deltas; allowed here: auto, {allowed}"
+        )
+    return space

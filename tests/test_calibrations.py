@@ -1,0 +1,479 @@
+"""Calibrations against their dense definitions in numpy, and compositions against the pieces applied by hand."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose
+
+from pcb_peft import Adapter, OptionError, merge_adapters, read_recipe
+from pcb_peft.adapter import Modules
+from pcb_peft.calibrations import get_calibration, list_calibrations
+from pcb_peft.cli import main
+from pcb_peft.delta import Core, Delta, Dense, Diagonal, LowRank
+from pcb_peft.engine import merge
+from pcb_peft.formats import Entry
+from pcb_peft.recipe import Recipe, in_words
+
+Matrix = np.ndarray
+Pair = tuple[Matrix, Matrix]  # lora_B (out, r) and lora_A (r, in)
+
+BEFORE, AFTER = list_calibrations("before"), list_calibrations("after")
+
+
+# --- the definitions --------------------------------------------------------------------------------------------------
+
+
+def svd(matrix: Matrix) -> tuple[Matrix, Matrix, Matrix]:
+    u, s, vh = np.linalg.svd(matrix)
+    rank = int((s > 1e-6 * s[0]).sum())
+    return u[:, :rank], s[:rank], vh[:rank]
+
+
+def svc(merged: Matrix, tasks: Sequence[Matrix], floor: float | None = None) -> Matrix:
+    u, s, vh = svd(merged)
+    tasks = [task for task in tasks if task.any()]
+    result = np.zeros_like(merged)
+    for r in range(len(s)):
+        response = u[:, r] @ merged
+        shares = []
+        for task in tasks:
+            own = u[:, r] @ task
+            shares.append(response @ own / (own @ own))
+        gain = len(tasks) / sum(max(floor or 1 / len(tasks), share) for share in shares)
+        result += gain * s[r] * np.outer(u[:, r], vh[r])
+    return result
+
+
+def pico(tasks: Sequence[Matrix]) -> list[Matrix]:
+    present = sum(task.any() for task in tasks)
+    u, s, _ = svd(np.hstack(tasks))
+    alpha = 1 / (1 + (present - 1) * s**2 / (s**2).sum())
+    return [task + u @ np.diag(alpha - 1) @ u.T @ task for task in tasks]
+
+
+def exponent(matrix: Matrix, power: float = 0.5) -> Matrix:
+    u, s, vh = svd(matrix)
+    return u * (s**power * s.sum() / (s**power).sum()) @ vh
+
+
+def equalize(tasks: Sequence[Matrix], beta: float = 0.0) -> list[Matrix]:
+    norms = [np.linalg.norm(task) for task in tasks]
+    mean = np.mean([norm for norm in norms if norm])
+    return [
+        task * (beta * norm + (1 - beta) * mean) / norm if norm else task
+        for task, norm in zip(tasks, norms, strict=True)
+    ]
+
+
+def norm(merged: Matrix, tasks: Sequence[Matrix], strength: float = 1.0) -> Matrix:
+    sizes = [np.linalg.norm(task) for task in tasks if task.any()]
+    return merged * strength * np.mean(sizes) / np.linalg.norm(merged)
+
+
+# --- the deltas -------------------------------------------------------------------------------------------------------
+
+
+def low_rank(*ranks: int, shape: tuple[int, int] = (16, 12), seed: int = 0) -> list[Pair]:
+    rng = np.random.default_rng(seed)
+    return [(rng.normal(size=(shape[0], r)), rng.normal(size=(r, shape[1]))) for r in ranks]
+
+
+POOLS: dict[str, list[Pair]] = {
+    "mixed ranks": low_rank(2, 4, 1),
+    "wide": low_rank(2, 3, shape=(6, 30)),
+    "more than the matrix holds": low_rank(4, 4, 4, shape=(9, 7)),
+    "shared A": [(b, low_rank(3)[0][1]) for b, _ in low_rank(3, 3, seed=1)],
+    "equal": [*low_rank(3), *low_rank(3)],
+    "one is zero": [*low_rank(3, 2), (np.zeros((16, 1)), np.zeros((1, 12)))],
+}
+
+
+def delta(pair: Pair, dtype: torch.dtype = torch.float64, scaling: float = 1.0) -> LowRank:
+    lora_B, lora_A = (torch.as_tensor(factor).to(dtype) for factor in pair)
+    return LowRank(lora_A / scaling, lora_B, scaling)
+
+
+TOLERANCE = {"low rank": 1e-9, "scaled": 1e-9, "core": 1e-9, "dense": 1e-6}  # dense is float32
+
+
+def kinds(pair: Pair) -> dict[str, Delta]:
+    """The same ΔW, known in several ways."""
+    product = torch.as_tensor(pair[0] @ pair[1])
+    u, s, vh = torch.linalg.svd(product, full_matrices=False)
+    return {
+        "low rank": delta(pair),
+        "scaled": delta(pair, scaling=2.5),
+        "core": Core(u, torch.diag(s), vh.T),
+        "dense": Dense(product),
+    }
+
+
+def matrix(some: Delta) -> Matrix:
+    left, right = some.factors()
+    return (left @ right).numpy()
+
+
+def dense(pairs: Sequence[Pair]) -> list[Matrix]:
+    return [b @ a for b, a in pairs]
+
+
+def regauged(pair: Pair, seed: int = 5) -> Pair:
+    gauge = np.random.default_rng(seed).normal(size=(len(pair[1]),) * 2) + 2 * np.eye(len(pair[1]))
+    return pair[0] @ gauge, np.linalg.solve(gauge, pair[1])
+
+
+def adapter(name: str, modules: dict[str, Pair]) -> Adapter:
+    entries = {}
+    for module, pair in modules.items():
+        some = delta(pair, torch.float32)
+        entries[module] = Entry(LowRank, some.shape, lambda some=some: some, rank=some.rank)
+    return Adapter(name=name, modules=Modules(entries))
+
+
+def adapters(pairs: Sequence[Pair]) -> list[Adapter]:
+    return [adapter(f"task{i}", {"m": pair}) for i, pair in enumerate(pairs)]
+
+
+def merged(pairs: Sequence[Pair], **arguments) -> Matrix:
+    return merge_adapters(adapters(pairs), **{"method": "linear", **arguments}).delta("m").numpy()
+
+
+def distance(found: Matrix, wanted: Matrix) -> float:
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+
+
+# --- equal to the definition ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", TOLERANCE)
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize(
+    ("name", "options", "definition"),
+    [
+        ("pico", {}, pico),
+        ("equalize", {}, equalize),
+        ("equalize", {"beta": 0.25}, equalize),
+        ("exponent", {}, lambda tasks: [exponent(t) if t.any() else t for t in tasks]),
+        (
+            "exponent",
+            {"power": 0.0},
+            lambda tasks, power: [exponent(t, power) if t.any() else t for t in tasks],
+        ),
+    ],
+)
+def test_before(name: str, options: dict[str, float], definition, pool: str, kind: str):
+    pairs = POOLS[pool]
+    found = BEFORE[name].function([kinds(pair)[kind] for pair in pairs], **options)
+    for result, wanted in zip(found, definition(dense(pairs), **options), strict=True):
+        assert_allclose(matrix(result), wanted, rtol=0, atol=TOLERANCE[kind] * 100)
+
+
+@pytest.mark.parametrize("kind", TOLERANCE)
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize(
+    ("name", "options", "definition"),
+    [
+        ("svc", {}, svc),
+        ("svc", {"floor": 1.0}, svc),
+        ("norm", {}, norm),
+        ("norm", {"strength": 1.5}, norm),
+        ("exponent", {}, lambda merged, _: exponent(merged)),
+        ("exponent", {"power": 1.5}, lambda merged, _, power: exponent(merged, power)),
+    ],
+)
+def test_after(name: str, options: dict[str, float], definition, pool: str, kind: str):
+    pairs = POOLS[pool]
+    total = sum(dense(pairs)) + 0.3 * dense(low_rank(2, shape=dense(pairs)[0].shape, seed=7))[0]
+    u, s, vh = svd(total)
+    found = AFTER[name].function(
+        kinds((u * s, vh))[kind], [kinds(pair)[kind] for pair in pairs], **options
+    )
+    wanted = definition(total, dense(pairs), **options)
+    assert distance(matrix(found), wanted) < TOLERANCE[kind]
+
+
+def papers_pico(pairs: Sequence[Pair]) -> list[Matrix]:
+    """From the singular vectors of the stacked lora_B's."""
+    u, s, _ = np.linalg.svd(np.hstack([b for b, _ in pairs]), full_matrices=False)
+    alpha = 1 / (1 + (len(pairs) - 1) * s**2 / (s**2).sum())
+    return [(b + u @ np.diag(alpha - 1) @ u.T @ b) @ a for b, a in pairs]
+
+
+def test_pico_as_trained_is_the_papers():
+    pairs = low_rank(2, 4, 3)
+    found = BEFORE["pico"].function([delta(pair) for pair in pairs], gauge="as_trained")
+    assert_allclose([matrix(some) for some in found], papers_pico(pairs), atol=1e-10)
+
+
+def test_pico_is_the_papers_where_each_lora_a_has_orthonormal_rows():
+    pairs = [(b, np.linalg.qr(a.T)[0].T) for b, a in low_rank(2, 4, 3)]
+    found = BEFORE["pico"].function([delta(pair) for pair in pairs])
+    assert_allclose([matrix(some) for some in found], papers_pico(pairs), atol=1e-10)
+
+
+# --- laws -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in BEFORE if name != "exponent"])
+def test_before_a_single_adapter_is_left_alone(name: str):
+    (pair,) = low_rank(3)
+    alone, zero = delta(pair), delta((np.zeros((16, 1)), np.zeros((1, 12))))
+    found, nothing = BEFORE[name].function([alone, zero])
+    assert_allclose(matrix(found), matrix(alone), atol=1e-12)
+    assert not matrix(nothing).any()
+
+
+@pytest.mark.parametrize("name", [name for name in AFTER if name != "exponent"])
+def test_after_a_single_adapter_is_left_alone(name: str):
+    pairs = low_rank(3)
+    assert distance(merged(pairs, after=name), dense(pairs)[0]) < 1e-6
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_the_exponent_1_changes_nothing_and_0_is_iso_c(when: str):
+    pairs = POOLS["mixed ranks"]
+    same = merged(pairs, **{when: {"exponent": {"power": 1.0}}})
+    assert distance(same, sum(dense(pairs))) < 1e-6
+    flat = merged(pairs, after={"exponent": {"power": 0.0}})
+    assert distance(flat, merged(pairs, method="iso_c")) < 1e-5
+
+
+@pytest.mark.parametrize("factor", [2.0, 1e-4])
+@pytest.mark.parametrize(
+    "steps", [*({"before": name} for name in BEFORE), *({"after": name} for name in AFTER)], ids=str
+)
+def test_equal_weights_scale_the_result(steps: dict[str, str], factor: float):
+    pairs = POOLS["mixed ranks"]
+    scaled = merged(pairs, weights=[factor] * 3, **steps)
+    assert distance(scaled, factor * merged(pairs, **steps)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "steps", [*({"before": name} for name in BEFORE), *({"after": name} for name in AFTER)], ids=str
+)
+def test_neither_factors_nor_order_matter(steps: dict[str, str]):
+    pairs = POOLS["mixed ranks"]
+    wanted = merged(pairs, **steps)
+    assert distance(merged([regauged(pair) for pair in pairs], **steps), wanted) < 1e-5
+    assert distance(merged(pairs[::-1], **steps), wanted) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "steps", [*({"before": name} for name in BEFORE), *({"after": name} for name in AFTER)], ids=str
+)
+def test_where_nothing_is_merged_nothing_comes_out(steps: dict[str, str]):
+    pairs = [(np.zeros((5, 2)), np.ones((2, 4)))] * 2
+    assert not merged(pairs, **steps).any()
+
+
+def test_svc_takes_back_what_was_counted_twice():
+    """Of T equal adapters their sum is T times each."""
+    pairs = low_rank(3) * 4
+    assert distance(merged(pairs, after="svc"), dense(pairs)[0]) < 1e-5
+
+
+def test_svc_does_not_care_about_the_scale_of_what_it_calibrates():
+    """Above its floor: σ_r is divided by shares that grow with it."""
+    pairs = [(b, abs(a)) for b, a in [(abs(b), a) for b, a in low_rank(1, 1, 1)]]
+    few = [delta(pair) for pair in pairs]
+    total = Dense(torch.as_tensor(sum(dense(pairs))))
+    one, two = (matrix(AFTER["svc"].function(t, few)) for t in (total, total.scaled(2.0)))
+    u, s, vh = svd(one)
+    assert_allclose(u[:, 0] @ two @ vh[0], s[0], rtol=1e-8)
+
+
+def test_vectors_have_norms():
+    some = [Diagonal(torch.tensor(values)) for values in ([2.0, 1.0], [1.0, 5.0])]
+    assert [delta.norm() for delta in BEFORE["equalize"].function(some)] == pytest.approx([2.5] * 2)
+    total = Diagonal(torch.tensor([2.0, 5.0]))
+    assert AFTER["norm"].function(total, some).norm() == pytest.approx(2.5)
+
+
+# --- the whole model --------------------------------------------------------------------------------------------------
+
+MODEL = [
+    adapter("a", {"m": low_rank(2, seed=1)[0], "n": low_rank(3, seed=2)[0]}),
+    adapter("b", {"m": low_rank(1, seed=3)[0], "o": low_rank(2, seed=4)[0]}),
+]
+
+
+@pytest.mark.parametrize("rank", [None, "full"])
+@pytest.mark.parametrize("method", ["linear", "iso_c"])
+def test_amplitude_is_one_factor_for_the_whole_model(method: str, rank: str | None):
+    plain = merge_adapters(MODEL, method=method)
+    found = merge_adapters(MODEL, method=method, rank=rank, after={"amplitude": {"strength": 1.15}})
+    sizes = [sum(a.modules[m].norm() ** 2 for m in a.modules) for a in MODEL]
+    own = sum(plain.modules[module].norm() ** 2 for module in plain.modules)
+    factor = 1.15 * np.sqrt(np.mean(sizes) / own)
+    for module in plain.modules:
+        wanted = factor * plain.delta(module).numpy()
+        assert distance(found.delta(module).numpy(), wanted) < 1e-5
+
+
+def test_norm_is_a_factor_for_each_module():
+    found = merge_adapters(MODEL, method="linear", after="norm")
+    sizes = [a.modules["m"].norm() for a in MODEL]
+    assert found.modules["m"].norm() == pytest.approx(np.mean(sizes), rel=1e-5)
+    assert found.modules["o"].norm() == pytest.approx(MODEL[1].modules["o"].norm(), rel=1e-5)
+
+
+# --- compositions -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("space", ["core", "knots", "dense", "factor"])
+@pytest.mark.parametrize("method", ["linear", "pcb"])
+def test_a_composition_is_its_pieces_by_hand(method: str, space: str):
+    pairs, weights = POOLS["mixed ranks"], [1.0, 0.5, 2.0]
+    before = [{"exponent": {"power": 0.7}}, "pico"]
+    after = ["svc", {"norm": {"strength": 1.2}}]
+    given = {"method": method, "space": space, "scope": "module", "rank": "full"}
+    found = merged(pairs, weights=weights, before=before, after=after, **given)
+
+    deltas: Sequence[Delta] = [delta(pair, torch.float32) for pair in pairs]
+    bent = BEFORE["pico"].function(BEFORE["exponent"].function(deltas, power=0.7))
+    between = []
+    for i, some in enumerate(bent):
+        left, right = some.factors()
+        some = LowRank(right.float(), left.float())
+        entry = Entry(LowRank, some.shape, lambda some=some: some, rank=some.rank)
+        between.append(Adapter(name=f"task{i}", modules=Modules({"m": entry})))
+    middle = Dense(merge_adapters(between, weights=weights, **given).delta("m").double())
+    own = [some.scaled(weight) for some, weight in zip(deltas, weights, strict=True)]
+    wanted = AFTER["norm"].function(AFTER["svc"].function(middle, own), own, strength=1.2)
+    assert distance(found, wanted.matrix().numpy()) < 1e-4
+
+
+def test_the_scope_does_not_matter_to_what_calibrations_see():
+    given = {"method": "linear", "before": "pico", "after": ["svc", "amplitude"]}
+    one, other = (merge_adapters(MODEL, scope=scope, **given) for scope in ("module", "global"))
+    for module in one.modules:
+        assert distance(one.delta(module).numpy(), other.delta(module).numpy()) < 1e-6
+
+
+def test_pico_as_published_is_pico_before_and_norm_after():
+    pairs = POOLS["mixed ranks"]
+    total = sum(pico(dense(pairs)))
+    wanted = total * np.mean([np.linalg.norm(x) for x in dense(pairs)]) / np.linalg.norm(total)
+    assert distance(merged(pairs, before="pico", after="norm"), wanted) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:the merged adapter retains")
+def test_the_rank_comes_last():
+    pairs = low_rank(3, 3)
+    found = merged(pairs, after="exponent", rank=2)
+    u, s, vh = np.linalg.svd(merged(pairs, after="exponent"))
+    assert distance(found, u[:, :2] * s[:2] @ vh[:2]) < 1e-5
+
+
+def test_conv1d_stays_conv1d():
+    pairs = low_rank(2, 3)
+    flipped = []
+    for i, pair in enumerate(pairs):
+        some = delta(pair, torch.float32)
+        some = LowRank(some.lora_A, some.lora_B, fan_in_fan_out=True)
+        entry = Entry(LowRank, some.shape, lambda some=some: some, rank=some.rank)
+        flipped.append(Adapter(name=f"task{i}", modules=Modules({"m": entry})))
+    given = {"before": list(BEFORE), "after": list(AFTER)}
+    found = merge_adapters(flipped, method="linear", **given).delta("m").numpy()
+    assert distance(found.T, merged(pairs, **given)) < 1e-5
+
+
+# --- recipe and command line ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "given", ["svc", ["svc"], ("svc",), {"svc": {}}, [{"svc": None}], [{"svc": {"floor": None}}]]
+)
+def test_a_calibration_can_be_written_in_several_ways(given):
+    result = merge_adapters(adapters(POOLS["mixed ranks"]), method="linear", after=given)
+    assert result.recipe.after == ({"svc": {"floor": None}},)
+
+
+def test_no_calibration_leaves_no_trace():
+    recipe = merge_adapters(adapters(low_rank(2, 2)), method="linear").recipe
+    assert (recipe.before, recipe.after) == ((), ())
+    assert "before" not in recipe.to_yaml()
+
+
+def test_the_recipe_says_all_and_makes_the_same_again(tmp_path: Path):
+    some = adapters(POOLS["mixed ranks"])
+    steps = {"before": ["equalize", {"exponent": {"power": 0.3}}], "after": ["svc", "amplitude"]}
+    first = merge_adapters(some, method="tsv", **steps)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(first.recipe.to_yaml())
+    again = read_recipe(path)
+    assert again == first.recipe
+    assert again.before == ({"equalize": {"beta": 0.0}}, {"exponent": {"power": 0.3}})
+    assert torch.equal(merge(again, some).delta("m"), first.delta("m"))
+    assert in_words(again.before) == "equalize (beta=0.0), exponent (power=0.3)"
+    first.save_pretrained(tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| before | equalize (beta=0.0), exponent (power=0.3) |" in card
+    assert "| after | svc, amplitude (strength=1.0) |" in card
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ({"before": "svc"}, "before: no calibration 'svc'"),
+        ({"after": "pico"}, "after: no calibration 'pico'"),
+        ({"after": "svd"}, "did you mean 'svc'"),
+        ({"after": {"svc": {"flor": 1}}}, "did you mean 'floor'"),
+        ({"after": {"svc": {"floor": 2.0}}}, "it must be float in"),
+        ({"after": [1]}, "1 is not a calibration"),
+        ({"after": {"svc": 1}}, "is not a calibration"),
+        ({"after": [{"svc": {}, "norm": {}}]}, "is not a calibration"),
+    ],
+)
+def test_a_mistake_is_named(steps: dict, message: str):
+    with pytest.raises(OptionError, match=message.replace("(", r"\(")):
+        merge_adapters(adapters(low_rank(2, 2)), method="linear", **steps)
+
+
+def test_what_needs_directions_refuses_vectors():
+    entry = Entry(Diagonal, (3, 1), lambda: Diagonal(torch.tensor([1.0, 2.0, 3.0])))
+    some = [Adapter(name=name, modules=Modules({"m": entry})) for name in "ab"]
+    with pytest.raises(OptionError, match="svc cannot take these adapters"):
+        merge_adapters(some, method="linear", after="svc")
+    merge_adapters(some, method="linear", before="equalize", after=["norm", "amplitude"])
+
+
+def test_the_command_line(workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    import peft
+
+    config = peft.LoraConfig(r=2, target_modules=["up"])
+    paths = [str(path) for path in workshop.adapters("mlp", [config, config])]
+    words = ["merge", *paths, "-o", str(tmp_path / "out"), "--method", "linear"]
+    words += ["--before", "equalize:beta=0.5", "--after", "svc", "exponent:power=0.25"]
+    assert main(words) == 0, capsys.readouterr().err
+    recipe = read_recipe(tmp_path / "out" / "merge_recipe.yaml")
+    assert recipe.before == ({"equalize": {"beta": 0.5}},)
+    assert recipe.after == ({"svc": {"floor": None}}, {"exponent": {"power": 0.25}})
+
+
+@pytest.mark.parametrize("name", sorted({*BEFORE, *AFTER}))
+def test_the_command_line_explains_calibrations(name: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["methods", name]) == 0
+    assert "Source: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "calibration", [*BEFORE.values(), *AFTER.values()], ids=lambda some: some.function.__name__
+)
+def test_every_option_is_explained(calibration):
+    assert "Source:" in (calibration.function.__doc__ or "")
+    assert all(option.explanation for option in calibration.options.values())
+
+
+def test_get_calibration_knows_both_shelves():
+    assert get_calibration("before", "pico").name == "pico"
+    with pytest.raises(OptionError, match="there are amplitude"):
+        get_calibration("after", "nothing")
+
+
+def test_a_recipe_normalizes_its_steps():
+    source = merge_adapters(adapters(low_rank(1, 1)), method="linear").recipe.adapters
+    assert Recipe(adapters=source, after=["svc"]).after == ({"svc": {}},)

@@ -1,0 +1,170 @@
+"""Compress-then-Merge space against higher-order orthogonal iteration on the dense tensor, in numpy."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose
+
+from pcb_peft import Adapter, list_methods, merge_adapters
+from pcb_peft.adapter import Modules
+from pcb_peft.delta import LowRank
+from pcb_peft.formats import Entry
+from pcb_peft.spaces import get_space
+
+pytestmark = pytest.mark.filterwarnings("ignore:the merged adapter retains")
+
+Matrix = np.ndarray
+Pair = tuple[Matrix, Matrix]  # lora_B (out, r) and lora_A (r, in)
+
+
+def tucker(
+    tasks: Sequence[Matrix], rank: int, beta: float, iterations: int
+) -> tuple[Matrix, Matrix]:
+    """U and V from the m×n matrices, by eigenvectors."""
+    norms = np.array([np.linalg.norm(task) for task in tasks])
+    mean = norms[norms > 0].mean()
+    x = [
+        task / norm * (beta * norm + (1 - beta) * mean)
+        for task, norm in zip(tasks, norms, strict=True)
+        if norm
+    ]
+
+    def leading(grams: Matrix) -> Matrix:
+        return np.linalg.eigh(grams)[1][:, ::-1][:, :rank]
+
+    u, v = leading(sum(a @ a.T for a in x)), leading(sum(a.T @ a for a in x))
+    for _ in range(iterations):
+        u = leading(sum(a @ v @ v.T @ a.T for a in x))
+        v = leading(sum(a.T @ u @ u.T @ a for a in x))
+    return u, v
+
+
+def low_rank(*ranks: int, shape: tuple[int, int] = (16, 12), seed: int = 0) -> list[Pair]:
+    rng = np.random.default_rng(seed)
+    scales = 1 + np.arange(len(ranks))
+    return [
+        (scale * rng.normal(size=(shape[0], r)), rng.normal(size=(r, shape[1])))
+        for r, scale in zip(ranks, scales, strict=True)
+    ]
+
+
+def dense(pairs: Sequence[Pair]) -> list[Matrix]:
+    return [b @ a for b, a in pairs]
+
+
+def delta(pair: Pair) -> LowRank:
+    return LowRank(torch.as_tensor(pair[1]).float(), torch.as_tensor(pair[0]).float())
+
+
+def adapters(pairs: Sequence[Pair]) -> list[Adapter]:
+    some = [delta(pair) for pair in pairs]
+    entries = [Entry(LowRank, d.shape, lambda d=d: d, rank=d.rank) for d in some]
+    return [
+        Adapter(name=f"task{i}", modules=Modules({"m": entry})) for i, entry in enumerate(entries)
+    ]
+
+
+def merged(pairs: Sequence[Pair], **arguments) -> Matrix:
+    given = {"method": "linear", "space": "ctm", "rank": "full", **arguments}
+    return merge_adapters(adapters(pairs), **given).delta("m").numpy()
+
+
+def distance(found: Matrix, wanted: Matrix) -> float:
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+
+
+def regauged(pair: Pair, seed: int = 5) -> Pair:
+    gauge = np.random.default_rng(seed).normal(size=(len(pair[1]),) * 2) + 2 * np.eye(len(pair[1]))
+    return pair[0] @ gauge, np.linalg.solve(gauge, pair[1])
+
+
+PAIRS = low_rank(3, 2, 4)
+TOTAL = 9
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("rank", [1, 2, 4, 6])
+@pytest.mark.parametrize("iterations", [0, 1, 500])
+def test_projected_sum(rank: int, beta: float, iterations: int):
+    """U Uᵀ Σ λ_t ΔW_t V Vᵀ."""
+    found = merged(PAIRS, basis_rank=rank, beta=beta, iterations=iterations)
+    u, v = tucker(dense(PAIRS), rank, beta, 3000 if iterations == 500 else iterations)
+    wanted = u @ u.T @ sum(dense(PAIRS)) @ v @ v.T
+    assert distance(found, wanted) < (1e-3 if iterations == 500 else 1e-5)
+
+
+def test_weights_enter_the_bases_and_the_merge():
+    weights = [0.1, 0.0, -2.0]
+    found = merged(PAIRS, basis_rank=3, iterations=1, weights=weights)
+    tasks = [weight * task for weight, task in zip(weights, dense(PAIRS), strict=True)]
+    u, v = tucker(tasks, 3, 0.25, 1)
+    assert distance(found, u @ u.T @ sum(tasks) @ v @ v.T) < 1e-5
+
+
+def test_iterating_retains_more():
+    """Of the smoothed energy."""
+
+    def retained(iterations: int) -> float:
+        u, v = tucker(dense(PAIRS), 3, 0.25, iterations)
+        x = [task / np.linalg.norm(task) for task in dense(PAIRS)]
+        return sum(np.linalg.norm(u.T @ a @ v) ** 2 for a in x)
+
+    assert retained(0) < retained(1) < retained(50)
+
+
+@pytest.mark.parametrize("basis_rank", [1, 3, 5])
+@pytest.mark.parametrize("method", sorted(list_methods()))
+def test_every_method_leaves_an_adapter_of_that_rank(method: str, basis_rank: int):
+    some = adapters(PAIRS[:2] if method == "slerp" else PAIRS)
+    found = merge_adapters(some, method=method, space="ctm", basis_rank=basis_rank)
+    assert found.modules["m"].rank <= basis_rank
+    assert np.isfinite(found.delta("m").numpy()).all()
+
+
+def test_the_default_is_the_largest_rank_of_an_adapter():
+    found = merge_adapters(adapters(PAIRS), method="linear", space="ctm")
+    assert found.modules["m"].rank == 4
+    assert found.recipe.options == {"basis_rank": None, "beta": 0.25, "iterations": 100}
+
+
+@pytest.mark.parametrize("basis_rank", [TOTAL, 500])
+def test_at_the_rank_of_all_adapters_nothing_is_lost(basis_rank: int):
+    found = merge_adapters(adapters(PAIRS), method="linear", space="ctm", basis_rank=basis_rank)
+    assert distance(found.delta("m").numpy(), sum(dense(PAIRS))) < 1e-5
+    assert found.report.energy == pytest.approx(1)
+
+
+def test_the_report_says_what_the_bases_do_not_hold():
+    found = merge_adapters(adapters(PAIRS), method="linear", space="ctm", basis_rank=2)
+    u, v = tucker(dense(PAIRS), 2, 0.25, 3000)
+    held = sum(np.linalg.norm(u.T @ task @ v) ** 2 for task in dense(PAIRS))
+    wanted = held / sum(np.linalg.norm(task) ** 2 for task in dense(PAIRS))
+    assert found.report.energy == pytest.approx(wanted, rel=1e-3)
+    assert found.report.modules["m"].energy == pytest.approx(wanted, rel=1e-3)
+    assert any("retains" in note for note in found.report.notes)
+
+
+@pytest.mark.parametrize("method", ["linear", "pcb", "ties", "tsv", "iso_c"])
+def test_neither_factors_nor_order_matter(method: str):
+    wanted = merged(PAIRS, method=method, basis_rank=3)
+    assert (
+        distance(merged([regauged(p) for p in PAIRS], method=method, basis_rank=3), wanted) < 1e-4
+    )
+    assert distance(merged(PAIRS[::-1], method=method, basis_rank=3), wanted) < 1e-4
+
+
+def test_zero_adapters_do_not_matter():
+    zero = (np.zeros((16, 1)), np.zeros((1, 12)))
+    wanted = merged(PAIRS, basis_rank=3)
+    assert distance(merged([*PAIRS, zero], basis_rank=3), wanted) < 1e-5
+    assert not merged([zero, zero], basis_rank=3).any()
+
+
+def test_the_bases_are_orthonormal():
+    projection = get_space("ctm")([delta(pair) for pair in PAIRS], [1.0] * 3, basis_rank=3)
+    core = projection.decode([torch.eye(3, dtype=torch.float64)])
+    assert projection.blocks[0].shape == (3, 3, 3)
+    singular = np.linalg.svd(core.matrix().numpy(), compute_uv=False)
+    assert_allclose(singular[:3], 1, rtol=1e-5)

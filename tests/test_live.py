@@ -1,0 +1,95 @@
+"""Merging inside a live PeftModel: PEFT's names, PEFT's rejected cases, in the space of deltas."""
+
+import peft
+import pytest
+import torch
+
+from pcb_peft import OptionError, UnsupportedError, add_weighted_adapter
+
+PLAIN = peft.LoraConfig(r=4, target_modules="all-linear")
+AWKWARD = (
+    peft.LoraConfig(  # ranks, patterns and targets that PEFT's own method refuses, or gets wrong
+        r=2,
+        target_modules=["q_proj", "up_proj"],
+        rank_pattern={"up_proj": 6},
+        alpha_pattern={"q_proj": 3},
+        use_rslora=True,
+    )
+)
+IA3 = peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+
+
+def model_with(workshop, configs):
+    model = "llama"
+    for seed, (name, config) in enumerate(configs.items(), 1):
+        model = workshop.peft_model(model, config, seed=seed, name=name)
+    return model
+
+
+def changes(workshop, model, name):
+    """ΔW of one adapter of a live model, as PEFT merges it."""
+    import copy
+
+    alone = copy.deepcopy(model)
+    alone.set_adapter(name)
+    return workshop.changes("llama", alone)
+
+
+@pytest.mark.parametrize("combination_type", ["linear", "cat"])
+@pytest.mark.parametrize(
+    "configs",
+    [
+        {"math": PLAIN, "code": AWKWARD},
+        {"math": AWKWARD, "code": PLAIN},
+        {"math": IA3, "code": IA3},
+    ],
+)
+def test_a_weighted_adapter_is_the_weighted_sum_of_what_peft_merges(
+    workshop, combination_type, configs
+):
+    if configs["math"] is IA3 and combination_type == "cat":
+        combination_type = "linear"
+    model = model_with(workshop, configs)
+    first, second = changes(workshop, model, "math"), changes(workshop, model, "code")
+    add_weighted_adapter(model, ["math", "code"], [1.5, -0.5], "merged", combination_type)
+    found = changes(workshop, model, "merged")
+    assert set(found) == set(first) | set(second)
+    for name, change in found.items():
+        zero = torch.zeros_like(change)
+        wanted = 1.5 * first.get(name, zero) - 0.5 * second.get(name, zero)
+        workshop.assert_close(change, wanted, 1e-5, name)
+
+
+@pytest.mark.filterwarnings("ignore:the merged adapter retains")
+@pytest.mark.parametrize(
+    "combination_type", ["svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "pcb"]
+)
+def test_every_name_works_on_adapters_of_different_ranks(workshop, combination_type):
+    model = model_with(workshop, {"math": PLAIN, "code": AWKWARD})
+    options = {} if combination_type == "svd" else {"density": 0.5}
+    add_weighted_adapter(
+        model, ["math", "code"], [1.0, 1.0], "merged", combination_type, svd_rank=5, **options
+    )
+    assert model.peft_config["merged"].r == 5
+    assert changes(workshop, model, "merged")
+
+
+def test_nothing_is_added_where_something_is_wrong(workshop):
+    model = model_with(workshop, {"math": PLAIN, "code": PLAIN})
+    for name, arguments, message in (
+        ("math", {}, "already"),
+        ("merged", {"combination_type": "ties", "density": 7.0}, "density"),
+        ("merged", {"weights": [1.0]}, "2 adapters and 1 weights"),
+    ):
+        weights = arguments.pop("weights", [1.0, 1.0])
+        with pytest.raises(OptionError, match=message):
+            add_weighted_adapter(model, ["math", "code"], weights, name, **arguments)
+    assert set(model.peft_config) == {"math", "code"}
+
+
+def test_two_heads_do_not_fit_into_one_adapter(workshop):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = model_with(workshop, {"math": config, "code": config})
+    with pytest.raises(UnsupportedError, match="heads of their own"):
+        add_weighted_adapter(model, ["math", "code"], [1.0, 1.0], "merged", "cat")
+    assert set(model.peft_config) == {"math", "code"}
