@@ -127,7 +127,7 @@ class Bench:
             return self._multiplied(merged)
         return {f"{module}.weight": merged.delta(module) for module in merged.modules}
 
-    def _multiplied(self, merged: Any) -> Deltas:  # noqa: ANN401
+    def _multiplied(self, merged: Any) -> Deltas:
         """The deltas of an adapter that multiplies, biases included, as PEFT makes them.
 
         They are as linear in a common weight as the others: W∘(1 + s(l − 1)) is W + s(W∘l − W).

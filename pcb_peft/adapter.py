@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +60,17 @@ class Head:
     modules: tuple[str, ...] = ()
     parameters: Mapping[str, Callable[[], Tensor]] = dataclasses.field(default_factory=dict)
 
+    def without(self, names: Container[str]) -> "Head":
+        """The head without some of its parameters."""
+        left = {name: load for name, load in self.parameters.items() if name not in names}
+        return dataclasses.replace(self, parameters=left)
+
     def read(self) -> dict[str, Tensor]:
         """All parameters, by path."""
         return {name: load() for name, load in self.parameters.items()}
 
 
-@dataclasses.dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Adapter:
     """What one adapter does to its base model.
 
@@ -171,6 +176,9 @@ class Adapter:
     ) -> None:
         """Writes the base model with W + ΔW in the place of W, shard by shard.
 
+        What the adapter replaces (its head) is written too, in its place or, where the base has none, into a file in
+        the folder ``heads``.
+
         Args:
             base_model: Path or hub id of a transformers checkpoint in safetensors.
             output: Where to.
@@ -182,11 +190,13 @@ class Adapter:
             OutputError: The directory cannot be written.
         """
         base = base_model if isinstance(base_model, BaseModel) else open_base_model(base_model)
+        held = {name: load for name, load in self.head.parameters.items() if base.find(name)}
         fold_deltas(
             self.modules,
             base,
             output,
-            extra_files=self._companions(folded=True),
+            replaced=held,
+            extra_files=self._companions(without=held),
             overwrite=overwrite,
             progress=tracker(progress),
         )
@@ -203,9 +213,12 @@ class Adapter:
         }
         return {key: value for key, value in fields.items() if value is not None}
 
-    def _companions(self, *, folded: bool = False) -> dict[str, bytes]:
-        """The files that stand beside the weights; a folded model has no other place for the head."""
-        return head_files({self.name: self.head}) if folded else {}
+    def _companions(self, without: Container[str] | None = None) -> dict[str, bytes]:
+        """The files that stand beside the weights.
+
+        A folded base has its own head beside it, `without` the parameters that it holds itself.
+        """
+        return {} if without is None else head_files({self.name: self.head.without(without)})
 
     def _card(self, peft_type: str) -> str:
         """The model card."""

@@ -98,7 +98,7 @@ class BaseModel:
             MismatchError: The base has no such module.
             BaseModelError: It has, but its files do not: the weight is tied, or stored otherwise.
         """
-        name = self._find(f"{module}.{kind}")
+        name = self.find(f"{module}.{kind}")
         if name is None:
             raise self._not_found(module, kind)
         return name
@@ -120,7 +120,7 @@ class BaseModel:
 
     def bias_parameter(self, module: str) -> str | None:
         """The name of a module's bias in the checkpoint, or None where it has none."""
-        return self._find(f"{module}.bias")
+        return self.find(f"{module}.bias")
 
     def tied(self, parameter: str) -> tuple[str, ...]:
         """What else, in memory, has the values of `parameter`; empty where they are its own.
@@ -184,8 +184,8 @@ class BaseModel:
         same = (name for name in sorted(self.spans) if not skeleton.converts(name))
         return {skeleton.renamed(name): name for name in same}
 
-    def _find(self, name: str) -> str | None:
-        """The parameter behind a name in memory.
+    def find(self, name: str) -> str | None:
+        """The parameter behind a name in memory, or None where the files do not hold it.
 
         One that the model does not have is a name of the file, an older one, or a head's.
         """

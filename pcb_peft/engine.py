@@ -273,4 +273,4 @@ def _warn_of_lost_energy(report: Report) -> None:
             f"{report.modules[worst].energy:.1%}); a higher rank, a lossless space or rank='full' and a fold keep more"
         )
         report.notes.append(message)
-        warnings.warn(message, stacklevel=3)
+        warnings.warn(message, stacklevel=4)

@@ -31,6 +31,7 @@ def fold_deltas(
     base: BaseModel,
     output: Path | str,
     *,
+    replaced: Mapping[str, Callable[[], Tensor]] | None = None,
     extra_files: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
     progress: Track | None = None,
@@ -47,6 +48,7 @@ def fold_deltas(
             dropped: a mapping that computes them is never held as a whole.
         base: What to add them to.
         output: The directory to write. It appears whole or not at all.
+        replaced: Parameter in memory → function that reads what takes its place.
         extra_files: Path → content of files to write beside the weights, in place of the base's.
         overwrite: Replace `output` even though it holds something.
         progress: Is given the parameters that change in a shard, and the shard's name; hands the
@@ -59,7 +61,7 @@ def fold_deltas(
     """
     output = Path(output)
     _refuse_overlap(output.resolve(), base.directory.resolve())
-    edits = _plan(deltas, base)
+    edits = _plan(deltas, base) | _replacements(replaced or {}, base)
     track = progress or tracker(progress=False)
     with replace_directory(output, overwrite=overwrite) as directory:
         for file in base.files:
@@ -100,6 +102,27 @@ def _plan(deltas: Mapping[str, Delta], base: BaseModel) -> dict[str, Edit]:
         if bias is not None:
             edits[bias] = lambda values, module=module: delta(module).apply_to_bias(values)
     return edits
+
+
+def _replacements(replaced: Mapping[str, Callable[[], Tensor]], base: BaseModel) -> dict[str, Edit]:
+    """Parameter → what takes the place of its values."""
+    edits: dict[str, Edit] = {}
+    for name, read in replaced.items():
+        module, _, kind = name.rpartition(".")
+        parameter = base.parameter(module, kind)
+        if tied := base.tied(parameter):
+            raise tied_error(base.source, module, tied)
+        edits[parameter] = lambda values, name=name, read=read: _replacement(name, read(), values)
+    return edits
+
+
+def _replacement(name: str, new: Tensor, old: Tensor) -> Tensor:
+    if new.shape != old.shape:
+        raise MismatchError(
+            f"{name}: the adapter replaces it by {tuple(new.shape)}, the base has {tuple(old.shape)}; "
+            "give the base that the adapter was trained on"
+        )
+    return new.to(old.dtype)
 
 
 def fitted(delta: Delta, module: str, base: BaseModel) -> Delta:

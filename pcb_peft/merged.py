@@ -1,7 +1,7 @@
 """The result of a merge: an adapter that knows how it was made."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 from pcb_peft.adapter import Adapter, Head, head_files
 from pcb_peft.card import model_card, public_name
@@ -9,7 +9,7 @@ from pcb_peft.recipe import FILE_NAME, Recipe, in_words
 from pcb_peft.report import Report
 
 
-@dataclasses.dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class MergedAdapter(Adapter):
     """A merged adapter.
 
@@ -23,9 +23,9 @@ class MergedAdapter(Adapter):
     report: Report
     heads: Mapping[str, Head] = dataclasses.field(default_factory=dict[str, Head])
 
-    def _companions(self, *, folded: bool = False) -> dict[str, bytes]:
-        own = {self.name: self.head} if folded and self.head.parameters else {}
-        return {FILE_NAME: self.recipe.to_yaml().encode(), **head_files({**self.heads, **own})}
+    def _companions(self, without: Container[str] | None = None) -> dict[str, bytes]:
+        files = super()._companions(without) | head_files(self.heads)
+        return {FILE_NAME: self.recipe.to_yaml().encode(), **files}
 
     def _card(self, peft_type: str) -> str:
         recipe, report = self.recipe, self.report

@@ -14,10 +14,10 @@ Rank: TypeAlias = int | float | Literal["full"] | None
 """An integer, a fraction of the energy to retain, "full" (dense), or None: lossless where the space allows it."""
 
 EXACT_SIZE = 512  # a matrix that has at most so many rows or columns is decomposed in full
-NOISE = {
-    torch.float64: 1e-12,
-    torch.float32: 1e-6,
-}  # singular values below this part of the largest are rounding
+FIRST_GUESS = (
+    32  # how many singular triplets of a large matrix are tried first for a fraction of the energy
+)
+NOISE = {torch.float64: 1e-12, torch.float32: 1e-6}  # the part of the largest σ that is rounding
 
 
 def check_rank(rank: object) -> Rank:
@@ -97,14 +97,21 @@ def _lift(basis: Tensor | None, columns: Tensor) -> Tensor:
 
 def _leading(matrix: Tensor, rank: int | float | None, total: float) -> Svd:
     """The singular triplets that a rank asks for."""
-    smaller = min(matrix.shape)
-    if isinstance(rank, int) and smaller > EXACT_SIZE and rank < smaller // 4:
-        triplets = leading_svd(matrix.float(), rank)
-    else:
-        triplets = svd(matrix)
-    u, s, vh = triplets
+    u, s, vh = _enough(matrix, rank, total)
     count = max(1, min(_count(s, rank, total), int((s > NOISE[s.dtype] * s[0]).sum())))
     return u[:, :count], s[:count], vh[:count]
+
+
+def _enough(matrix: Tensor, rank: int | float | None, total: float) -> Svd:
+    """The leading triplets, at least as many as the rank asks for: a few of a large matrix, or else all."""
+    smaller = min(matrix.shape)
+    count = rank if isinstance(rank, int) else FIRST_GUESS
+    while rank is not None and smaller > EXACT_SIZE and count < smaller // 4:
+        triplets = leading_svd(matrix.float(), count)
+        if isinstance(rank, int) or float(triplets[1].double().square().sum()) >= rank * total:
+            return triplets
+        count *= 2
+    return svd(matrix)
 
 
 def _count(s: Tensor, rank: int | float | None, total: float) -> int:

@@ -53,7 +53,10 @@ class Report:
     def kept(self) -> dict[str, float]:
         """Fraction of its entries that each adapter kept, over all modules (weighted by ΔW's size)."""
         names = sorted({name for module in self.modules.values() for name in module.kept})
-        return {name: self._mean([m.kept.get(name, 1.0) for m in self.modules.values()]) for name in names}
+        return {
+            name: self._mean([m.kept.get(name, 1.0) for m in self.modules.values()])
+            for name in names
+        }
 
     @property
     def conflicts(self) -> float:

@@ -18,15 +18,22 @@ Part: TypeAlias = tuple[int, int, Tensor]  # see `partition`
 
 MARGIN = 12.0  # half width of a bracket, in standard errors of as many independent values
 KEPT_VALUES = 1 << 24  # how many values one bracket keeps at most
+NO_ORDER = "the values hold NaN, which has no place in any order"
 
 
 @dataclasses.dataclass(slots=True)
 class Bracket:
-    """The search for the `index`-th smallest value (from 0) of one stream: it lies in [low, high], if anywhere."""
+    """The search for the `index`-th smallest value (from 0) of one stream: it is expected in [low, high].
+
+    No two passes look at the same bracket: each finds the value, or proves that it lies in a smaller interval.
+    """
 
     index: int
     low: float
     high: float
+    dtype: torch.dtype  # of the values
+    least: float = -np.inf  # it is proven to lie in [least, most]
+    most: float = np.inf
     value: float | None = None  # the answer
     below: int = 0  # how many values are < low
     inside: int = 0  # how many are in [low, high]
@@ -47,18 +54,37 @@ class Bracket:
         """After a pass: reads the answer off the counts, or sets the bracket of the next pass."""
         position = self.index - self.below
         if position < 0:
-            self._restart(-np.inf, self.low)
+            self.most = self._next(self.low, -np.inf)
+            self._restart(self.least, self.most)
         elif position >= self.inside:
-            self._restart(self.high, np.inf)
+            self.least = self._next(self.high, np.inf)
+            self._restart(self.least, self.most)
         elif self.low == self.high:
             self.value = self.low
         elif self.stride == 1:
             self.value = float(torch.kthvalue(self.kept.values, position + 1).values)
         else:
+            self.least, self.most = self.low, self.high
             ordered, quantile = self.kept.values.sort().values, position / max(1, self.inside - 1)
-            self._restart(*narrowed(ordered, quantile, self.low, self.high))
+            low, high = narrowed(ordered, quantile, self.low, self.high)
+            if (low, high) == (self.low, self.high):  # of many equal values, say
+                low = high = float(ordered[round(quantile * (len(ordered) - 1))])
+            self._restart(low, high)
+
+    def _next(self, value: float, towards: float) -> float:
+        """The next number of the dtype.
+
+        Raises:
+            ValueError: There is none.
+        """
+        if value == towards:
+            raise ValueError(NO_ORDER)
+        ends = torch.tensor([value, towards], dtype=self.dtype)
+        return float(torch.nextafter(ends[0], ends[1]))
 
     def _restart(self, low: float, high: float) -> None:
+        if low > high:
+            raise ValueError(NO_ORDER)
         self.low, self.high, self.kept, self.stride = low, high, Buffer(), 1
         self.below = self.inside = 0
 
@@ -133,7 +159,10 @@ def order_statistics(
     if ordered.shape[1] == size:
         return ordered[:, list(indices)]
     brackets = [
-        [Bracket(i, *narrowed(row, i / max(1, size - 1), -np.inf, np.inf)) for i in indices]
+        [
+            Bracket(i, *narrowed(row, i / max(1, size - 1), -np.inf, np.inf), row.dtype)
+            for i in indices
+        ]
         for row in ordered
     ]
     while searches := [

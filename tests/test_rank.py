@@ -299,13 +299,24 @@ def test_large_matrices_are_truncated_close_to_optimally(randomised, sigma):
     assert torch.equal(found.lora_B, again.lora_B)
 
 
-@pytest.mark.parametrize("part", [35, 120, 0.5, 0.99])
-def test_large_matrices_are_decomposed_in_full_for_an_energy_or_a_high_rank(randomised, part):
+@pytest.mark.parametrize("part", [0.3, 0.5, 0.7])
+def test_a_little_energy_of_a_large_matrix_takes_its_leading_directions_only(randomised, part):
+    sigma = SPECTRA["decaying slowly"]
+    found, energy = truncate(Dense(torch.as_tensor(with_spectrum(160, 140, sigma)).float()), part)
+    energies = (sigma**2).cumsum() / (sigma**2).sum()
+    optimum = 1 + (energies < part).sum()
+    assert randomised == [32]
+    assert optimum <= found.rank <= optimum + 1
+    assert part <= energy <= energies[found.rank - 1] + 1e-5
+
+
+@pytest.mark.parametrize("part", [35, 120, 0.9999])
+def test_large_matrices_are_decomposed_in_full_for_a_high_rank_or_much_energy(randomised, part):
     sigma = SPECTRA["decaying slowly"]
     found, energy = truncate(Dense(torch.as_tensor(with_spectrum(160, 140, sigma)).float()), part)
     energies = (sigma**2).cumsum() / (sigma**2).sum()
     count = part if isinstance(part, int) else 1 + (energies < part).sum()
-    assert not randomised
+    assert randomised == ([] if isinstance(part, int) else [32])
     assert found.rank == count
     assert energy == pytest.approx(energies[count - 1], abs=1e-5)
 

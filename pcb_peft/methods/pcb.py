@@ -159,5 +159,5 @@ def weighted_mean(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def reciprocal(spread: Tensor) -> Tensor:
-    """1/spread, and 0 for a spread of 0."""
-    return torch.where(spread > 0, 1 / spread, 0)
+    """1/spread, and 0 for a spread of 0, or so near to 0 that there is no such number."""
+    return torch.where(spread >= torch.finfo(spread.dtype).tiny, 1 / spread, 0)

@@ -13,7 +13,7 @@ from pcb_peft.spaces.bases import shared_bases
 from pcb_peft.spaces.registry import Projection, space
 from pcb_peft.statistics import stacked
 
-SETTLED = 1e-10  # the bases are found when they retain no more than this part more than before
+SETTLED = 1e-8  # the bases are found when they retain no more than this part more than before
 
 
 @space("ctm", accepts=(LowRank, Core, Dense), lossless=True)

@@ -1,0 +1,53 @@
+"""What adapters replace (modules_to_save) when they are folded."""
+
+import peft
+import pytest
+from safetensors.torch import load_file
+
+from pcb_peft import MismatchError, fold_adapter, load_adapter, merge_adapters
+
+HEADED = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
+CLASSIFIER = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+
+
+@pytest.mark.parametrize(("kind", "config"), [("llama", HEADED), ("bert", CLASSIFIER)])
+def test_a_fold_replaces_what_the_adapter_replaces(workshop, tmp_path, kind, config):
+    adapter = workshop.adapter(kind, config)
+    fold_adapter(adapter, workshop.base(kind), tmp_path / "out")
+    merged = peft.PeftModel.from_pretrained(workshop.model(kind), adapter).merge_and_unload()
+    wanted = merged.state_dict()
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    for name, values in found.items():
+        workshop.assert_close(values, wanted[name], 1e-7, name)
+    assert not (tmp_path / "out" / "heads").exists()
+
+
+def test_a_head_that_the_base_does_not_hold_is_written_beside_it(workshop, tmp_path):
+    adapter = workshop.adapter("bert", CLASSIFIER)
+    workshop.model("bert").bert.save_pretrained(tmp_path / "encoder")
+    load_adapter(adapter).fold(tmp_path / "encoder", tmp_path / "out")
+    head = load_file(tmp_path / "out" / "heads" / "adapter.safetensors")
+    saved = load_file(adapter / "adapter_model.safetensors")
+    assert set(head) == {"classifier.weight", "classifier.bias"}
+    for name, values in head.items():
+        workshop.assert_close(values, saved[f"base_model.model.{name}"], 0, name)
+
+
+def test_heads_that_several_adapters_have_are_written_beside_the_fold(workshop, tmp_path):
+    adapters = workshop.adapters("llama", [HEADED, HEADED])
+    merged = merge_adapters(adapters, "linear")
+    merged.fold(workshop.base("llama"), tmp_path / "out")
+    heads = sorted(path.name for path in (tmp_path / "out" / "heads").iterdir())
+    assert heads == ["adapter1.safetensors", "adapter2.safetensors"]
+    folded = load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"]
+    workshop.assert_close(folded, workshop.model("llama").lm_head.weight, 0)
+
+
+def test_a_head_of_another_shape_is_refused(workshop, tmp_path):
+    adapter = workshop.adapter("llama", HEADED)
+    workshop.edit_tensors(
+        adapter, lambda tensors: {k: v[:3] if "lm_head" in k else v for k, v in tensors.items()}
+    )
+    with pytest.raises(MismatchError, match=r"lm_head.weight.*\(3, 16\).*\(32, 16\)"):
+        fold_adapter(adapter, workshop.base("llama"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
