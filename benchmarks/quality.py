@@ -2,8 +2,8 @@
 
     python benchmarks/quality.py "linear" "pcb space=knots|core density=0.1|0.2" --limit 100
 
-measures these settings on the example adapters and their test text, to try the script. Settings to
-ship are chosen on validation data: a folder of ``<task>/validation.jsonl`` given as ``--data``.
+measures these settings on the example adapters and the validation texts beside this script: the
+defaults were chosen on validation texts, and the tables in ``docs/methods.md`` are what it prints.
 
 A setting is a method and its options; ``|`` separates alternatives, and every combination is
 measured: with every weight at 1, and at the best common weight. Merging with all weights times s is s
@@ -240,7 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
     examples = demo.examples_folder()
     tasks = demo.load_tasks(
         options.adapters or examples / "lora",
-        options.data or examples / "data",
+        options.data or Path(__file__).parent / "validation",
         options.split,
         options.limit,
         dict(pair.split("=", 1) for pair in options.rename),

@@ -86,26 +86,33 @@ def fold_command(parsed: argparse.Namespace) -> None:
 
 def methods_command(parsed: argparse.Namespace) -> None:
     """List the merge methods, the spaces and the calibrations, or explain one of them."""
-    if parsed.name is None:
-        for method in list_methods().values():
-            print(
-                f"{method.name:12} {method.space:7} {method.scope:7} {method.paper:17} {method.summary}"
-            )
-        print()
-        for space in list_spaces().values():
-            print(f"{space.name:12} {space.summary}")
-        for when in WHEN:
-            print()
-            for calibration in list_calibrations(when).values():
-                print(
-                    f"{when:7} {calibration.name:12} {calibration.paper:17} {calibration.summary}"
-                )
+    if parsed.name is not None:
+        for known in _named(parsed.name):
+            print(inspect.getdoc(known.function))
+            print("\nOptions:")
+            for option in known.options.values():
+                print(f"  {_flag(option)}  {option.allowed}; default {option.default}")
         return
-    for known in _named(parsed.name):
-        print(inspect.getdoc(known.function))
-        print("\nOptions:")
-        for option in known.options.values():
-            print(f"  {_flag(option)}  {option.allowed}; default {option.default}")
+    _print_table(
+        ("method", "space", "scope", "paper", "what it does"),
+        [(m.name, m.space, m.scope, m.paper, m.summary) for m in list_methods().values()],
+    )
+    _print_table(("space", "blocks"), [(s.name, s.summary) for s in list_spaces().values()])
+    for when in WHEN:
+        calibrations = list_calibrations(when).values()
+        _print_table(
+            (when, "paper", "what it does"), [(c.name, c.paper, c.summary) for c in calibrations]
+        )
+
+
+def _print_table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns as wide as what stands in them, and an empty line."""
+    widths = [max(map(len, column)) for column in zip(heading, *rows, strict=True)]
+    for row in (heading, *rows):
+        print(
+            "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip()
+        )
+    print()
 
 
 def _named(name: str) -> Sequence[MergeMethod | Space | Calibration]:
@@ -185,7 +192,7 @@ def _add_merge_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) 
     recipe.add_argument("--space", help=f"auto, {', '.join(list_spaces())}; default auto")
     recipe.add_argument("--scope", help="auto, global, module; default auto")
     recipe.add_argument(
-        "--rank", type=_rank, help="integer, energy fraction, or full; default: lossless"
+        "--rank", type=_rank, help="integer, energy fraction, budget:N, or full; default: lossless"
     )
     for when, what in zip(WHEN, ("adapters", "merge"), strict=True):
         names = ", ".join(list_calibrations(when))
@@ -270,12 +277,13 @@ def _bool(text: str) -> bool:
 
 
 def _rank(text: str) -> Rank:
-    """An integer, a fraction, "full" or "none"."""
+    """An integer, a fraction, or a word."""
     if text == "none":
         return None
-    if text == "full":
-        return "full"
-    return float(text) if "." in text else int(text)
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        return text
 
 
 def _step(text: str) -> dict[str, dict[str, Any]]:

@@ -12,6 +12,7 @@ import torch
 
 from pcb_peft.adapter import Adapter, Head, Modules, load_adapter
 from pcb_peft.alignment import Alignment, common_base
+from pcb_peft.budget import within_budget
 from pcb_peft.calibrations import Calibration, bound
 from pcb_peft.competition import Competition, Produce
 from pcb_peft.delta import Delta, Dense, Diagonal, LowRank
@@ -23,7 +24,7 @@ from pcb_peft.overrides import Override, read_overrides, read_weights
 from pcb_peft.peft_names import method_of, spelled_out
 from pcb_peft.plan import Setting, layers_of, plan
 from pcb_peft.progress import tracker
-from pcb_peft.rank import Rank, truncate
+from pcb_peft.rank import Rank, budget_of, truncate
 from pcb_peft.recipe import Recipe, Step, steps
 from pcb_peft.report import LOW_ENERGY, ModuleReport, Report
 from pcb_peft.source import Source
@@ -60,8 +61,9 @@ def merge_adapters(  # noqa: PLR0913  (every choice of a merge, by name)
         space: Where the adapters compete: a name from `list_spaces()`; "auto": the method's own.
         scope: Over how much of the model statistics are taken: "global", "module" (each weight alone) or "auto": the
             method's own.
-        rank: Of the result: an integer; a fraction in (0, 1) of the energy to keep; "full": dense, for folding; None:
-            lossless where the space allows it, else the sum of the adapters' ranks.
+        rank: Of the result: an integer; a fraction in (0, 1) of the energy to keep; "budget:N": N ranks, shared out by
+            energy over all modules (save with ``rank_pattern=True``); "full": dense, for folding; None: lossless where
+            the space allows it, else the sum of the adapters' ranks.
         base_model: Path or hub id; settles which base model it is where the adapters' names for it differ.
         device: Where tiles are computed; default: the CPU.
         seed: Of random methods.
@@ -125,6 +127,7 @@ def merge(
     report = Report(recipe.method, recipe.space, recipe.scope)
     layers = layers_of(list(alignment.modules))
     entries: dict[str, Entry] = {}
+    budget = budget_of(recipe.rank)
     for setting in settings:
         competition = Competition(
             alignment.only(setting.modules),
@@ -139,8 +142,11 @@ def merge(
             after,
         )
         produce = competition.calibrated(_contest(competition, setting, report))
-        departure = _Departure(alignment, produce, recipe.rank, setting.space.lossless, report)
+        rank = None if budget else recipe.rank
+        departure = _Departure(alignment, produce, rank, setting.space.lossless, report)
         entries |= {m: departure.entry(m) for m in competition.track(setting.modules, "merge")}
+    if budget:
+        entries = _within_budget(entries, budget, report)
     report.seconds = time.perf_counter() - started
     _warn_of_lost_energy(report)
     return MergedAdapter(
@@ -212,6 +218,20 @@ class _Departure:
         if self.rank is None and not self.lossless:
             return truncate(delta, self.alignment.total_rank(module))
         return truncate(delta, self.rank)
+
+
+def _within_budget(entries: Mapping[str, Entry], budget: int, report: Report) -> dict[str, Entry]:
+    """The same entries at their shares of a total rank."""
+    shares = within_budget({module: entry.load() for module, entry in entries.items()}, budget)
+    for module, (delta, energy) in shares.items():
+        line = report.modules[module]
+        report.modules[module] = dataclasses.replace(
+            line, rank=delta.rank, energy=line.energy * energy, norm=delta.norm()
+        )
+    return {
+        module: Entry(LowRank, delta.shape, lambda delta=delta: delta, rank=delta.rank)
+        for module, (delta, _) in shares.items()
+    }
 
 
 def _rank_of(delta: Delta) -> int | None:

@@ -1,7 +1,8 @@
 """The rank of what leaves: optimal truncation of a delta, and the energy that it retains."""
 
 import functools
-from typing import Literal, TypeAlias
+import re
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -10,8 +11,11 @@ from pcb_peft.delta import Core, Delta, Dense, LowRank
 from pcb_peft.errors import OptionError
 from pcb_peft.linalg import Svd, column_signs, leading_svd, svd
 
-Rank: TypeAlias = int | float | Literal["full"] | None
-"""An integer, a fraction of the energy to retain, "full" (dense), or None: lossless where the space allows it."""
+Rank: TypeAlias = int | float | str | None
+"""An integer, a fraction of the energy to retain, "budget:N" (of all modules together), "full" (dense), or None:
+lossless where the space allows it."""
+
+BUDGET = re.compile(r"budget:([1-9]\d*)")
 
 EXACT_SIZE = 512  # a matrix that has at most so many rows or columns is decomposed in full
 FIRST_GUESS = (
@@ -26,14 +30,20 @@ def check_rank(rank: object) -> Rank:
     Raises:
         OptionError: It is not.
     """
-    if rank is None or rank == "full":
+    if rank is None or rank == "full" or budget_of(rank) is not None:
         return rank  # type: ignore[return-value]
     if (type(rank) is int and rank >= 1) or (type(rank) is float and 0 < rank < 1):
         return rank
     raise OptionError(
-        f"rank is {rank!r}; it must be an integer from 1, an energy fraction in (0, 1), 'full' (dense, for folding), "
-        "or None (lossless where the space allows it)"
+        f"rank is {rank!r}; it must be an integer from 1, an energy fraction in (0, 1), 'budget:N' (ranks of "
+        "all modules together), 'full' (dense, for folding), or None (lossless where the space allows it)"
     )
+
+
+def budget_of(rank: object) -> int | None:
+    """N of "budget:N"."""
+    found = BUDGET.fullmatch(rank) if isinstance(rank, str) else None
+    return int(found[1]) if found else None
 
 
 def truncate(delta: Delta, rank: int | float | None) -> tuple[LowRank, float]:

@@ -704,6 +704,20 @@ def test_an_adapter_is_known_by_its_file_and_else_by_its_name():
     assert not torch.equal(merged_as(["a", "b"], [None, None]), merged_as(["a", "c"], [None, None]))
 
 
+def test_each_adapter_module_and_block_has_masks_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    seen: set[int] = set()
+    original = noise.uniform
+
+    def uniform(keys: Tensor, positions: Tensor) -> Tensor:
+        seen.update(keys.tolist())
+        return original(keys, positions)
+
+    monkeypatch.setattr(noise, "uniform", uniform)
+    for seed in (0, 1):
+        deltas("dare_linear", pool(3), space="factor", seed=seed)
+    assert len(seen) == 2 * 3 * 2 * 2  # seeds, adapters, modules, lora_A and lora_B
+
+
 def test_masks_of_a_module_do_not_depend_on_the_other_modules():
     few = [lora(f"adapter{i}", i, ("layer.0",)) for i in range(3)]
     many = [lora(f"adapter{i}", i) for i in range(3)]

@@ -116,8 +116,8 @@ def test_a_recipe_with_gradients_and_overrides_makes_the_same_bytes_again(adapte
 @pytest.mark.parametrize(
     ("name", "method", "space", "scope", "rank"),
     [
-        ("cat", "linear", "core", "global", None),
-        ("svd", "linear", "core", "global", 3),
+        ("cat", "linear", "core", "module", None),
+        ("svd", "linear", "core", "module", 3),
         ("ties_svd", "ties", "dense", "module", 3),
         ("magnitude_prune_svd", "magnitude_prune", "dense", "module", 3),
     ],

@@ -49,7 +49,7 @@ FORMULAS: dict[str, tuple[float, Cross]] = {  # name: (winsorised tail, inter-ba
 def pcb(
     tasks: TaskVectors,
     *,
-    density: Density = 0.2,
+    density: Density = 0.1,
     formula: Literal["paper", "reference", "nlp", "vision", "es"] = "es",
     winsor: Tail | None = None,
 ) -> Merged:
@@ -143,7 +143,7 @@ def _paper(tasks: TaskVectors, density: float) -> Merged:
     def merge(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         scores = score(x)
         scale = scores * (scores >= threshold) * present
-        return weighted_mean(weights * x, scale), scale
+        return weighted_mean(weights * x, scale, torch.finfo(x.dtype).tiny), scale
 
     return tasks.combine(merge)
 
@@ -153,9 +153,9 @@ def _sum(tasks: TaskVectors) -> Merged:
     return tasks.combine(lambda x, weights: (weights * x).sum(0))
 
 
-def weighted_mean(x: Tensor, scale: Tensor) -> Tensor:
-    """Σ_t x_t s_t / Σ_t s_t over the tasks, 0 where nothing is kept."""
-    return (x * scale).sum(0) / scale.sum(0).clamp(min=1e-12)
+def weighted_mean(x: Tensor, scale: Tensor, least: float = 1e-12) -> Tensor:
+    """Σ_t x_t s_t / max(Σ_t s_t, least) over the tasks: 0 where nothing is kept."""
+    return (x * scale).sum(0) / scale.sum(0).clamp(min=least)
 
 
 def reciprocal(spread: Tensor) -> Tensor:

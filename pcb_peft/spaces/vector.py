@@ -12,7 +12,7 @@ from pcb_peft.statistics import stacked
 
 @space("vector", accepts=(Diagonal,), lossless=True)
 def vector(deltas: Sequence[Delta], weights: Sequence[float]) -> Projection:
-    """L − 1, the task vector of an (IA)³ adapter: the merged l is 1 + Σ w (l − 1) for `linear`, never Σ w l."""
+    """The task vector l − 1 of an (IA)³ adapter: the merged l is 1 + Σ w (l − 1) for `linear`, never Σ w l."""
     first = deltas[0]
     values = torch.stack([_task_vector(delta) for delta in deltas])
 
