@@ -564,14 +564,13 @@ def test_no_head_is_lost_whatever_the_adapters_are_called(workshop, names, fold)
         assert any(torch.equal(head, other) for other in kept)
 
 
-def test_a_fold_keeps_the_head_of_a_single_adapter_beside_the_weights(workshop):
+def test_a_fold_has_the_head_of_a_single_adapter_in_its_place(workshop):
     directory = workshop.adapter("bert", classifier())
     merge_adapters([directory]).fold(workshop.base("bert"), workshop.directory / "out")
-    (file,) = (workshop.directory / "out" / "heads").iterdir()
-    base = workshop.model("bert")
-    assert not base.load_state_dict(load_file(file), strict=False).unexpected_keys
+    state = load_file(workshop.directory / "out" / "model.safetensors")
+    assert head_of(directory)
     for name, values in head_of(directory).items():
-        assert torch.equal(base.state_dict()[name], values)
+        assert torch.equal(state[name], values)
 
 
 # ------------------------------------------------------------------------------------------- the card
