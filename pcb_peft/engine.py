@@ -22,7 +22,7 @@ from pcb_peft.merged import MergedAdapter
 from pcb_peft.methods import MergeMethod, get_method
 from pcb_peft.overrides import Override, read_overrides, read_weights
 from pcb_peft.peft_names import method_of, spelled_out
-from pcb_peft.plan import Setting, layers_of, plan
+from pcb_peft.plan import Setting, plan
 from pcb_peft.progress import tracker
 from pcb_peft.rank import Rank, budget_of, truncate
 from pcb_peft.recipe import Recipe, Step, steps
@@ -125,13 +125,11 @@ def merge(
     recipe, before, after = _calibrations(recipe, alignment)
     head, heads = _heads(adapters, recipe.heads)
     report = Report(recipe.method, recipe.space, recipe.scope)
-    layers = layers_of(list(alignment.modules))
     entries: dict[str, Entry] = {}
-    budget = budget_of(recipe.rank)
     for setting in settings:
         competition = Competition(
             alignment.only(setting.modules),
-            setting.weights_of(layers),
+            setting.weights_in(alignment.modules),
             setting.encode,
             setting.decide,
             torch.device(device or "cpu"),
@@ -141,12 +139,8 @@ def merge(
             before,
             after,
         )
-        produce = competition.calibrated(_contest(competition, setting, report))
-        rank = None if budget else recipe.rank
-        departure = _Departure(alignment, produce, rank, setting.space.lossless, report)
-        entries |= {m: departure.entry(m) for m in competition.track(setting.modules, "merge")}
-    if budget:
-        entries = _within_budget(entries, budget, report)
+        entries |= _entries(competition, setting, recipe.rank, report)
+    entries = _within_budget(entries, recipe.rank, report)
     report.seconds = time.perf_counter() - started
     _warn_of_lost_energy(report)
     return MergedAdapter(
@@ -160,6 +154,18 @@ def merge(
         recipe=recipe,
         report=report,
     )
+
+
+def _entries(
+    competition: Competition, setting: Setting, rank: Rank, report: Report
+) -> dict[str, Entry]:
+    """The result of a competition, by module."""
+    produce = competition.calibrated(_contest(competition, setting, report))
+    rank = None if budget_of(rank) else rank
+    departure = _Departure(competition.alignment, produce, rank, setting.space.lossless, report)
+    return {
+        module: departure.entry(module) for module in competition.track(setting.modules, "merge")
+    }
 
 
 def _contest(competition: Competition, setting: Setting, report: Report) -> Produce:
@@ -220,8 +226,11 @@ class _Departure:
         return truncate(delta, self.rank)
 
 
-def _within_budget(entries: Mapping[str, Entry], budget: int, report: Report) -> dict[str, Entry]:
-    """The same entries at their shares of a total rank."""
+def _within_budget(entries: dict[str, Entry], rank: Rank, report: Report) -> dict[str, Entry]:
+    """The same entries, at their shares of a total rank if the rank is one."""
+    budget = budget_of(rank)
+    if budget is None:
+        return entries
     shares = within_budget({module: entry.load() for module, entry in entries.items()}, budget)
     for module, (delta, energy) in shares.items():
         line = report.modules[module]

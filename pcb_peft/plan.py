@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from pcb_peft.alignment import Alignment
@@ -51,8 +51,9 @@ class Setting:
             self.space, **{name: self.options[name] for name in self.space.options}
         )
 
-    def weights_of(self, layers: int) -> Callable[[str], tuple[float, ...]]:
-        """The weights of a module, in a model of so many layers."""
+    def weights_in(self, modules: Iterable[str]) -> Callable[[str], tuple[float, ...]]:
+        """The weights of a module, in a model whose layers are those of all `modules`."""
+        layers = 1 + max((layer_of(module) or 0 for module in modules), default=0)
         return lambda module: at_depth(self.weights, module, layers)
 
 
@@ -83,11 +84,6 @@ def plan(recipe: Recipe, method: MergeMethod, alignment: Alignment) -> tuple[Rec
     return complete, _shared_out(
         base, list(zip(recipe.overrides, settings, strict=True)), alignment
     )
-
-
-def layers_of(modules: Sequence[str]) -> int:
-    """How many layers a model has, judged by the modules that are merged."""
-    return 1 + max((layer_of(module) or 0 for module in modules), default=0)
 
 
 def _shared_out(

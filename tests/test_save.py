@@ -564,15 +564,6 @@ def test_no_head_is_lost_whatever_the_adapters_are_called(workshop, names, fold)
         assert any(torch.equal(head, other) for other in kept)
 
 
-def test_a_fold_has_the_head_of_a_single_adapter_in_its_place(workshop):
-    directory = workshop.adapter("bert", classifier())
-    merge_adapters([directory]).fold(workshop.base("bert"), workshop.directory / "out")
-    state = load_file(workshop.directory / "out" / "model.safetensors")
-    assert head_of(directory)
-    for name, values in head_of(directory).items():
-        assert torch.equal(state[name], values)
-
-
 # ------------------------------------------------------------------------------------------- the card
 
 

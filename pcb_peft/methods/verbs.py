@@ -7,7 +7,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from pcb_peft.statistics import Merged, Score, TaskVectors
+from pcb_peft.statistics import Merged, TaskVectors
 
 Direction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Cosines (T, T) between unit vectors and shares (T,) that add up to 1, to the coefficients (T,) of a unit vector."""
@@ -18,13 +18,13 @@ def number_kept(tasks: TaskVectors, density: float) -> int:
     return max(1, int(density * tasks.size))
 
 
-def least_kept(tasks: TaskVectors, density: float, score: Score = torch.abs) -> Tensor:
-    """The least of the scores that are kept if each row of them keeps its largest: (K, 1, 1).
+def least_kept(tasks: TaskVectors, density: float) -> Tensor:
+    """The magnitude from which on a task vector's entries are kept if it keeps its largest: (T, 1, 1).
 
-    Never 0: what has no magnitude is not kept, and so costs no density.
+    Never 0, so that no zero counts as kept, even where fewer other entries are left than the density asks for.
     """
     index = tasks.size - number_kept(tasks, density)
-    return above_zero(tasks.order_statistics(score, [index])[..., 0])
+    return above_zero(tasks.order_statistics(torch.abs, [index])[..., 0])
 
 
 def above_zero(x: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def drop_at_random(tasks: TaskVectors, density: float, rescale: bool) -> TaskVec
 
 
 def elected(x: Tensor) -> Tensor:
-    """Which entries have the sign of their sum over the tasks; none where the sum is 0, unless they are all 0."""
+    """Which entries have the sign of their sum over the tasks: where that is 0, the zeros, which change no mean."""
     return x.sign() == x.sum(0).sign()
 
 
