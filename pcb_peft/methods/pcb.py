@@ -49,7 +49,7 @@ FORMULAS: dict[str, tuple[float, Cross]] = {  # name: (winsorised tail, inter-ba
 def pcb(
     tasks: TaskVectors,
     *,
-    density: Density = 0.1,
+    density: Density = 0.2,
     formula: Literal["paper", "reference", "nlp", "vision", "es"] = "es",
     winsor: Tail | None = None,
 ) -> Merged:
