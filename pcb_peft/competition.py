@@ -13,6 +13,7 @@ from pcb_peft.adapter import Adapter
 from pcb_peft.alignment import Alignment
 from pcb_peft.calibrations import Calibration
 from pcb_peft.delta import Delta
+from pcb_peft.linalg import one_thread
 from pcb_peft.progress import Track
 from pcb_peft.spaces import Projection
 from pcb_peft.statistics import Block, BlockCounts, Index, Merged, TaskVectors
@@ -120,13 +121,15 @@ class Competition:
             survey = calibration.survey
             if survey is None:
                 return ()
+            alone = one_thread()(survey)
             modules = self.track(self.alignment.modules, "survey")
-            parts = [survey(produce(module).delta, self._weighted(module)) for module in modules]
+            parts = [alone(produce(module).delta, self._weighted(module)) for module in modules]
             return (torch.stack(parts).sum(0),)
 
         def calibrate(module: str) -> Outcome:
-            outcome = produce(module)
-            delta = calibration(outcome.delta, self._weighted(module), *whole_model())
+            outcome, whole = produce(module), whole_model()
+            with one_thread():
+                delta = calibration(outcome.delta, self._weighted(module), *whole)
             return dataclasses.replace(outcome, delta=delta)
 
         return calibrate
@@ -143,6 +146,7 @@ class Competition:
         pairs = zip(self.alignment.deltas(module), self.weights(module), strict=True)
         return [delta.scaled(weight) for delta, weight in pairs]
 
+    @one_thread()
     def _project(self, module: str) -> Projection:
         """The module's projection; its random numbers depend on seed, adapter, module and block, on no order."""
         projection = self.encode(self._deltas(module), self.weights(module))

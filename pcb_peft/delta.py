@@ -14,6 +14,8 @@ from torch import Tensor
 
 from pcb_peft.errors import BaseModelError
 
+ROWS = 64  # of a weight that are changed at a time: what they take on the way stays in a core's cache
+
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Delta(abc.ABC):
@@ -67,7 +69,10 @@ class Delta(abc.ABC):
 
     def apply(self, weight: Tensor) -> Tensor:
         """W + ΔW in W's dtype: computed in float32, rounded once."""
-        return weight.float().add_(self.delta(weight)).to(weight.dtype)
+        result, delta = torch.empty_like(weight), self.delta(weight)
+        for out, w, d in zip(*(x.split(ROWS) for x in (result, weight, delta)), strict=True):
+            out.copy_(w + d)
+        return result
 
     def apply_to_bias(self, bias: Tensor) -> Tensor:
         """The layer's bias after the change, in its own dtype."""
@@ -97,7 +102,7 @@ class LowRank(Delta):
         return self.lora_A.shape[0]
 
     def matrix(self) -> Tensor:
-        return (self.lora_B.float() @ self.lora_A.float()) * self.scaling
+        return (self.lora_B.float() @ self.lora_A.float()).mul_(self.scaling)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The scaling is shared out evenly."""

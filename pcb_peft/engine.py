@@ -201,10 +201,10 @@ class _Departure:
         delta, energy = self._ranked(module, outcome.delta)
         counts = outcome.counts
         entries = max(1, sum(count.entries for count in counts))
-        kept = [
-            sum(column) / entries for column in zip(*(count.kept for count in counts), strict=True)
-        ]
         names = [adapter.name for adapter in self.alignment.adapters]
+        columns = [count.kept or [count.entries] * len(names) for count in counts]
+        dropping = any(count.kept for count in counts)
+        kept = [sum(column) / entries for column in zip(*columns, strict=True) if dropping]
         self.report.modules[module] = ModuleReport(
             shape=delta.shape,
             rank=_rank_of(delta),

@@ -164,7 +164,13 @@ def _edited_bytes(base: BaseModel, name: str, edit: Edit) -> memoryview:
             f"{base.source}: {name} is stored as {values.dtype}, to which nothing can be added; "
             "give the model in bfloat16, float16 or float32"
         )
-    return edit(values).contiguous().view(torch.uint8).numpy().data
+    edited = edit(values)
+    if not torch.isfinite(edited).all():
+        raise MismatchError(
+            f"{name} would hold NaN or infinite values, beyond what {values.dtype} holds; "
+            "give the base in bfloat16 or float32"
+        )
+    return edited.contiguous().view(torch.uint8).numpy().data
 
 
 def _copy(reader: BinaryIO, writer: BinaryIO, count: int) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pcb_peft.delta import Core, Delta, Dense, LowRank
 from pcb_peft.errors import OptionError
-from pcb_peft.linalg import Svd, column_signs, leading_svd, svd
+from pcb_peft.linalg import Svd, column_signs, leading_svd, one_thread, svd
 
 Rank: TypeAlias = int | float | str | None
 """An integer, a fraction of the energy to retain, "budget:N" (of all modules together), "full" (dense), or None:
@@ -46,6 +46,7 @@ def budget_of(rank: object) -> int | None:
     return int(found[1]) if found else None
 
 
+@one_thread()
 def truncate(delta: Delta, rank: int | float | None) -> tuple[LowRank, float]:
     """The closest delta of lower rank (Eckart and Young), with balanced factors.
 

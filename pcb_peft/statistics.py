@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pcb_peft import noise, selection
+from pcb_peft.linalg import one_thread
 
 Index: TypeAlias = slice | Tensor
 
@@ -278,13 +279,13 @@ def in_order(
     Tiles are too small to be shared by threads, so each thread takes whole ones.
     """
     workers = torch.get_num_threads()
-    tiles = iter(tiles)
-    first = list(itertools.islice(tiles, 2))
-    if workers == 1 or len(first) < 2:
-        yield from map(function, itertools.chain(first, tiles))
-        return
-    queue: collections.deque[concurrent.futures.Future[Result]] = collections.deque()
-    try:
+    with one_thread():
+        tiles = iter(tiles)
+        first = list(itertools.islice(tiles, 2))
+        if workers == 1 or len(first) < 2:
+            yield from map(function, itertools.chain(first, tiles))
+            return
+        queue: collections.deque[concurrent.futures.Future[Result]] = collections.deque()
         with concurrent.futures.ThreadPoolExecutor(
             workers, initializer=torch.set_num_threads, initargs=(1,)
         ) as pool:
@@ -294,5 +295,3 @@ def in_order(
                     yield queue.popleft().result()
             while queue:
                 yield queue.popleft().result()
-    finally:
-        torch.set_num_threads(workers)

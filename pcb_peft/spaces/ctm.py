@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pcb_peft.delta import Core, Delta, Dense, LowRank
-from pcb_peft.linalg import svd
+from pcb_peft.linalg import column_signs, svd
 from pcb_peft.options import Range
 from pcb_peft.spaces.bases import shared_bases
 from pcb_peft.spaces.registry import Projection, space
@@ -45,6 +45,7 @@ def ctm(
     rank = basis_rank or max(left.shape[1] for left, _ in factors)
     weighted = bases.cores * torch.tensor(weights, dtype=bases.cores.dtype)[:, None, None]
     u, v = _tucker(_smoothed(weighted, beta), rank, iterations)
+    u, v = u * column_signs(bases.left.double() @ u), v * column_signs(bases.right.double() @ v)
     left, right = bases.left @ u.float(), bases.right @ v.float()
     flip = deltas[0].fan_in_fan_out
     total = weighted.square().sum()
