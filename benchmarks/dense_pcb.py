@@ -39,11 +39,18 @@ def write_adapter(directory: Path, layers: int, rank: int, seed: int) -> None:
     for layer in range(layers):
         for module, (rows, cols) in SHAPES.items():
             name = f"base_model.model.model.layers.{layer}.{module}"
-            tensors[f"{name}.lora_A.weight"] = torch.randn(rank, cols, generator=generator) / cols**0.5
+            tensors[f"{name}.lora_A.weight"] = (
+                torch.randn(rank, cols, generator=generator) / cols**0.5
+            )
             tensors[f"{name}.lora_B.weight"] = torch.randn(rows, rank, generator=generator) * 0.01
     directory.mkdir(parents=True)
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": [m.split(".")[1] for m in SHAPES]}
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": [m.split(".")[1] for m in SHAPES],
+    }
     (directory / "adapter_config.json").write_text(json.dumps(config))
 
 
@@ -58,7 +65,7 @@ def run_engine(adapters: list[str], formula: str, density: float) -> None:
 
 
 def run_original(adapters: list[str], formula: str, density: float) -> None:
-    """The published algorithm on the concatenated task vectors, float32: sorts for the quantiles, whole rows at once."""
+    """The published algorithm on concatenated task vectors, float32: sorts for the quantiles, whole rows at once."""
     from pcb_peft import load_adapter
 
     loaded = [load_adapter(adapter) for adapter in adapters]
@@ -105,7 +112,9 @@ def child(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     """Measures both and prints them side by side."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("adapters", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--run", help=argparse.SUPPRESS)
     parser.add_argument("--layers", type=int, default=16)
@@ -120,8 +129,13 @@ def main() -> None:
         return
     per_layer = sum(rows * cols for rows, cols in SHAPES.values())
     sizes = {"engine": arguments.layers, "original": arguments.original_layers}
-    print(f"{arguments.count} adapters of rank {arguments.rank}, formula {arguments.formula}, {torch.get_num_threads()} threads")
-    print("| algorithm | values per adapter | seconds | values/s per adapter | ns per value and adapter | peak GiB |")
+    print(
+        f"{arguments.count} adapters of rank {arguments.rank}, formula {arguments.formula}, "
+        f"{torch.get_num_threads()} threads"
+    )
+    print(
+        "| algorithm | values per adapter | seconds | values/s per adapter | ns per value and adapter | peak GiB |"
+    )
     print("|---|---|---|---|---|---|")
     costs: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -133,8 +147,12 @@ def main() -> None:
             values = layers * per_layer
             costs[name] = seconds / values / arguments.count
             rate = values / seconds
-            print(f"| {name} | {values:.3g} | {seconds:.1f} | {rate:.3g} | {costs[name] * 1e9:.1f} | {peak:.2f} |")
-    print(f"per value, the original takes {costs['original'] / costs['engine']:.1f} times as long as the engine")
+            print(
+                f"| {name} | {values:.3g} | {seconds:.1f} | {rate:.3g} | {costs[name] * 1e9:.1f} | {peak:.2f} |"
+            )
+    print(
+        f"per value, the original takes {costs['original'] / costs['engine']:.1f} times as long as the engine"
+    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from pcb_peft.errors import BaseModelError
 
-ROWS = 64  # of a weight that are changed at a time: what they take on the way stays in a core's cache
+ROWS = (
+    64  # of a weight that are changed at a time: what they take on the way stays in a core's cache
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False, kw_only=True)

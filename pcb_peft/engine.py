@@ -217,7 +217,7 @@ class _Departure:
 
     def _ranked(self, module: str, delta: Delta) -> tuple[Delta, float]:
         """The delta at the rank that was asked for, and the energy that it retains."""
-        if self.rank == "full":
+        if isinstance(self.rank, str):  # "full"
             return Dense(delta.matrix(), fan_in_fan_out=delta.fan_in_fan_out), 1.0
         if isinstance(delta, Diagonal) or (isinstance(delta, LowRank) and self.rank is None):
             return delta, 1.0

@@ -1,7 +1,7 @@
 """The few decompositions that spaces and truncation share."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import TypeAlias
 
 import torch
@@ -16,7 +16,7 @@ ROUNDING = 1e-6  # a smaller part of the largest singular value is what float32 
 
 
 @contextlib.contextmanager
-def one_thread() -> Iterator[None]:
+def one_thread() -> Generator[None]:
     """Without the threads of BLAS and LAPACK: how they share out a sum decides how it is rounded."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
