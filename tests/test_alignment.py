@@ -161,6 +161,15 @@ def test_a_lora_and_an_ia3_are_refused(workshop, first, second):
         merge_adapters([one, two], "linear")
 
 
+def test_a_lora_and_an_ia3_of_one_shape_are_refused(workshop):
+    """Of a layer with a single input, a LoRA's ΔW and the vector of an (IA)³ are both (out, 1)."""
+    layer = nn.Sequential(nn.Linear(1, 5))
+    one = workshop.adapter(layer, lora(target_modules=["0"], r=1), "one")
+    two = workshop.adapter(nn.Sequential(nn.Linear(1, 5)), ia3(target_modules=["0"]), "two")
+    with pytest.raises(MismatchError, match=r"one holds a LowRank.*two a Diagonal"):
+        merge_adapters([one, two], "linear")
+
+
 def test_ia3s_that_scale_the_input_and_the_output_of_a_layer_are_refused(workshop):
     one, two = workshop.adapters("mlp", [ia3(), ia3(feedforward_modules=r"up|mix")])
     with pytest.raises(MismatchError, match=r"up: adapter1 .*\(10, 1\).*adapter2 .*\(1, 6\)"):

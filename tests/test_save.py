@@ -129,6 +129,7 @@ IA3S = {
     "inputs": ("mlp", [ia3(feedforward_modules=["up", "mix"])] * 2, [0.4, -2]),
     "both": ("mlp", [ia3(feedforward_modules=["mix"])] * 3, [1, 1, 1]),
     "one adapter": ("mlp", [ia3()], [1]),
+    "one adapter, scaled": ("mlp", [ia3(feedforward_modules=["mix"])], [-0.3]),
     "disjoint modules": ("mlp", [ia3(target_modules=["up"]), ia3(target_modules=["mix"])], [1, 3]),
     "Conv1D": (
         "gpt2",
