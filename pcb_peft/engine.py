@@ -1,6 +1,7 @@
 """The merge: check, let the adapters compete, set the rank, report."""
 
 import dataclasses
+import itertools
 import time
 import warnings
 from collections import Counter
@@ -16,7 +17,7 @@ from pcb_peft.budget import within_budget
 from pcb_peft.calibrations import Calibration, bound
 from pcb_peft.competition import Competition, Produce
 from pcb_peft.delta import Delta, Dense, Diagonal, LowRank
-from pcb_peft.errors import UnsupportedError
+from pcb_peft.errors import OptionError, UnsupportedError
 from pcb_peft.formats import Entry
 from pcb_peft.merged import MergedAdapter
 from pcb_peft.methods import MergeMethod, get_method
@@ -84,6 +85,8 @@ def merge_adapters(  # noqa: PLR0913  (every choice of a merge, by name)
         AdapterError: An adapter that cannot be read, or holds what is not supported.
         MismatchError: Adapters that do not fit each other.
     """
+    if isinstance(adapters, str | Path):
+        raise OptionError(f"adapters is {str(adapters)!r}; it must be a list: [{str(adapters)!r}]")
     chosen = method if isinstance(method, MergeMethod) else get_method(method_of(method))
     loaded = [load_adapter(adapter) for adapter in adapters]
     recipe = Recipe(
@@ -249,11 +252,14 @@ def _rank_of(delta: Delta) -> int | None:
 
 def _named_apart(adapters: Sequence[Adapter]) -> list[Adapter]:
     """The same adapters, numbered where two have the same name."""
-    total, seen = Counter(adapter.name for adapter in adapters), Counter[str]()
+    total = Counter(adapter.name for adapter in adapters)
+    taken = {name for name, count in total.items() if count == 1}
     named: list[Adapter] = []
     for adapter in adapters:
-        seen[adapter.name] += 1
-        name = f"{adapter.name}-{seen[adapter.name]}" if total[adapter.name] > 1 else adapter.name
+        numbered = (f"{adapter.name}-{number}" for number in itertools.count(1))
+        single = total[adapter.name] == 1
+        name = adapter.name if single else next(n for n in numbered if n not in taken)
+        taken.add(name)
         named.append(dataclasses.replace(adapter, name=name))
     return named
 

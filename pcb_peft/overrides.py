@@ -3,6 +3,7 @@
 import dataclasses
 import fnmatch
 import math
+import numbers
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -87,16 +88,16 @@ def read_weights(values: Sequence[Any]) -> tuple[Weight, ...]:
     Raises:
         OptionError: Anything else.
     """
-    weights = tuple(tuple(value) if isinstance(value, list | tuple) else value for value in values)
-    for weight in weights:
-        for number in weight if isinstance(weight, tuple) and weight else (weight,):
-            if (
-                isinstance(number, bool)
-                or not isinstance(number, int | float)
-                or not math.isfinite(number)
-            ):
-                raise OptionError(f"weights: {weight!r} is not a finite number, nor a list of them")
-    return weights
+    return tuple(
+        tuple(map(_finite, value)) if isinstance(value, list | tuple) and value else _finite(value)
+        for value in values
+    )
+
+
+def _finite(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise OptionError(f"weights: {value!r} is not a finite number, nor a list of them")
+    return float(value)
 
 
 def plain(weights: Sequence[Weight]) -> list[float | list[float]]:

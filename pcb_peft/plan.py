@@ -7,7 +7,7 @@ from typing import Any
 
 from pcb_peft.alignment import Alignment
 from pcb_peft.delta import Delta, Diagonal
-from pcb_peft.errors import OptionError
+from pcb_peft.errors import OptionError, UnsupportedError
 from pcb_peft.methods import MergeMethod, get_method
 from pcb_peft.options import bind
 from pcb_peft.overrides import Override, Weight, at_depth, layer_of
@@ -155,14 +155,19 @@ def _space_for(name: str, method: MergeMethod, kinds: set[type[Delta]]) -> Space
 
     Raises:
         OptionError: The space cannot take deltas of these kinds.
+        UnsupportedError: No space can.
     """
     able = [space for space in list_spaces().values() if kinds <= set(space.accepts)]
+    found = " and ".join(sorted(kind.__name__ for kind in kinds))
+    if not able:
+        raise UnsupportedError(
+            f"the adapters hold {found} deltas, and no space takes all of these: merge each kind by itself"
+        )
     if name == "auto":
         preferred = get_space(method.space)
         return preferred if preferred in able else able[0]
     space = get_space(name)
     if space not in able:
-        found = " and ".join(sorted(kind.__name__ for kind in kinds))
         allowed = ", ".join(space.name for space in able)
         raise OptionError(
             f"space {name!r} cannot take {found} deltas; allowed here: auto, {allowed}"

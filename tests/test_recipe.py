@@ -127,9 +127,6 @@ def test_the_file_of_a_result_is_plain_yaml_with_everything_in_it(adapters, tmp_
     assert "auto" not in text
 
 
-@pytest.mark.xfail(
-    raises=yaml.YAMLError, reason="overrides.read_weights lets numpy's floats through to the file"
-)
 def test_numbers_of_numpy_are_plain_numbers_in_the_file(write, adapters):
     merged = merge_adapters(adapters, "linear", np.array([1, -0.5]))
     assert read_recipe(write(merged.recipe.to_yaml())).weights == (1, -0.5)

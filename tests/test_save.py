@@ -536,16 +536,7 @@ def test_heads_can_be_refused(workshop):
 
 @pytest.mark.parametrize(
     "names",
-    [
-        ("merged", "other"),
-        ("a/x", "b/x"),
-        pytest.param(
-            ("a/x", "b/x", "c/x-1"),
-            marks=pytest.mark.xfail(
-                reason="engine._named_apart makes a second x-1: a head is lost"
-            ),
-        ),
-    ],
+    [("merged", "other"), ("a/x", "b/x"), ("a/x", "b/x", "c/x-1")],
 )
 @pytest.mark.parametrize("fold", [False, True], ids=["saved", "folded"])
 def test_no_head_is_lost_whatever_the_adapters_are_called(workshop, names, fold):

@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from pcb_peft.delta import Core, Delta, Dense, LowRank
 from pcb_peft.spaces.bases import shared_bases
 from pcb_peft.spaces.registry import Projection, space
@@ -19,6 +22,11 @@ def knots(deltas: Sequence[Delta], weights: Sequence[float]) -> Projection:
     left = shared_bases(factors).left
     flip = deltas[0].fan_in_fan_out
     block = products([(left.T.double() @ b.double(), a) for b, a in factors], weights)
-    return Projection(
-        (block,), lambda merged: LowRank(merged[0].float(), left, fan_in_fan_out=flip)
-    )
+
+    def decode(merged: Sequence[Tensor]) -> LowRank:
+        right = merged[0].float()
+        wide = right.shape[0] <= right.shape[1]  # else ΔW has fewer columns than U
+        factors = (right, left) if wide else (torch.eye(right.shape[1]), left @ right)
+        return LowRank(*factors, fan_in_fan_out=flip)
+
+    return Projection((block,), decode)
