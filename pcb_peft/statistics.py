@@ -33,7 +33,7 @@ Transform: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 Result = TypeVar("Result")
 
-TILE_VALUES = 1 << 18  # of all adapters together: it fits a core's cache, and pays for its calls
+TILE_VALUES = 1 << 17  # of all adapters together: it fits a core's cache, and pays for its calls
 DEVICE_TILE_VALUES = 1 << 24  # where a tile has an accelerator to fill
 SAMPLE_VALUES = 1 << 18  # per adapter
 DOUBLE_VALUES = 1 << 27  # up to so many values in all, a scope is computed in float64

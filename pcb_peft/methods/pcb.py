@@ -28,10 +28,10 @@ def _half_normed(x: Tensor, normed: Tensor) -> Tensor:
 def _normed(x: Tensor, normed: Tensor) -> Tensor:
     """Σ_j tanh(N_i N_j); of each pair the tanh is taken once."""
     del x
-    cross = torch.tanh(normed * normed)
+    cross = (normed * normed).tanh_()
     for i in range(len(normed)):
         for j in range(i):
-            agreement = torch.tanh(normed[i] * normed[j])
+            agreement = (normed[i] * normed[j]).tanh_()
             cross[i] += agreement
             cross[j] += agreement
     return cross
@@ -94,9 +94,10 @@ def pcb(
         return x.abs().maximum(low).minimum(high)
 
     def score(x: Tensor) -> Tensor:
-        unit = (clamped(x) - low) * spread
-        intra = torch.exp(tasks.tasks * (unit.square() - 1))  # e^T is left out, or it overflows
-        return intra * cross(x, torch.sign(x) * unit)
+        unit = clamped(x).sub_(low).mul_(spread)
+        inter = cross(x, torch.sign(x).mul_(unit))
+        intra = unit.square_().sub_(1).mul_(tasks.tasks).exp_()  # without e^T, or it overflows
+        return intra.mul_(inter)
 
     cut = [min(int(tasks.size * (1 - density)), tasks.size - 1), tasks.size - 1]
     threshold, top = tasks.order_statistics(score, cut).unbind(-1)
@@ -105,8 +106,8 @@ def pcb(
     stretch = reciprocal(top - threshold)
 
     def merge(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        scale = (score(x).maximum(threshold) - threshold) * stretch
-        return weighted_mean(weights * torch.sign(x) * clamped(x), scale), scale
+        scale = score(x).maximum(threshold).sub_(threshold).mul_(stretch)
+        return weighted_mean(clamped(x).mul_(torch.sign(x)).mul_(weights), scale), scale
 
     return tasks.combine(merge)
 
