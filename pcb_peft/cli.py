@@ -19,6 +19,7 @@ from pcb_peft.errors import OptionError, PcbPeftError
 from pcb_peft.merged import MergedAdapter
 from pcb_peft.methods import MergeMethod, get_method, list_methods
 from pcb_peft.options import Option
+from pcb_peft.output import check_target
 from pcb_peft.peft_names import SPELLINGS, method_of
 from pcb_peft.rank import Rank
 from pcb_peft.recipe import Recipe, read_recipe
@@ -60,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def merge_command(parsed: argparse.Namespace) -> None:
     """Merge adapters of one base model into one adapter."""
     recipe = _recipe(parsed)
+    check_target(parsed.output, overwrite=parsed.overwrite)
     merged = merge(recipe, device=parsed.device, max_memory=parsed.max_memory)
     if parsed.fold:
         if recipe.base_model is None:

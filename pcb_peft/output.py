@@ -26,18 +26,20 @@ def replace_directory(target: Path, *, overwrite: bool) -> Generator[Path]:
         OutputError: `target` cannot be replaced, or must not be.
     """
     target = target.resolve()
-    _check(target, overwrite=overwrite)
+    check_target(target, overwrite=overwrite)
     temporary = _make_beside(target)
     try:
         yield temporary
         _settle(temporary)
-        _check(target, overwrite=overwrite)
+        check_target(target, overwrite=overwrite)
         _swap(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check(target: Path, *, overwrite: bool) -> None:
+def check_target(target: Path, *, overwrite: bool) -> None:
+    """Raises OutputError where a directory cannot take the place of `target`, or must not."""
+    target = target.resolve()
     if Path.cwd().resolve().is_relative_to(target):
         raise OutputError(
             f"{target} is the current directory or lies above it; name a directory of its own"
