@@ -18,7 +18,7 @@ from pcb_peft.errors import AdapterError, OptionError, PcbPeftError, Unsupported
 from pcb_peft.fold import fitted, fold_deltas
 from pcb_peft.formats import Entry, Written, format_for, format_named, format_of
 from pcb_peft.formats.checkpoint import CONFIG, Tensors
-from pcb_peft.formats.heads import write_head
+from pcb_peft.formats.heads import with_biases, write_head
 from pcb_peft.formats.registry import AUTOMATIC_HEADS, PREFIX, Base, finite, refuse_pipelines
 from pcb_peft.options import did_you_mean
 from pcb_peft.output import replace_directory, write_files
@@ -155,7 +155,9 @@ class Adapter:
         format: str = "peft",  # noqa: A002
     ) -> Written:
         """The adapter as PEFT stores it: configuration and tensors. Arguments and errors are `save_pretrained`'s."""
-        kinds = {entry.kind for entry in self.modules.entries.values()}
+        biases = self._whole_biases()
+        entries = {name: e for name, e in self.modules.entries.items() if name not in biases}
+        kinds = {entry.kind for entry in entries.values()}
         if len(kinds) > 1 or not (kinds or self.head.rows):
             names = ", ".join(sorted(kind.__name__ for kind in kinds)) or "no deltas at all"
             raise UnsupportedError(
@@ -164,16 +166,17 @@ class Adapter:
         kind = next(iter(kinds), None)
         if format != "peft":
             return self._written_as(format, kind, dtype, rank_pattern=rank_pattern)
-        refuse_pipelines(self.modules)
+        refuse_pipelines(entries)
         format_ = format_for(kind)
-        ranks = [entry.rank for entry in self.modules.entries.values()]
+        ranks = [entry.rank for entry in entries.values()]
         if rank_pattern and (None in ranks or not ranks):
             raise OptionError(f"rank_pattern: {self.name} has no ranks; leave it out")
         options = {"rank_pattern": True} if rank_pattern else {}
         written = Written({}, {})
         if kinds:
-            written = format_.write(dict(self.modules), dtype, **options)  # type: ignore[misc]
-        head = write_head(self.head, self.modules.keys(), format_, dtype)
+            written = format_.write(dict(Modules(entries)), dtype, **options)  # type: ignore[misc]
+        written = with_biases(written, biases, entries, dtype)
+        head = write_head(self.head, entries.keys(), format_, dtype)
         config = self._identity(format_.peft_type) | written.config | head.config
         tensors = {
             key: values.contiguous() for key, values in (written.tensors | head.tensors).items()
@@ -186,7 +189,7 @@ class Adapter:
     ) -> Written:
         """The adapter as others than PEFT store it."""
         format_ = format_named(name)
-        if kind is not LowRank or self.head.parameters:
+        if kind is not LowRank or self.head.parameters or self._whole_biases():
             raise UnsupportedError(
                 f"{self.name}: the format {name} holds a LoRA, and nothing beside it"
             )
@@ -194,6 +197,10 @@ class Adapter:
         tensors = {key: values.contiguous() for key, values in written.tensors.items()}
         _refuse_overflow(tensors)
         return dataclasses.replace(written, tensors=tensors)
+
+    def _whole_biases(self) -> Mapping[str, Callable[[], Tensor]]:
+        """The biases that PEFT stores whole, beside a LoRA that has no room for their changes: what reads them."""
+        return {}
 
     def fold(
         self,

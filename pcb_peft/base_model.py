@@ -21,7 +21,7 @@ from pcb_peft.base_files import (
     shard_files,
 )
 from pcb_peft.errors import BaseModelError, MismatchError
-from pcb_peft.layout import CONV1D, EMBEDDING, LINEAR, Layout
+from pcb_peft.layout import CONV1D, LINEAR, Layout, layout_of
 from pcb_peft.skeleton import Skeleton, build_skeleton
 
 
@@ -237,8 +237,6 @@ class BaseModel:
             MismatchError: The base has no such module.
             BaseModelError: Both orientations are possible.
         """
-        from transformers.pytorch_utils import Conv1D
-
         weight = self.shape(module)
         if len(weight) != 2:
             return Layout(shape=weight)
@@ -246,10 +244,8 @@ class BaseModel:
         if leaf in (held := self.held(container)):
             return CONV1D if held[leaf][1] else LINEAR
         layer = self._skeleton.layer(module)
-        if isinstance(layer, nn.Embedding):
-            return EMBEDDING
         if layer is not None:
-            return CONV1D if isinstance(layer, Conv1D) else LINEAR
+            return layout_of(layer)
         straight, turned = _fits(shape, weight), _fits(shape[::-1], weight)
         if not (straight and turned):
             return CONV1D if turned else LINEAR

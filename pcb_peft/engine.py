@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pcb_peft.adapter import Adapter, Modules, lazy_base, load_adapter
 from pcb_peft.alignment import Alignment, common_base
+from pcb_peft.base_model import BaseModel
 from pcb_peft.calibrations import Calibration, bound
 from pcb_peft.competition import Competition, Produce
 from pcb_peft.departure import Departure, at_their_shares
@@ -100,8 +101,8 @@ def merge_adapters(  # noqa: PLR0913  (every choice of a merge, by name)
     if isinstance(adapters, str | Path):
         raise OptionError(f"adapters is {str(adapters)!r}; it must be a list: [{str(adapters)!r}]")
     chosen = method if isinstance(method, MergeMethod) else get_method(method_of(method))
-    loaded = [load_adapter(adapter, base_model=lazy_base(base_model)) for adapter in adapters]
-    measured = [open_statistics(some) for some in statistics]
+    load = functools.partial(load_adapter, base_model=lazy_base(base_model))
+    loaded, measured = list(map(load, adapters)), list(map(open_statistics, statistics))
     recipe = Recipe(
         adapters=_sources(loaded),
         weights=None if weights is None else read_weights(weights),
@@ -136,11 +137,11 @@ def merge(
     max_memory: int = DEFAULT_MEMORY,
 ) -> MergedAdapter:
     """Makes what a recipe describes; arguments and errors as those of `merge_adapters`."""
-    started = time.perf_counter()
+    started, base = time.perf_counter(), lazy_base(recipe.base_model)
     method, track = method or get_method(method_of(recipe.method)), tracker(progress)
-    adapters = _gathered(recipe, adapters)
+    adapters = _gathered(recipe, adapters, base)
     recipe = spelled_out(dataclasses.replace(recipe, adapters=_sources(adapters)), adapters)
-    alignment, (base, revision) = Alignment(adapters), common_base(adapters, recipe.base_model)
+    alignment, (named, revision) = Alignment(adapters), common_base(adapters, recipe.base_model)
     recipe, measured = _measured(recipe, statistics, adapters)
     recipe, settings = plan(recipe, method, alignment, measured[0].kind if measured else None)
     recipe, before, after = _calibrations(recipe, alignment)
@@ -166,8 +167,8 @@ def merge(
     return MergedAdapter(
         name="merged",
         modules=Modules(entries),
-        base=lazy_base(recipe.base_model),
-        base_model=base,
+        base=base,
+        base_model=named,
         revision=revision,
         task_type=_common_task(adapters),
         head=settled.head,
@@ -197,9 +198,10 @@ def _competition(
     )
 
 
-def _gathered(recipe: Recipe, adapters: Sequence[Adapter] | None) -> list[Adapter]:
+def _gathered(
+    recipe: Recipe, adapters: Sequence[Adapter] | None, base: Callable[[], BaseModel] | None
+) -> list[Adapter]:
     """The adapters, by different names, and read beside the base model where that is needed."""
-    base = lazy_base(recipe.base_model)
     loaded = adapters or [load_adapter(source, base_model=base) for source in recipe.adapters]
     asked = None if recipe.space == "auto" else get_space(recipe.space)
     loaded = _named_apart(loaded)

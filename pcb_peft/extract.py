@@ -15,8 +15,7 @@ from pcb_peft.adapter import Adapter, Modules
 from pcb_peft.base_model import BaseModel, open_base_model
 from pcb_peft.delta import Dense, LowRank
 from pcb_peft.errors import AdapterError, MismatchError, OptionError, UnsupportedError
-from pcb_peft.formats import Entry, Written
-from pcb_peft.formats.heads import with_biases
+from pcb_peft.formats import Entry
 from pcb_peft.formats.registry import change_of_vector
 from pcb_peft.progress import Track, tracker
 from pcb_peft.rank import check_rank, truncate
@@ -42,19 +41,8 @@ class ExtractedAdapter(Adapter):
         default_factory=dict[str, Callable[[], Tensor]]
     )
 
-    def written(
-        self,
-        dtype: torch.dtype = torch.float32,
-        *,
-        rank_pattern: bool = False,
-        format: str = "peft",  # noqa: A002
-    ) -> Written:
-        if not self.biases:
-            return super().written(dtype, rank_pattern=rank_pattern, format=format)
-        rest = {name: e for name, e in self.modules.entries.items() if name not in self.biases}
-        lora = dataclasses.replace(self, modules=Modules(rest), biases={})
-        written = lora.written(dtype, rank_pattern=rank_pattern, format=format)
-        return with_biases(written, self.biases, rest)
+    def _whole_biases(self) -> Mapping[str, Callable[[], Tensor]]:
+        return self.biases
 
 
 def extract_adapter(

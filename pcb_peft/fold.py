@@ -168,15 +168,18 @@ def _delta_edits(
     deltas: Mapping[str, Delta], base: BaseModel, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Edit]:
     """Parameter in memory → what a delta makes of its values; `shapes` are those that are not the base's."""
-    names = {module: base.in_memory(module) for module in deltas if base.places(module)[0].whole}
+    places = {module: base.places(module) for module in deltas}
+    names = {
+        module: base.in_memory(module) for module, (first, *_) in places.items() if first.whole
+    }
 
     @functools.lru_cache(maxsize=1)  # a weight and its bias are neighbours in the file
     def delta(module: str) -> Delta:
         return fitted(deltas[module], module, base, shapes.get(names.get(module, "")))
 
     taken: dict[str, dict[Place, str]] = {}
-    for module in deltas:
-        for place in base.places(module):
+    for module, own in places.items():
+        for place in own:
             name = names.get(module, place.parameter)
             other = taken.setdefault(name, {}).setdefault(place, module)
             if other != module:
@@ -223,9 +226,10 @@ def _in_turn(steps: Sequence[Edit | None], values: Tensor) -> Tensor:
 
 
 def _with_rows(name: str, rows: Rows, values: Tensor) -> Tensor:
-    if max(rows.indices) >= len(values) or rows.load().shape[1:] != values.shape[1:]:
+    last, shape = max(rows.indices), rows.load().shape
+    if last >= len(values) or shape[1:] != values.shape[1:]:
         raise MismatchError(
-            f"{name}: the adapter replaces rows up to {max(rows.indices)} by {tuple(rows.load().shape)}, the base has "
+            f"{name}: the adapter replaces rows up to {last} by {tuple(shape)}, the base has "
             f"{tuple(values.shape)}; give the base that the adapter was trained on, with its vocabulary"
         )
     return rows.put_into(values)

@@ -84,8 +84,8 @@ def one_by_one(adapter: Adapter, base: BaseModel) -> Adapter:
     """The same adapter, whose stacked experts go by the names that they have in the files."""
     entries: dict[str, Entry] = {}
     for module, entry in adapter.modules.entries.items():
-        places = base.places(module)
-        if not STACKED.search(module) or places[0].index is not None:
+        places = base.places(module) if STACKED.search(module) else ()
+        if not places or places[0].index is not None:
             entries[module] = entry
             continue
         for place in places:

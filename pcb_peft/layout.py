@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,3 +43,21 @@ class Layout:
 LINEAR = Layout()
 CONV1D = Layout(transposed=True)
 EMBEDDING = Layout(transposed=True, lookup=True)
+
+
+def layout_of(layer: nn.Module | None) -> Layout:
+    """How a layer stores a W of two dimensions."""
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(layer, nn.Embedding):
+        return EMBEDDING
+    return CONV1D if isinstance(layer, Conv1D) else LINEAR
+
+
+def held_by(layer: nn.Module | None) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """The parameters that a layer holds itself, in their order: shape, and whether its matrices are (in, out)."""
+    if layer is None:
+        return {}
+    transposed = bool(getattr(layer, "is_transposed", False))
+    parameters = layer.named_parameters(recurse=False)
+    return {name: (tuple(values.shape), transposed) for name, values in parameters}

@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from pcb_peft.errors import MismatchError, UnsupportedError
-from pcb_peft.layout import CONV1D, EMBEDDING, LINEAR, Layout
+from pcb_peft.layout import Layout, held_by, layout_of
 
 WRAPPERS = ("base_layer", "original_module")
 
@@ -59,24 +58,15 @@ class LiveModel:
 
     def layout(self, module: str, shape: tuple[int, int]) -> Layout:
         """How a module stores W."""
-        from transformers.pytorch_utils import Conv1D
-
         del shape
-        weight, layer = self.weight(module), self._layers.get(module)
+        weight = self.weight(module)
         if weight.ndim != 2:
             return Layout(shape=tuple(weight.shape))
-        if isinstance(layer, nn.Embedding):
-            return EMBEDDING
-        return CONV1D if isinstance(layer, Conv1D) else LINEAR
+        return layout_of(self._layers.get(module))
 
     def held(self, module: str) -> dict[str, tuple[tuple[int, ...], bool]]:
         """As `BaseModel.held`."""
-        layer = self._layers.get(module)
-        if layer is None:
-            return {}
-        transposed = bool(getattr(layer, "is_transposed", False))
-        parameters = layer.named_parameters(recurse=False)
-        return {name: (tuple(torch.Size(p.shape)), transposed) for name, p in parameters}
+        return held_by(self._layers.get(module))
 
 
 def _unwrapped(name: str) -> str:

@@ -2,17 +2,15 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from pcb_peft.adapter import Adapter, Modules
+from pcb_peft.adapter import Adapter
 from pcb_peft.base_model import BaseModel
 from pcb_peft.card import model_card, public_name
-from pcb_peft.formats import Entry, Written
-from pcb_peft.formats.heads import with_biases
+from pcb_peft.formats import Entry
 from pcb_peft.processes import current, union
 from pcb_peft.recipe import FILE_NAME, Recipe, in_words
 from pcb_peft.report import Report
@@ -32,22 +30,14 @@ class MergedAdapter(Adapter):
     report: Report
     base: Callable[[], BaseModel] | None = None
 
-    def written(
-        self,
-        dtype: torch.dtype = torch.float32,
-        *,
-        rank_pattern: bool = False,
-        format: str = "peft",  # noqa: A002
-    ) -> Written:
-        biases = {name: e for name, e in self.modules.entries.items() if name.endswith(".bias")}
-        rest = {name: e for name, e in self.modules.entries.items() if name not in biases}
-        everywhere = {name.removesuffix(".bias") for name in biases} == rest.keys()
-        if not biases or not rest or everywhere or self.base is None:  # LoRA: all biases or none
-            return super().written(dtype, rank_pattern=rank_pattern, format=format)
-        lora = dataclasses.replace(self, modules=Modules(rest))
-        written = lora.written(dtype, rank_pattern=rank_pattern, format=format)
-        loads = {name: functools.partial(_whole, name, e, self.base) for name, e in biases.items()}
-        return with_biases(written, loads, rest)
+    def _whole_biases(self) -> Mapping[str, Callable[[], Tensor]]:
+        entries = self.modules.entries
+        biases = {name: entry for name, entry in entries.items() if name.endswith(".bias")}
+        changed = {name.removesuffix(".bias") for name in biases}
+        rest = entries.keys() - biases.keys()
+        if not rest or changed == rest or self.base is None:  # a LoRA changes all biases or none
+            return {}
+        return {name: functools.partial(_whole, name, e, self.base) for name, e in biases.items()}
 
     def fold(
         self,

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from pcb_peft.layout import held_by
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -57,12 +59,7 @@ class Skeleton:
     def held(self, module: str) -> dict[str, tuple[tuple[int, ...], bool]]:
         """The parameters that a module holds itself, in their order: shape, and whether its matrices are (in, out)."""
         names = (module, module.removeprefix(f"{self.prefix}."), f"{self.prefix}.{module}")
-        layer = next((self.layers[name] for name in names if name in self.layers), None)
-        if layer is None:
-            return {}
-        transposed = bool(getattr(layer, "is_transposed", False))
-        parameters = layer.named_parameters(recurse=False)
-        return {name: (tuple(values.shape), transposed) for name, values in parameters}
+        return held_by(next((self.layers[name] for name in names if name in self.layers), None))
 
     def sources(self, files: Iterable[str]) -> dict[str, list[list[str]]]:
         """The stacks in memory that are put together from parameters of the files, which are not stacks.

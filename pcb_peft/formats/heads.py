@@ -137,16 +137,21 @@ def matching(module: str, targets: Container[str]) -> bool:
 
 
 def with_biases(
-    written: Written, biases: Mapping[str, Callable[[], Tensor]], owners: Container[str]
+    written: Written,
+    biases: Mapping[str, Callable[[], Tensor]],
+    owners: Container[str],
+    dtype: torch.dtype,
 ) -> Written:
     """The same file contents, and whole biases of the base model, as they are trained (PEFT's `bias`).
 
     Args:
         written: Of the deltas; `owners` are their modules.
         biases: By parameter, what reads them.
+        dtype: Of the tensors.
     """
+    if not biases:
+        return written
     tensors, alone = dict(written.tensors), False
-    dtype = next(iter(tensors.values())).dtype
     for name, load in biases.items():
         owner = name.removesuffix(".bias")
         between = ".base_layer" if owner in owners else ""

@@ -44,7 +44,6 @@ REASONS = {  # types of PEFT's that are not read
     "FROD": "its factors come from a joint decomposition of all the base model's layers",
     "TINYLORA": "which of its vectors belongs to which module follows from the order of the model's layers",
     "UNILORA": "its file does not say which modules it changes",
-    "TRAINABLE_TOKENS": "it replaces rows of an embedding",
 }
 
 Config: TypeAlias = Mapping[str, Any]
