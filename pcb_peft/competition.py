@@ -18,7 +18,8 @@ from pcb_peft.linalg import one_thread
 from pcb_peft.processes import Processes, current, union
 from pcb_peft.progress import Track
 from pcb_peft.spaces import Projection
-from pcb_peft.statistics import Block, BlockCounts, Index, Merged, TaskVectors, in_order
+from pcb_peft.statistics import Block, BlockCounts, Index, Merged, TaskVectors
+from pcb_peft.threads import in_order
 
 Result = TypeVar("Result")
 
@@ -112,8 +113,12 @@ class Competition:
 
         return merge
 
-    def whole_model(self) -> Produce:
-        """Scope "global": all blocks of all modules are one competition, whose statistics are taken here."""
+    def whole_model(self, note: Callable[[str], None]) -> Produce:
+        """Scope "global": all blocks of all modules are one competition, whose statistics are taken here.
+
+        Args:
+            note: Takes what is worth saying of it.
+        """
         projections = _Kept(self._project, self._size, self.max_memory)
 
         def encode(module: str) -> list[Block]:
@@ -135,6 +140,8 @@ class Competition:
             own=[place for module in own for place in places[module]],
         )
         merged = self.method(tasks)
+        if merged.compiled:
+            note("the arithmetic was compiled, which rounds exp and tanh in another way")
 
         def merge(module: str) -> Outcome:
             return _decoded(projections(module), [merged.block(i) for i in places[module]])

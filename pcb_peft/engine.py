@@ -260,10 +260,12 @@ def _contest(competition: Competition, setting: Setting, report: Report) -> Prod
     """The competition over the scope, or none where the method keeps an adapter that is alone."""
     adapters = competition.alignment.adapters
     if len(adapters) == 1 and setting.method.keeps_one:
-        note = f"{adapters[0].name} is alone: without a competitor it is only scaled by its weight"
-        report.notes = [*dict.fromkeys([*report.notes, note])]
+        name = adapters[0].name
+        report.note(f"{name} is alone: without a competitor it is only scaled by its weight")
         return competition.none()
-    return competition.each_module() if setting.scope == "module" else competition.whole_model()
+    if setting.scope == "module":
+        return competition.each_module()
+    return competition.whole_model(report.note)
 
 
 def _useful(
@@ -291,7 +293,7 @@ def _useful(
             f"too much alike; 'budget:{total}' shares the ranks out by energy"
         )
     kept = ", ".join(f"{count} of {name}" for name, count in ranks.items())
-    report.notes.append(f"directions of positive net utility that were kept: {kept}")
+    report.note(f"directions of positive net utility that were kept: {kept}")
     return left
 
 
@@ -335,5 +337,5 @@ def _warn_of_lost_energy(report: Report) -> None:
             f"the merged adapter retains {report.energy:.1%} of the merged energy (least in {worst}: "
             f"{report.modules[worst].energy:.1%}); a higher rank, a lossless space or rank='full' and a fold keep more"
         )
-        report.notes.append(message)
+        report.note(message)
         warnings.warn(message, stacklevel=4)

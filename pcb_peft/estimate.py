@@ -14,6 +14,7 @@ from typing import TypeAlias, TypeVar
 
 import torch
 
+from pcb_peft import fusion
 from pcb_peft.adapter import Adapter, lazy_base, load_adapter
 from pcb_peft.alignment import Alignment
 from pcb_peft.delta import Delta, Dense, Diagonal, LowRank
@@ -28,11 +29,11 @@ from pcb_peft.recipe import Recipe
 from pcb_peft.selection import KEPT_IN_ALL, KEPT_VALUES, MARGIN
 from pcb_peft.spaces import Projection, get_space
 from pcb_peft.statistics import (
-    DOUBLE_VALUES,
     SAMPLE_VALUES,
     TILE_VALUES,
     Block,
     TaskVectors,
+    dtype_of,
     sample_size,
 )
 
@@ -47,6 +48,7 @@ STAND_IN_VALUES = 1 << 21  # of all adapters together, in the smaller of two sta
 STAND_IN_SAMPLE = 1 << 14  # per adapter, where the real scope is sampled
 LEAST_SIDE, MOST_SIDE = 64, 640  # of a stand-in; large matrices are truncated in another way
 GROWTH = 3  # how many times as many rows the larger one has
+CPU = torch.device("cpu")
 GIB = 1 << 30
 
 
@@ -192,17 +194,13 @@ def _statistics_bytes(alignment: Alignment, setting: Setting, costs: Sequence[_C
     scope = sum(cost.values for cost in costs)
     if setting.scope == "module":
         scope = max(cost.values for cost in costs)
-    width = _dtype(tasks, scope).itemsize
+    width = dtype_of(tasks, scope).itemsize
     tiles = torch.get_num_threads() * min(TILE_VALUES, tasks * scope) * TILES_HELD
     sample = 4 * tasks * min(scope, sample_size(tasks))
     inside = int(scope * MARGIN / sample_size(tasks) ** 0.5)
     inside = min(KEPT_VALUES, KEPT_IN_ALL // (2 * tasks), inside)
     brackets = 4 * tasks * inside if scope > SAMPLE_VALUES else 0  # two of them, with room to grow
     return width * (tiles + sample + brackets)
-
-
-def _dtype(tasks: int, size: int) -> torch.dtype:
-    return torch.float64 if tasks * size <= DOUBLE_VALUES else torch.float32
 
 
 def _costs(alignment: Alignment, setting: Setting, rank: Rank) -> list[_Cost]:
@@ -226,6 +224,7 @@ def _costs(alignment: Alignment, setting: Setting, rank: Rank) -> list[_Cost]:
     sampled = [scope] if scope else sizes
     sorts = sum(SAMPLE_VALUES for size in sampled if size > SAMPLE_VALUES) * (costs[0].passes - 1)
     costs[0].seconds += sorts * len(alignment.adapters) * _sort_seconds()
+    costs[0].seconds += max(pair.compiling for pair in pairs.values())
     if scope is None:
         for cost in costs:
             cost.kept = 0
@@ -264,8 +263,9 @@ class _Pair:
         self.total_rank = sum(rank or min(small) for _, rank in kinds)
         shapes = [small] if small == large else [small, large]
         self.ones = [_StandIn(setting, weights, kinds, shape) for shape in shapes]
+        self.compiling = 0.0  # seconds
         self._merged: dict[
-            tuple[torch.dtype, bool], list[tuple[float, float, int, int | None]]
+            tuple[torch.dtype, bool, bool], list[tuple[float, float, int, int | None]]
         ] = {}
 
     def values(self, shape: Shape) -> int:
@@ -278,7 +278,8 @@ class _Pair:
     def cost(self, shape: Shape, scope: int) -> _Cost:
         """Of a module of that shape, in a scope of so many values."""
         tasks, wide = len(self.kinds), sum(shape)
-        key = _dtype(tasks, scope), scope > SAMPLE_VALUES
+        compiled = fusion.worth(tasks, scope) and not fusion.obstacle(CPU)
+        key = dtype_of(tasks, scope), compiled, scope > SAMPLE_VALUES
         if key not in self._merged:
             self._merged[key] = [self._run(one, *key) for one in self.ones]
         runs, values = self._merged[key], self.values(shape)
@@ -301,7 +302,7 @@ class _Pair:
         )
 
     def _run(
-        self, one: "_StandIn", dtype: torch.dtype, sampled: bool
+        self, one: "_StandIn", dtype: torch.dtype, compiled: bool, sampled: bool
     ) -> tuple[float, float, int, int | None]:
         """Seconds to compete and to depart, passes, and the rank of what leaves."""
         passes = 0
@@ -313,14 +314,17 @@ class _Pair:
 
         def compete(blocks: Sequence[Block]) -> list[torch.Tensor]:
             tasks = TaskVectors(blocks, track=track)
-            tasks.dtype = dtype
+            tasks.dtype, tasks.compiled = dtype, compiled
             tasks.sample = STAND_IN_SAMPLE if sampled else SAMPLE_VALUES
             merged = self.setting.decide(tasks)
             return [merged.block(index)[0] for index in range(len(blocks))]
 
         blocks = one.projection.blocks
         scopes = [[block] for block in blocks] if self.setting.scope == "module" else [blocks]
+        first, _ = _timed(lambda: [compete(some) for some in scopes]) if compiled else (0.0, None)
+        passes = 0
         competing, results = _least(lambda: [compete(some) for some in scopes])
+        self.compiling = max(self.compiling, first - competing)
         delta = one.projection.decode([block for some in results for block in some])
         departing, rank = _least(lambda: self._rank(delta))
         return competing, departing, passes // (2 * len(scopes)) + 1, rank

@@ -40,6 +40,11 @@ class Report:
     notes: list[str] = dataclasses.field(default_factory=list[str])
     seconds: float = 0.0
 
+    def note(self, text: str) -> None:
+        """Adds what is worth saying, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
     @property
     def energy(self) -> float:
         """Retained fraction of the merged ‖ΔW‖²_F over all modules."""

@@ -4,20 +4,18 @@ Shape legend: T adapters; a block is the stack (T, rows, cols) of one module's t
 some rows of a block (T, r, cols); D is the number of values per adapter in all blocks of the scope.
 """
 
-import collections
-import concurrent.futures
 import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TypeAlias, TypeVar
+from typing import ParamSpec, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-from pcb_peft import noise, selection
-from pcb_peft.linalg import one_thread
+from pcb_peft import fusion, noise, selection
 from pcb_peft.processes import ALONE, Processes, union
+from pcb_peft.threads import in_order
 
 Index: TypeAlias = slice | Tensor
 
@@ -34,8 +32,8 @@ Transform: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 View: TypeAlias = Callable[[Tensor, Index, Index], Tensor]
 """A tile (T, r, c), and which rows and columns of its block these are, to what stands in for the tile."""
 
-Item = TypeVar("Item")
 Result = TypeVar("Result")
+Arguments = ParamSpec("Arguments")
 
 TILE_VALUES = (
     1 << 19
@@ -147,6 +145,11 @@ def informed(block: Block, inform: Callable[[Sequence[Tensor]], View]) -> Block:
     return dataclasses.replace(block, open=open_)
 
 
+def dtype_of(tasks: int, size: int) -> torch.dtype:
+    """In which a scope of so many adapters and values is computed."""
+    return torch.float64 if tasks * size <= DOUBLE_VALUES else torch.float32
+
+
 def sample_size(tasks: int) -> int:
     """Values per adapter."""
     return min(SAMPLE_VALUES, SAMPLE_IN_ALL // tasks)
@@ -155,7 +158,11 @@ def sample_size(tasks: int) -> int:
 class TaskVectors:
     """The task vectors of one scope: T rows of D values, seen as tiles.
 
-    Scores and rules must give the same value for an entry whatever tile it comes in.
+    Scores and rules must give the same value for an entry whatever tile it comes in. Where there is much to do and a
+    compiler to do it, they are compiled; what differs then is how exp and tanh are rounded.
+
+    Attributes:
+        compiled: They are.
     """
 
     def __init__(
@@ -175,8 +182,10 @@ class TaskVectors:
         self.device = device or torch.device("cpu")
         self.tasks = blocks[0].shape[0]
         self.size = sum(block.size for block in blocks)
-        self.dtype = torch.float64 if self.tasks * self.size <= DOUBLE_VALUES else torch.float32
+        self.dtype = dtype_of(self.tasks, self.size)
         self.sample = sample_size(self.tasks)
+        worth = fusion.worth(self.tasks, self.size)
+        self.compiled = worth and not any(processes.gathered(fusion.obstacle(self.device)))
         self._track, self._processes = track, processes
         self._own = range(len(blocks)) if own is None else own
 
@@ -186,6 +195,7 @@ class TaskVectors:
         Returns:
             (K, 1, 1, len(indices)): `[..., i]` broadcasts against a tile.
         """
+        score = self._fused(score)
 
         def sweep(
             split: Callable[[Tensor], list[selection.Part]],
@@ -200,6 +210,7 @@ class TaskVectors:
 
     def extremes(self, score: Score) -> Tensor:
         """The smallest and the largest score of each row: (K, 1, 1, 2)."""
+        score = self._fused(score)
 
         def of_tile(tile: Tensor) -> Tensor:
             scores = score(tile)
@@ -215,6 +226,7 @@ class TaskVectors:
     def sums(self, score: Score) -> Tensor:
         """The sum of each row's scores, added in float64, block by block: (K, 1, 1)."""
         own: dict[int, Tensor] = {}
+        score = self._fused(score)
         for index, part in self._sweep(lambda tile: score(tile).sum((1, 2), dtype=torch.float64)):
             own[index] = own[index] + part if index in own else part
 
@@ -249,14 +261,20 @@ class TaskVectors:
         blocks = [informed(block, inform) for block in self.blocks]
         return TaskVectors(blocks, device=self.device, track=self._track)
 
-    def combine(self, rule: Rule, *, whole: bool = False) -> "Merged":
+    def combine(
+        self, rule: Rule, *, whole: bool = False, weigh: Callable[[Tensor], Tensor] | None = None
+    ) -> "Merged":
         """The merged blocks, each computed when it is asked for.
 
         Args:
             rule: How a tile is merged.
             whole: Tiles are whole blocks: for rules that are not elementwise.
+            weigh: From a block's weights (T,) to what the rule gets in their place; float64, on the CPU.
         """
-        return Merged(self, rule, whole)
+        return Merged(self, rule, whole, weigh)
+
+    def _fused(self, function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+        return fusion.fused(function) if self.compiled else function
 
     def tiles(self, block: Block, whole: bool = False) -> Iterator[Callable[[], Tensor]]:
         """The block's tiles, of which each is computed by a call."""
@@ -320,15 +338,23 @@ class BlockCounts:
 class Merged:
     """The merged blocks of a scope."""
 
-    def __init__(self, tasks: TaskVectors, rule: Rule, whole: bool) -> None:
-        self._tasks = tasks
-        self._rule = rule
-        self._whole = whole
+    def __init__(
+        self,
+        tasks: TaskVectors,
+        rule: Rule,
+        whole: bool = False,
+        weigh: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.compiled = tasks.compiled and not whole
+        self._tasks, self._whole, self._weigh = tasks, whole, weigh
+        self._rule = fusion.fused(rule) if self.compiled else rule
 
     def block(self, index: int) -> tuple[Tensor, BlockCounts]:
         """The merged block (rows, cols) of that index, on the CPU, and what was counted on the way."""
         tasks, block = self._tasks, self._tasks.blocks[index]
-        weights = torch.tensor(block.weights, dtype=tasks.dtype, device=tasks.device)[:, None, None]
+        weights = torch.tensor(block.weights, dtype=torch.float64)
+        weights = self._weigh(weights) if self._weigh else weights
+        weights = weights.to(tasks.device, tasks.dtype)[:, None, None]
 
         def merge(tile: Callable[[], Tensor]) -> tuple[Tensor, list[int], int]:
             values = tile()
@@ -357,29 +383,3 @@ def disagreements(tile: Tensor) -> int:
     """At how many entries of a tile (T, r, c) two adapters have opposite signs."""
     low, high = selection.comparable(tile.amin(0)), selection.comparable(tile.amax(0))
     return selection.count((low < 0) & (high > 0))
-
-
-def in_order(
-    function: Callable[[Item], Result], items: Iterable[Item], most: int | None = None
-) -> Iterator[Result]:
-    """`map`, on as many threads as torch would use, or `most`; the few items in flight bound the memory.
-
-    Tiles and the decompositions of a module are too small to be shared by threads, so each thread takes whole ones.
-    """
-    workers = min(torch.get_num_threads(), most or torch.get_num_threads())
-    with one_thread():
-        items = iter(items)
-        first = list(itertools.islice(items, 2))
-        if workers == 1 or len(first) < 2:
-            yield from map(function, itertools.chain(first, items))
-            return
-        queue: collections.deque[concurrent.futures.Future[Result]] = collections.deque()
-        with concurrent.futures.ThreadPoolExecutor(
-            workers, initializer=torch.set_num_threads, initargs=(1,)
-        ) as pool:
-            for item in itertools.chain(first, items):
-                queue.append(pool.submit(function, item))
-                if len(queue) > 2 * workers:
-                    yield queue.popleft().result()
-            while queue:
-                yield queue.popleft().result()

@@ -23,6 +23,7 @@ LEVELS = (
         *(
             "base_files",
             "card",
+            "fusion",
             "linalg",
             "live_model",
             "noise",
@@ -33,6 +34,7 @@ LEVELS = (
         ),
         *("report", "selection", "skeleton", "texts"),
     },
+    {"threads"},
     {"base_model", "delta", "overrides", "statistics"},
     {"shards"},
     {"embeddings"},

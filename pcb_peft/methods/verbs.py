@@ -1,6 +1,5 @@
 """Verbs that several methods share: trim, drop, elect, average; and what follows from inner products alone."""
 
-import functools
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -55,15 +54,7 @@ def shares_of(x: Tensor) -> Tensor:
 
 def combination(tasks: TaskVectors, coefficients: Callable[[Tensor], Tensor]) -> Merged:
     """Σ_t c_t τ_t, where the coefficients (T,) follow from the weights (T,), both float64 and on the CPU."""
-
-    @functools.cache
-    def known(weights: tuple[float, ...]) -> Tensor:
-        return coefficients(torch.tensor(weights, dtype=torch.float64))
-
-    def merge(x: Tensor, weights: Tensor) -> Tensor:
-        return (known(tuple(weights.flatten().tolist())).to(x)[:, None, None] * x).sum(0)
-
-    return tasks.combine(merge)
+    return tasks.combine(lambda x, weights: (weights * x).sum(0), weigh=coefficients)
 
 
 def lengths_and_cosines(tasks: TaskVectors) -> tuple[Tensor, Tensor]:

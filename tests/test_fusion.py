@@ -1,0 +1,105 @@
+"""Compiled tiles: the values of plain torch, whatever the tiles and threads; and what happens without a compiler."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from pcb_peft import fusion, statistics
+from pcb_peft.methods import get_method
+from pcb_peft.statistics import TaskVectors, products
+
+CPU = torch.device("cpu")
+COMPILES = pytest.mark.skipif(fusion.obstacle(CPU) is not None, reason="no compiler works here")
+
+
+@pytest.fixture(autouse=True)
+def _large_scopes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As if the few values of a test were many."""
+    monkeypatch.setattr(statistics, "DOUBLE_VALUES", 0)
+    monkeypatch.setattr(fusion, "WORTH_VALUES", 0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def scope() -> TaskVectors:
+    generator = torch.Generator().manual_seed(0)
+    blocks = [
+        products(
+            [
+                (torch.randn(rows, 3, generator=generator), torch.randn(3, 67, generator=generator))
+                for _ in range(3)
+            ],
+            (1.0, 0.5, -0.75),
+        )
+        for rows in (41, 130)
+    ]
+    return TaskVectors(blocks)
+
+
+def merged(name: str, **options: object) -> Tensor:
+    result = get_method(name)(scope(), **options)
+    return torch.cat([result.block(index)[0].flatten() for index in range(2)])
+
+
+CASES: list[tuple[str, dict[str, object]]] = [
+    *[("pcb", {"formula": name}) for name in ("paper", "reference", "vision", "es")],
+    ("ties", {}),
+    ("model_stock", {}),
+]
+
+
+@COMPILES
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_compiled_values_are_those_of_plain_torch(name, options, monkeypatch):
+    assert scope().compiled
+    compiled = merged(name, **options)
+    monkeypatch.setattr(fusion, "WORTH_VALUES", 1 << 60)
+    assert not scope().compiled
+    plain = merged(name, **options)
+    assert (compiled != 0).eq(plain != 0).all()
+    torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-6 * float(plain.abs().max()))
+
+
+@COMPILES
+@pytest.mark.slow
+def test_compiled_values_do_not_depend_on_tiles_and_threads(monkeypatch):
+    expected = merged("pcb", density=0.3)
+    for tile, threads in ((3 * 67, 1), (3 * 67 * 5, 2), (3 * 67 * 17, 1)):
+        monkeypatch.setattr(statistics, "TILE_VALUES", tile)
+        torch.set_num_threads(threads)
+        assert merged("pcb", density=0.3).equal(expected)
+
+
+def test_what_takes_less_time_than_compiling_is_not_compiled(monkeypatch):
+    monkeypatch.undo()
+    assert not scope().compiled
+    assert not fusion.worth(tasks=4, size=1 << 28)
+    assert fusion.worth(tasks=4, size=1 << 29)
+    assert not fusion.worth(tasks=1000, size=1 << 29)
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({"CXX": "none", "PATH": "/none"}, "compiler"),
+        ({"TORCHDYNAMO_DISABLE": "1"}, "switched off"),
+    ],
+)
+def test_without_a_compiler_the_arithmetic_is_plain_torch(variables, reason, tmp_path):
+    code = (
+        "import torch; from pcb_peft import fusion; fusion.WORTH_VALUES = 0; from pcb_peft.statistics import *\n"
+        "print(TaskVectors([stacked(torch.ones(2, 3, 4), (1, 1))]).compiled, fusion.obstacle(torch.device('cpu')))"
+    )
+    environment = {**os.environ, **variables, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.startswith("False ")
+    assert reason in run.stdout
