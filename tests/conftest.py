@@ -54,6 +54,7 @@ class Odd(nn.Module):
         self.inner.others = nn.Parameter(torch.ones(3, 4))
         self.linear = nn.Linear(6, 6)
         self.wide = nn.Linear(6, 9)
+        self.deep = nn.Conv1d(64, 16, 2)
 
 
 def llama() -> nn.Module:

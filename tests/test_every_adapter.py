@@ -146,6 +146,9 @@ CASES = {
     "LoKr of small factors": other(
         peft.LoKrConfig, r=1, alpha=5, decompose_both=True, needs_base=False
     ),
+    "LoKr with a core": other(
+        peft.LoKrConfig, "deep", kind="odd", r=2, use_effective_conv2d=True, needs_base=False
+    ),
     "LoKr on convolutions": other(
         peft.LoKrConfig, "line", "image", kind="odd", use_effective_conv2d=True, needs_base=False
     ),

@@ -1,5 +1,6 @@
 """LoKr: the Kronecker product of two matrices, each of them whole or factored."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,8 +24,10 @@ def entry(parts: Parts) -> Entry:
     def load() -> Dense:
         w1, w2 = _factor(parts, "lokr_w1"), _factor(parts, "lokr_w2")
         w1 = w1[..., None, None] if w2.ndim == 4 else w1
-        values = scaling * torch.kron(w1, w2)
-        return Dense(values.reshape(shape), layout=kernel_layout(parts, shape, kernel))
+        values = torch.from_numpy(
+            np.kron(w1.numpy(), w2.numpy())
+        )  # torch.kron fails on some shapes
+        return Dense((scaling * values).reshape(shape), layout=kernel_layout(parts, shape, kernel))
 
     return Entry(Dense, shape, load)
 

@@ -39,7 +39,7 @@ def _normed(x: Tensor, normed: Tensor) -> Tensor:
 
 
 def _tanh(x: Tensor) -> Tensor:
-    """tanh x for |x| ≤ 1, in x's own memory; compiled, where torch's is slow, a continued fraction true to 3e-7."""
+    """The tanh of |x| ≤ 1, in x's own memory; compiled, where torch's is slow, a continued fraction true to 3e-7."""
     if not torch.compiler.is_compiling():
         return x.tanh_()
     y = x * x
