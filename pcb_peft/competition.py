@@ -142,6 +142,8 @@ class Competition:
         merged = self.method(tasks)
         if merged.compiled:
             note("the arithmetic was compiled, which rounds exp and tanh in another way")
+        elif tasks.obstacle:
+            note(f"the arithmetic was not compiled and took the longer for it: {tasks.obstacle}")
 
         def merge(module: str) -> Outcome:
             return _decoded(projections(module), [merged.block(i) for i in places[module]])

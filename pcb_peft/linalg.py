@@ -28,8 +28,7 @@ def one_thread() -> Generator[None]:
 
 def column_signs(columns: Tensor) -> Tensor:
     """±1 per column of an (m, k) matrix: what makes the entry of largest magnitude positive."""
-    largest = columns.gather(0, columns.abs().argmax(0, keepdim=True))[0]
-    return torch.where(largest < 0, -1, 1).to(columns.dtype)
+    return torch.where(-columns.amin(0) > columns.amax(0), -1, 1).to(columns.dtype)
 
 
 def svd(matrix: Tensor) -> Svd:

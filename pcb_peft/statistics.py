@@ -163,6 +163,7 @@ class TaskVectors:
 
     Attributes:
         compiled: They are.
+        obstacle: Why they are not, although there is much to do.
     """
 
     def __init__(
@@ -185,7 +186,9 @@ class TaskVectors:
         self.dtype = dtype_of(self.tasks, self.size)
         self.sample = sample_size(self.tasks)
         worth = fusion.worth(self.tasks, self.size)
-        self.compiled = worth and not any(processes.gathered(fusion.obstacle(self.device)))
+        found = processes.gathered(fusion.obstacle(self.device)) if worth else []
+        self.obstacle = next(filter(None, found), None)
+        self.compiled = worth and self.obstacle is None
         self._track, self._processes = track, processes
         self._own = range(len(blocks)) if own is None else own
 
