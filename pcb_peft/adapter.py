@@ -17,7 +17,7 @@ from pcb_peft.delta import Delta, LowRank
 from pcb_peft.errors import AdapterError, OptionError, PcbPeftError, UnsupportedError
 from pcb_peft.fold import fitted, fold_deltas
 from pcb_peft.formats import Entry, Written, format_for, format_named, format_of
-from pcb_peft.formats.checkpoint import CONFIG, Tensors
+from pcb_peft.formats.checkpoint import CONFIG, Tensors, refuse_overflow
 from pcb_peft.formats.heads import with_biases, write_head
 from pcb_peft.formats.registry import AUTOMATIC_HEADS, PREFIX, Base, finite, refuse_pipelines
 from pcb_peft.options import did_you_mean
@@ -58,6 +58,7 @@ class Adapter:
         modules: Module path in the base model to delta.
         source: Where it was read, if from files.
         files: What it was read from.
+        base: What it was read beside.
         base_model: Path or hub id, as far as it is known.
         revision: Of the base model.
         task_type: PEFT's.
@@ -70,6 +71,7 @@ class Adapter:
     modules: Modules
     source: Source | None = None
     files: Files | None = None
+    base: Base = None
     base_model: str | None = None
     revision: str | None = None
     task_type: str | None = None
@@ -181,7 +183,7 @@ class Adapter:
         tensors = {
             key: values.contiguous() for key, values in (written.tensors | head.tensors).items()
         }
-        _refuse_overflow(tensors)
+        refuse_overflow(tensors)
         return Written(config, tensors)
 
     def _written_as(
@@ -195,7 +197,7 @@ class Adapter:
             )
         written = format_.write(dict(self.modules), dtype, rank_pattern=rank_pattern)  # type: ignore[misc]
         tensors = {key: values.contiguous() for key, values in written.tensors.items()}
-        _refuse_overflow(tensors)
+        refuse_overflow(tensors)
         return dataclasses.replace(written, tensors=tensors)
 
     def _whole_biases(self) -> Mapping[str, Callable[[], Tensor]]:
@@ -287,14 +289,6 @@ class Adapter:
         )
 
 
-def _refuse_overflow(tensors: Mapping[str, Tensor]) -> None:
-    for name, values in tensors.items():
-        if not values.isfinite().all():
-            raise OptionError(
-                f"{name} has values beyond those of {values.dtype}: save it in bfloat16 or float32"
-            )
-
-
 def load_adapter(
     source: str | Path | Source | tuple[Any, str] | Adapter,
     *,
@@ -359,6 +353,7 @@ def _parsed(name: str, source: Source | None, files: Files, base: Base) -> Adapt
         modules=Modules(contents.modules),
         source=source,
         files=files,
+        base=base,
         base_model=config.get("base_model_name_or_path") or None,
         revision=config.get("revision"),
         task_type=config.get("task_type"),

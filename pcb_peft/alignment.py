@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 
 from pcb_peft.adapter import Adapter
-from pcb_peft.delta import Delta, Diagonal
+from pcb_peft.delta import Delta, Diagonal, Rescaled
 from pcb_peft.errors import MismatchError
 from pcb_peft.formats import Entry
 
@@ -46,10 +46,14 @@ class Alignment:
         template = next(iter(present.values()))
         return [present.get(i, template.zero()) for i in range(len(self.adapters))]
 
-    def total_rank(self, module: str) -> int:
-        """R = Σ r_t over the adapters that touch the module; a dense delta counts in full."""
+    def total_rank(self, module: str, *, in_parts: bool = False) -> int:
+        """R = Σ r_t over the adapters that touch the module; a dense delta counts in full.
+
+        So does one that has a low-rank part, unless it is taken `in_parts`.
+        """
         entries = [a.modules.entries[module] for a in self.adapters if module in a.modules]
-        return sum(min(entry.shape) if entry.rank is None else entry.rank for entry in entries)
+        whole = () if in_parts else (Rescaled,)
+        return sum(min(e.shape) if e.rank is None or e.kind in whole else e.rank for e in entries)
 
 
 def _check_pair(module: str, one: tuple[Adapter, Entry], other: tuple[Adapter, Entry]) -> None:

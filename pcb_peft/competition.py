@@ -60,6 +60,7 @@ class Competition:
         after: What is done to the merged delta, in this order.
         data: The statistic that the method asks for, by name, and from a module to what was measured, per adapter.
         side_by_side: A merged module takes little memory, so that several may be merged at a time.
+        in_parts: The low-rank part of a delta that has one is encoded by itself.
         processes: Those that merge together.
     """
 
@@ -75,6 +76,7 @@ class Competition:
     after: Sequence[Calibration] = ()
     data: tuple[str, Callable[[str], Sequence[Tensor]]] | None = None
     side_by_side: bool = False
+    in_parts: bool = False
     processes: Processes = dataclasses.field(default_factory=current)
 
     @property
@@ -222,7 +224,7 @@ class Competition:
     def _size(self, module: str) -> int:
         """Bytes that a module's projection holds, at most: factors, bases and cores."""
         rows, cols = self.alignment.modules[module].shape
-        rank = self.alignment.total_rank(module)
+        rank = self.alignment.total_rank(module, in_parts=self.in_parts)
         return 12 * rank * (rows + cols) + 8 * len(self.alignment.adapters) * rank * rank
 
 

@@ -7,8 +7,9 @@ W's own orientation, looks at it.
 
 import abc
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from pcb_peft.layout import LINEAR, Layout
 ROWS = (
     64  # of a weight that are changed at a time: what they take on the way stays in a core's cache
 )
+VANISHED = 2**-20  # a factor of a row of W that is smaller is 0
+ROUNDING = 1e-6  # what is a smaller part of a row is 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -200,6 +203,78 @@ class Dense(Delta):
 
     def zero(self) -> "Dense":
         return dataclasses.replace(self, values=torch.zeros_like(self.values))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Rescaled(Delta):
+    """ΔW = diag(gain) W + added: a DoRA, or a weighted sum of DoRAs and LoRAs.
+
+    The set of these is closed under such sums, however high in rank the ΔW are.
+
+    Attributes:
+        gain: (out,). 0 changes nothing.
+        added: Low-rank.
+        weight: Reads W (out, in), float32; it does not go along to other processes.
+    """
+
+    gain: Tensor
+    added: Delta
+    weight: Callable[[], Tensor]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.added.shape
+
+    def matrix(self) -> Tensor:
+        return torch.addcmul(self.added.matrix(), self.gain.float()[:, None], self.weight())
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return Delta.factors(self) if self.gain.any() else self.added.factors()
+
+    def norm(self) -> float:
+        whole = self.gain.any()
+        return float(torch.linalg.vector_norm(self.matrix())) if whole else self.added.norm()
+
+    def scaled(self, weight: float) -> "Rescaled":
+        return dataclasses.replace(self, gain=self.gain * weight, added=self.added.scaled(weight))
+
+    def zero(self) -> "Rescaled":
+        gain = torch.zeros_like(self.gain)
+        return dataclasses.replace(self, gain=gain, added=self.added.zero())
+
+    def quotient(self) -> Tensor:
+        """1 / (1 + gain) (out,); 0 for the rows of W that are multiplied by 0."""
+        factor = 1 + self.gain
+        return torch.where(factor.abs() < VANISHED, 0, 1 / factor)
+
+    def factored(self) -> "Rescaled":
+        """The same change as W' = diag(1 + gain) (W + …) can hold it: a row of W that is multiplied by 0 stays 0.
+
+        Where something is added to such a row, it is also what takes the row out of W, and its rank rises by one.
+        """
+        vanished = (self.quotient() == 0).nonzero().flatten()
+        if not len(vanished):
+            return self
+        left, right = self.added.factors()
+        rows = self.weight()[vanished].double()
+        sizes = [torch.linalg.vector_norm(x, dim=1) for x in (left[vanished] @ right, rows)]
+        refilled = sizes[0] > ROUNDING * sizes[1]
+        if not refilled.any():
+            return self
+        vanished = vanished[refilled]
+        taken = self.gain[vanished, None] * rows[refilled]
+        places = torch.eye(len(left), dtype=left.dtype)[:, vanished]
+        lora_A, lora_B = torch.cat([right, taken]), torch.cat([left, places], dim=1)
+        added = LowRank(lora_A.float(), lora_B.float(), layout=self.layout)
+        gain = self.gain.index_fill(0, vanished, 0)
+        return dataclasses.replace(self, gain=gain, added=added)
+
+    def __reduce__(self) -> tuple[Callable[..., "Rescaled"], tuple[object, ...]]:
+        return functools.partial(Rescaled, layout=self.layout), (self.gain, self.added, _elsewhere)
+
+
+def _elsewhere() -> Tensor:
+    raise BaseModelError("W is not known in this process: give base_model (--base-model)")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

@@ -7,10 +7,18 @@ from collections.abc import Mapping
 from pcb_peft.alignment import Alignment
 from pcb_peft.budget import within_budget
 from pcb_peft.competition import Produce
-from pcb_peft.delta import Delta, Dense, Diagonal, LowRank
+from pcb_peft.delta import Delta, Dense, Diagonal, LowRank, Rescaled
 from pcb_peft.formats import Entry
 from pcb_peft.processes import Processes, current, union
-from pcb_peft.rank import Rank, budget_of, truncate
+from pcb_peft.rank import (
+    Rank,
+    added_part,
+    budget_of,
+    rejoined,
+    retained,
+    truncate,
+    truncate_added,
+)
 from pcb_peft.report import ModuleReport, Report
 
 
@@ -42,7 +50,9 @@ class Departure:
             lines.pop(module, None)  # in the order of modules, whichever was first
             kind, rank, lines[module] = known[module]
             loader = functools.partial(load, module)
-            entries[module] = Entry(kind, template.shape, loader, rank=rank)
+            entries[module] = dataclasses.replace(
+                template, kind=kind, load=loader, rank=rank, missing=""
+            )
         return entries
 
     def leave(self, module: str) -> Delta:
@@ -69,6 +79,8 @@ class Departure:
         """The delta at the rank that was asked for, and the energy that it retains."""
         if isinstance(self.rank, str):  # "full"
             return Dense(delta.matrix(), layout=delta.layout), 1.0
+        if isinstance(delta, Rescaled):
+            return truncate_added(delta, self.rank)
         if isinstance(delta, Diagonal) or (isinstance(delta, LowRank) and self.rank is None):
             return delta, 1.0
         if self.rank is None and not self.lossless:
@@ -82,21 +94,38 @@ def at_their_shares(entries: dict[str, Entry], rank: Rank, report: Report) -> di
     if budget is None:
         return entries
 
-    def shared_out(_: object) -> dict[str, tuple[LowRank, float]]:
-        return within_budget({module: entry.load() for module, entry in entries.items()}, budget)
+    def shared_out(_: object) -> dict[str, tuple[LowRank, float, float]]:
+        added = {module: added_part(entry.load()) for module, entry in entries.items()}
+        return {
+            module: (cut, *_retained(entries[module].load(), cut, energy))
+            for module, (cut, energy) in within_budget(added, budget).items()
+        }
 
     shares = current().reduced(None, shared_out)
-    for module, (delta, energy) in shares.items():
+    for module, (cut, energy, norm) in shares.items():
         line = report.modules[module]
         report.modules[module] = dataclasses.replace(
-            line, rank=delta.rank, energy=line.energy * energy, norm=delta.norm()
+            line, rank=cut.rank, energy=line.energy * energy, norm=norm
         )
     return {
-        module: Entry(LowRank, delta.shape, lambda delta=delta: delta, rank=delta.rank)
-        for module, (delta, _) in shares.items()
+        module: dataclasses.replace(
+            entries[module], load=functools.partial(_cut, entries[module], cut), rank=cut.rank
+        )
+        for module, (cut, _, _) in shares.items()
     }
 
 
+def _cut(entry: Entry, cut: LowRank) -> Delta:
+    return rejoined(entry.load(), cut) if entry.kind is Rescaled else cut
+
+
+def _retained(delta: Delta, cut: LowRank, energy: float) -> tuple[float, float]:
+    """The energy that a delta retains if its low-rank part is cut, and retains `energy` of its own; and what norm."""
+    left = rejoined(delta, cut)
+    return retained(delta, energy), left.norm()
+
+
 def rank_of(delta: Delta) -> int | None:
-    """Of a low-rank delta."""
-    return delta.rank if isinstance(delta, LowRank) else None
+    """Of a low-rank delta, or of a delta's low-rank part."""
+    part = added_part(delta)
+    return part.rank if isinstance(part, LowRank) else None

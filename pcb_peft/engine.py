@@ -34,6 +34,7 @@ from pcb_peft.progress import Track, tracker
 from pcb_peft.rank import Rank, budget_of
 from pcb_peft.recipe import Recipe, Step, steps
 from pcb_peft.report import LOW_ENERGY, Report
+from pcb_peft.rescaling import leaving_as_one, on_one_base
 from pcb_peft.source import Source
 from pcb_peft.spaces import get_space
 
@@ -139,14 +140,14 @@ def merge(
     """Makes what a recipe describes; arguments and errors as those of `merge_adapters`."""
     started, base = time.perf_counter(), lazy_base(recipe.base_model)
     method, track = method or get_method(method_of(recipe.method)), tracker(progress)
-    adapters = _gathered(recipe, adapters, base)
+    adapters, notes = leaving_as_one(_gathered(recipe, adapters, base), base)
     recipe = spelled_out(dataclasses.replace(recipe, adapters=_sources(adapters)), adapters)
     alignment, (named, revision) = Alignment(adapters), common_base(adapters, recipe.base_model)
     recipe, measured = _measured(recipe, statistics, adapters)
     recipe, settings = plan(recipe, method, alignment, measured[0].kind if measured else None)
     recipe, before, after = _calibrations(recipe, alignment)
     settled = settle(adapters, recipe.weights or (), recipe.heads)
-    report = Report(recipe.method, recipe.space, recipe.scope, notes=settled.notes)
+    report = Report(recipe.method, recipe.space, recipe.scope, notes=[*settled.notes, *notes])
     left = _useful(alignment, settings, recipe.rank, report, track)
     compete = functools.partial(
         _competition,
@@ -161,7 +162,7 @@ def merge(
     for setting in settings:
         competition = compete(setting, alignment, left, measured)
         entries |= _entries(competition, setting, recipe.rank, report)
-    entries = at_their_shares(entries, recipe.rank, report)
+    entries = at_their_shares(on_one_base(entries, base, adapters, report), recipe.rank, report)
     report.seconds = time.perf_counter() - started
     _warn_of_lost_energy(report)
     return MergedAdapter(
@@ -194,6 +195,7 @@ def _competition(
         setting.decide,
         data=_data(setting.method, measured, alignment),
         side_by_side=setting.space.lossless,
+        in_parts=setting.in_parts,
         **common,
     )
 

@@ -17,15 +17,16 @@ import torch
 from pcb_peft import fusion
 from pcb_peft.adapter import Adapter, lazy_base, load_adapter
 from pcb_peft.alignment import Alignment
-from pcb_peft.delta import Delta, Dense, Diagonal, LowRank
+from pcb_peft.delta import Delta, Dense, Diagonal, LowRank, Rescaled
 from pcb_peft.grounding import grounded
 from pcb_peft.linalg import one_thread
 from pcb_peft.measured import open_statistics
 from pcb_peft.methods import get_method
 from pcb_peft.peft_names import method_of, spelled_out
 from pcb_peft.plan import Setting, plan
-from pcb_peft.rank import Rank, budget_of, truncate
+from pcb_peft.rank import Rank, added_part, budget_of, truncate
 from pcb_peft.recipe import Recipe
+from pcb_peft.rescaling import leaving_as_one
 from pcb_peft.selection import KEPT_IN_ALL, KEPT_VALUES, MARGIN
 from pcb_peft.spaces import Projection, get_space
 from pcb_peft.statistics import (
@@ -122,7 +123,7 @@ def estimate_merge(
     base = lazy_base(recipe.base_model)
     adapters = [load_adapter(source, base_model=base, hashed=False) for source in recipe.adapters]
     asked = None if recipe.space == "auto" else get_space(recipe.space)
-    adapters = grounded(adapters, base, asked)
+    adapters, _ = leaving_as_one(grounded(adapters, base, asked), base)
     alignment = Alignment(adapters)
     method = get_method(method_of(recipe.method))
     measured = next(map(open_statistics, recipe.statistics), None)
@@ -209,7 +210,7 @@ def _costs(alignment: Alignment, setting: Setting, rank: Rank) -> list[_Cost]:
     keys: list[tuple[Kinds, Shape, Shape]] = []
     shapes = [alignment.modules[module].shape for module in setting.modules]
     for module, shape in zip(setting.modules, shapes, strict=True):
-        kinds = _kinds(alignment, module)
+        kinds = _kinds(alignment, module, in_parts=setting.in_parts)
         small, large = _stand_ins(kinds, shape, lossless=setting.space.lossless)
         keys.append((kinds, small, large))
         if keys[-1] not in pairs:
@@ -231,10 +232,12 @@ def _costs(alignment: Alignment, setting: Setting, rank: Rank) -> list[_Cost]:
     return costs
 
 
-def _kinds(alignment: Alignment, module: str) -> Kinds:
+def _kinds(alignment: Alignment, module: str, *, in_parts: bool) -> Kinds:
+    """What rescales W counts as dense where it does not compete in parts."""
     template = alignment.modules[module]
     found = [adapter.modules.entries.get(module) for adapter in alignment.adapters]
-    return tuple((e.kind, e.rank or 0) if e else (template.kind, 1) for e in found)
+    kinds = [(e.kind, e.rank or 0) if e else (template.kind, 1) for e in found]
+    return tuple((Dense, 0) if k is Rescaled and not in_parts else (k, r) for k, r in kinds)
 
 
 def _stand_ins(kinds: Kinds, shape: Shape, *, lossless: bool) -> tuple[Shape, Shape]:
@@ -338,7 +341,7 @@ class _Pair:
             rank = self.total_rank
         if isinstance(delta, LowRank) and rank is None:
             return delta.rank
-        return truncate(delta, rank if isinstance(rank, int) else None)[0].rank
+        return truncate(added_part(delta), rank if isinstance(rank, int) else None)[0].rank
 
 
 class _StandIn:
@@ -361,10 +364,13 @@ def _random(kind: type[Delta], rank: int, shape: Shape, seed: int) -> Delta:
     rows, cols = shape
     if kind is Diagonal:
         return Diagonal(torch.rand(max(shape), generator=generator), rows == 1)
+    if kind is Dense:
+        return Dense(torch.randn(shape, generator=generator))
+    lora_A = torch.randn(rank, cols, generator=generator)
+    added = LowRank(lora_A, torch.randn(rows, rank, generator=generator))
     if kind is LowRank:
-        lora_A = torch.randn(rank, cols, generator=generator)
-        return LowRank(lora_A, torch.randn(rows, rank, generator=generator))
-    return Dense(torch.randn(shape, generator=generator))
+        return added
+    return Rescaled(torch.randn(rows, generator=generator), added, lambda: torch.ones(shape))
 
 
 def _line(sizes: Sequence[int], seconds: Sequence[float], size: int) -> float:

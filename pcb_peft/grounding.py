@@ -11,7 +11,7 @@ from pcb_peft.delta import Dense, Diagonal, LowRank
 from pcb_peft.errors import BaseModelError
 from pcb_peft.fold import fitted, folded
 from pcb_peft.formats import Entry
-from pcb_peft.formats.registry import change_of_vector
+from pcb_peft.formats.registry import change_of_vector, put_together
 from pcb_peft.replaced import Head, Parameter
 from pcb_peft.spaces import Space
 
@@ -130,7 +130,7 @@ def chained(adapters: Sequence[Adapter], base: Callable[[], BaseModel] | None) -
         if below is not None and chain:
             read = adapter.on(below)
             read = additive(read, below()) if Diagonal in kinds else read
-            adapter = dataclasses.replace(read, files=None)
+            adapter = dataclasses.replace(summed(read), files=None)
         names = adapter.head.parameters
         chain = [dataclasses.replace(a, head=a.head.without(names)) for a in chain] + [adapter]
     return chain
@@ -165,6 +165,12 @@ def additive(adapter: Adapter, base: BaseModel) -> Adapter:
         entries[module] = _product(module, entry, base, own)
         if base.bias_parameter(module) is not None and entry.shape[0] > 1:
             entries[f"{module}.bias"] = _bias_product(module, entry, base)
+    return dataclasses.replace(adapter, modules=Modules(entries))
+
+
+def summed(adapter: Adapter) -> Adapter:
+    """The same adapter, of which what rescales W is one matrix that is added to it."""
+    entries = {module: put_together(e) for module, e in adapter.modules.entries.items()}
     return dataclasses.replace(adapter, modules=Modules(entries))
 
 

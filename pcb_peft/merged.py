@@ -10,7 +10,9 @@ from torch import Tensor
 from pcb_peft.adapter import Adapter
 from pcb_peft.base_model import BaseModel
 from pcb_peft.card import model_card, public_name
+from pcb_peft.delta import Rescaled
 from pcb_peft.formats import Entry
+from pcb_peft.formats.registry import Weights
 from pcb_peft.processes import current, union
 from pcb_peft.recipe import FILE_NAME, Recipe, in_words
 from pcb_peft.report import Report
@@ -23,19 +25,19 @@ class MergedAdapter(Adapter):
     Attributes:
         recipe: Everything that is needed to make it again.
         report: What was decided and what it cost.
-        base: The base model, if one was given.
     """
 
     recipe: Recipe
     report: Report
-    base: Callable[[], BaseModel] | None = None
 
     def _whole_biases(self) -> Mapping[str, Callable[[], Tensor]]:
         entries = self.modules.entries
         biases = {name: entry for name, entry in entries.items() if name.endswith(".bias")}
         changed = {name.removesuffix(".bias") for name in biases}
         rest = entries.keys() - biases.keys()
-        if not rest or changed == rest or self.base is None:  # a LoRA changes all biases or none
+        rescaled = any(entries[name].kind is Rescaled for name in rest)
+        held = changed == rest and not rescaled  # a LoRA changes all biases or none, a DoRA none
+        if not rest or held or self.base is None:
             return {}
         return {name: functools.partial(_whole, name, e, self.base) for name, e in biases.items()}
 
@@ -83,6 +85,6 @@ class MergedAdapter(Adapter):
         )
 
 
-def _whole(name: str, entry: Entry, base: Callable[[], BaseModel]) -> Tensor:
+def _whole(name: str, entry: Entry, base: Callable[[], Weights]) -> Tensor:
     """A bias with its change."""
     return base().weight(name).float() + entry.load().delta()

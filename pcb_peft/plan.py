@@ -12,7 +12,7 @@ from pcb_peft.methods import MergeMethod, get_method, list_methods
 from pcb_peft.options import bind
 from pcb_peft.overrides import Override, Weight, at_depth, layer_of
 from pcb_peft.recipe import Recipe
-from pcb_peft.spaces import Projection, Space, get_space, list_spaces
+from pcb_peft.spaces import Projection, Space, get_space, in_parts, list_spaces
 from pcb_peft.statistics import Merged
 from pcb_peft.version import __version__
 
@@ -45,11 +45,16 @@ class Setting:
         )
 
     @property
+    def in_parts(self) -> bool:
+        """Whether the parts of a delta compete side by side: not where the method wants to see ΔW as a matrix."""
+        return self.space.lossless and not (self.method.matrices or self.method.data)
+
+    @property
     def encode(self) -> Callable[..., Projection]:
         """The space with its options."""
-        return functools.partial(
-            self.space, **{name: self.options[name] for name in self.space.options}
-        )
+        options = {name: self.options[name] for name in self.space.options}
+        space = in_parts(self.space) if self.in_parts else self.space
+        return functools.partial(space, **options)
 
     def weights_in(self, modules: Iterable[str]) -> Callable[[str], tuple[float, ...]]:
         """The weights of a module, in a model whose layers are those of all `modules`."""

@@ -1,13 +1,15 @@
 """The rank of what leaves: optimal truncation of a delta, and the energy that it retains."""
 
+import dataclasses
 import functools
+import math
 import re
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from pcb_peft.delta import Core, Delta, Dense, LowRank
+from pcb_peft.delta import Core, Delta, Dense, LowRank, Rescaled
 from pcb_peft.errors import OptionError
 from pcb_peft.linalg import Svd, column_signs, leading_svd, one_thread, significant, svd
 
@@ -66,6 +68,49 @@ def truncate(delta: Delta, rank: int | float | None) -> tuple[LowRank, float]:
     root = s.sqrt()
     factors = ((root[:, None] * vh).float(), (u * root).float())
     return LowRank(*factors, layout=delta.layout), energy
+
+
+def truncate_added(delta: Rescaled, rank: int | float | None) -> tuple[Delta, float]:
+    """The closest delta with the same gain whose low-rank part has a lower rank.
+
+    Args:
+        delta: What is truncated.
+        rank: As `truncate` has it. A fraction is one of the energy of the whole ΔW, and so is what is returned.
+
+    Returns:
+        The truncated delta, and 1 − ‖lost‖²_F / ‖ΔW‖²_F; 0 where more is lost than ΔW has.
+    """
+    delta = delta.factored()
+    if rank is None and isinstance(delta.added, LowRank):
+        return delta, 1.0
+    if isinstance(rank, float):
+        share = 1 - (1 - rank) * _share(delta)
+        rank = share if share > 0 else 1
+    added, energy = truncate(delta.added, rank)
+    return rejoined(delta, added), retained(delta, energy)
+
+
+def added_part(delta: Delta) -> Delta:
+    """The part of a delta that has a rank: what it adds to W beside rescaling it, or all of it."""
+    return delta.added if isinstance(delta, Rescaled) else delta
+
+
+def rejoined(delta: Delta, added: LowRank) -> Delta:
+    """The delta with another such part."""
+    return dataclasses.replace(delta, added=added) if isinstance(delta, Rescaled) else added
+
+
+def retained(delta: Delta, energy: float) -> float:
+    """The energy that the delta retains if that part retains `energy` of its own."""
+    if energy == 1 or not isinstance(delta, Rescaled):
+        return energy
+    return max(0.0, 1 - (1 - energy) / _share(delta))
+
+
+def _share(delta: Rescaled) -> float:
+    """‖ΔW‖² by that of its low-rank part."""
+    part = delta.added.norm() ** 2
+    return delta.norm() ** 2 / part if part else math.inf
 
 
 def balanced(delta: Delta) -> tuple[Tensor, Tensor]:

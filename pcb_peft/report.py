@@ -14,7 +14,7 @@ class ModuleReport:
 
     Attributes:
         shape: (out, in) of ΔW.
-        rank: Of what leaves; None where it is dense, or a vector.
+        rank: Of what leaves, of a DoRA its low-rank part; None where it is dense, or a vector.
         energy: Retained fraction of the merged ‖ΔW‖²_F, times what a lossy space holds of the adapters'.
         norm: ‖ΔW‖_F of what leaves.
         kept: Fraction of its entries that each adapter kept, by name; empty where the method drops none.

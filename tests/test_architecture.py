@@ -42,7 +42,7 @@ LEVELS = (
     {"budget", "calibrations", "methods", "source", "spaces"},
     {"adapter", "recipe"},
     {"alignment", "extract", "grounding", "measured", "merged", "peft_names", "policy"},
-    {"competition", "net_utility", "plan"},
+    {"competition", "net_utility", "plan", "rescaling"},
     {"departure"},
     {"engine", "estimate"},
     {"cli_words", "collect", "demo", "live"},

@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from pcb_peft import BaseModelError
-from pcb_peft.delta import Core, Delta, Dense, Diagonal, LowRank
+from pcb_peft.delta import Core, Delta, Dense, Diagonal, LowRank, Rescaled
 from pcb_peft.layout import CONV1D, LINEAR
 
 OUT, IN = 7, 5
@@ -46,6 +46,10 @@ ADDITIVE = {
         random(OUT, IN, dtype=torch.float64),
     ),
     "dense, wide": (Dense(random(IN, OUT)), random(IN, OUT).double()),
+    "rescaled": (
+        Rescaled(l_out - 1, LowRank(A, B, 0.5), lambda: W),
+        (l_out.double() - 1)[:, None] * W.double() + 0.5 * B.double() @ A.double(),
+    ),
 }
 MULTIPLICATIVE = {
     "diagonal": (Diagonal(l_out), l_out.double()[:, None] * W.double()),

@@ -119,6 +119,26 @@ def test_many_processes_make_the_bytes_of_one(tmp_path, adapters, base, alone, c
 
 
 @pytest.mark.slow
+def test_what_rescales_w_is_the_same_too(tmp_path, shared_workshop, adapters, base):
+    """A delta comes from another process without its W, which is read again."""
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj"], use_dora=True)
+    workshop = type(shared_workshop)(tmp_path)
+    paths = [str(workshop.adapter("llama", config, f"dora{seed}", seed=seed)) for seed in (1, 2)]
+    cases = {
+        "pcb": {"method": "pcb", "scope": "global"},
+        "budget": {"method": "linear", "rank": "budget:30"},
+        "folded": {"method": "pcb", "fold": base},
+        "folded-budget": {"method": "linear", "rank": "budget:30", "fold": base},
+    }
+    cases = {name: case | {"base_model": base} for name, case in cases.items()}
+    for count, name in ((1, "one"), (2, "two")):
+        codes, _, errors = merged_by(count, tmp_path / name, [*paths, adapters[0]], cases)
+        assert codes == [0] * count, errors
+    assert json.loads(content(tmp_path / "two")["pcb/adapter_config.json"])["use_dora"]
+    assert content(tmp_path / "two") == content(tmp_path / "one")
+
+
+@pytest.mark.slow
 def test_threads_that_merge_modules_side_by_side_make_the_bytes_of_one(
     tmp_path, adapters, base, alone
 ):

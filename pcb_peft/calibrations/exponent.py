@@ -5,12 +5,12 @@ from typing import Annotated, TypeAlias
 
 from pcb_peft.calibrations.registry import after, before
 from pcb_peft.calibrations.spectral import assembled
-from pcb_peft.delta import Core, Delta, Dense, LowRank
+from pcb_peft.delta import Core, Delta, Dense, LowRank, Rescaled
 from pcb_peft.options import Range
 from pcb_peft.rank import triplets
 
 PAPER = "arXiv:2502.04959"
-KINDS = (LowRank, Core, Dense)
+KINDS = (LowRank, Core, Dense, Rescaled)
 
 Power: TypeAlias = Annotated[float, Range(0, 2)]
 

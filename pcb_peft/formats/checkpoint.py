@@ -9,7 +9,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from pcb_peft.errors import AdapterError
+from pcb_peft.errors import AdapterError, OptionError
 
 CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"
@@ -111,3 +111,12 @@ def open_tensors(directory: Path) -> Tensors:
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise AdapterError(f"{path} holds something else than named tensors")
     return TensorsInMemory(tensors)
+
+
+def refuse_overflow(tensors: Mapping[str, Tensor]) -> None:
+    """Raises OptionError where tensors that are to be written hold values beyond those of their dtype."""
+    for name, values in tensors.items():
+        if not values.isfinite().all():
+            raise OptionError(
+                f"{name} has values beyond those of {values.dtype}: save it in bfloat16 or float32"
+            )

@@ -97,4 +97,4 @@ def _feedforward(modules: Mapping[str, Diagonal]) -> list[str] | str:
     return names
 
 
-register(Format("IA3", read, Diagonal, write))
+register(Format("IA3", read, (Diagonal,), write))

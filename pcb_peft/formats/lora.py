@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pcb_peft.delta import Delta, Dense, LowRank
+from pcb_peft.delta import Delta, LowRank, Rescaled
 from pcb_peft.errors import UnsupportedError
 from pcb_peft.formats.checkpoint import Tensors
+from pcb_peft.formats.dora import direction, rescaled, with_magnitudes
 from pcb_peft.formats.heads import read_rows
 from pcb_peft.formats.lora_experts import read_experts, write_experts
 from pcb_peft.formats.lora_parts import (
@@ -22,7 +23,7 @@ from pcb_peft.formats.lora_parts import (
     stored,
     target_of,
 )
-from pcb_peft.formats.lora_variants import Taken, dora, taken_from, without
+from pcb_peft.formats.lora_variants import Taken, taken_from, without
 from pcb_peft.formats.registry import (
     PREFIX,
     Base,
@@ -37,11 +38,12 @@ from pcb_peft.formats.registry import (
     change_of_vector,
     finite,
     is_vector,
+    put_together,
     register,
     saved_parameters,
     without_base,
 )
-from pcb_peft.layout import CONV1D
+from pcb_peft.layout import CONV1D, Layout
 from pcb_peft.replaced import Parameter
 
 TOKENS = "token_adapter."
@@ -121,19 +123,22 @@ def _weight(
     reasons += ["DoRA rescales W + BA by its norm"] if magnitude else []
     why = ", and ".join(reasons)
 
+    def weight() -> tuple[Tensor, Layout]:
+        return base_weight(base, parts.module, factors.shape, why, factors.layout)
+
     def load() -> Delta:
-        weight, layout = base_weight(base, parts.module, factors.shape, why, factors.layout)
+        values, layout = weight()
         delta = dataclasses.replace(plain(), layout=layout)
         if taken:
-            delta = without(delta, taken.function(weight, factors.rank, scaling))
+            delta = without(delta, taken.function(values, factors.rank, scaling))
         if magnitude is None:
             return delta
-        return Dense(dora(weight, delta.matrix(), finite(tensors, magnitude)), layout=layout)
+        return rescaled(lambda: weight()[0], delta, finite(tensors, magnitude))
 
+    kind = LowRank if magnitude is None else Rescaled
     missing = without_base(parts.module, why) if base is None else ""
-    if magnitude is None:
-        return Entry(LowRank, factors.shape, load, 2 * factors.rank, missing)
-    return Entry(Dense, factors.shape, load, None, missing)
+    entry = Entry(kind, factors.shape, load, (2 if taken else 1) * factors.rank, missing)
+    return put_together(entry) if isinstance(base, Parameter) else entry
 
 
 def _bias(tensors: Tensors, name: str, scaling: float) -> Entry:
@@ -146,9 +151,9 @@ def _bias(tensors: Tensors, name: str, scaling: float) -> Entry:
 
 
 def write(
-    modules: Mapping[str, LowRank], dtype: torch.dtype, *, rank_pattern: bool = False
+    modules: Mapping[str, LowRank | Rescaled], dtype: torch.dtype, *, rank_pattern: bool = False
 ) -> Written:
-    """The deltas as a LoRA checkpoint whose scaling is 1 everywhere.
+    """The deltas as a LoRA checkpoint whose scaling is 1 everywhere; as a DoRA, if they rescale W.
 
     Args:
         modules: By module path.
@@ -158,6 +163,14 @@ def write(
     Raises:
         UnsupportedError: A bias changes whose weight does not.
     """
+    held = {name: d.factored() for name, d in modules.items() if isinstance(d, Rescaled)}
+    plain = {name: d for name, d in modules.items() if isinstance(d, LowRank)}
+    plain |= {name: direction(delta) for name, delta in held.items()}
+    return with_magnitudes(_factors(plain, dtype, rank_pattern=rank_pattern), held)
+
+
+def _factors(modules: Mapping[str, LowRank], dtype: torch.dtype, *, rank_pattern: bool) -> Written:
+    """The deltas as a LoRA checkpoint; arguments and errors are `write`'s."""
     biases = {name: delta for name, delta in modules.items() if is_vector(delta)}
     weights = {name: delta for name, delta in modules.items() if name not in biases}
     rank = max((delta.rank for delta in weights.values()), default=1)
@@ -232,4 +245,4 @@ def row_config(indices: Mapping[str, list[int]]) -> dict[str, Any]:
     return {"trainable_token_indices": dict(indices)}
 
 
-register(Format("LORA", read, LowRank, write, RowStore(TOKENS, row_config)))
+register(Format("LORA", read, (LowRank, Rescaled), write, RowStore(TOKENS, row_config)))

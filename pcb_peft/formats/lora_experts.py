@@ -205,7 +205,7 @@ def _entries(
         return LowRank(lora_A, lora_B, scaling, layout=layout)
 
     def entry(index: int) -> Entry:
-        return Entry(LowRank, shape, lambda: expert(index), rank)
+        return Entry(LowRank, shape, lambda: expert(index), rank, stacked=not plain)
 
     if plain and not stack.name.endswith(".weight"):
         raise UnsupportedError(

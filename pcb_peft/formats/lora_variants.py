@@ -1,4 +1,4 @@
-"""LoRAs whose ΔW depends on W: DoRA, and initialisations that take something out of W (PiSSA, OLoRA, KaSA)."""
+"""LoRAs whose initialisation takes something out of W: PiSSA, OLoRA, KaSA."""
 
 import dataclasses
 from collections.abc import Callable
@@ -76,18 +76,3 @@ def without(delta: LowRank, taken: tuple[Tensor, Tensor]) -> LowRank:
     lora_B = torch.cat([delta.lora_B.double() * delta.scaling, -left.double()], dim=1)
     lora_A = torch.cat([delta.lora_A, right.to(delta.lora_A.dtype)])
     return LowRank(lora_A, lora_B.float(), layout=delta.layout)
-
-
-def dora(weight: Tensor, change: Tensor, magnitude: Tensor) -> Tensor:
-    """ΔW of a DoRA: m/‖V‖ V − W for V = W + `change`, a norm per output.
-
-    Source: Liu et al. 2024, arXiv:2402.09353, equation 5.
-
-    Args:
-        weight: W (out, in).
-        change: What is added to W before its rows are rescaled, (out, in).
-        magnitude: m, any shape of `out` values.
-    """
-    direction = weight.double() + change.double()
-    gain = magnitude.double().flatten() / torch.linalg.vector_norm(direction, dim=1)
-    return (direction.mul_(gain[:, None]) - weight).float()

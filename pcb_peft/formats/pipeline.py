@@ -202,5 +202,5 @@ def _factors(module: str, delta: LowRank, dtype: torch.dtype, rank: int) -> tupl
     return down.to(dtype), up[(..., *[None] * len(kernel))].to(dtype)
 
 
-register(Format("DIFFUSERS", read, None, write_diffusers))
-register(Format("KOHYA", read, None, write_kohya))
+register(Format("DIFFUSERS", read, write=write_diffusers))
+register(Format("KOHYA", read, write=write_kohya))

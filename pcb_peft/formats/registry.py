@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from pcb_peft.delta import Delta, LowRank
+from pcb_peft.delta import Delta, Dense, LowRank, Rescaled
 from pcb_peft.errors import (
     AdapterError,
     BaseModelError,
@@ -81,8 +81,9 @@ class Entry:
         kind: Its type.
         shape: (out, in), as `Delta.shape`.
         load: Reads it.
-        rank: Of a low-rank delta.
+        rank: Of a low-rank delta, or of a delta's low-rank part.
         missing: Why it cannot be read without the base model, where that was not given.
+        stacked: The weight is one of several in a parameter: an expert's.
     """
 
     kind: type[Delta]
@@ -90,6 +91,7 @@ class Entry:
     load: Callable[[], Delta]
     rank: int | None = None
     missing: str = ""
+    stacked: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -140,14 +142,14 @@ class Format:
     Attributes:
         peft_type: PEFT's name.
         read: From configuration, tensors and the base model, if one was given, to contents.
-        kind: The type of delta that `write` writes.
+        kinds: The types of delta that `write` writes, one in an adapter.
         write: From deltas by module to file contents; None for a format that is only read.
         rows: How it stores rows that an adapter replaces; None where it has no place for them.
     """
 
     peft_type: str
     read: Callable[[Config, Tensors, Base], Contents]
-    kind: type[Delta] | None = None
+    kinds: tuple[type[Delta], ...] = ()
     write: Callable[..., Written] | None = None
     rows: RowStore | None = None
 
@@ -183,7 +185,7 @@ def format_for(kind: type[Delta] | None) -> Format:
         UnsupportedError: None does.
     """
     for format_ in _SHELF.values():
-        if format_.kind is kind and (format_.write if kind else format_.rows):
+        if kind in format_.kinds or (kind is None and not format_.kinds and format_.rows):
             return format_
     raise UnsupportedError(
         f"a {getattr(kind, '__name__', kind)} delta cannot be saved as a PEFT adapter: give a rank, or fold it into "
@@ -197,7 +199,7 @@ def format_named(name: str) -> Format:
     Raises:
         OptionError: There is none.
     """
-    known = {key.lower(): f for key, f in _SHELF.items() if f.kind is None and f.write}
+    known = {key.lower(): f for key, f in _SHELF.items() if not f.kinds and f.write}
     if name not in known:
         raise OptionError(
             f"format is {name!r}; it must be peft, or one of {', '.join(sorted(known))}"
@@ -288,6 +290,18 @@ def base_weight(
 def without_base(module: str, why: str) -> str:
     """What to say where a base model is needed and none was given."""
     return f"{module}: {why}"
+
+
+def put_together(entry: Entry) -> Entry:
+    """The same change: if it rescales W, as one matrix that does not follow another W."""
+
+    def load() -> Dense:
+        delta = entry.load()
+        return Dense(delta.matrix(), layout=delta.layout)
+
+    if entry.kind is not Rescaled:
+        return entry
+    return dataclasses.replace(entry, kind=Dense, load=load, rank=None)
 
 
 def change_of_vector(values: Tensor) -> LowRank:

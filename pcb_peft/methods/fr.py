@@ -11,7 +11,9 @@ from pcb_peft.options import Range
 from pcb_peft.statistics import Merged, TaskVectors
 
 
-@merge_method("fr", paper="arXiv:2411.16815", space="dense", scope="module", keeps_one=True)
+@merge_method(
+    "fr", paper="arXiv:2411.16815", space="dense", scope="module", keeps_one=True, matrices=True
+)
 def fr(tasks: TaskVectors, *, cutoff: Annotated[float, Range(0, 1)] = 0.1) -> Merged:
     """Take the low frequencies out of each ΔW, seen as an image, and add up the rest.
 

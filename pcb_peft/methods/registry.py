@@ -30,6 +30,7 @@ class MergeMethod:
         keeps_one: A single adapter comes back as it is, times its weight.
         takes: How many adapters it merges, apart from one that it keeps; None: any number.
         data: What it has to know of each module beside the adapters, by the name of the statistic; None: nothing.
+        matrices: It merges the matrix of a module as a whole, not entry by entry.
     """
 
     name: str
@@ -40,6 +41,7 @@ class MergeMethod:
     keeps_one: bool = False
     takes: int | None = None
     data: str | None = None
+    matrices: bool = False
 
     def can_take(self, count: int) -> bool:
         """Whether it merges so many adapters."""
@@ -83,11 +85,14 @@ def merge_method(
     keeps_one: bool = False,
     takes: int | None = None,
     data: str | None = None,
+    matrices: bool = False,
 ) -> Callable[[Callable[..., Merged]], Callable[..., Merged]]:
     """Puts a function on the shelf; the function itself stays as it is. The arguments are `MergeMethod`'s."""
 
     def register(function: Callable[..., Merged]) -> Callable[..., Merged]:
-        _SHELF[name] = MergeMethod(name, function, paper, space, scope, keeps_one, takes, data)
+        _SHELF[name] = MergeMethod(
+            name, function, paper, space, scope, keeps_one, takes, data, matrices
+        )
         return function
 
     return register

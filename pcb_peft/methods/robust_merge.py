@@ -10,7 +10,9 @@ from pcb_peft.options import Density
 from pcb_peft.statistics import Merged, TaskVectors
 
 
-@merge_method("robust_merge", paper="arXiv:2502.17159", scope="module", keeps_one=True)
+@merge_method(
+    "robust_merge", paper="arXiv:2502.17159", scope="module", keeps_one=True, matrices=True
+)
 def robust_merge(tasks: TaskVectors, *, density: Density = 0.2) -> Merged:
     """Prune the factors of each task, scale what is left of each direction up, and balance the tasks.
 

@@ -11,7 +11,7 @@ from pcb_peft.options import Density
 from pcb_peft.statistics import Merged, TaskVectors
 
 
-@merge_method("tsv", paper="arXiv:2412.00081", scope="module", keeps_one=True)
+@merge_method("tsv", paper="arXiv:2412.00081", scope="module", keeps_one=True, matrices=True)
 def tsv(tasks: TaskVectors, *, density: Density = 1.0) -> Merged:
     """Put all tasks' singular vectors side by side, make them orthonormal, and give them their singular values back.
 

@@ -12,7 +12,7 @@ from pcb_peft.options import Range
 from pcb_peft.statistics import Merged, TaskVectors
 
 
-@merge_method("wudi", paper="arXiv:2503.08099", scope="module", keeps_one=True)
+@merge_method("wudi", paper="arXiv:2503.08099", scope="module", keeps_one=True, matrices=True)
 def wudi(tasks: TaskVectors, *, ridge: Annotated[float, Range(0, 1e6)] = 0.0) -> Merged:
     """Disturb each task as little as possible on the inputs that its own task vector responds to.
 

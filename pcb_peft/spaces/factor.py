@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pcb_peft.delta import Delta, LowRank
+from pcb_peft.delta import Delta, LowRank, Rescaled
 from pcb_peft.rank import balanced
 from pcb_peft.spaces.registry import Projection, space
 from pcb_peft.statistics import stacked
@@ -25,7 +25,7 @@ GAUGES: dict[str, Callable[[Delta], tuple[Tensor, Tensor]]] = {
 }
 
 
-@space("factor", accepts=(LowRank,), lossless=True)
+@space("factor", accepts=(LowRank, Rescaled), lossless=True)
 def factor(
     deltas: Sequence[Delta],
     weights: Sequence[float],

@@ -1,0 +1,73 @@
+"""DoRA: W' = m/‖V‖ V for V = W + lora_B @ lora_A, a norm per output.
+
+Source: Liu et al. 2024, arXiv:2402.09353, equation 5.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from pcb_peft.delta import LowRank, Rescaled
+from pcb_peft.errors import UnsupportedError
+from pcb_peft.formats.registry import PREFIX, Written
+
+ROUNDING = 1e-7  # the part of the largest norm that is zero in float32
+
+
+def rescaled(weight: Callable[[], Tensor], change: LowRank, magnitude: Tensor) -> Rescaled:
+    """ΔW of a DoRA: diag(m/‖V‖ − 1) W + diag(m/‖V‖) BA.
+
+    Args:
+        weight: Reads W (out, in).
+        change: BA, what is added to W before its rows are rescaled.
+        magnitude: m, any shape of `out` values.
+    """
+    direction = weight().double() + change.matrix().double()
+    factor = magnitude.double().flatten() / torch.linalg.vector_norm(direction, dim=1)
+    lora_B = (change.lora_B.double() * factor[:, None]).float()
+    added = dataclasses.replace(change, lora_B=lora_B)
+    return Rescaled(factor - 1, added, weight, layout=change.layout)
+
+
+def direction(delta: Rescaled) -> LowRank:
+    """What is added to W before its rows are rescaled: diag(1 / (1 + gain)) times what is added to it at last."""
+    left, right = delta.added.factors()
+    return LowRank(right.float(), (left * delta.quotient()[:, None]).float(), layout=delta.layout)
+
+
+def with_magnitudes(written: Written, deltas: Mapping[str, Rescaled]) -> Written:
+    """The same file contents, of which the factors become those of a DoRA.
+
+    m is (1 + gain) ‖V‖ for the V that the tensors make as they are rounded. It stays float32: rounded, it would change
+    W itself.
+
+    Args:
+        written: The `direction` of each delta, as a LoRA of scaling 1.
+        deltas: By module, without a row of W that is multiplied by 0 (`Rescaled.factored`).
+
+    Raises:
+        UnsupportedError: A row of V is zero, by whose norm PEFT would divide.
+    """
+    if not deltas:
+        return written
+    tensors = dict(written.tensors)
+    for module, delta in deltas.items():
+        kind = "embedding_{}" if delta.layout.lookup else "{}.weight"
+        lora_A, lora_B = (
+            tensors[f"{PREFIX}{module}.lora_{kind.format(side)}"].flatten(1).double()
+            for side in "AB"
+        )
+        norms = torch.linalg.vector_norm(delta.weight().double() + lora_B @ lora_A, dim=1)
+        empty = norms <= ROUNDING * norms.max()
+        if empty.any():
+            raise UnsupportedError(
+                f"{module}: row {int(empty.nonzero()[0])} of W with its change is zero, and PEFT's DoRA divides "
+                "by its norm: merge in space='dense' (--space dense), which leaves as a LoRA, or fold"
+            )
+        magnitude = ((1 + delta.gain) * norms).float()
+        kernel = len(delta.layout.shape or ()) - 2
+        shape = (1, -1, *[1] * kernel) if delta.layout.shape else (-1,)
+        tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = magnitude.view(shape)
+    return dataclasses.replace(written, config=written.config | {"use_dora": True}, tensors=tensors)
