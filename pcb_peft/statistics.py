@@ -4,8 +4,6 @@ Shape legend: T adapters; a block is the stack (T, rows, cols) of one module's t
 some rows of a block (T, r, cols); D is the number of values per adapter in all blocks of the scope.
 """
 
-import collections
-import concurrent.futures
 import dataclasses
 import itertools
 import math
@@ -18,6 +16,7 @@ from torch import Tensor
 from pcb_peft import noise, selection
 from pcb_peft.linalg import one_thread
 from pcb_peft.processes import ALONE, Processes, union
+from pcb_peft.threads import side_by_side
 
 Index: TypeAlias = slice | Tensor
 
@@ -373,13 +372,4 @@ def in_order(
         if workers == 1 or len(first) < 2:
             yield from map(function, itertools.chain(first, items))
             return
-        queue: collections.deque[concurrent.futures.Future[Result]] = collections.deque()
-        with concurrent.futures.ThreadPoolExecutor(
-            workers, initializer=torch.set_num_threads, initargs=(1,)
-        ) as pool:
-            for item in itertools.chain(first, items):
-                queue.append(pool.submit(function, item))
-                if len(queue) > 2 * workers:
-                    yield queue.popleft().result()
-            while queue:
-                yield queue.popleft().result()
+        yield from side_by_side(function, itertools.chain(first, items), workers)

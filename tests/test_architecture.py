@@ -18,7 +18,7 @@ from pcb_peft.spaces import list_spaces
 # From the bottom: an import points to a lower line, or stays in the importer's folder.
 LEVELS = (
     {"errors", "layout", "version"},
-    {"processes"},
+    {"processes", "threads"},
     {
         *(
             "base_files",
