@@ -25,6 +25,7 @@ from pcb_peft.errors import (
 )
 from pcb_peft.formats.checkpoint import SAFETENSORS, Tensors
 from pcb_peft.layout import LINEAR, Layout
+from pcb_peft.linalg import one_thread
 from pcb_peft.replaced import Parameter, Rows
 
 PREFIX = "base_model.model."
@@ -221,6 +222,7 @@ def module_of(key: str) -> str:
     return module
 
 
+@one_thread()  # others that were woken for so little would go on spinning
 def finite(tensors: Tensors, name: str) -> Tensor:
     """A tensor in float32.
 
