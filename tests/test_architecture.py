@@ -34,7 +34,7 @@ LEVELS = (
         *("report", "selection", "skeleton", "texts"),
     },
     {"base_model", "delta", "overrides", "statistics"},
-    {"shards"},
+    {"pieces", "shards"},
     {"embeddings"},
     {"fold", "formats", "rank"},
     {"budget", "calibrations", "methods", "source", "spaces"},
