@@ -386,5 +386,6 @@ def fold_adapter(
     progress: bool | None = None,
 ) -> None:
     """Writes the base model with an adapter folded into its weights; as `load_adapter(adapter).fold(...)`."""
-    loaded = load_adapter(adapter, base_model=base_model)
+    known = isinstance(adapter, Source) and adapter.sha256 is not None
+    loaded = load_adapter(adapter, base_model=base_model, hashed=known)
     loaded.fold(base_model, output, tied=tied, overwrite=overwrite, progress=progress)

@@ -7,12 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from pcb_peft.errors import BaseModelError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 _DOWNLOADED = [
     *("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "LICENSE*"),
     *("*.bpe", "*.codes", "*.spm", "*.tiktoken"),
@@ -25,12 +32,13 @@ _QUANTISED = re.compile(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Span:
-    """Where a tensor lies: bytes `begin` to `end` of the checkpoint's file `file`."""
+    """Where a tensor lies: bytes `begin` to `end` of the checkpoint's file `file`; `dtype` is safetensors' word."""
 
     file: str
     begin: int
     end: int
     shape: tuple[int, ...]
+    dtype: str
 
 
 def download(source: str, revision: str | None) -> Path:
@@ -110,7 +118,7 @@ def read_spans(directory: Path, file: str) -> dict[str, Span]:
 
 def _span(file: str, start: int, entry: Mapping[str, Any]) -> Span:
     begin, end = entry["data_offsets"]
-    return Span(file, start + begin, start + end, tuple(entry["shape"]))
+    return Span(file, start + begin, start + end, tuple(entry["shape"]), entry["dtype"])
 
 
 def refuse_quantised(config: Mapping[str, Any], spans: Mapping[str, Span], source: str) -> None:

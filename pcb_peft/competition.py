@@ -14,12 +14,11 @@ from pcb_peft.adapter import Adapter
 from pcb_peft.alignment import Alignment
 from pcb_peft.calibrations import Calibration
 from pcb_peft.delta import Delta
-from pcb_peft.linalg import one_thread
 from pcb_peft.processes import Processes, current, union
 from pcb_peft.progress import Track
 from pcb_peft.spaces import Projection
 from pcb_peft.statistics import Block, BlockCounts, Index, Merged, TaskVectors
-from pcb_peft.threads import in_order
+from pcb_peft.threads import in_order, one_thread
 
 Result = TypeVar("Result")
 

@@ -9,19 +9,29 @@ import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from pcb_peft.errors import BaseModelError
 from pcb_peft.layout import LINEAR, Layout
+from pcb_peft.threads import one_thread
 
-ROWS = (
-    64  # of a weight that are changed at a time: what they take on the way stays in a core's cache
-)
 VANISHED = 2**-20  # a factor of a row of W that is smaller is 0
 ROUNDING = 1e-6  # what is a smaller part of a row is 0
+# What so many values of a weight take on the way, in float32, stays in a core's cache.
+_AT_A_TIME = 1 << 17
+
+
+def shares(shape: tuple[int, ...], at_a_time: int = _AT_A_TIME) -> int:
+    """Into how many shares of its rows a weight is split, for shares of about so many values.
+
+    `Tensor.tensor_split` makes them equally long, so that none is a single row, which would be multiplied, and rounded,
+    in another way than many are.
+    """
+    width = max(1, math.prod(shape[1:]))
+    return max(1, math.ceil(shape[0] / max(4, at_a_time // width)))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -79,14 +89,22 @@ class Delta(abc.ABC):
 
     def apply_(self, weight: Tensor) -> Tensor:
         """`apply` in W's own memory."""
-        for rows, change in zip(weight.split(ROWS), self._rows(weight), strict=True):
-            rows.copy_(change.add_(rows.to(change)))
+        count = shares(tuple(weight.shape))
+        parts = weight.tensor_split(count)
+        room = torch.empty_like(parts[0], dtype=torch.float32)  # the first part is the longest
+        for rows, change in zip(parts, self._rows(weight, count), strict=True):
+            values = room[: rows.shape[0]].copy_(rows)
+            rows.copy_(values.add_(change))
         return weight
 
-    def _rows(self, weight: Tensor) -> Iterator[Tensor]:
-        """ΔW in W's own orientation, `ROWS` at a time, each valid until the next; W is not yet changed."""
-        for rows in self.delta(weight).split(ROWS):
-            yield rows.clone()
+    def _rows(self, weight: Tensor, count: int) -> Iterator[Tensor]:
+        """ΔW in W's own orientation, in `count` shares, each valid until the next; W is not yet changed."""
+        yield from self.delta(weight).tensor_split(count)
+
+    def split(self, count: int) -> "Sequence[Delta] | None":
+        """What is done to `count` shares of W's rows, as it is stored; None where W must be changed as a whole."""
+        del count
+        return None
 
     def apply_to_bias(self, bias: Tensor) -> Tensor:
         """The layer's bias after the change, in its own dtype."""
@@ -118,13 +136,24 @@ class LowRank(Delta):
     def matrix(self) -> Tensor:
         return (self.lora_B.float() @ self.lora_A.float()).mul_(self.scaling)
 
-    def _rows(self, weight: Tensor) -> Iterator[Tensor]:
+    def _rows(self, weight: Tensor, count: int) -> Iterator[Tensor]:
         if self.layout != LINEAR:
-            yield from Delta._rows(self, weight)
+            yield from Delta._rows(self, weight, count)
             return
-        lora_A, room = self.lora_A.float(), torch.empty(ROWS, self.shape[1])
-        for lora_B in self.lora_B.float().split(ROWS):
-            yield torch.mm(lora_B, lora_A, out=room[: len(lora_B)]).mul_(self.scaling)
+        lora_A, lora_B, scaling = self.lora_A.float(), self.lora_B.float(), self.scaling
+        if abs(math.frexp(scaling)[0]) == 0.5:  # a power of two rounds nothing: it may go first
+            lora_B, scaling = lora_B * scaling, 1.0
+        room = torch.empty(-(-len(lora_B) // count), self.shape[1])
+        for rows in lora_B.tensor_split(count):
+            change = torch.mm(rows, lora_A, out=room[: rows.shape[0]])
+            yield change if scaling == 1.0 else change.mul_(scaling)
+
+    def split(self, count: int) -> "Sequence[LowRank] | None":
+        if self.layout != LINEAR:
+            return None
+        with one_thread():  # others that were woken for so little would go on spinning
+            lora_A, rows = self.lora_A.float(), self.lora_B.float().tensor_split(count)
+        return [LowRank(lora_A, lora_B, self.scaling) for lora_B in rows]
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The scaling is shared out evenly."""
@@ -194,6 +223,11 @@ class Dense(Delta):
 
     def matrix(self) -> Tensor:
         return self.values.float()
+
+    def split(self, count: int) -> "Sequence[Dense] | None":
+        if self.layout != LINEAR:
+            return None
+        return [Dense(rows) for rows in self.values.tensor_split(count)]
 
     def norm(self) -> float:
         return float(torch.linalg.vector_norm(self.values))
@@ -304,7 +338,10 @@ class Diagonal(Delta):
         return weight.float() * (self._along(weight) - 1)
 
     def apply_(self, weight: Tensor) -> Tensor:
-        return weight.copy_(weight.float() * self._along(weight))
+        along, count = self._along(weight).expand(weight.shape), shares(tuple(weight.shape))
+        for rows, scales in zip(weight.tensor_split(count), along.tensor_split(count), strict=True):
+            rows.copy_(rows.float() * scales)
+        return weight
 
     def apply_to_bias(self, bias: Tensor) -> Tensor:
         return bias if self.feedforward else (bias.float() * self.l.float()).to(bias.dtype)

@@ -19,7 +19,6 @@ from pcb_peft.adapter import Adapter, lazy_base, load_adapter
 from pcb_peft.alignment import Alignment
 from pcb_peft.delta import Delta, Dense, Diagonal, LowRank, Rescaled
 from pcb_peft.grounding import grounded
-from pcb_peft.linalg import one_thread
 from pcb_peft.measured import open_statistics
 from pcb_peft.methods import get_method
 from pcb_peft.peft_names import method_of, spelled_out
@@ -37,6 +36,7 @@ from pcb_peft.statistics import (
     dtype_of,
     sample_size,
 )
+from pcb_peft.threads import one_thread
 
 Result = TypeVar("Result")
 Shape: TypeAlias = tuple[int, int]

@@ -1,29 +1,31 @@
 """Add deltas into a base model's weights, shard by shard, without loading the model."""
 
+import contextlib
 import dataclasses
 import functools
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-from pcb_peft.base_files import INDEX_FILE, SINGLE_FILE
+from pcb_peft.base_files import FLOATS, INDEX_FILE, SINGLE_FILE
 from pcb_peft.base_model import BaseModel, Place
-from pcb_peft.delta import Delta, Dense, Diagonal
+from pcb_peft.delta import Delta, Dense, Diagonal, shares
 from pcb_peft.embeddings import Change, check_untied, heights, untangled
 from pcb_peft.errors import BaseModelError, MismatchError, OutputError
-from pcb_peft.output import shared_directory
+from pcb_peft.output import GrowingFile, shared_directory
+from pcb_peft.pieces import PIECE_VALUES, Piece, added, copied, read, whole
 from pcb_peft.processes import current
 from pcb_peft.progress import Track, tracker
 from pcb_peft.replaced import Head, Parameter, Rows
 from pcb_peft.shards import Edit, Rewrite, config_of, header_of, index_of
+from pcb_peft.threads import side_by_side
 
-_BUFFER_BYTES = 8 << 20
+_MOST_WORKERS = 8  # one thread writes, and more than that many do not make what it can write
 _WEIGHTS = re.compile(
     r"\.(bin|ckpt|gguf|h5|mlmodel|msgpack|onnx|onnx_data|ot|pb|pt|pth|safetensors|tflite)$"
 )
@@ -121,6 +123,33 @@ def folded(deltas: Mapping[str, Delta], base: BaseModel, replaced: Head) -> Fold
     return FoldedModel(base.source, base.directory, base.config, base.spans, base, rewrite.edits)
 
 
+@dataclasses.dataclass(frozen=True)
+class Sum:
+    """The edit of a parameter to which deltas are added.
+
+    Attributes:
+        delta: Module to its delta.
+        modules: Where in the parameter modules lie.
+    """
+
+    delta: Callable[[str], Delta]
+    modules: Mapping[Place, str]
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """A parameter's values with the changes of the modules that lie there, in place."""
+        for place, module in self.modules.items():
+            delta = self.delta(module)
+            if place.rows is not None:
+                delta = Dense(delta.matrix()[slice(*place.rows)])
+            delta.apply_(place.part(values))
+        return values
+
+    def split(self, count: int) -> Sequence[Delta] | None:
+        """What is done to `count` shares of the rows; None where all must be there at once."""
+        (place, module), *others = self.modules.items()
+        return None if others or not place.whole else self.delta(module).split(count)
+
+
 def _in_folder(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
@@ -149,12 +178,13 @@ def _plan(deltas: Mapping[str, Delta], base: BaseModel, head: Head) -> dict[str,
         new = whole.get(name)
         parameter = base.parameter(name)
         shape = new.shape if new else base.spans[parameter].shape
-        steps = (
+        steps: tuple[Edit | None, ...] = (
             functools.partial(_in_place_of, new) if new else None,
             functools.partial(_with_rows, name, some[name]) if name in some else None,
             edits.get(name),
         )
-        edit = functools.partial(_in_turn, steps)
+        first, *rest = filter(None, steps)
+        edit = functools.partial(_in_turn, (first, *rest)) if rest else first
         changes[name] = Change(parameter, edit, shape, own=name in own)
     return changes
 
@@ -186,9 +216,7 @@ def _delta_edits(
                 raise MismatchError(
                     f"{module} and {other} are two names for {name}; leave one of them out"
                 )
-    edits: dict[str, Edit] = {
-        name: functools.partial(_changed, delta, modules) for name, modules in taken.items()
-    }
+    edits: dict[str, Edit] = {name: Sum(delta, modules) for name, modules in taken.items()}
     for module in deltas:
         if base.bias_parameter(module) is not None:
             bias = base.in_memory(module, "bias")
@@ -196,18 +224,6 @@ def _delta_edits(
                 bias, lambda values, module=module: delta(module).apply_to_bias(values)
             )
     return edits
-
-
-def _changed(
-    deltas: Callable[[str], Delta], modules: Mapping[Place, str], values: Tensor
-) -> Tensor:
-    """A parameter's values with the changes of the modules that lie there, in place."""
-    for place, module in modules.items():
-        delta = deltas(module)
-        if place.rows is not None:
-            delta = Dense(delta.matrix()[slice(*place.rows)])
-        delta.apply_(place.part(values))
-    return values
 
 
 def _parted(name: str) -> tuple[str, str]:
@@ -219,8 +235,8 @@ def _in_place_of(new: Parameter, values: Tensor) -> Tensor:
     return new().to(values.dtype, copy=True)
 
 
-def _in_turn(steps: Sequence[Edit | None], values: Tensor) -> Tensor:
-    for step in filter(None, steps):
+def _in_turn(steps: Sequence[Edit], values: Tensor) -> Tensor:
+    for step in steps:
         values = step(values)
     return values
 
@@ -256,45 +272,42 @@ def fitted(
 
 def _fold_shard(base: BaseModel, file: str, target: Path, rewrite: Rewrite, track: Track) -> None:
     """Copies a shard, with the values of the edited parameters replaced on the way."""
-    added = rewrite.added_to(base, file)
+    workers = min(torch.get_num_threads(), _MOST_WORKERS)
+    pieces = side_by_side(lambda piece: piece(), _pieces(base, file, rewrite, track), workers)
+    with GrowingFile(target) as writer, contextlib.closing(pieces):
+        writer.write(header_of(base, file, rewrite))
+        for content in pieces:
+            writer.write(content)
+
+
+def _pieces(base: BaseModel, file: str, rewrite: Rewrite, track: Track) -> Iterator[Piece]:
+    """What follows a shard's header."""
+    source = base.directory / file
     here = (name for name in rewrite.edits if name in base.spans and base.spans[name].file == file)
     edited = sorted(here, key=lambda name: base.spans[name].begin)
-    source = base.directory / file
-    with source.open("rb") as reader, target.open("wb") as writer:
-        writer.write(header_of(base, file, rewrite))
-        reader.seek(8 + int.from_bytes(reader.read(8), "little"))
-        for name in track(edited, file):
-            _copy(reader, writer, base.spans[name].begin - reader.tell())
-            writer.write(_edited_bytes(base, name, rewrite.edits[name]))
-            reader.seek(base.spans[name].end)
-        _copy(reader, writer, source.stat().st_size - reader.tell())
-        for name, origin in added.items():
-            writer.write(_edited_bytes(base, origin, rewrite.edits[name]))
+    with source.open("rb") as stream:
+        position = 8 + int.from_bytes(stream.read(8), "little")
+    for name in track(edited, file):
+        yield from copied(source, position, base.spans[name].begin)
+        yield from _edited(base, name, name, rewrite.edits[name])
+        position = base.spans[name].end
+    yield from copied(source, position, max(s.end for s in base.spans.values() if s.file == file))
+    for name, origin in rewrite.added_to(base, file).items():
+        yield from _edited(base, name, origin, rewrite.edits[name])
 
 
-def _edited_bytes(base: BaseModel, name: str, edit: Edit) -> memoryview:
-    values = base.tensor(name)
-    if not values.is_floating_point() or values.element_size() == 1:
+def _edited(base: BaseModel, name: str, origin: str, edit: Edit) -> Iterator[Piece]:
+    """A parameter that is made from the values of one in the files."""
+    span = base.spans[origin]
+    if span.dtype not in FLOATS:
         raise BaseModelError(
-            f"{base.source}: {name} is stored as {values.dtype}, to which nothing can be added; "
+            f"{base.source}: {origin} is stored as {base.tensor(origin).dtype}, to which nothing can be added; "
             "give the model in bfloat16, float16 or float32"
         )
-    edited = edit(values)
-    if edited.numel() and not torch.isfinite(torch.stack(torch.aminmax(edited))).all():
-        raise MismatchError(
-            f"{name} would hold NaN or infinite values, beyond what {values.dtype} holds; "
-            "give the base in bfloat16 or float32"
-        )
-    return edited.contiguous().view(torch.uint8).numpy().data
-
-
-def _copy(reader: BinaryIO, writer: BinaryIO, count: int) -> None:
-    while count:
-        chunk = reader.read(min(count, _BUFFER_BYTES))
-        if not chunk:
-            raise BaseModelError(f"{reader.name} became shorter while it was read")
-        writer.write(chunk)
-        count -= len(chunk)
+    split = edit.split(shares(span.shape, PIECE_VALUES)) if isinstance(edit, Sum) else None
+    if split:
+        return added(base.directory / span.file, span, split, name)
+    return whole(edit(read(base.directory / span.file, span)), name)
 
 
 def _other_files(base: BaseModel) -> list[Path]:

@@ -1,7 +1,6 @@
 """The few decompositions that spaces and truncation share."""
 
-import contextlib
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import torch
@@ -13,17 +12,6 @@ Svd: TypeAlias = tuple[Tensor, Tensor, Tensor]
 OVERSAMPLING = 16
 POWER_ITERATIONS = 3
 ROUNDING = 1e-6  # a smaller part of the largest singular value is what float32 files leave of a 0
-
-
-@contextlib.contextmanager
-def one_thread() -> Generator[None]:
-    """Without the threads of BLAS and LAPACK: how they share out a sum decides how it is rounded."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def column_signs(columns: Tensor) -> Tensor:

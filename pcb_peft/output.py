@@ -1,5 +1,6 @@
 """A directory that appears whole or not at all."""
 
+import concurrent.futures
 import contextlib
 import os
 import shutil
@@ -9,6 +10,8 @@ from pathlib import Path
 
 from pcb_peft.errors import OutputError
 from pcb_peft.processes import Processes
+
+_SYNCED_AT_ONCE = 64 << 20
 
 
 @contextlib.contextmanager
@@ -31,7 +34,8 @@ def replace_directory(target: Path, *, overwrite: bool) -> Generator[Path]:
     temporary = _make_beside(target)
     try:
         yield temporary
-        _settle(temporary)
+        with _writing(target):
+            _settle(temporary)
         check_target(target, overwrite=overwrite)
         _swap(temporary, target)
     finally:
@@ -58,6 +62,43 @@ def shared_directory(target: Path, processes: Processes, *, overwrite: bool) -> 
         yield directory
         processes.agree()
     processes.agree()
+
+
+class GrowingFile:
+    """A new file that is synced while it is written: when all is there, little is left to wait for."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with _writing(path):
+            self._stream = path.open("wb", buffering=0)
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+        self._sync = self._thread.submit(lambda: None)
+        self._unsynced = 0
+
+    def write(self, content: bytes | memoryview) -> None:
+        """Appends.
+
+        Raises:
+            OutputError: The disk is full, or broken.
+        """
+        rest = memoryview(content).cast("B")
+        self._unsynced += len(rest)
+        with _writing(self._path):
+            while rest:
+                rest = rest[self._stream.write(rest) :]
+            if self._unsynced >= _SYNCED_AT_ONCE and self._sync.done():
+                self._sync.result()
+                self._sync = self._thread.submit(os.fsync, self._stream.fileno())
+                self._unsynced = 0
+
+    def __enter__(self) -> "GrowingFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+        with _writing(self._path):
+            self._stream.close()
+            self._sync.result()
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
@@ -90,6 +131,17 @@ def _make_beside(target: Path) -> Path:
     except OSError as error:
         raise OutputError(f"{target.parent} cannot be written: {error.strerror}") from error
     return temporary
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Generator[None]:
+    """Turns what the disk says into words."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"{path} cannot be written: {error.strerror or error}; make room, or name a directory elsewhere"
+        ) from error
 
 
 def _settle(directory: Path) -> None:

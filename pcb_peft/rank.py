@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pcb_peft.delta import Core, Delta, Dense, LowRank, Rescaled
 from pcb_peft.errors import OptionError
-from pcb_peft.linalg import Svd, column_signs, leading_svd, one_thread, significant, svd
+from pcb_peft.linalg import Svd, column_signs, leading_svd, significant, svd
+from pcb_peft.threads import one_thread
 
 Rank: TypeAlias = int | float | str | None
 """An integer, a fraction of the energy to retain, "budget:N" or "utility:N" (of all modules together), "full" (dense),

@@ -1,8 +1,10 @@
 """What transformers knows about an architecture: its parameters, layers and ties, without their values."""
 
+import contextlib
 import dataclasses
+import gc
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,7 +114,8 @@ def _natural(name: str) -> list[int]:
 
 def build_skeleton(directory: Path) -> Skeleton:
     """The skeleton of the checkpoint in a directory."""
-    model = _build_on_meta(directory)
+    with _uncollected():
+        model = _build_on_meta(directory)
     if model is None:
         return Skeleton(frozenset(), layers={}, tied={}, prefix="", conversions=())
     inputs, embeddings = _ends(model)
@@ -125,6 +128,18 @@ def build_skeleton(directory: Path) -> Skeleton:
         prefix=model.base_model_prefix,
         conversions=_conversions(model),
     )
+
+
+@contextlib.contextmanager
+def _uncollected() -> Generator[None]:
+    """Without the garbage collector: while transformers is imported it would look through all of it over and over."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _build_on_meta(directory: Path) -> "PreTrainedModel | None":

@@ -18,7 +18,7 @@ from pcb_peft.spaces import list_spaces
 # From the bottom: an import points to a lower line, or stays in the importer's folder.
 LEVELS = (
     {"errors", "layout", "version"},
-    {"processes"},
+    {"processes", "threads"},
     {
         *(
             "base_files",
@@ -34,9 +34,8 @@ LEVELS = (
         ),
         *("report", "selection", "skeleton", "texts"),
     },
-    {"threads"},
     {"base_model", "delta", "overrides", "statistics"},
-    {"shards"},
+    {"pieces", "shards"},
     {"embeddings"},
     {"fold", "formats", "rank"},
     {"budget", "calibrations", "methods", "source", "spaces"},

@@ -163,7 +163,7 @@ def test_a_saved_merge_of_ia3s_is_one_plus_the_weighted_sum_of_l_minus_one(works
     assert config["target_modules"] == sorted(merged.modules)
 
 
-@pytest.mark.parametrize("space", ["auto", *(set(list_spaces()) - {"vector"})])
+@pytest.mark.parametrize("space", ["auto", *sorted(set(list_spaces()) - {"vector"})])
 @pytest.mark.parametrize("method", ["linear", "pcb"])
 def test_one_adapter_comes_back_unchanged(workshop, method, space):
     directory = workshop.adapter("mlp", lora(use_rslora=True, rank_pattern={"mix": 1}))

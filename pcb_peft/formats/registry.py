@@ -26,6 +26,7 @@ from pcb_peft.errors import (
 from pcb_peft.formats.checkpoint import SAFETENSORS, Tensors
 from pcb_peft.layout import LINEAR, Layout
 from pcb_peft.replaced import Parameter, Rows
+from pcb_peft.threads import one_thread
 
 PREFIX = "base_model.model."
 AUTOMATIC_HEADS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"]}
@@ -223,6 +224,7 @@ def module_of(key: str) -> str:
     return module
 
 
+@one_thread()  # others that were woken for so little would go on spinning
 def finite(tensors: Tensors, name: str) -> Tensor:
     """A tensor in float32.
 
