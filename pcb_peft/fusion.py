@@ -3,6 +3,7 @@
 import functools
 import warnings
 from collections.abc import Callable
+from types import BuiltinFunctionType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
-WORTH_VALUES = 1 << 31  # of all adapters together: below, compiling takes longer than it saves
+WORTH_VALUES = 3 << 30  # of all adapters together: below, compiling takes longer than it saves
 MOST_TASKS = 16  # what is done to each pair of adapters is spelled out
 
 
@@ -33,10 +34,17 @@ def obstacle(device: torch.device) -> str | None:
 
 
 def fused(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """The same function, compiled for tiles of any size when it is first called, for one thread each."""
+    """The same function, compiled for tiles of any size when it is first called; one call of torch stays what it is.
+
+    On a CPU it runs on the thread that calls it, without holding the interpreter's lock.
+    """
+    if isinstance(function, BuiltinFunctionType):
+        return function
     options: dict[str, str | int | bool | Callable[..., Any]] = {
-        "cpp.threads": 1,
         "compile_threads": 1,
+        "cpp_wrapper": True,  # which releases the lock
+        "cpp.threads": 1,
+        "cpp.vec_isa_ok": True,  # trying out what the processor can do takes longer than all else
     }
     return torch.compile(function, dynamic=True, options=options)
 

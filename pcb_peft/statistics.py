@@ -5,6 +5,7 @@ some rows of a block (T, r, cols); D is the number of values per adapter in all 
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -279,21 +280,23 @@ class TaskVectors:
     def _fused(self, function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         return fusion.fused(function) if self.compiled else function
 
-    def tiles(self, block: Block, whole: bool = False) -> Iterator[Callable[[], Tensor]]:
-        """The block's tiles, of which each is computed by a call."""
+    def tiles(
+        self, block: Block, whole: bool = False
+    ) -> Iterator[tuple[slice, Callable[[], Tensor]]]:
+        """The block's tiles: which rows they are, and a call that computes them."""
         part = block.open(self.dtype, self.device)
         values = TILE_VALUES if self.device.type == "cpu" else DEVICE_TILE_VALUES
         height = block.shape[1] if whole else max(1, values // (self.tasks * block.shape[2]))
         for start in range(0, block.shape[1], height):
             rows = slice(start, start + height)
-            yield lambda rows=rows: part(rows, slice(None))
+            yield rows, functools.partial(part, rows, slice(None))
 
     def _sweep(self, function: Callable[[Tensor], Result]) -> Iterator[tuple[int, Result]]:
         """What `function` makes of each tile of this process, in order, with the block's index."""
         tiles = (
             (index, tile)
             for index in self._track(self._own)
-            for tile in self.tiles(self.blocks[index])
+            for _, tile in self.tiles(self.blocks[index])
         )
         return in_order(lambda item: (item[0], function(item[1]())), tiles)
 
@@ -359,19 +362,18 @@ class Merged:
         weights = self._weigh(weights) if self._weigh else weights
         weights = weights.to(tasks.device, tasks.dtype)[:, None, None]
 
-        def merge(tile: Callable[[], Tensor]) -> tuple[Tensor, list[int], int]:
+        result = torch.empty(block.shape[1:], dtype=tasks.dtype)
+
+        def merge(item: tuple[slice, Callable[[], Tensor]]) -> tuple[list[int], int]:
+            rows, tile = item
             values = tile()
-            result = self._rule(values, weights)
-            merged, kept = result if isinstance(result, tuple) else (result, None)
-            kept_counts = [] if kept is None else [count(mask) for mask in kept]
-            return merged.cpu(), kept_counts, disagreements(values)
+            merged = self._rule(values, weights)
+            merged, kept = merged if isinstance(merged, tuple) else (merged, ())
+            result[rows] = merged
+            return [count(mask) for mask in kept], disagreements(values)
 
         counts = BlockCounts(block.size)
-        result = torch.empty(block.shape[1:], dtype=tasks.dtype)  # a list of tiles scatters
-        end = 0
-        for values, kept, conflicts in in_order(merge, tasks.tiles(block, self._whole)):
-            start, end = end, end + len(values)
-            result[start:end] = values
+        for kept, conflicts in in_order(merge, tasks.tiles(block, self._whole)):
             counts.conflicts += conflicts
             counts.kept = [a + b for a, b in zip(counts.kept or [0] * len(kept), kept, strict=True)]
         return result, counts

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pcb_peft import Adapter
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each worker
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 
 
 class Block(nn.Module):

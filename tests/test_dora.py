@@ -375,9 +375,9 @@ def test_every_method_says_whether_it_merges_matrices():
     block = dataclasses.replace(stacked(random(2, 3, 3), (1.0, 1.0)), keys=(1, 2))
 
     class Noticing(TaskVectors):
-        def combine(self, rule, *, whole=False):
+        def combine(self, rule, *, whole=False, weigh=None):
             noticed.append(whole)
-            return super().combine(rule, whole=whole)
+            return super().combine(rule, whole=whole, weigh=weigh)
 
         def transformed(self, transform):
             return Noticing(super().transformed(transform).blocks)

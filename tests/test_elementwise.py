@@ -432,7 +432,7 @@ def dropped_by(name: str, tasks: TaskVectors, density: float) -> Array:
     original = TaskVectors.combine
 
     def combine(self: TaskVectors, rule: Any, *, whole: bool = False) -> Any:
-        seen.extend(tile() for tile in self.tiles(self.blocks[0], True))
+        seen.extend(tile() for _, tile in self.tiles(self.blocks[0], True))
         return original(self, rule, whole=whole)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -80,9 +80,9 @@ def test_compiled_values_do_not_depend_on_tiles_and_threads(monkeypatch):
 def test_what_takes_less_time_than_compiling_is_not_compiled(monkeypatch):
     monkeypatch.undo()
     assert not scope().compiled
-    assert not fusion.worth(tasks=4, size=1 << 28)
-    assert fusion.worth(tasks=4, size=1 << 29)
-    assert not fusion.worth(tasks=1000, size=1 << 29)
+    assert not fusion.worth(tasks=4, size=1 << 29)
+    assert fusion.worth(tasks=4, size=1 << 30)
+    assert not fusion.worth(tasks=1000, size=1 << 30)
 
 
 @pytest.mark.parametrize(

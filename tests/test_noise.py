@@ -137,7 +137,7 @@ def random_blocks() -> list[Block]:
 
 def whole(tasks: TaskVectors) -> list[Tensor]:
     """Every block of the task vectors, put together from its tiles."""
-    return [torch.cat([tile() for tile in tasks.tiles(block)], dim=1) for block in tasks.blocks]
+    return [torch.cat([tile() for _, tile in tasks.tiles(block)], dim=1) for block in tasks.blocks]
 
 
 def noisy(x: Tensor, uniform: Tensor) -> Tensor:
