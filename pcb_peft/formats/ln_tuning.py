@@ -31,7 +31,8 @@ def read(config: Config, tensors: Tensors, base: Base) -> Contents:
         shape = tensors.shape(name)
         if len(shape) != 1:
             raise UnsupportedError(
-                f"{name} has shape {shape}; only vectors, as of norms, are supported"
+                f"{name} has shape {shape}; only vectors, as of norms, are supported: merge it into the base, "
+                "and take the change from there (extract_adapter, `pcb-peft extract`)"
             )
         path, _, parameter = name.partition(INFIX)
         module = module_of(path)
