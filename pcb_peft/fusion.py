@@ -14,6 +14,12 @@ Result = TypeVar("Result")
 
 WORTH_VALUES = 3 << 30  # of all adapters together: below, compiling takes longer than it saves
 MOST_TASKS = 16  # what is done to each pair of adapters is spelled out
+ON_CPU: dict[str, str | int | bool | Callable[..., Any]] = {
+    "compile_threads": 1,
+    "cpp_wrapper": True,  # which releases the interpreter's lock, so that tiles run side by side
+    "cpp.threads": 1,
+    "cpp.vec_isa_ok": True,  # trying out what the processor can do takes longer than all else
+}
 
 
 def worth(tasks: int, size: int) -> bool:
@@ -27,25 +33,19 @@ def obstacle(device: torch.device) -> str | None:
     try:
         with warnings.catch_warnings():  # torch's compiler still imports what torch deprecates
             warnings.simplefilter("ignore", DeprecationWarning)
-            _, compiled = fused(_probe)(torch.ones(64, device=device))
+            _, compiled = fused(_probe, device)(torch.ones(64, device=device))
     except (ImportError, OSError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}".strip().splitlines()[0]
     return None if compiled else "torch.compile is switched off"
 
 
-def fused(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """The same function, compiled for tiles of any size when it is first called; one call of torch stays what it is.
-
-    On a CPU it runs on the thread that calls it, without holding the interpreter's lock.
-    """
+def fused(
+    function: Callable[Arguments, Result], device: torch.device
+) -> Callable[Arguments, Result]:
+    """The same function, compiled for tiles of any size when it is first called; one call of torch stays what it is."""
     if isinstance(function, BuiltinFunctionType):
         return function
-    options: dict[str, str | int | bool | Callable[..., Any]] = {
-        "compile_threads": 1,
-        "cpp_wrapper": True,  # which releases the lock
-        "cpp.threads": 1,
-        "cpp.vec_isa_ok": True,  # trying out what the processor can do takes longer than all else
-    }
+    options = ON_CPU if device.type == "cpu" else None
     return torch.compile(function, dynamic=True, options=options)
 
 

@@ -278,7 +278,7 @@ class TaskVectors:
         return Merged(self, rule, whole, weigh)
 
     def _fused(self, function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-        return fusion.fused(function) if self.compiled else function
+        return fusion.fused(function, self.device) if self.compiled else function
 
     def tiles(
         self, block: Block, whole: bool = False
@@ -353,7 +353,7 @@ class Merged:
     ) -> None:
         self.compiled = tasks.compiled and not whole
         self._tasks, self._whole, self._weigh = tasks, whole, weigh
-        self._rule = fusion.fused(rule) if self.compiled else rule
+        self._rule = fusion.fused(rule, tasks.device) if self.compiled else rule
 
     def block(self, index: int) -> tuple[Tensor, BlockCounts]:
         """The merged block (rows, cols) of that index, on the CPU, and what was counted on the way."""
