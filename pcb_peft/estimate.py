@@ -197,8 +197,8 @@ def _statistics_bytes(alignment: Alignment, setting: Setting, costs: Sequence[_C
         scope = max(cost.values for cost in costs)
     width = dtype_of(tasks, scope).itemsize
     tiles = torch.get_num_threads() * min(TILE_VALUES, tasks * scope) * TILES_HELD
-    sample = 4 * tasks * min(scope, sample_size(tasks))
-    inside = int(scope * MARGIN / sample_size(tasks) ** 0.5)
+    sample = 4 * tasks * min(scope, sample_size(tasks, scope))
+    inside = int(scope * MARGIN / sample_size(tasks, scope) ** 0.5)
     inside = min(KEPT_VALUES, KEPT_IN_ALL // (2 * tasks), inside)
     brackets = 4 * tasks * inside if scope > SAMPLE_VALUES else 0  # two of them, with room to grow
     return width * (tiles + sample + brackets)
@@ -223,8 +223,9 @@ def _costs(alignment: Alignment, setting: Setting, rank: Rank) -> list[_Cost]:
         for key, shape, size in zip(keys, shapes, sizes, strict=True)
     ]
     sampled = [scope] if scope else sizes
-    sorts = sum(SAMPLE_VALUES for size in sampled if size > SAMPLE_VALUES) * (costs[0].passes - 1)
-    costs[0].seconds += sorts * len(alignment.adapters) * _sort_seconds()
+    tasks = len(alignment.adapters)
+    sorts = sum(sample_size(tasks, size) for size in sampled if size > SAMPLE_VALUES)
+    costs[0].seconds += sorts * (costs[0].passes - 1) * tasks * _sort_seconds()
     costs[0].seconds += max(pair.compiling for pair in pairs.values())
     if scope is None:
         for cost in costs:

@@ -40,7 +40,10 @@ TILE_VALUES = (
     1 << 19
 )  # of all adapters together: in shorter calls, threads wait for the interpreter
 DEVICE_TILE_VALUES = 1 << 24  # where a tile has an accelerator to fill
-SAMPLE_VALUES = 1 << 18  # per adapter
+SAMPLE_VALUES = (
+    1 << 18
+)  # per adapter, and more of so large scopes that brackets would keep too much
+SAMPLE_AT_MOST = 1 << 20
 SAMPLE_IN_ALL = 1 << 26  # ... and of thousands of adapters together
 DOUBLE_VALUES = 1 << 27  # up to so many values in all, a scope is computed in float64
 
@@ -151,9 +154,10 @@ def dtype_of(tasks: int, size: int) -> torch.dtype:
     return torch.float64 if tasks * size <= DOUBLE_VALUES else torch.float32
 
 
-def sample_size(tasks: int) -> int:
-    """Values per adapter."""
-    return min(SAMPLE_VALUES, SAMPLE_IN_ALL // tasks)
+def sample_size(tasks: int, size: int) -> int:
+    """Values per adapter that are sampled of a scope of so many."""
+    wanted = max(SAMPLE_VALUES, min(size >> 10, SAMPLE_AT_MOST))
+    return min(wanted, SAMPLE_IN_ALL // tasks)
 
 
 class TaskVectors:
@@ -185,7 +189,7 @@ class TaskVectors:
         self.tasks = blocks[0].shape[0]
         self.size = sum(block.size for block in blocks)
         self.dtype = dtype_of(self.tasks, self.size)
-        self.sample = sample_size(self.tasks)
+        self.sample = sample_size(self.tasks, self.size)
         worth = fusion.worth(self.tasks, self.size)
         found = processes.gathered(fusion.obstacle(self.device)) if worth else []
         self.obstacle = next(filter(None, found), None)
