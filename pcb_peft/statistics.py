@@ -290,6 +290,7 @@ class TaskVectors:
         """The block's tiles: which rows they are, and a call that computes them."""
         part = block.open(self.dtype, self.device)
         values = TILE_VALUES if self.device.type == "cpu" else DEVICE_TILE_VALUES
+        values *= 1 + self.compiled  # compiled, a tile needs less room beside it
         height = block.shape[1] if whole else max(1, values // (self.tasks * block.shape[2]))
         for start in range(0, block.shape[1], height):
             rows = slice(start, start + height)
