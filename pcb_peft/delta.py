@@ -363,3 +363,7 @@ class Diagonal(Delta):
         return (
             self.l.float().to(weight.device).view([1, -1, *kernel] if columns else [-1, 1, *kernel])
         )
+
+
+MATRICES = (LowRank, Core, Dense, Rescaled)
+"""The kinds whose ΔW is a matrix, known or read beside W: all but the vector of an (IA)³."""

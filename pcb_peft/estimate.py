@@ -197,8 +197,9 @@ def _statistics_bytes(alignment: Alignment, setting: Setting, costs: Sequence[_C
         scope = max(cost.values for cost in costs)
     width = dtype_of(tasks, scope).itemsize
     tiles = torch.get_num_threads() * min(TILE_VALUES, tasks * scope) * TILES_HELD
-    sample = 4 * tasks * min(scope, sample_size(tasks, scope))
-    inside = int(scope * MARGIN / sample_size(tasks, scope) ** 0.5)
+    sampled = sample_size(tasks, scope)
+    sample = 4 * tasks * min(scope, sampled)
+    inside = int(scope * MARGIN / sampled**0.5)
     inside = min(KEPT_VALUES, KEPT_IN_ALL // (2 * tasks), inside)
     brackets = 4 * tasks * inside if scope > SAMPLE_VALUES else 0  # two of them, with room to grow
     return width * (tiles + sample + brackets)

@@ -91,7 +91,7 @@ def on_one_base(
     """
     kinds = {entry.kind for entry in entries.values()}
     if _rescaling(*adapters) and kinds == {LowRank}:
-        report.notes.append(WHOLE)
+        report.note(WHOLE)
     base = base or next((adapter.base for adapter in adapters if adapter.base), None)
     if base is None or Rescaled not in kinds:
         return dict(entries)

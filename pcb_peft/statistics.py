@@ -40,10 +40,8 @@ TILE_VALUES = (
     1 << 19
 )  # of all adapters together: in shorter calls, threads wait for the interpreter
 DEVICE_TILE_VALUES = 1 << 24  # where a tile has an accelerator to fill
-SAMPLE_VALUES = (
-    1 << 18
-)  # per adapter, and more of so large scopes that brackets would keep too much
-SAMPLE_AT_MOST = 1 << 20
+SAMPLE_VALUES = 1 << 18  # per adapter
+SAMPLE_AT_MOST = 1 << 20  # ... of scopes so large that brackets would keep too much
 SAMPLE_IN_ALL = 1 << 26  # ... and of thousands of adapters together
 DOUBLE_VALUES = 1 << 27  # up to so many values in all, a scope is computed in float64
 
@@ -203,7 +201,7 @@ class TaskVectors:
         Returns:
             (K, 1, 1, len(indices)): `[..., i]` broadcasts against a tile.
         """
-        score = self._fused(score)
+        score = self.fused(score)
 
         def sweep(
             split: Callable[[Tensor], list[selection.Part]],
@@ -218,7 +216,7 @@ class TaskVectors:
 
     def extremes(self, score: Score) -> Tensor:
         """The smallest and the largest score of each row: (K, 1, 1, 2)."""
-        score = self._fused(score)
+        score = self.fused(score)
 
         def of_tile(tile: Tensor) -> Tensor:
             scores = score(tile)
@@ -234,7 +232,7 @@ class TaskVectors:
     def sums(self, score: Score) -> Tensor:
         """The sum of each row's scores, added in float64, block by block: (K, 1, 1)."""
         own: dict[int, Tensor] = {}
-        score = self._fused(score)
+        score = self.fused(score)
         for index, part in self._sweep(lambda tile: score(tile).sum((1, 2), dtype=torch.float64)):
             own[index] = own[index] + part if index in own else part
 
@@ -281,7 +279,8 @@ class TaskVectors:
         """
         return Merged(self, rule, whole, weigh)
 
-    def _fused(self, function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    def fused(self, function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+        """The function as it is called on tiles: compiled, or as it is."""
         return fusion.fused(function, self.device) if self.compiled else function
 
     def tiles(
@@ -353,12 +352,12 @@ class Merged:
         self,
         tasks: TaskVectors,
         rule: Rule,
-        whole: bool = False,
-        weigh: Callable[[Tensor], Tensor] | None = None,
+        whole: bool,
+        weigh: Callable[[Tensor], Tensor] | None,
     ) -> None:
         self.compiled = tasks.compiled and not whole
         self._tasks, self._whole, self._weigh = tasks, whole, weigh
-        self._rule = fusion.fused(rule, tasks.device) if self.compiled else rule
+        self._rule = rule if whole else tasks.fused(rule)
 
     def block(self, index: int) -> tuple[Tensor, BlockCounts]:
         """The merged block (rows, cols) of that index, on the CPU, and what was counted on the way."""
@@ -366,7 +365,6 @@ class Merged:
         weights = torch.tensor(block.weights, dtype=torch.float64)
         weights = self._weigh(weights) if self._weigh else weights
         weights = weights.to(tasks.device, tasks.dtype)[:, None, None]
-
         result = torch.empty(block.shape[1:], dtype=tasks.dtype)
 
         def merge(item: tuple[slice, Callable[[], Tensor]]) -> tuple[list[int], int]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pcb_peft.calibrations.registry import after
-from pcb_peft.delta import Core, Delta, Dense, Diagonal, LowRank, Rescaled
+from pcb_peft.delta import MATRICES, Delta, Diagonal
 from pcb_peft.options import Range
 
 
@@ -20,7 +20,7 @@ def _squares(merged: Delta, deltas: Sequence[Delta]) -> Tensor:
 @after(
     "amplitude",
     paper="arXiv:2608.17366",
-    accepts=(LowRank, Core, Dense, Diagonal, Rescaled),
+    accepts=(*MATRICES, Diagonal),
     survey=_squares,
 )
 def amplitude(

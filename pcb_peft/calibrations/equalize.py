@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from pcb_peft.calibrations.registry import before
-from pcb_peft.delta import Core, Delta, Dense, Diagonal, LowRank, Rescaled
+from pcb_peft.delta import MATRICES, Delta, Diagonal
 from pcb_peft.options import Range
 
 
-@before("equalize", paper="arXiv:2606.03723", accepts=(LowRank, Core, Dense, Diagonal, Rescaled))
+@before("equalize", paper="arXiv:2606.03723", accepts=(*MATRICES, Diagonal))
 def equalize(deltas: Sequence[Delta], *, beta: Annotated[float, Range(0, 1)] = 0.0) -> list[Delta]:
     """Bring the adapters' norms at each module together, so that none drowns the others.
 

@@ -5,17 +5,16 @@ from typing import Annotated, TypeAlias
 
 from pcb_peft.calibrations.registry import after, before
 from pcb_peft.calibrations.spectral import assembled
-from pcb_peft.delta import Core, Delta, Dense, LowRank, Rescaled
+from pcb_peft.delta import MATRICES, Delta
 from pcb_peft.options import Range
 from pcb_peft.rank import triplets
 
 PAPER = "arXiv:2502.04959"
-KINDS = (LowRank, Core, Dense, Rescaled)
 
 Power: TypeAlias = Annotated[float, Range(0, 2)]
 
 
-@before("exponent", paper=PAPER, accepts=KINDS)
+@before("exponent", paper=PAPER, accepts=MATRICES)
 def of_adapters(deltas: Sequence[Delta], *, power: Power = 0.5) -> list[Delta]:
     """Make the spectrum of each adapter flatter, or steeper.
 
@@ -27,7 +26,7 @@ def of_adapters(deltas: Sequence[Delta], *, power: Power = 0.5) -> list[Delta]:
     return [_bent(delta, power) for delta in deltas]
 
 
-@after("exponent", paper=PAPER, accepts=KINDS)
+@after("exponent", paper=PAPER, accepts=MATRICES)
 def of_the_merge(merged: Delta, deltas: Sequence[Delta], *, power: Power = 0.5) -> Delta:
     """Make the spectrum of the merge flatter, or steeper.
 

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from pcb_peft.calibrations.registry import after
-from pcb_peft.delta import Core, Delta, Dense, Diagonal, LowRank, Rescaled
+from pcb_peft.delta import MATRICES, Delta, Diagonal
 from pcb_peft.options import Range
 
 
-@after("norm", paper="arXiv:2604.16826", accepts=(LowRank, Core, Dense, Diagonal, Rescaled))
+@after("norm", paper="arXiv:2604.16826", accepts=(*MATRICES, Diagonal))
 def norm(
     merged: Delta, deltas: Sequence[Delta], *, strength: Annotated[float, Range(0, 1e6)] = 1.0
 ) -> Delta:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pcb_peft.calibrations.registry import before
-from pcb_peft.delta import Core, Delta, Dense, LowRank, Rescaled
+from pcb_peft.delta import MATRICES, Delta, LowRank
 from pcb_peft.linalg import svd
 
 Factors: TypeAlias = tuple[Tensor, Tensor]
@@ -27,7 +27,7 @@ GAUGES: dict[str, Callable[[Delta], Factors]] = {
 }
 
 
-@before("pico", paper="arXiv:2604.16826", accepts=(LowRank, Core, Dense, Rescaled))
+@before("pico", paper="arXiv:2604.16826", accepts=MATRICES)
 def pico(
     deltas: Sequence[Delta], *, gauge: Literal["canonical", "as_trained"] = "canonical"
 ) -> list[Delta]:

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from pcb_peft.calibrations.registry import after
 from pcb_peft.calibrations.spectral import assembled
-from pcb_peft.delta import Core, Delta, Dense, LowRank, Rescaled
+from pcb_peft.delta import MATRICES, Delta
 from pcb_peft.linalg import Svd
 from pcb_peft.options import Range
 from pcb_peft.rank import triplets
 
 
-@after("svc", paper="arXiv:2602.05536", accepts=(LowRank, Core, Dense, Rescaled))
+@after("svc", paper="arXiv:2602.05536", accepts=MATRICES)
 def svc(
     merged: Delta,
     deltas: Sequence[Delta],

@@ -16,19 +16,22 @@ from pcb_peft.formats.registry import PREFIX, Written
 ROUNDING = 1e-7  # the part of the largest norm that is zero in float32
 
 
-def rescaled(weight: Callable[[], Tensor], change: LowRank, magnitude: Tensor) -> Rescaled:
+def rescaled(
+    weight: Tensor, change: LowRank, magnitude: Tensor, read: Callable[[], Tensor]
+) -> Rescaled:
     """ΔW of a DoRA: diag(m/‖V‖ − 1) W + diag(m/‖V‖) BA.
 
     Args:
-        weight: Reads W (out, in).
+        weight: W (out, in).
         change: BA, what is added to W before its rows are rescaled.
         magnitude: m, any shape of `out` values.
+        read: Reads W again, later.
     """
-    direction = weight().double() + change.matrix().double()
+    direction = weight.double() + change.matrix().double()
     factor = magnitude.double().flatten() / torch.linalg.vector_norm(direction, dim=1)
     lora_B = (change.lora_B.double() * factor[:, None]).float()
     added = dataclasses.replace(change, lora_B=lora_B)
-    return Rescaled(factor - 1, added, weight, layout=change.layout)
+    return Rescaled(factor - 1, added, read, layout=change.layout)
 
 
 def direction(delta: Rescaled) -> LowRank:

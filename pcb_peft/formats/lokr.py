@@ -24,10 +24,9 @@ def entry(parts: Parts) -> Entry:
     def load() -> Dense:
         w1, w2 = _factor(parts, "lokr_w1"), _factor(parts, "lokr_w2")
         w1 = w1[..., None, None] if w2.ndim == 4 else w1
-        values = torch.from_numpy(
-            np.kron(w1.numpy(), w2.numpy())
-        )  # torch.kron fails on some shapes
-        return Dense((scaling * values).reshape(shape), layout=kernel_layout(parts, shape, kernel))
+        product = np.kron(w1.numpy(), w2.numpy())  # torch's fails on some shapes
+        values = scaling * torch.from_numpy(product)
+        return Dense(values.reshape(shape), layout=kernel_layout(parts, shape, kernel))
 
     return Entry(Dense, shape, load)
 

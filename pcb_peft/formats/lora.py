@@ -133,7 +133,7 @@ def _weight(
             delta = without(delta, taken.function(values, factors.rank, scaling))
         if magnitude is None:
             return delta
-        return rescaled(lambda: weight()[0], delta, finite(tensors, magnitude))
+        return rescaled(values, delta, finite(tensors, magnitude), lambda: weight()[0])
 
     kind = LowRank if magnitude is None else Rescaled
     missing = without_base(parts.module, why) if base is None else ""

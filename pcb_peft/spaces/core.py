@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-from pcb_peft.delta import Core, Delta, Dense, LowRank, Rescaled
+from pcb_peft.delta import MATRICES, Core, Delta
 from pcb_peft.spaces.bases import shared_bases
 from pcb_peft.spaces.registry import Projection, space
 from pcb_peft.statistics import stacked
 
 
-@space("core", accepts=(LowRank, Core, Dense, Rescaled), lossless=True, shows=("gradient",))
+@space("core", accepts=MATRICES, lossless=True, shows=("gradient",))
 def core(deltas: Sequence[Delta], weights: Sequence[float]) -> Projection:
     """Uᵀ ΔW_t V, at most R×R for R = Σ r_t, in left and right singular bases shared by all adapters.
 

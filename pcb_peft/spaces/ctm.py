@@ -6,7 +6,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from pcb_peft.delta import Core, Delta, Dense, LowRank, Rescaled
+from pcb_peft.delta import MATRICES, Core, Delta
 from pcb_peft.linalg import column_signs, svd
 from pcb_peft.options import Range
 from pcb_peft.spaces.bases import shared_bases
@@ -16,7 +16,7 @@ from pcb_peft.statistics import stacked
 SETTLED = 1e-8  # the bases are found when they retain no more than this part more than before
 
 
-@space("ctm", accepts=(LowRank, Core, Dense, Rescaled), lossless=True)
+@space("ctm", accepts=MATRICES, lossless=True)
 def ctm(
     deltas: Sequence[Delta],
     weights: Sequence[float],

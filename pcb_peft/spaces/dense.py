@@ -2,14 +2,12 @@
 
 from collections.abc import Sequence
 
-from pcb_peft.delta import Core, Delta, Dense, LowRank, Rescaled
+from pcb_peft.delta import MATRICES, Delta, Dense
 from pcb_peft.spaces.registry import Projection, space
 from pcb_peft.statistics import products
 
 
-@space(
-    "dense", accepts=(LowRank, Core, Dense, Rescaled), lossless=False, shows=("gram", "gradient")
-)
+@space("dense", accepts=MATRICES, lossless=False, shows=("gram", "gradient"))
 def dense(deltas: Sequence[Delta], weights: Sequence[float]) -> Projection:
     """The entries of ΔW, as in the papers; computed tile by tile and never held at once."""
     block = products([delta.factors() for delta in deltas], weights)

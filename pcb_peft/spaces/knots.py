@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pcb_peft.delta import Core, Delta, Dense, LowRank, Rescaled
+from pcb_peft.delta import MATRICES, Delta, LowRank
 from pcb_peft.spaces.bases import shared_bases
 from pcb_peft.spaces.registry import Projection, space
 from pcb_peft.statistics import products
 
 
-@space("knots", accepts=(LowRank, Core, Dense, Rescaled), lossless=True, shows=("gram", "gradient"))
+@space("knots", accepts=MATRICES, lossless=True, shows=("gram", "gradient"))
 def knots(deltas: Sequence[Delta], weights: Sequence[float]) -> Projection:
     """Uᵀ ΔW_t, at most R×in for R = Σ r_t, with U the left singular vectors of [ΔW_1 … ΔW_T].
 
