@@ -1,6 +1,7 @@
 """Fused arithmetic: what a method does to a tile as one compiled loop, in place of one call after another."""
 
 import functools
+import threading
 import warnings
 from collections.abc import Callable
 from types import BuiltinFunctionType
@@ -46,7 +47,18 @@ def fused(
     if isinstance(function, BuiltinFunctionType):
         return function
     options = ON_CPU if device.type == "cpu" else None
-    return torch.compile(function, dynamic=True, options=options)
+    compiled = torch.compile(function, dynamic=True, options=options)
+    compiling, ready = threading.Lock(), threading.Event()
+
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        if ready.is_set():
+            return compiled(*args, **kwargs)
+        with compiling:  # or every thread that comes compiles anew
+            result = compiled(*args, **kwargs)
+            ready.set()
+        return result
+
+    return call
 
 
 def _probe(x: Tensor) -> tuple[Tensor, bool]:

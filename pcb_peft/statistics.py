@@ -5,7 +5,6 @@ some rows of a block (T, r, cols); D is the number of values per adapter in all 
 """
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -201,12 +200,12 @@ class TaskVectors:
         Returns:
             (K, 1, 1, len(indices)): `[..., i]` broadcasts against a tile.
         """
-        score = self.fused(score)
+        fused = self.fused(score)
 
         def sweep(
             split: Callable[[Tensor], list[selection.Part]],
         ) -> Iterator[list[selection.Part]]:
-            found = self._sweep(lambda tile: split(score(tile).flatten(1)))
+            found = self._sweep(lambda tile: split(fused(tile).flatten(1)))
             return (parts for _, parts in found)
 
         values = selection.order_statistics(
@@ -286,14 +285,16 @@ class TaskVectors:
     def tiles(
         self, block: Block, whole: bool = False
     ) -> Iterator[tuple[slice, Callable[[], Tensor]]]:
-        """The block's tiles: which rows they are, and a call that computes them."""
+        """The block's tiles: which rows they are, and a call for (T, r, cols); to be compiled, (T, 1, r cols)."""
         part = block.open(self.dtype, self.device)
+        flat = self.compiled and not whole
+        shape = (self.tasks, 1, -1) if flat else (self.tasks, -1, block.shape[2])
         values = TILE_VALUES if self.device.type == "cpu" else DEVICE_TILE_VALUES
         values *= 1 + self.compiled  # compiled, a tile needs less room beside it
         height = block.shape[1] if whole else max(1, values // (self.tasks * block.shape[2]))
         for start in range(0, block.shape[1], height):
             rows = slice(start, start + height)
-            yield rows, functools.partial(part, rows, slice(None))
+            yield rows, lambda rows=rows: part(rows, slice(None)).reshape(shape)
 
     def _sweep(self, function: Callable[[Tensor], Result]) -> Iterator[tuple[int, Result]]:
         """What `function` makes of each tile of this process, in order, with the block's index."""
@@ -305,10 +306,14 @@ class TaskVectors:
         return in_order(lambda item: (item[0], function(item[1]())), tiles)
 
     def _sample(self, score: Score) -> Tensor:
-        """The scores of a part of every block, in proportion to its size; of all of it where that is little."""
+        """The scores of a part of every block, in proportion to its size; of all of it where that is little.
+
+        A part only says where to look, and is too little to be compiled for.
+        """
         share = min(1.0, self.sample / self.size)
         if share == 1:
-            own = list(self._sweep(lambda tile: score(tile).flatten(1)))
+            fused = self.fused(score)
+            own = list(self._sweep(lambda tile: fused(tile).flatten(1)))
         else:
             own = [(index, score(self._part(index, share)).flatten(1)) for index in self._own]
 
@@ -372,7 +377,7 @@ class Merged:
             values = tile()
             merged = self._rule(values, weights)
             merged, kept = merged if isinstance(merged, tuple) else (merged, ())
-            result[rows] = merged
+            result[rows] = merged.view(-1, block.shape[2])
             return [count(mask) for mask in kept], disagreements(values)
 
         counts = BlockCounts(block.size)

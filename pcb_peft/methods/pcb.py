@@ -1,7 +1,7 @@
 """PCB-Merging: parameter competition balancing."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
@@ -11,8 +11,8 @@ from pcb_peft.methods.registry import merge_method
 from pcb_peft.options import Density, Tail
 from pcb_peft.statistics import Merged, TaskVectors
 
-Cross = Callable[[Tensor, Tensor], Tensor]
-"""How the tasks see each other: (τ, signed and min–max normalised τ), each (T, r, c), to (T, r, c)."""
+Cross = Callable[[Tensor, Tensor], Iterable[Tensor]]
+"""How the tasks see each other: (τ, signed and min–max normalised τ), each (T, r, c), to T times (r, c)."""
 
 
 def _raw(x: Tensor, normed: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ def _half_normed(x: Tensor, normed: Tensor) -> Tensor:
     return torch.tanh(x * normed.sum(0))
 
 
-def _normed(x: Tensor, normed: Tensor) -> Tensor:
+def _normed(x: Tensor, normed: Tensor) -> list[Tensor]:
     """Σ_j tanh(N_i N_j); of each pair the tanh is taken once."""
     del x
     cross = [_tanh(one * one) for one in normed]
@@ -35,7 +35,12 @@ def _normed(x: Tensor, normed: Tensor) -> Tensor:
         agreement = _tanh(torch.mul(one, other, out=room))
         its += agreement
         theirs += agreement
-    return torch.stack(cross)
+    return cross
+
+
+def _intra(normed: Tensor, count: int) -> Tensor:
+    """exp(T·N²), without e^T, or it overflows."""
+    return normed.square().sub_(1).mul_(count).exp_()
 
 
 def _tanh(x: Tensor) -> Tensor:
@@ -111,9 +116,8 @@ def pcb(
     def score(x: Tensor) -> Tensor:
         within = torch.maximum(torch.minimum(x, high), -high)
         normed = (within - torch.maximum(torch.minimum(within, low), -low)).mul_(spread)
-        inter = cross(x, normed)
-        intra = normed.square_().sub_(1).mul_(tasks.tasks).exp_()  # without e^T, or it overflows
-        return intra.mul_(inter)
+        inter = zip(normed, cross(x, normed), strict=True)
+        return torch.stack([_intra(its, tasks.tasks).mul_(agreement) for its, agreement in inter])
 
     cut = [min(int(tasks.size * (1 - density)), tasks.size - 1), tasks.size - 1]
     threshold, top = tasks.order_statistics(score, cut).unbind(-1)
