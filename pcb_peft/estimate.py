@@ -8,15 +8,14 @@ import dataclasses
 import functools
 import hashlib
 import math
-import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import TypeAlias, TypeVar
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from pcb_peft import fusion
 from pcb_peft.adapter import Adapter, lazy_base, load_adapter
 from pcb_peft.alignment import Alignment
+from pcb_peft.calibrations import Calibration, bound
 from pcb_peft.delta import Delta, Dense, Diagonal, LowRank, Rescaled
 from pcb_peft.grounding import grounded
 from pcb_peft.measured import open_statistics
@@ -27,7 +26,8 @@ from pcb_peft.rank import Rank, added_part, budget_of, truncate
 from pcb_peft.recipe import Recipe
 from pcb_peft.rescaling import leaving_as_one
 from pcb_peft.selection import KEPT_IN_ALL, KEPT_VALUES, MARGIN
-from pcb_peft.spaces import Projection, get_space
+from pcb_peft.spaces import get_space
+from pcb_peft.stand_in import Kinds, Shape, StandIn, least, stand_ins, timed
 from pcb_peft.statistics import (
     SAMPLE_VALUES,
     TILE_VALUES,
@@ -36,19 +36,10 @@ from pcb_peft.statistics import (
     dtype_of,
     sample_size,
 )
-from pcb_peft.threads import one_thread
-
-Result = TypeVar("Result")
-Shape: TypeAlias = tuple[int, int]
-Kinds: TypeAlias = tuple[tuple[type[Delta], int], ...]
-"""Of a module's deltas: each one's type, and its rank or 0."""
 
 PROCESS_BYTES = 250 << 20  # Python with torch and this package
 TILES_HELD = 10  # what a method makes of a tile, in tiles
-STAND_IN_VALUES = 1 << 21  # of all adapters together, in the smaller of two stand-ins
 STAND_IN_SAMPLE = 1 << 14  # per adapter, where the real scope is sampled
-LEAST_SIDE, MOST_SIDE = 64, 640  # of a stand-in; large matrices are truncated in another way
-GROWTH = 3  # how many times as many rows the larger one has
 CPU = torch.device("cpu")
 GIB = 1 << 30
 
@@ -64,7 +55,7 @@ class Estimate:
         read: Bytes of the adapters' tensors, as often as they are read.
         written: Bytes of tensors; where the rank follows from the data, at most so many.
         memory: Bytes, at the peak.
-        seconds: On this machine as it is now; without what the disk takes, and without calibrations.
+        seconds: On this machine as it is now; without what the disk takes.
     """
 
     modules: int
@@ -129,7 +120,13 @@ def estimate_merge(
     measured = next(map(open_statistics, recipe.statistics), None)
     kind = measured.kind if measured else None
     recipe, settings = plan(spelled_out(recipe, adapters), method, alignment, kind)
-    costs = [cost for setting in settings for cost in _costs(alignment, setting, recipe.rank)]
+    before, _ = bound("before", recipe.before, alignment.kinds)
+    after, _ = bound("after", recipe.after, alignment.kinds)
+    costs = [
+        cost
+        for setting in settings
+        for cost in _costs(alignment, setting, recipe.rank, before, after)
+    ]
 
     stored = sum(_stored_bytes(adapter) for adapter in adapters)
     kept, passes = sum(cost.kept for cost in costs), max(cost.passes for cost in costs)
@@ -165,28 +162,14 @@ def _stored_bytes(adapter: Adapter) -> int:
 def _hash_seconds() -> float:
     """Per byte."""
     content = bytes(1 << 22)
-    return _timed(lambda: hashlib.sha256(content))[0] / len(content)
+    return timed(lambda: hashlib.sha256(content))[0] / len(content)
 
 
 @functools.cache
 def _sort_seconds() -> float:
     """Per value."""
     values = torch.rand(1 << 16)
-    return _timed(lambda: values.sort())[0] / len(values)
-
-
-def _timed(function: Callable[[], Result]) -> tuple[float, Result]:
-    """Seconds, and what came out."""
-    started = time.perf_counter()
-    result = function()
-    return time.perf_counter() - started, result
-
-
-def _least(function: Callable[[], Result]) -> tuple[float, Result]:
-    """As `_timed`, the faster of two times: what else the machine does only adds."""
-    first, _ = _timed(function)
-    second, result = _timed(function)
-    return min(first, second), result
+    return timed(lambda: values.sort())[0] / len(values)
 
 
 def _statistics_bytes(alignment: Alignment, setting: Setting, costs: Sequence[_Cost]) -> int:
@@ -205,18 +188,24 @@ def _statistics_bytes(alignment: Alignment, setting: Setting, costs: Sequence[_C
     return width * (tiles + sample + brackets)
 
 
-def _costs(alignment: Alignment, setting: Setting, rank: Rank) -> list[_Cost]:
+def _costs(
+    alignment: Alignment,
+    setting: Setting,
+    rank: Rank,
+    before: Sequence[Calibration],
+    after: Sequence[Calibration],
+) -> list[_Cost]:
     """Those of a setting's modules."""
     pairs: dict[tuple[Kinds, Shape, Shape], _Pair] = {}
     keys: list[tuple[Kinds, Shape, Shape]] = []
     shapes = [alignment.modules[module].shape for module in setting.modules]
     for module, shape in zip(setting.modules, shapes, strict=True):
         kinds = _kinds(alignment, module, in_parts=setting.in_parts)
-        small, large = _stand_ins(kinds, shape, lossless=setting.space.lossless)
+        small, large = stand_ins(kinds, shape, lossless=setting.space.lossless)
         keys.append((kinds, small, large))
         if keys[-1] not in pairs:
             weights = [float(w) if isinstance(w, int | float) else 1.0 for w in setting.weights]
-            pairs[keys[-1]] = _Pair(setting, rank, weights, *keys[-1])
+            pairs[keys[-1]] = _Pair(setting, rank, weights, before, after, *keys[-1])
     sizes = [pairs[key].values(shape) for key, shape in zip(keys, shapes, strict=True)]
     scope = None if setting.scope == "module" else sum(sizes)
     costs = [
@@ -242,16 +231,6 @@ def _kinds(alignment: Alignment, module: str, *, in_parts: bool) -> Kinds:
     return tuple((Dense, 0) if k is Rescaled and not in_parts else (k, r) for k, r in kinds)
 
 
-def _stand_ins(kinds: Kinds, shape: Shape, *, lossless: bool) -> tuple[Shape, Shape]:
-    """Two smaller shapes, in which rows, columns and ranks are still told from each other."""
-    side = math.isqrt(STAND_IN_VALUES // len(kinds))
-    side = max(LEAST_SIDE, min(side, MOST_SIDE))
-    if lossless:
-        side = max(side, 2 * sum(rank for _, rank in kinds))
-    rows, cols = min(shape[0], side), min(shape[1], side - 16)
-    return (rows, cols), (min(shape[0], GROWTH * rows), cols)
-
-
 class _Pair:
     """Two stand-ins for modules of the same kinds, in their space."""
 
@@ -260,14 +239,16 @@ class _Pair:
         setting: Setting,
         rank: Rank,
         weights: Sequence[float],
+        before: Sequence[Calibration],
+        after: Sequence[Calibration],
         kinds: Kinds,
         small: Shape,
         large: Shape,
     ) -> None:
-        self.setting, self.rank, self.kinds = setting, rank, kinds
+        self.setting, self.rank, self.kinds, self.after = setting, rank, kinds, after
         self.total_rank = sum(rank or min(small) for _, rank in kinds)
         shapes = [small] if small == large else [small, large]
-        self.ones = [_StandIn(setting, weights, kinds, shape) for shape in shapes]
+        self.ones = [StandIn(setting.encode, weights, before, kinds, shape) for shape in shapes]
         self.compiling = 0.0  # seconds
         self._merged: dict[
             tuple[torch.dtype, bool, bool], list[tuple[float, float, int, int | None]]
@@ -307,7 +288,7 @@ class _Pair:
         )
 
     def _run(
-        self, one: "_StandIn", dtype: torch.dtype, compiled: bool, sampled: bool
+        self, one: StandIn, dtype: torch.dtype, compiled: bool, sampled: bool
     ) -> tuple[float, float, int, int | None]:
         """Seconds to compete and to depart, passes, and the rank of what leaves."""
         passes = 0
@@ -326,13 +307,23 @@ class _Pair:
 
         blocks = one.projection.blocks
         scopes = [[block] for block in blocks] if self.setting.scope == "module" else [blocks]
-        first, _ = _timed(lambda: [compete(some) for some in scopes]) if compiled else (0.0, None)
+        first, _ = timed(lambda: [compete(some) for some in scopes]) if compiled else (0.0, None)
         passes = 0
-        competing, results = _least(lambda: [compete(some) for some in scopes])
+        competing, results = least(lambda: [compete(some) for some in scopes])
         self.compiling = max(self.compiling, first - competing)
         delta = one.projection.decode([block for some in results for block in some])
-        departing, rank = _least(lambda: self._rank(delta))
-        return competing, departing, passes // (2 * len(scopes)) + 1, rank
+        departing, rank = least(lambda: self._rank(self._calibrated(delta, one)))
+        passes = passes // (2 * len(scopes)) + 1
+        surveys = sum(calibration.survey is not None for calibration in self.after)
+        again = surveys if self.setting.scope == "module" else surveys / passes
+        return competing * (1 + again), departing, passes, rank
+
+    def _calibrated(self, delta: Delta, one: StandIn) -> Delta:
+        for calibration in self.after:
+            survey = calibration.survey
+            whole = (survey(delta, one.deltas),) if survey else ()
+            delta = calibration(delta, one.deltas, *whole)
+        return delta
 
     def _rank(self, delta: Delta) -> int | None:
         """Of the result; at most so much where only the data knows."""
@@ -344,35 +335,6 @@ class _Pair:
         if isinstance(delta, LowRank) and rank is None:
             return delta.rank
         return truncate(added_part(delta), rank if isinstance(rank, int) else None)[0].rank
-
-
-class _StandIn:
-    """One random module in its space, and how long the way there took."""
-
-    def __init__(
-        self, setting: Setting, weights: Sequence[float], kinds: Kinds, shape: Shape
-    ) -> None:
-        self.shape = shape
-        deltas = [_random(kind, rank, shape, seed) for seed, (kind, rank) in enumerate(kinds)]
-        with one_thread():
-            self.seconds, projection = _least(lambda: setting.encode(deltas, weights))
-        keys = tuple(range(len(kinds)))
-        blocks = tuple(dataclasses.replace(block, keys=keys) for block in projection.blocks)
-        self.projection: Projection = dataclasses.replace(projection, blocks=blocks)
-
-
-def _random(kind: type[Delta], rank: int, shape: Shape, seed: int) -> Delta:
-    generator = torch.Generator().manual_seed(seed)
-    rows, cols = shape
-    if kind is Diagonal:
-        return Diagonal(torch.rand(max(shape), generator=generator), rows == 1)
-    if kind is Dense:
-        return Dense(torch.randn(shape, generator=generator))
-    lora_A = torch.randn(rank, cols, generator=generator)
-    added = LowRank(lora_A, torch.randn(rows, rank, generator=generator))
-    if kind is LowRank:
-        return added
-    return Rescaled(torch.randn(rows, generator=generator), added, lambda: torch.ones(shape))
 
 
 def _line(sizes: Sequence[int], seconds: Sequence[float], size: int) -> float:

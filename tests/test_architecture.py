@@ -39,7 +39,7 @@ LEVELS = (
     {"embeddings"},
     {"fold", "formats", "rank"},
     {"budget", "calibrations", "methods", "source", "spaces"},
-    {"adapter", "recipe"},
+    {"adapter", "recipe", "stand_in"},
     {"alignment", "extract", "grounding", "measured", "merged", "peft_names", "policy"},
     {"competition", "net_utility", "plan", "rescaling"},
     {"departure"},

@@ -5,7 +5,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pcb_peft import OptionError, Recipe, Source, estimate_merge, list_methods, merge, source
+from pcb_peft import (
+    OptionError,
+    Recipe,
+    Source,
+    estimate_merge,
+    list_calibrations,
+    list_methods,
+    merge,
+    source,
+)
 from pcb_peft.cli import main
 from pcb_peft.formats.checkpoint import SafetensorsFile
 
@@ -93,6 +102,21 @@ def test_memory_between_passes_is_no_more_than_what_is_allowed(adapters):
 def test_an_error_is_found_without_the_merge(adapters):
     with pytest.raises(OptionError, match="density is 7"):
         estimate_merge(recipe(adapters, options={"density": 7}))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_every_calibration_has_a_cost(adapters, when):
+    plain = estimate_merge(recipe(adapters, space="core", scope="module", method="linear"))
+    for name in list_calibrations(when):
+        words = recipe(
+            adapters, space="core", scope="module", method="linear", **{when: (name,) * 3}
+        )
+        assert estimate_merge(words).seconds > plain.seconds, name
+
+
+def test_a_calibration_that_does_not_exist_is_found_without_the_merge(adapters):
+    with pytest.raises(OptionError, match="after: no calibration 'svd'"):
+        estimate_merge(recipe(adapters, after=("svd",)))
 
 
 def test_a_dry_run_says_it_and_writes_nothing(adapters, tmp_path, capsys, monkeypatch):
