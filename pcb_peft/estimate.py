@@ -246,6 +246,8 @@ class _Pair:
         large: Shape,
     ) -> None:
         self.setting, self.rank, self.kinds, self.after = setting, rank, kinds, after
+        self._surveys = sum(calibration.survey is not None for calibration in after)
+        self._kept = setting.scope == "global"  # what was encoded, and the statistics
         self.total_rank = sum(rank or min(small) for _, rank in kinds)
         shapes = [small] if small == large else [small, large]
         self.ones = [StandIn(setting.encode, weights, before, kinds, shape) for shape in shapes]
@@ -274,6 +276,7 @@ class _Pair:
         sizes = [one.shape for one in self.ones]
         areas = [math.prod(small) if dense else sum(small) for small in sizes]
         encode = _line([sum(small) for small in sizes], [one.seconds for one in self.ones], wide)
+        encode *= 1 if self._kept else 1 + self._surveys
         compete = _line([self.values(small) for small in sizes], [run[0] for run in runs], values)
         depart = _line(areas, [run[1] for run in runs], area)
         rank = runs[-1][3]
@@ -314,9 +317,8 @@ class _Pair:
         delta = one.projection.decode([block for some in results for block in some])
         departing, rank = least(lambda: self._rank(self._calibrated(delta, one)))
         passes = passes // (2 * len(scopes)) + 1
-        surveys = sum(calibration.survey is not None for calibration in self.after)
-        again = surveys if self.setting.scope == "module" else surveys / passes
-        return competing * (1 + again), departing, passes, rank
+        repeats = 1 + self._surveys / (passes if self._kept else 1)
+        return competing * repeats, departing, passes, rank
 
     def _calibrated(self, delta: Delta, one: StandIn) -> Delta:
         for calibration in self.after:
