@@ -77,6 +77,24 @@ def test_compiled_values_do_not_depend_on_tiles_and_threads(monkeypatch):
         assert merged("pcb", density=0.3).equal(expected)
 
 
+@COMPILES
+@pytest.mark.slow
+def test_what_is_compiled_is_compiled_once():
+    """Whatever the lengths of tiles, and the threads that meet it for the first time."""
+    code = (
+        "import torch; from pcb_peft import fusion, statistics; from pcb_peft.methods import get_method\n"
+        "from pcb_peft.statistics import TaskVectors, products; torch.set_num_threads(2); fusion.WORTH_VALUES = 0\n"
+        "statistics.DOUBLE_VALUES, statistics.SAMPLE_VALUES, statistics.TILE_VALUES = 0, 500, 1000\n"
+        "blocks = [products([(torch.rand(n, 2), torch.rand(2, 67))] * 3, (1, 1, 1)) for n in (41, 130)]\n"
+        "get_method('pcb')(TaskVectors(blocks)).block(1)"
+    )
+    environment = {**os.environ, "TORCH_LOGS": "recompiles"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert "Recompiling" not in run.stderr
+
+
 def test_what_takes_less_time_than_compiling_is_not_compiled(monkeypatch):
     monkeypatch.undo()
     assert not scope().compiled
