@@ -12,7 +12,7 @@ from torch import Tensor
 from pcb_peft import noise
 from pcb_peft.adapter import Adapter
 from pcb_peft.alignment import Alignment
-from pcb_peft.calibrations import Calibration
+from pcb_peft.calibrations import Calibration, prepared
 from pcb_peft.delta import Delta
 from pcb_peft.processes import Processes, current, union
 from pcb_peft.progress import Track
@@ -187,10 +187,7 @@ class Competition:
 
     def _deltas(self, module: str) -> Sequence[Delta]:
         """What enters the competition."""
-        deltas: Sequence[Delta] = self.alignment.deltas(module)
-        for calibration in self.before:
-            deltas = calibration(deltas)
-        return deltas
+        return prepared(self.alignment.deltas(module), self.before)
 
     def _weighted(self, module: str) -> list[Delta]:
         """The adapters' own deltas, times their weights."""

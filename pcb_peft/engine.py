@@ -16,7 +16,6 @@ from torch import Tensor
 from pcb_peft.adapter import Adapter, Modules, lazy_base, load_adapter
 from pcb_peft.alignment import Alignment, common_base
 from pcb_peft.base_model import BaseModel
-from pcb_peft.calibrations import Calibration, bound
 from pcb_peft.competition import Competition, Produce
 from pcb_peft.departure import Departure, at_their_shares
 from pcb_peft.errors import OptionError
@@ -28,7 +27,7 @@ from pcb_peft.methods import MergeMethod, get_method
 from pcb_peft.net_utility import most_useful
 from pcb_peft.overrides import Override, read_overrides, read_weights
 from pcb_peft.peft_names import method_of, spelled_out
-from pcb_peft.plan import Setting, plan
+from pcb_peft.plan import Setting, calibrations_of, plan
 from pcb_peft.policy import settle
 from pcb_peft.progress import Track, tracker
 from pcb_peft.rank import Rank, budget_of
@@ -145,7 +144,7 @@ def merge(
     alignment, (named, revision) = Alignment(adapters), common_base(adapters, recipe.base_model)
     recipe, measured = _measured(recipe, statistics, adapters)
     recipe, settings = plan(recipe, method, alignment, measured[0].kind if measured else None)
-    recipe, before, after = _calibrations(recipe, alignment)
+    recipe, before, after = calibrations_of(recipe, alignment)
     settled = settle(adapters, recipe.weights or (), recipe.heads)
     report = Report(recipe.method, recipe.space, recipe.scope, notes=[*settled.notes, *notes])
     left = _useful(alignment, settings, recipe.rank, report, track)
@@ -311,20 +310,6 @@ def _named_apart(adapters: Sequence[Adapter]) -> list[Adapter]:
         taken.add(name)
         named.append(dataclasses.replace(adapter, name=name))
     return named
-
-
-def _calibrations(
-    recipe: Recipe, alignment: Alignment
-) -> tuple[Recipe, list[Calibration], list[Calibration]]:
-    """The recipe with every default of its calibrations written out, and those before and after.
-
-    Raises:
-        OptionError: An unknown name or option, or a calibration that cannot take these adapters.
-    """
-    before, complete_before = bound("before", recipe.before, alignment.kinds)
-    after, complete_after = bound("after", recipe.after, alignment.kinds)
-    recipe = dataclasses.replace(recipe, before=complete_before, after=complete_after)
-    return recipe, before, after
 
 
 def _common_task(adapters: Sequence[Adapter]) -> str | None:

@@ -15,18 +15,18 @@ import torch
 from pcb_peft import fusion
 from pcb_peft.adapter import Adapter, lazy_base, load_adapter
 from pcb_peft.alignment import Alignment
-from pcb_peft.calibrations import Calibration, bound
+from pcb_peft.calibrations import Calibration, prepared
 from pcb_peft.delta import Delta, Dense, Diagonal, LowRank, Rescaled
 from pcb_peft.grounding import grounded
 from pcb_peft.measured import open_statistics
 from pcb_peft.methods import get_method
 from pcb_peft.peft_names import method_of, spelled_out
-from pcb_peft.plan import Setting, plan
+from pcb_peft.plan import Setting, calibrations_of, plan
 from pcb_peft.rank import Rank, added_part, budget_of, truncate
 from pcb_peft.recipe import Recipe
 from pcb_peft.rescaling import leaving_as_one
 from pcb_peft.selection import KEPT_IN_ALL, KEPT_VALUES, MARGIN
-from pcb_peft.spaces import get_space
+from pcb_peft.spaces import Projection, get_space
 from pcb_peft.stand_in import Kinds, Shape, StandIn, least, stand_ins, timed
 from pcb_peft.statistics import (
     SAMPLE_VALUES,
@@ -120,8 +120,7 @@ def estimate_merge(
     measured = next(map(open_statistics, recipe.statistics), None)
     kind = measured.kind if measured else None
     recipe, settings = plan(spelled_out(recipe, adapters), method, alignment, kind)
-    before, _ = bound("before", recipe.before, alignment.kinds)
-    after, _ = bound("after", recipe.after, alignment.kinds)
+    recipe, before, after = calibrations_of(recipe, alignment)
     costs = [
         cost
         for setting in settings
@@ -250,7 +249,11 @@ class _Pair:
         self._kept = setting.scope == "global"  # what was encoded, and the statistics
         self.total_rank = sum(rank or min(small) for _, rank in kinds)
         shapes = [small] if small == large else [small, large]
-        self.ones = [StandIn(setting.encode, weights, before, kinds, shape) for shape in shapes]
+
+        def encode(deltas: Sequence[Delta], weights: Sequence[float]) -> Projection:
+            return setting.encode(prepared(deltas, before), weights)
+
+        self.ones = [StandIn(encode, weights, kinds, shape) for shape in shapes]
         self.compiling = 0.0  # seconds
         self._merged: dict[
             tuple[torch.dtype, bool, bool], list[tuple[float, float, int, int | None]]
@@ -309,7 +312,7 @@ class _Pair:
             return [merged.block(index)[0] for index in range(len(blocks))]
 
         blocks = one.projection.blocks
-        scopes = [[block] for block in blocks] if self.setting.scope == "module" else [blocks]
+        scopes = [blocks] if self._kept else [[block] for block in blocks]
         first, _ = timed(lambda: [compete(some) for some in scopes]) if compiled else (0.0, None)
         passes = 0
         competing, results = least(lambda: [compete(some) for some in scopes])

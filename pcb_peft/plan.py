@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from pcb_peft.alignment import Alignment
+from pcb_peft.calibrations import Calibration, bound
 from pcb_peft.delta import Delta, Diagonal
 from pcb_peft.errors import OptionError, UnsupportedError
 from pcb_peft.methods import MergeMethod, get_method, list_methods
@@ -215,3 +216,17 @@ def _space_for(name: str, method: MergeMethod, kinds: set[type[Delta]]) -> Space
             f"space {name!r} cannot take {found} deltas; allowed here: auto, {allowed}"
         )
     return space
+
+
+def calibrations_of(
+    recipe: Recipe, alignment: Alignment
+) -> tuple[Recipe, list[Calibration], list[Calibration]]:
+    """The recipe with every default of its calibrations written out, and those before and after.
+
+    Raises:
+        OptionError: An unknown name or option, or a calibration that cannot take these adapters.
+    """
+    before, complete_before = bound("before", recipe.before, alignment.kinds)
+    after, complete_after = bound("after", recipe.after, alignment.kinds)
+    recipe = dataclasses.replace(recipe, before=complete_before, after=complete_after)
+    return recipe, before, after

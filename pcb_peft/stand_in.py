@@ -8,7 +8,6 @@ from typing import TypeAlias, TypeVar
 
 import torch
 
-from pcb_peft.calibrations import Calibration
 from pcb_peft.delta import Delta, Dense, Diagonal, LowRank, Rescaled
 from pcb_peft.spaces import Projection
 from pcb_peft.threads import one_thread
@@ -38,30 +37,22 @@ class StandIn:
 
     Attributes:
         shape: (rows, cols).
-        deltas: The adapters', before any calibration.
+        deltas: The adapters'.
         projection: What competes.
-        seconds: How long the way there took, calibrations included.
+        seconds: How long the way there took.
     """
 
     def __init__(
         self,
         encode: Callable[[Sequence[Delta], Sequence[float]], Projection],
         weights: Sequence[float],
-        before: Sequence[Calibration],
         kinds: Kinds,
         shape: Shape,
     ) -> None:
         self.shape = shape
         self.deltas = [_random(kind, rank, shape, seed) for seed, (kind, rank) in enumerate(kinds)]
-
-        def arrive() -> Projection:
-            deltas: Sequence[Delta] = self.deltas
-            for calibration in before:
-                deltas = calibration(deltas)
-            return encode(deltas, weights)
-
         with one_thread():
-            self.seconds, projection = least(arrive)
+            self.seconds, projection = least(lambda: encode(self.deltas, weights))
         keys = tuple(range(len(kinds)))
         blocks = tuple(dataclasses.replace(block, keys=keys) for block in projection.blocks)
         self.projection = dataclasses.replace(projection, blocks=blocks)

@@ -14,7 +14,9 @@ from pcb_peft import (
     list_methods,
     merge,
     source,
+    stand_in,
 )
+from pcb_peft.calibrations import Calibration
 from pcb_peft.cli import main
 from pcb_peft.formats.checkpoint import SafetensorsFile
 
@@ -105,7 +107,17 @@ def test_an_error_is_found_without_the_merge(adapters):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_every_calibration_has_a_cost(adapters, when):
+def test_every_calibration_has_a_cost(adapters, when, monkeypatch):
+    """By a clock that only calibrations move on."""
+    calibrated, now = Calibration.__call__, 0.0
+
+    def moved(calibration, *arguments):
+        nonlocal now
+        now += 1
+        return calibrated(calibration, *arguments)
+
+    monkeypatch.setattr(Calibration, "__call__", moved)
+    monkeypatch.setattr(stand_in.time, "perf_counter", lambda: now)
     plain = estimate_merge(recipe(adapters, space="core", scope="module", method="linear"))
     for name in list_calibrations(when):
         words = recipe(

@@ -12,6 +12,7 @@ from pcb_peft.calibrations.registry import (
     bound,
     get_calibration,
     list_calibrations,
+    prepared,
 )
 
 for _module in pkgutil.iter_modules(__path__, __name__ + "."):
@@ -26,4 +27,5 @@ __all__ = [
     "bound",
     "get_calibration",
     "list_calibrations",
+    "prepared",
 ]

@@ -121,3 +121,10 @@ def bound(
         calibrations.append(dataclasses.replace(calibration, function=function))
         complete.append({name: options})
     return calibrations, tuple(complete)
+
+
+def prepared(deltas: Sequence[Delta], steps: Sequence[Calibration]) -> Sequence[Delta]:
+    """The adapters' deltas of one module as they enter a merge, after these calibrations."""
+    for calibration in steps:
+        deltas = calibration(deltas)
+    return deltas

@@ -116,8 +116,8 @@ def pcb(
     def score(x: Tensor) -> Tensor:
         within = torch.maximum(torch.minimum(x, high), -high)
         normed = (within - torch.maximum(torch.minimum(within, low), -low)).mul_(spread)
-        inter = zip(normed, cross(x, normed), strict=True)
-        return torch.stack([_intra(its, tasks.tasks).mul_(agreement) for its, agreement in inter])
+        rows = zip(normed, cross(x, normed), strict=True)
+        return torch.stack([_intra(its, tasks.tasks).mul_(inter) for its, inter in rows])
 
     cut = [min(int(tasks.size * (1 - density)), tasks.size - 1), tasks.size - 1]
     threshold, top = tasks.order_statistics(score, cut).unbind(-1)
