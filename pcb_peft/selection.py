@@ -188,24 +188,26 @@ def partition(values: Tensor, low: float, high: float) -> Part:
     below = 0
     if low > -np.inf:
         reached = array >= low
-        below = len(array) - count(reached)
+        below = len(array) - int(count(reached))
         inside &= reached
     if low == high:
-        return below, count(inside), np.empty(0)
+        return below, int(count(inside)), np.empty(0)
     kept: Any = array[inside]
     return below, len(kept), kept if isinstance(kept, np.ndarray) else kept.cpu().numpy()
 
 
 def comparable(values: Tensor) -> Any:
-    """Numpy compares and counts several times faster than torch does on a CPU; both speak the same operators."""
-    return values.numpy() if values.device.type == "cpu" else values
+    """Numpy compares and counts several times faster than torch does on a CPU; both speak the same operators.
+
+    In a loop that is compiled only torch does.
+    """
+    on_host = values.device.type == "cpu" and not torch.compiler.is_compiling()
+    return values.numpy() if on_host else values
 
 
-def count(mask: Any) -> int:
-    """How many of the truth values that came of something `comparable` are true."""
-    return int(
-        np.count_nonzero(mask) if isinstance(mask, np.ndarray) else torch.count_nonzero(mask)
-    )
+def count(mask: Any) -> Any:
+    """How many of the truth values that came of something `comparable` are true: a number, or a tensor of one."""
+    return np.count_nonzero(mask) if isinstance(mask, np.ndarray) else mask.sum(dtype=torch.int32)
 
 
 def search(ordered: Tensor, size: int, index: int, room: int) -> Search:

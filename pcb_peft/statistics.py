@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import ParamSpec, TypeAlias, TypeVar
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -362,7 +362,14 @@ class Merged:
     ) -> None:
         self.compiled = tasks.compiled and not whole
         self._tasks, self._whole, self._weigh = tasks, whole, weigh
-        self._rule = rule if whole else tasks.fused(rule)
+
+        def merge(tile: Tensor, weights: Tensor) -> tuple[Tensor, list[Any], Any]:
+            merged = rule(tile, weights)
+            merged, kept = merged if isinstance(merged, tuple) else (merged, ())
+            counts = [selection.count(selection.comparable(mask) != 0) for mask in kept]
+            return merged, counts, disagreements(tile)
+
+        self._merge = merge if whole else tasks.fused(merge)
 
     def block(self, index: int) -> tuple[Tensor, BlockCounts]:
         """The merged block (rows, cols) of that index, on the CPU, and what was counted on the way."""
@@ -374,11 +381,9 @@ class Merged:
 
         def merge(item: tuple[slice, Callable[[], Tensor]]) -> tuple[list[int], int]:
             rows, tile = item
-            values = tile()
-            merged = self._rule(values, weights)
-            merged, kept = merged if isinstance(merged, tuple) else (merged, ())
+            merged, kept, conflicts = self._merge(tile(), weights)
             result[rows] = merged.view(-1, block.shape[2])
-            return [count(mask) for mask in kept], disagreements(values)
+            return [int(number) for number in kept], int(conflicts)
 
         counts = BlockCounts(block.size)
         for kept, conflicts in in_order(merge, tasks.tiles(block, self._whole)):
@@ -387,12 +392,7 @@ class Merged:
         return result, counts
 
 
-def count(mask: Tensor) -> int:
-    """How many entries are not 0."""
-    return selection.count(selection.comparable(mask) != 0)
-
-
-def disagreements(tile: Tensor) -> int:
+def disagreements(tile: Tensor) -> Any:
     """At how many entries of a tile (T, r, c) two adapters have opposite signs."""
     low, high = selection.comparable(tile.amin(0)), selection.comparable(tile.amax(0))
     return selection.count((low < 0) & (high > 0))
