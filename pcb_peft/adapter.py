@@ -18,7 +18,7 @@ from pcb_peft.errors import AdapterError, OptionError, PcbPeftError, Unsupported
 from pcb_peft.fold import fitted, fold_deltas
 from pcb_peft.formats import Entry, Written, format_for, format_named, format_of
 from pcb_peft.formats.checkpoint import CONFIG, Tensors, refuse_overflow
-from pcb_peft.formats.heads import with_biases, write_head
+from pcb_peft.formats.heads import with_biases, without_copies, write_head
 from pcb_peft.formats.registry import AUTOMATIC_HEADS, PREFIX, Base, finite, refuse_pipelines
 from pcb_peft.options import did_you_mean
 from pcb_peft.output import replace_directory, write_files
@@ -334,13 +334,14 @@ def lazy_base(base_model: str | Path | BaseModel | None) -> Callable[[], BaseMod
 def _parsed(name: str, source: Source | None, files: Files, base: Base) -> Adapter:
     config = files.config
     where = source.path if source else f"adapter {name!r}"
+    tensors = without_copies(files.tensors)
     try:
-        contents = format_of(config).read(config, files.tensors, base)
+        contents = format_of(config).read(config, tensors, base)
     except PcbPeftError as error:
         raise type(error)(f"{where}: {error}") from error
     if not (contents.modules or contents.rows):
         raise AdapterError(f"{where}: the files hold no delta of peft_type {config['peft_type']}")
-    names = set(files.tensors.names())
+    names = set(tensors.names())
     for parameter in contents.saved:
         if parameter.rpartition(".")[0] in contents.modules and PREFIX + parameter in names:
             raise UnsupportedError(

@@ -4,9 +4,11 @@ import peft
 import pytest
 from safetensors.torch import load_file
 
-from pcb_peft import MismatchError, fold_adapter, load_adapter, merge_adapters
+from pcb_peft import MismatchError, UnsupportedError, fold_adapter, load_adapter, merge_adapters
 
 HEADED = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
+ENDS = ["embed_tokens", "lm_head"]
+COPIES = ("", "modules_to_save.", "original_module.")
 CLASSIFIER = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
 
 
@@ -41,6 +43,61 @@ def test_heads_that_several_adapters_have_are_written_beside_the_fold(workshop, 
     assert heads == ["adapter1.safetensors", "adapter2.safetensors"]
     folded = load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"]
     workshop.assert_close(folded, workshop.model("llama").lm_head.weight, 0)
+
+
+def test_an_adapter_with_added_tokens_is_read_as_peft_saves_it(workshop, tmp_path):
+    """PEFT saves both ends three times, as it sees that the vocabulary is another one."""
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=ENDS)
+    larger = workshop.model("llama")
+    larger.resize_token_embeddings(larger.config.vocab_size + 3, mean_resizing=False)
+    workshop.peft_model(larger, config).save_pretrained(
+        tmp_path / "adapter", save_embedding_layers=True
+    )
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {f"base_model.model.lm_head.{copy}weight" for copy in COPIES} < saved.keys()
+    fold_adapter(tmp_path / "adapter", workshop.base("llama"), tmp_path / "out")
+    fresh = workshop.model("llama")
+    fresh.resize_token_embeddings(larger.config.vocab_size, mean_resizing=False)
+    merged = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").merge_and_unload()
+    wanted, found = merged.state_dict(), workshop.state(tmp_path / "out")
+    assert found.keys() == wanted.keys()
+    for name, values in found.items():
+        workshop.assert_close(values, wanted[name], 1e-6, name)
+
+
+def test_all_biases_and_a_head_are_read_as_peft_saves_them(workshop, tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS", bias="all")
+    adapter = workshop.adapter("bert", config)
+    saved = load_file(adapter / "adapter_model.safetensors")
+    assert {f"base_model.model.classifier.{copy}bias" for copy in COPIES} < saved.keys()
+    fold_adapter(adapter, workshop.base("bert"), tmp_path / "out")
+    merged = peft.PeftModel.from_pretrained(workshop.model("bert"), adapter).merge_and_unload()
+    for name, values in workshop.state(tmp_path / "out").items():
+        workshop.assert_close(values, merged.state_dict()[name], 1e-6, name)
+
+
+@pytest.mark.parametrize("copy", ["modules_to_save", "original_module"])
+def test_what_is_no_copy_of_what_peft_loads_is_refused(workshop, copy):
+    adapter = workshop.adapter("llama", HEADED)
+    head = "base_model.model.lm_head"
+
+    def other(tensors):
+        values = tensors.pop(f"{head}.weight")
+        return tensors | {f"{head}.{copy}.weight": values}
+
+    with pytest.raises(UnsupportedError, match=rf"lm_head\.{copy}\.weight"):
+        load_adapter(workshop.edit_tensors(adapter, other))
+
+
+def test_a_copy_with_other_values_is_refused(workshop):
+    adapter = workshop.adapter("llama", HEADED)
+    head = "base_model.model.lm_head"
+
+    def more(tensors):
+        return tensors | {f"{head}.modules_to_save.weight": tensors[f"{head}.weight"] + 1}
+
+    with pytest.raises(UnsupportedError, match=r"lm_head\.modules_to_save\.weight"):
+        load_adapter(workshop.edit_tensors(adapter, more))
 
 
 def test_a_head_of_another_shape_is_refused(workshop, tmp_path):

@@ -1,7 +1,7 @@
 """The files of one adapter: its configuration, and its tensors, read when asked for."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -73,6 +73,18 @@ class TensorsInMemory:
 
     def read(self, name: str) -> Tensor:
         return self._tensors[name].detach().cpu()
+
+
+class Without:
+    """Tensors, but for some."""
+
+    def __init__(self, tensors: Tensors, left_out: Container[str]) -> None:
+        self._left_out = left_out
+        self.shape, self.dtype, self.read = tensors.shape, tensors.dtype, tensors.read
+        self._names = tensors.names
+
+    def names(self) -> list[str]:
+        return [name for name in self._names() if name not in self._left_out]
 
 
 def pipeline_config(file: SafetensorsFile) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pcb_peft.errors import AdapterError, UnsupportedError
-from pcb_peft.formats.checkpoint import Tensors
+from pcb_peft.formats.checkpoint import Tensors, Without
 from pcb_peft.formats.registry import PREFIX, Format, Written, finite, module_of
 from pcb_peft.replaced import Head, Rows, word_of, words_of
 
@@ -56,6 +56,27 @@ def read_rows(
         else:
             rows[module] = _rows(tensors, keys[module], stated[module])
     return RowsRead(rows, copies, [name for name in names if not name.endswith(suffix)])
+
+
+def without_copies(tensors: Tensors) -> Tensors:
+    """The tensors without those that PEFT saves beside what it loads, and does not load.
+
+    Where all biases are trained, or the vocabulary was resized, it saves a module that the adapter replaces up to three
+    times: as ``head.weight``, which it loads; as ``head.modules_to_save.weight``, the same values; and as
+    ``head.original_module.weight``, the base's. Other values than those that are loaded are no copy.
+    """
+    names = set(tensors.names())
+    return Without(tensors, {name for name in names if _is_copy(tensors, name, names)})
+
+
+def _is_copy(tensors: Tensors, name: str, names: Container[str]) -> bool:
+    owner, _, rest = name.partition(".original_module.")
+    if rest:
+        return f"{owner}.{rest}" in names
+    owner, _, rest = name.partition(".modules_to_save.")
+    places = (f"{owner}.{rest}", f"{owner}.{rest.partition('.')[2]}")  # or an adapter's name first
+    loaded = next((place for place in places if place in names), None)
+    return bool(rest) and loaded is not None and _same(tensors, name, loaded)
 
 
 def _same(tensors: Tensors, one: str, other: str) -> bool:

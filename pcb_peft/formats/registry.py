@@ -31,7 +31,9 @@ from pcb_peft.threads import one_thread
 PREFIX = "base_model.model."
 AUTOMATIC_HEADS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"]}
 PLAIN_PARAMETER = re.compile(r".+\.(weight|bias)")
-TUNER_PART = re.compile(r"(^|\.)(base_layer|token_adapter|original_module|\w*lora_\w+|\w+_l)(\.|$)")
+TUNER_PART = re.compile(
+    r"(^|\.)(base_layer|token_adapter|original_module|modules_to_save|\w*lora_\w+|\w+_l)(\.|$)"
+)
 
 PIPELINE_MODULE = re.compile(
     r"(unet|text_encoder(_\d)?|transformer\.(single_)?transformer_blocks)\.|lora_(unet|te\d?)_"
