@@ -17,7 +17,7 @@ from pcb_peft.delta import Delta, LowRank
 from pcb_peft.errors import AdapterError, OptionError, PcbPeftError, UnsupportedError
 from pcb_peft.fold import fitted, fold_deltas
 from pcb_peft.formats import Entry, Written, format_for, format_named, format_of
-from pcb_peft.formats.checkpoint import CONFIG, Tensors, refuse_overflow
+from pcb_peft.formats.checkpoint import CONFIG, Tensors, check_dtype, refuse_overflow
 from pcb_peft.formats.heads import with_biases, without_copies, write_head
 from pcb_peft.formats.registry import AUTOMATIC_HEADS, PREFIX, Base, finite, refuse_pipelines
 from pcb_peft.options import did_you_mean
@@ -130,7 +130,7 @@ class Adapter:
 
         Raises:
             UnsupportedError: The deltas are dense, or of several kinds.
-            OptionError: The dtype cannot hold the values, or there are no ranks for a `rank_pattern`.
+            OptionError: The dtype cannot hold the values, or is none of weights; no ranks for a `rank_pattern`.
             OutputError: The directory cannot be written.
         """
         if current().first:
@@ -157,6 +157,7 @@ class Adapter:
         format: str = "peft",  # noqa: A002
     ) -> Written:
         """The adapter as PEFT stores it: configuration and tensors. Arguments and errors are `save_pretrained`'s."""
+        check_dtype(dtype)
         biases = self._whole_biases()
         entries = {name: e for name, e in self.modules.entries.items() if name not in biases}
         kinds = {entry.kind for entry in entries.values()}
@@ -319,7 +320,8 @@ def load_adapter(
     if not isinstance(source, Source):
         source = Source(str(source), revision, subfolder)
     files = open_files(source, hashed=hashed)
-    return _parsed(source.name, dataclasses.replace(source, sha256=files.sha256), files, base)
+    hashes = {"sha256": files.sha256, "config_sha256": files.config_sha256}
+    return _parsed(source.name, dataclasses.replace(source, **hashes), files, base)
 
 
 def lazy_base(base_model: str | Path | BaseModel | None) -> Callable[[], BaseModel] | None:

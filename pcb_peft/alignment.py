@@ -1,12 +1,18 @@
 """Do adapters fit each other? Checked before a tensor is read."""
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from pcb_peft.adapter import Adapter
+from pcb_peft.base_model import BaseModel
 from pcb_peft.delta import Delta, Diagonal, Rescaled
 from pcb_peft.errors import MismatchError
 from pcb_peft.formats import Entry
+
+_NUMBER = re.compile(r"\.\d+\.")
 
 
 class Alignment:
@@ -67,10 +73,56 @@ def _check_pair(module: str, one: tuple[Adapter, Entry], other: tuple[Adapter, E
         )
 
 
-def common_base(adapters: Sequence[Adapter], stated: str | None) -> tuple[str | None, str | None]:
-    """The base model, and its revision, of all adapters.
+def refuse_other_names(adapters: Sequence[Adapter], base: Callable[[], BaseModel] | None) -> None:
+    """Refuses adapters of two classes of one model, whose paths begin at different modules.
 
-    A directory and a hub id that end in the same name count as the same model. What the caller states is not compared.
+    Where PEFT looks for ``model.layers.0.mlp``, it does not load ``layers.0.mlp``, nor does it say so.
+
+    Raises:
+        MismatchError: Two adapters share no list of layers, but would if the paths of one were longer; and the base
+            model, if one was given, does not have both.
+    """
+    for one, other in itertools.permutations(adapters, 2):
+        short, long = _lists(one), _lists(other)
+        if short.keys() & long.keys():
+            continue
+        for path in long:
+            for end in filter(lambda end: path.endswith(f".{end}"), short):
+                module = short[end]
+                longer = f"{path.removesuffix(end)}{module}"
+                if base is None or base().in_memory(module) == base().in_memory(longer):
+                    raise MismatchError(
+                        f"{one.name} calls a module {module} that {other.name} would call {longer}: they were trained "
+                        "on different classes of one model (AutoModel and AutoModelForCausalLM, say), and PEFT would "
+                        "load only one of them; save both from the same class"
+                    )
+
+
+def _lists(adapter: Adapter) -> dict[str, str]:
+    """The lists of layers that an adapter touches: path to a module in it."""
+    found = {m: _NUMBER.search(m) for m in sorted(adapter.modules.entries, reverse=True)}
+    return {m[: number.start()]: m for m, number in found.items() if number}  # of each the first
+
+
+class CommonBase(NamedTuple):
+    """The base model of several adapters.
+
+    Attributes:
+        name: Path or hub id, as far as it is known.
+        revision: Of it, if all adapters name the same.
+        notes: On what was taken for the same.
+    """
+
+    name: str | None
+    revision: str | None
+    notes: Sequence[str] = ()
+
+
+def common_base(adapters: Sequence[Adapter], stated: str | None) -> CommonBase:
+    """The base model of all adapters.
+
+    Names that end alike count as one model: a directory and a hub id, or copies in several places. What the caller
+    states is not compared.
 
     Raises:
         MismatchError: They name different ones.
@@ -86,10 +138,19 @@ def common_base(adapters: Sequence[Adapter], stated: str | None) -> tuple[str | 
             + "; if they are the same model under several names, state it: base_model=…, --base-model …"
         )
     if stated is not None or not named:
-        return stated, None
+        return CommonBase(stated, None)
     hub = next((a for a in named if not str(a.base_model).startswith(("/", "."))), named[0])
     revisions = {adapter.revision for adapter in named}
-    return hub.base_model, revisions.pop() if len(revisions) == 1 else None
+    revision = revisions.pop() if len(revisions) == 1 else None
+    notes: list[str] = []
+    if len(spelled := {str(adapter.base_model) for adapter in named}) > 1:
+        notes.append(
+            f"{', '.join(sorted(spelled))} are taken for one base model: the names end alike"
+        )
+    if revisions:
+        words = ", ".join(sorted(str(revision) for revision in revisions))
+        notes.append(f"the base model's revision is left open: the adapters name {words}")
+    return CommonBase(hub.base_model, revision, notes)
 
 
 def _last(path: str) -> str:

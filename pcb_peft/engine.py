@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pcb_peft.adapter import Adapter, Modules, lazy_base, load_adapter
-from pcb_peft.alignment import Alignment, common_base
+from pcb_peft.alignment import Alignment, common_base, refuse_other_names
 from pcb_peft.base_model import BaseModel
 from pcb_peft.competition import Competition, Produce
 from pcb_peft.departure import Departure, at_their_shares
@@ -34,7 +34,7 @@ from pcb_peft.rank import Rank, budget_of
 from pcb_peft.recipe import Recipe, Step, steps
 from pcb_peft.report import LOW_ENERGY, Report
 from pcb_peft.rescaling import leaving_as_one, on_one_base
-from pcb_peft.source import Source
+from pcb_peft.source import IN_MEMORY, Source
 from pcb_peft.spaces import get_space
 
 DEFAULT_MEMORY = 2 << 30
@@ -141,12 +141,13 @@ def merge(
     method, track = method or get_method(method_of(recipe.method)), tracker(progress)
     adapters, notes = leaving_as_one(_gathered(recipe, adapters, base), base)
     recipe = spelled_out(dataclasses.replace(recipe, adapters=_sources(adapters)), adapters)
-    alignment, (named, revision) = Alignment(adapters), common_base(adapters, recipe.base_model)
     recipe, measured = _measured(recipe, statistics, adapters)
+    alignment, common = Alignment(adapters), common_base(adapters, recipe.base_model)
     recipe, settings = plan(recipe, method, alignment, measured[0].kind if measured else None)
     recipe, before, after = calibrations_of(recipe, alignment)
     settled = settle(adapters, recipe.weights or (), recipe.heads)
-    report = Report(recipe.method, recipe.space, recipe.scope, notes=[*settled.notes, *notes])
+    notes = [*settled.notes, *notes, *common.notes]
+    report = Report(recipe.method, recipe.space, recipe.scope, notes=notes)
     left = _useful(alignment, settings, recipe.rank, report, track)
     compete = functools.partial(
         _competition,
@@ -168,8 +169,8 @@ def merge(
         name="merged",
         modules=Modules(entries),
         base=base,
-        base_model=named,
-        revision=revision,
+        base_model=common.name,
+        revision=common.revision,
         task_type=_common_task(adapters),
         head=settled.head,
         tied=recipe.tied,
@@ -206,6 +207,7 @@ def _gathered(
     loaded = adapters or [load_adapter(source, base_model=base) for source in recipe.adapters]
     asked = None if recipe.space == "auto" else get_space(recipe.space)
     loaded = _named_apart(loaded)
+    refuse_other_names(loaded, base)
     return grounded(chained(loaded, base) if recipe.chain else loaded, base, asked)
 
 
@@ -226,7 +228,7 @@ def _measured(
 
 def _sources(some: Sequence[Adapter] | Sequence[Statistics]) -> tuple[Source, ...]:
     """Where they are; those that are in no file have a name only."""
-    return tuple(one.source or Source(one.name) for one in some)
+    return tuple(one.source or Source(f"{IN_MEMORY}{one.name}") for one in some)
 
 
 def _data(

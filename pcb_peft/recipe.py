@@ -178,14 +178,14 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 def read_recipe(path: Path) -> Recipe:
     """The recipe in a YAML file. Relative paths of adapters are relative to the current directory.
 
-    An adapter is a path or hub id, or a mapping with `path` and, if wanted, `revision`, `subfolder`, `sha256` and
-    `weight`; the other keys are the fields of `Recipe`.
+    An adapter is a path or hub id, or a mapping with `path` and, if wanted, `revision`, `subfolder`, `sha256`,
+    `config_sha256` and `weight`; the other keys are the fields of `Recipe`.
 
     Raises:
         OptionError: The file is not a recipe; the message names the key.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _OnceEach)
     except (OSError, yaml.YAMLError) as error:
         raise OptionError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(content, dict):
@@ -207,6 +207,21 @@ def read_recipe(path: Path) -> Recipe:
     return Recipe(adapters=sources, **content)
 
 
+class _OnceEach(yaml.SafeLoader):
+    """Plain values only, and no key twice: of two YAML takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value!r} is there twice; give it once",
+                    problem_mark=key.start_mark,
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def _adapters(items: Any, path: Path) -> tuple[tuple[Source, ...], list[float | None]]:
     if not isinstance(items, list):
         raise OptionError(f"{path}: adapters must be a list")
@@ -219,7 +234,7 @@ def _adapters(items: Any, path: Path) -> tuple[tuple[Source, ...], list[float | 
         if not words or entry.get("path") is None or entry.keys() - known:
             raise OptionError(
                 f"{path}: adapter {item!r} must be a path, or a mapping with path and, if wanted, revision, "
-                "subfolder, sha256 and weight"
+                "subfolder, sha256, config_sha256 and weight"
             )
         sources.append(Source(**entry))
     return tuple(sources), weights

@@ -21,22 +21,26 @@ from pcb_peft.formats.checkpoint import (
 )
 from pcb_peft.replaced import HEADS
 
+IN_MEMORY = "in memory: "
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Source:
     """Where one adapter is.
 
     Attributes:
-        path: A directory or a hub id.
+        path: A directory or a hub id; `IN_MEMORY` and a name, where there are no files.
         revision: Of the hub repository.
         subfolder: In the directory or the repository.
         sha256: Of the tensors' file, when it was read.
+        config_sha256: Of the configuration's file.
     """
 
     path: str
     revision: str | None = None
     subfolder: str | None = None
     sha256: str | None = None
+    config_sha256: str | None = None
 
     @property
     def name(self) -> str:
@@ -47,7 +51,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Files:
-    """An adapter's configuration and tensors, and the hash of what they were read from.
+    """An adapter's configuration and tensors, and the hashes of what they were read from.
 
     A merged adapter has heads beside it: those of its sources, by name.
     """
@@ -55,6 +59,7 @@ class Files:
     config: Mapping[str, Any]
     tensors: Tensors
     sha256: str | None = None
+    config_sha256: str | None = None
     heads: Mapping[str, Tensors] = dataclasses.field(default_factory=dict[str, Tensors])
 
 
@@ -64,31 +69,45 @@ def open_files(source: Source, *, hashed: bool = True) -> Files:
     Raises:
         AdapterError: There is no adapter there, or it is another one than the hash says.
     """
+    if source.path.startswith(IN_MEMORY):
+        raise AdapterError(
+            f"{source.path} is no file: the recipe was written of a merge of adapters in memory; save that adapter, "
+            "and write its directory into the recipe"
+        )
     directory = _local(source) or _downloaded(source)
     if (file := _pipeline_file(directory)) is not None:
         tensors = SafetensorsFile(file)
         return Files(
-            pipeline_config(tensors), tensors, _checked_digest(source, file, hashed=hashed)
+            pipeline_config(tensors), tensors, _tensors_digest(source, file, hashed=hashed)
         )
     if not (directory / CONFIG).is_file():
         raise AdapterError(f"{directory} holds no {CONFIG}{_nearby(directory)}")
     weights = (directory / name for name in (SAFETENSORS, PICKLE))
-    digest = _checked_digest(source, next(filter(Path.is_file, weights), None), hashed=hashed)
+    digest = _tensors_digest(source, next(filter(Path.is_file, weights), None), hashed=hashed)
+    configured = _digest(directory / CONFIG)
+    _refuse_other(source, "configuration", configured, "config_sha256", source.config_sha256)
     heads = {
         path.stem: SafetensorsFile(path)
         for path in sorted(directory.glob(f"{HEADS}/*.safetensors"))
     }
-    return Files(read_config(directory / CONFIG), open_tensors(directory), digest, heads)
+    config, tensors = read_config(directory / CONFIG), open_tensors(directory)
+    return Files(config, tensors, digest, configured, heads)
 
 
-def _checked_digest(source: Source, file: Path | None, *, hashed: bool) -> str | None:
+def _tensors_digest(source: Source, file: Path | None, *, hashed: bool) -> str | None:
     digest = source.sha256 if file is None or not hashed else _digest(file)
-    if source.sha256 not in (None, digest):
-        raise AdapterError(
-            f"{source.path} has changed: its tensors have SHA-256 {digest}, the recipe says {source.sha256}; "
-            "restore the adapter, or take sha256 out of the recipe to merge what is there now"
-        )
+    _refuse_other(source, "tensors", digest, "sha256", source.sha256)
     return digest
+
+
+def _refuse_other(
+    source: Source, what: str, digest: str | None, key: str, stated: str | None
+) -> None:
+    if stated not in (None, digest):
+        raise AdapterError(
+            f"{source.path} has changed: the SHA-256 of its {what} is {digest}, the recipe says {stated}; "
+            f"restore the adapter, or take {key} out of the recipe to merge what is there now"
+        )
 
 
 def _pipeline_file(place: Path) -> Path | None:
@@ -116,7 +135,7 @@ def files_of_model(model: Any, adapter_name: str) -> Files:
     if config.get("base_model_name_or_path") is None:
         config["base_model_name_or_path"] = getattr(model.get_base_model(), "name_or_path", None)
     tensors = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    return Files(config, TensorsInMemory(tensors))
+    return Files(config, TensorsInMemory(tensors, f"adapter {adapter_name!r}"))
 
 
 def _local(source: Source) -> Path | None:
@@ -139,8 +158,9 @@ def _downloaded(source: Source) -> Path:
         root = snapshot_download(source.path, revision=source.revision, allow_patterns=wanted)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
+        here = "" if Path(source.path).is_absolute() else f" (paths begin in {Path.cwd()})"
         raise AdapterError(
-            f"{source.path} is neither a directory nor a hub repository that can be reached: {reason}"
+            f"{source.path} is neither a directory nor a hub repository that can be reached{here}: {reason}"
         ) from error
     return Path(root) / prefix
 

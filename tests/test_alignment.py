@@ -76,7 +76,12 @@ SAME = {  # names of one base model, and the one that is kept
 @pytest.mark.parametrize("bases", SAME, ids=str)
 def test_one_base_model_under_several_names_is_accepted(workshop, bases):
     directories = adapters_on(workshop, *bases)
-    assert merge_adapters(directories, "linear").base_model == SAME[bases]
+    merged = merge_adapters(directories, "linear")
+    assert merged.base_model == SAME[bases]
+    names = {base for base in bases if base}
+    noted = [note for note in merged.report.notes if "taken for one base model" in note]
+    assert len(noted) == (len(names) > 1)
+    assert all(name in note for note in noted for name in names)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +92,23 @@ def test_a_revision_is_kept_where_all_have_it(workshop, revisions, kept):
         workshop.adapter("mlp", lora(revision=revision), f"a{i}", base="org/one")
         for i, revision in enumerate(revisions)
     ]
-    assert merge_adapters(directories, "linear").revision == kept
+    merged = merge_adapters(directories, "linear")
+    assert merged.revision == kept
+    assert any("revision is left open" in note for note in merged.report.notes) is (kept is None)
+
+
+@pytest.mark.parametrize("modules", [["q_proj"], ["v_proj"]])
+@pytest.mark.parametrize("known", [False, True])
+def test_adapters_of_two_classes_of_one_model_are_refused(workshop, modules, known):
+    """PEFT would load one of the two, and not say a word."""
+    whole = workshop.adapter("llama", lora(target_modules=["q_proj"]), "whole")
+    bare = workshop.adapter(workshop.model("llama").model, lora(target_modules=modules), "bare")
+    base = workshop.base("llama") if known else None
+    words = rf"bare calls a module layers\.0.*{modules[0]} that whole would call model\.layers\.0"
+    for some in ([whole, bare], [bare, whole]):
+        with pytest.raises(MismatchError, match=words):
+            merge_adapters(some, "linear", base_model=base)
+    merge_adapters([bare], "linear", base_model=base)
 
 
 # -------------------------------------------------------------------------------------- shapes, kinds

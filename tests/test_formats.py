@@ -411,8 +411,25 @@ def test_a_tensor_that_is_not_finite_is_refused_by_name(workshop, part, value):
     workshop.edit_tensors(
         directory, lambda t: t | {spoilt: t[spoilt].index_fill(0, torch.tensor(1), value)}
     )
-    with pytest.raises(AdapterError, match=rf"up\.{part}\.weight holds NaN or infinite"):
+    with pytest.raises(
+        AdapterError, match=rf"{directory}.*up\.{part}\.weight holds NaN or infinite"
+    ):
         load_adapter(directory).delta("up")
+
+
+def test_an_initialisation_that_is_not_known_is_refused(workshop):
+    directory = workshop.adapter("mlp", lora())
+    workshop.edit_config(directory, init_lora_weights="of tomorrow")
+    with pytest.raises(UnsupportedError, match="init_lora_weights = 'of tomorrow' is not known"):
+        load_adapter(directory)
+
+
+@pytest.mark.parametrize("plain", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
+def test_an_initialisation_that_leaves_the_weights_is_read(workshop, plain):
+    directory = workshop.adapter("mlp", lora())
+    expected = workshop.deltas("mlp", directory)
+    workshop.edit_config(directory, init_lora_weights=plain)
+    workshop.assert_deltas(load_adapter(directory), expected)
 
 
 def test_a_head_that_is_not_finite_is_refused_by_name(workshop):

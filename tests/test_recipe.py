@@ -108,12 +108,18 @@ def test_the_file_of_a_result_is_plain_yaml_with_everything_in_it(adapters, tmp_
     assert "!" not in text
     assert "&" not in text
     content = yaml.safe_load(text)
-    hashes = [
-        hashlib.sha256((directory / WRITTEN[0]).read_bytes()).hexdigest() for directory in adapters
-    ]
+
+    def digest(path):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
     assert content["adapters"] == [
-        {"path": str(path), "sha256": digest, "weight": weight}
-        for path, digest, weight in zip(adapters, hashes, [1.0, -0.5], strict=True)
+        {
+            "path": str(path),
+            "sha256": digest(path / WRITTEN[0]),
+            "config_sha256": digest(path / "adapter_config.json"),
+            "weight": weight,
+        }
+        for path, weight in zip(adapters, [1.0, -0.5], strict=True)
     ]
     wanted = {
         "method": "linear",
@@ -185,6 +191,25 @@ def test_an_adapter_that_has_changed_since_is_noticed(workshop):
         merge(recipe)
 
 
+def test_a_configuration_that_has_changed_since_is_noticed(workshop):
+    directory = workshop.adapter("mlp", lora())
+    merge_adapters([directory]).save_pretrained(workshop.directory / "out")
+    recipe = read_recipe(workshop.directory / "out" / "merge_recipe.yaml")
+    workshop.edit_config(directory, lora_alpha=99)
+    with pytest.raises(AdapterError, match=r"adapter has changed.*take config_sha256 out"):
+        merge(recipe)
+
+
+def test_an_adapter_in_memory_is_not_taken_for_a_directory(workshop, monkeypatch):
+    model = workshop.peft_model("mlp", lora())
+    merge_adapters([(model, "default")]).save_pretrained(workshop.directory / "out")
+    recipe = read_recipe(workshop.directory / "out" / "merge_recipe.yaml")
+    workshop.adapter("mlp", lora(), "default")
+    monkeypatch.chdir(workshop.directory)
+    with pytest.raises(AdapterError, match=r"in memory: default is no file.*save that adapter"):
+        merge(recipe)
+
+
 def test_a_recipe_without_a_hash_takes_what_is_there(workshop, write):
     directory = workshop.adapter("mlp", lora())
     merged = merge(read_recipe(write({"adapters": [str(directory)], "method": "linear"})))
@@ -235,6 +260,11 @@ FAULTS = {  # content, words of the message
     "options in no mapping": (A | {"options": ["density"]}, "options"),
     "a seed that is a word": (A | {"seed": "x"}, "seed"),
     "a base model that is a number": (A | {"base_model": 3}, "base_model"),
+    "a key twice": ("adapters: [a, b]\nadapters: [a]", "the key 'adapters' is there twice"),
+    "an option twice": (
+        "adapters: [a]\noptions: {density: 0.1, density: 0.2}",
+        "the key 'density' is there twice",
+    ),
     "a list": ("- a", "is not a recipe"),
     "nothing": ("", "is not a recipe"),
     "a word": ("merge", "is not a recipe"),

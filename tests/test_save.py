@@ -597,3 +597,11 @@ def test_the_card_of_a_merge_without_a_known_base_names_none(workshop):
     front = yaml.safe_load(text.split("---\n")[1])
     assert "base_model" not in front
     assert front["library_name"] == "peft"
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn, "float32"])
+def test_a_dtype_in_which_weights_are_not_stored_is_refused(workshop, tmp_path, dtype):
+    merged = merge_adapters([workshop.adapter("mlp", lora())])
+    with pytest.raises(OptionError, match=r"dtype is .*; it must be one of torch\.float32"):
+        merged.save_pretrained(tmp_path / "out", dtype=dtype)
+    assert not (tmp_path / "out").exists()

@@ -43,8 +43,13 @@ def put(cache, repository, commit, adapter, subfolder="", refs=("main",)):
         (snapshot / file.name).symlink_to(os.path.relpath(blob, snapshot))
 
 
-def sha256(directory):
-    return hashlib.sha256((directory / "adapter_model.safetensors").read_bytes()).hexdigest()
+def sha256(directory, file="adapter_model.safetensors"):
+    return hashlib.sha256((directory / file).read_bytes()).hexdigest()
+
+
+def source(path, directory):
+    configured = sha256(directory, "adapter_config.json")
+    return Source(str(path), sha256=sha256(directory), config_sha256=configured)
 
 
 # -------------------------------------------------------------------------------------- directories
@@ -111,7 +116,7 @@ def test_a_hub_id_is_read_from_the_cache(workshop, cache):
     adapter = load_adapter("org/math-lora")
     workshop.assert_deltas(adapter, workshop.deltas("mlp", directory))
     assert adapter.name == "math-lora"
-    assert adapter.source == Source("org/math-lora", sha256=sha256(directory))
+    assert adapter.source == source("org/math-lora", directory)
 
 
 @pytest.mark.parametrize("revision", [OLD, "v1"])
@@ -175,7 +180,9 @@ def test_what_the_hub_does_not_have_is_named_in_one_line(workshop, cache, monkey
 def test_a_hub_that_cannot_be_reached_is_said_in_one_line(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(AdapterError, match=r"org/math is neither .* can be reached: .*$") as raised:
+    with pytest.raises(
+        AdapterError, match=r"org/math is neither .* can be reached .*: .*$"
+    ) as raised:
         load_adapter("org/math")
     assert "\n" not in str(raised.value)
 
@@ -248,7 +255,10 @@ def test_each_adapter_of_a_live_model_is_read_by_its_name(workshop):
         for directory in (workshop.directory / "m", workshop.directory / "m" / "second")
     ]
     workshop.assert_deltas(merged, {m: wanted[0][m] - 2 * wanted[1][m] for m in wanted[0]}, 1e-5)
-    assert [source.path for source in merged.recipe.adapters] == ["default", "second"]
+    assert [source.path for source in merged.recipe.adapters] == [
+        "in memory: default",
+        "in memory: second",
+    ]
 
 
 def test_merging_a_live_model_leaves_it_as_it_is(workshop):
@@ -280,7 +290,7 @@ def test_what_is_not_supported_is_refused_from_a_live_model_too(workshop):
 
 def test_an_adapter_other_than_the_hash_says_is_refused(workshop):
     directory = workshop.adapter("mlp", lora())
-    right = Source(str(directory), sha256=sha256(directory))
+    right = source(directory, directory)
     assert load_adapter(right).source == right
     workshop.adapter("mlp", lora(), seed=2)
     with pytest.raises(

@@ -19,7 +19,9 @@ PIPELINE_TYPE = "DIFFUSERS"
 
 
 class Tensors(Protocol):
-    """Named tensors of which shape and dtype are known before the data is read."""
+    """Named tensors of which shape and dtype are known before the data is read; `where`, for messages."""
+
+    where: str
 
     def names(self) -> list[str]: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
@@ -35,6 +37,7 @@ class SafetensorsFile:
             self._file = safetensors.safe_open(str(path), framework="pt")
         except (OSError, safetensors.SafetensorError) as error:
             raise AdapterError(f"{path} is not a readable safetensors file: {error}") from error
+        self.where = str(path)
 
     def metadata(self) -> dict[str, str]:
         """What the file says beside its tensors."""
@@ -59,8 +62,8 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 class TensorsInMemory:
     """Tensors of a live model, or of a pickled file."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = tensors
+    def __init__(self, tensors: Mapping[str, Tensor], where: str) -> None:
+        self._tensors, self.where = tensors, where
 
     def names(self) -> list[str]:
         return sorted(self._tensors)
@@ -79,7 +82,7 @@ class Without:
     """Tensors, but for some."""
 
     def __init__(self, tensors: Tensors, left_out: Container[str]) -> None:
-        self._left_out = left_out
+        self._left_out, self.where = left_out, tensors.where
         self.shape, self.dtype, self.read = tensors.shape, tensors.dtype, tensors.read
         self._names = tensors.names
 
@@ -122,7 +125,14 @@ def open_tensors(directory: Path) -> Tensors:
         raise AdapterError(f"{path} cannot be loaded with weights_only=True: {error}") from error
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise AdapterError(f"{path} holds something else than named tensors")
-    return TensorsInMemory(tensors)
+    return TensorsInMemory(tensors, str(path))
+
+
+def check_dtype(dtype: object) -> None:
+    """Raises OptionError where weights are not stored in a dtype."""
+    if dtype not in (allowed := (torch.float32, torch.bfloat16, torch.float16, torch.float64)):
+        words = ", ".join(map(str, allowed))
+        raise OptionError(f"dtype is {dtype!r}; it must be one of {words}")
 
 
 def refuse_overflow(tensors: Mapping[str, Tensor]) -> None:

@@ -27,6 +27,7 @@ class Taken:
 
 CONVERSION = "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
 IRREPRODUCIBLE = ("pissa_niter", "corda", "lora_ga", "loftq")
+PLAIN = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")  # W stays as it is
 
 
 def _pissa(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
@@ -53,7 +54,7 @@ def taken_from(config: Config) -> Taken | None:
     """What PEFT takes out of W with this configuration; None for a plain initialisation.
 
     Raises:
-        UnsupportedError: It cannot be computed again from W.
+        UnsupportedError: It cannot be computed again from W, or is not known.
     """
     init = str(config.get("init_lora_weights")).lower()
     if init.startswith(IRREPRODUCIBLE):
@@ -67,6 +68,11 @@ def taken_from(config: Config) -> Taken | None:
         return Taken("PiSSA takes the largest singular triplets out of W", _pissa)
     if init.startswith("olora"):
         return Taken("OLoRA takes a part of the QR decomposition out of W", _olora)
+    if init not in PLAIN:
+        raise UnsupportedError(
+            f"init_lora_weights = {init!r} is not known, and may take something out of W; convert the adapter with "
+            f"PEFT's {CONVERSION}, or, if it leaves W as it is, write true into its configuration"
+        )
     return None
 
 

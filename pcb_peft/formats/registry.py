@@ -235,7 +235,7 @@ def finite(tensors: Tensors, name: str) -> Tensor:
     """
     values = tensors.read(name).float()
     if not torch.isfinite(values).all():
-        raise AdapterError(f"{name} holds NaN or infinite values")
+        raise AdapterError(f"{tensors.where}: {name} holds NaN or infinite values")
     return values
 
 
