@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,39 +70,67 @@ def read_json(path: Path) -> dict[str, Any]:
         BaseModelError: There is none, or it is damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError) as error:
         raise BaseModelError(
             f"{path} cannot be read ({error}); give the directory of a transformers checkpoint"
         ) from error
+    return _object(content, str(path))
 
 
-def shard_files(directory: Path) -> list[str]:
-    """Names of the files with weights; a single file goes before an index, as in transformers."""
+def read_index(directory: Path) -> dict[str, str]:
+    """Tensor → file, as the index says; empty where all is in a single file, which goes before an index.
+
+    Raises:
+        BaseModelError: There are no weights that can be read, or the index is damaged.
+    """
     if (directory / SINGLE_FILE).is_file():
-        return [SINGLE_FILE]
-    if not (directory / INDEX_FILE).is_file():
+        return {}
+    path = directory / INDEX_FILE
+    if not path.is_file():
         raise BaseModelError(
             f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}, and other formats (.bin, .gguf) "
             "are not read; load the model with transformers and save it again with save_pretrained"
         )
-    index = read_json(directory / INDEX_FILE)
-    files = sorted(set(index["weight_map"].values()))
-    for file in files:
-        if Path(file).name != file or not (directory / file).is_file():
+    given = read_json(path).get("weight_map") or None
+    index: dict[str, str] = _object(given, f"weight_map of {path}")
+    for file in index.values():
+        if Path(str(file)).name != file or not (directory / file).is_file():
             raise BaseModelError(
-                f"{directory / INDEX_FILE} names the file {file!r}, which is not beside it; "
-                "fetch the model again"
+                f"{path} names the file {file!r}, which is not beside it; fetch the model again"
             )
-    return files
+    return index
 
 
-def read_spans(directory: Path, file: str) -> dict[str, Span]:
-    """Where the tensors of a file lie.
+def _object(content: Any, what: str) -> dict[str, Any]:
+    """What was read of a file, if it is an object."""
+    if not isinstance(content, dict):
+        raise BaseModelError(
+            f"{what}: found {str(content)[:40]}, where names with a value each must be; fetch the model again"
+        )
+    return content  # pyright: ignore[reportUnknownVariableType]
+
+
+def read_spans(directory: Path, files: Iterable[str]) -> dict[str, Span]:
+    """Where the tensors of some files lie.
 
     Raises:
-        BaseModelError: It is damaged.
+        BaseModelError: A file is damaged, or a tensor is in two.
     """
+    spans: dict[str, Span] = {}
+    for file in files:
+        own = _spans_in(directory, file)
+        if twice := min(own.keys() & spans.keys(), default=None):
+            raise BaseModelError(
+                f"{directory}: {twice} is in {spans[twice].file} and {file}, and programs differ in which they load; "
+                "fetch the model again, or load it with transformers and save it again with save_pretrained"
+            )
+        spans |= own
+    return spans
+
+
+def _spans_in(directory: Path, file: str) -> dict[str, Span]:
+    """Where the tensors of a file lie."""
     path = directory / file
     try:
         with safe_open(path, framework="pt"):  # checks header and length

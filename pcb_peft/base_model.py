@@ -13,12 +13,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from pcb_peft.base_files import (
+    SINGLE_FILE,
     Span,
     download,
+    read_index,
     read_json,
     read_spans,
     refuse_quantised,
-    shard_files,
 )
 from pcb_peft.errors import BaseModelError, MismatchError
 from pcb_peft.layout import CONV1D, LINEAR, Layout, layout_of
@@ -63,9 +64,8 @@ def open_base_model(source: str | Path, revision: str | None = None) -> "BaseMod
     if not directory.is_dir():
         directory = download(str(source), revision)
     config = read_json(directory / "config.json")
-    spans: dict[str, Span] = {}
-    for file in shard_files(directory):
-        spans |= read_spans(directory, file)
+    index = read_index(directory)
+    spans = read_spans(directory, sorted(set(index.values())) or [SINGLE_FILE])
     refuse_quantised(config, spans, str(source))
     return BaseModel(str(source), directory, config, spans)
 

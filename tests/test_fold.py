@@ -1,5 +1,6 @@
 """Folding, against PEFT's own merge_and_unload on the same files."""
 
+import dataclasses
 import importlib.resources
 import json
 import os
@@ -536,12 +537,50 @@ def test_damaged_and_missing_shards_are_named(tmp_path):
         open_base_model(base)
 
 
+def test_a_tensor_in_two_shards_is_refused(tmp_path):
+    base = llama(tmp_path / "base", shard="40KB")
+    first, *_, last = sorted(base.glob("*.safetensors"))
+    tensors = load_file(first)
+    name = min(tensors)
+    save_file({name: tensors[name]} | load_file(last), last, {"format": "pt"})
+    with pytest.raises(BaseModelError, match=f"{name} is in {first.name} and {last.name}.+save"):
+        open_base_model(base)
+
+
+def test_a_shard_is_copied_to_its_end(tmp_path):
+    base = open_base_model(llama(tmp_path / "base"))
+    known = {name: span for name, span in base.spans.items() if name == f"{Q_PROJ}.weight"}
+    fold_deltas({}, dataclasses.replace(base, spans=known), tmp_path / "out")
+    before, after = (path / "model.safetensors" for path in (base.directory, tmp_path / "out"))
+    assert before.read_bytes() == after.read_bytes()
+
+
 def test_an_index_cannot_point_out_of_its_directory(tmp_path):
     base = llama(tmp_path / "base", shard="40KB")
     shutil.copy(next(base.glob("*.safetensors")), tmp_path / "elsewhere.safetensors")
     index = base / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"x": "../elsewhere.safetensors"}}))
     with pytest.raises(BaseModelError, match="not beside it"):
+        open_base_model(base)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "found"),
+    [
+        ("config.json", [], r"config.json: found \[\]"),
+        ("model.safetensors.index.json", ["a"], r"index.json: found \['a'\]"),
+        ("model.safetensors.index.json", {"metadata": {}}, "weight_map of .+: found None"),
+        ("model.safetensors.index.json", {"weight_map": {}}, "weight_map of .+: found None"),
+        ("model.safetensors.index.json", {"weight_map": {"x": 7}}, "names the file 7, which"),
+        ("model.safetensors.index.json", {"weight_map": {"x": ["a"]}}, r"the file \['a'\], which"),
+    ],
+)
+def test_what_no_checkpoint_says_is_refused_with_the_name_of_the_file(
+    tmp_path, file, content, found
+):
+    base = llama(tmp_path / "base", shard="40KB")
+    (base / file).write_text(json.dumps(content))
+    with pytest.raises(BaseModelError, match=f"{found}.+fetch the model again"):
         open_base_model(base)
 
 
