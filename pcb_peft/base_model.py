@@ -67,7 +67,13 @@ def open_base_model(source: str | Path, revision: str | None = None) -> "BaseMod
     index = read_index(directory)
     spans = read_spans(directory, sorted(set(index.values())) or [SINGLE_FILE])
     refuse_quantised(config, spans, str(source))
-    return BaseModel(str(source), directory, config, spans)
+    base = BaseModel(str(source), directory, config, spans)
+    lacking = next((name for name in index if name not in spans and base.needs(name)), None)
+    if lacking is not None:
+        raise BaseModelError(
+            f"{directory}: the index says {lacking} is in {index[lacking]}, which lacks it: fetch the model again"
+        )
+    return base
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -173,6 +179,18 @@ class BaseModel:
     def has(self, name: str) -> bool:
         """Whether the model has a parameter of that name in memory, be it tied to another."""
         return self.find(name) is not None or self._skeleton.known(name) is not None
+
+    def needs(self, name: str) -> bool:
+        """Whether the model lacks values where the files do not hold the parameter of that name in them.
+
+        It does not where the parameter is tied to one that they hold, or of no use in memory: transformers loads such a
+        checkpoint, whose index was written before its files.
+        """
+        skeleton = self._skeleton
+        if not skeleton.parameters:
+            return not self.config.get("tie_word_embeddings")
+        tied = any(self.find(other) for other in self.tied(name))
+        return skeleton.renamed(name) in skeleton.parameters and not tied
 
     @functools.cached_property
     def inputs(self) -> str | None:

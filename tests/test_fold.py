@@ -547,6 +547,39 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path):
         open_base_model(base)
 
 
+def named_by_the_index(base, name):
+    """Lets the index name one more tensor."""
+    path = base / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"][name] = min(index["weight_map"].values())
+    path.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_tensor_that_its_shard_lacks_is_named(tmp_path, known):
+    base = llama(tmp_path / "base", shard="40KB")
+    if not known:
+        (base / "config.json").write_text('{"model_type": "no_such_type"}')
+    index = json.loads((base / "model.safetensors.index.json").read_text())
+    file = base / index["weight_map"][f"{Q_PROJ}.weight"]
+    rest = {n: tensor for n, tensor in load_file(file).items() if n != f"{Q_PROJ}.weight"}
+    save_file(rest, file, {"format": "pt"})
+    with pytest.raises(
+        BaseModelError, match=f"{Q_PROJ}.weight is in {file.name}, which lacks it.+again"
+    ):
+        open_base_model(base)
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"])
+def test_what_transformers_does_without_may_be_lacking(tmp_path, name):
+    base = llama(tmp_path / "base", shard="40KB", tie_word_embeddings=True)
+    named_by_the_index(base, name)
+    _, found = CAUSAL.from_pretrained(base, output_loading_info=True)
+    assert not any(found.values())
+    fold_deltas({}, open_base_model(base), tmp_path / "out")
+    assert_same_files(base, tmp_path / "out")
+
+
 def test_a_shard_is_copied_to_its_end(tmp_path):
     base = open_base_model(llama(tmp_path / "base"))
     known = {name: span for name, span in base.spans.items() if name == f"{Q_PROJ}.weight"}
