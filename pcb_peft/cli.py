@@ -19,7 +19,7 @@ from pcb_peft.collect import collect_statistics
 from pcb_peft.demo import POOLS, run_demo
 from pcb_peft.engine import DEFAULT_MEMORY, merge
 from pcb_peft.errors import OptionError, PcbPeftError
-from pcb_peft.estimate import estimate_merge
+from pcb_peft.estimate import check_leaving, estimate_merge
 from pcb_peft.extract import extract_adapter
 from pcb_peft.measured import KINDS
 from pcb_peft.merged import MergedAdapter
@@ -82,16 +82,20 @@ def merge_command(parsed: argparse.Namespace) -> None:
     """Merge adapters of one base model into one adapter."""
     recipe = _recipe(parsed)
     if parsed.dry_run:
-        print(estimate_merge(recipe, max_memory=parsed.max_memory, dtype=DTYPES[parsed.dtype]))
+        found = estimate_merge(
+            recipe,
+            max_memory=parsed.max_memory,
+            dtype=DTYPES[parsed.dtype],
+            rank_pattern=parsed.rank_pattern,
+            fold=parsed.fold,
+        )
+        print(found)
         return
     check_target(parsed.output, overwrite=parsed.overwrite)
+    check_leaving(recipe, fold=parsed.fold)
     merged = merge(recipe, device=parsed.device, max_memory=parsed.max_memory)
     if parsed.fold:
-        if recipe.base_model is None:
-            raise OptionError(
-                "--fold writes the base model with the merge in it: give --base-model too"
-            )
-        merged.fold(recipe.base_model, parsed.output, overwrite=parsed.overwrite)
+        merged.fold(str(recipe.base_model), parsed.output, overwrite=parsed.overwrite)
     else:
         merged.save_pretrained(
             parsed.output,

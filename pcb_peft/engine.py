@@ -139,7 +139,7 @@ def merge(
     """Makes what a recipe describes; arguments and errors as those of `merge_adapters`."""
     started, base = time.perf_counter(), lazy_base(recipe.base_model)
     method, track = method or get_method(method_of(recipe.method)), tracker(progress)
-    adapters, notes = leaving_as_one(_gathered(recipe, adapters, base), base)
+    adapters, notes = leaving_as_one(gathered(recipe, adapters, base), base)
     recipe = spelled_out(dataclasses.replace(recipe, adapters=_sources(adapters)), adapters)
     recipe, measured = _measured(recipe, statistics, adapters)
     alignment, common = Alignment(adapters), common_base(adapters, recipe.base_model)
@@ -200,7 +200,7 @@ def _competition(
     )
 
 
-def _gathered(
+def gathered(
     recipe: Recipe, adapters: Sequence[Adapter] | None, base: Callable[[], BaseModel] | None
 ) -> list[Adapter]:
     """The adapters, by different names, and read beside the base model where that is needed."""

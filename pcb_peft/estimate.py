@@ -14,19 +14,22 @@ import torch
 
 from pcb_peft import fusion
 from pcb_peft.adapter import Adapter, lazy_base, load_adapter
-from pcb_peft.alignment import Alignment
+from pcb_peft.alignment import Alignment, common_base
 from pcb_peft.calibrations import Calibration, prepared
 from pcb_peft.delta import Delta, Dense, Diagonal, LowRank, Rescaled
-from pcb_peft.grounding import grounded
+from pcb_peft.engine import gathered
+from pcb_peft.errors import OptionError
+from pcb_peft.formats.registry import format_for
 from pcb_peft.measured import open_statistics
 from pcb_peft.methods import get_method
 from pcb_peft.peft_names import method_of, spelled_out
 from pcb_peft.plan import Setting, calibrations_of, plan
+from pcb_peft.policy import settle
 from pcb_peft.rank import Rank, added_part, budget_of, truncate
 from pcb_peft.recipe import Recipe
 from pcb_peft.rescaling import leaving_as_one
 from pcb_peft.selection import KEPT_IN_ALL, KEPT_VALUES, MARGIN
-from pcb_peft.spaces import Projection, get_space
+from pcb_peft.spaces import Projection
 from pcb_peft.stand_in import Kinds, Shape, StandIn, least, stand_ins, timed
 from pcb_peft.statistics import (
     SAMPLE_VALUES,
@@ -36,6 +39,7 @@ from pcb_peft.statistics import (
     dtype_of,
     sample_size,
 )
+from pcb_peft.written_size import Left, adapter_bytes, folded_bytes, head_bytes, unread
 
 PROCESS_BYTES = 250 << 20  # Python with torch and this package
 TILES_HELD = 10  # what a method makes of a tile, in tiles
@@ -53,7 +57,7 @@ class Estimate:
         values: Per adapter, in the spaces in which they compete.
         passes: Over these, the last of which merges; the most that a part of the model needs.
         read: Bytes of the adapters' tensors, as often as they are read.
-        written: Bytes of tensors; where the rank follows from the data, at most so many.
+        written: Bytes of tensors; at most so many where the data tells the rank, or whether heads are the same.
         memory: Bytes, at the peak.
         seconds: On this machine as it is now; without what the disk takes.
     """
@@ -77,66 +81,77 @@ class Estimate:
 
 @dataclasses.dataclass(slots=True)
 class _Cost:
-    """Of one module, or of all.
+    """Of one module.
 
     Attributes:
         seconds: Of the whole merge.
         values: Per adapter.
         passes: Over them.
-        left: Numbers in the factors of the result, or in itself.
+        left: What becomes of it.
         working: Bytes while it is merged.
         kept: Bytes between passes, if there is room.
         encode: Seconds of them for the way into the space.
     """
 
-    seconds: float = 0.0
-    values: int = 0
-    passes: int = 0
-    left: int = 0
-    working: int = 0
-    kept: int = 0
-    encode: float = 0.0
+    seconds: float
+    values: int
+    passes: int
+    left: Left
+    working: int
+    kept: int
+    encode: float
 
 
 def estimate_merge(
-    recipe: Recipe, *, max_memory: int = 2 * GIB, dtype: torch.dtype = torch.float32
+    recipe: Recipe,
+    *,
+    max_memory: int = 2 * GIB,
+    dtype: torch.dtype = torch.float32,
+    rank_pattern: bool = False,
+    fold: bool = False,
 ) -> Estimate:
-    """What `merge` and `save_pretrained` will take. Of the adapters only the headers are read.
+    """What `merge` and `save_pretrained`, or `fold`, will take. Of the adapters only headers, and token rows, are read.
 
     Args:
         recipe: What would be merged.
         max_memory: As `merge` takes it.
-        dtype: Of the tensors written.
+        dtype: Of the tensors written, as `save_pretrained` takes it.
+        rank_pattern: Likewise.
+        fold: The recipe's base model is written, with the merge in it.
 
     Raises:
-        PcbPeftError: As `merge` does, where that can be known from the headers.
+        PcbPeftError: As they do, where that can be known from the headers.
     """
+    check_leaving(recipe, fold=fold)
     base = lazy_base(recipe.base_model)
-    adapters = [load_adapter(source, base_model=base, hashed=False) for source in recipe.adapters]
-    asked = None if recipe.space == "auto" else get_space(recipe.space)
-    adapters, _ = leaving_as_one(grounded(adapters, base, asked), base)
-    alignment = Alignment(adapters)
+    given = [load_adapter(source, base_model=base, hashed=False) for source in recipe.adapters]
+    adapters, _ = leaving_as_one(gathered(recipe, given, base), base)
+    alignment, _ = Alignment(adapters), common_base(adapters, recipe.base_model)
     method = get_method(method_of(recipe.method))
     measured = next(map(open_statistics, recipe.statistics), None)
     kind = measured.kind if measured else None
     recipe, settings = plan(spelled_out(recipe, adapters), method, alignment, kind)
     recipe, before, after = calibrations_of(recipe, alignment)
+    settled = settle(unread(adapters), recipe.weights or (), recipe.heads)
     costs = [
         cost
         for setting in settings
         for cost in _costs(alignment, setting, recipe.rank, before, after)
     ]
 
-    stored = sum(_stored_bytes(adapter) for adapter in adapters)
+    stored = sum(map(_stored_bytes, given))
     kept, passes = sum(cost.kept for cost in costs), max(cost.passes for cost in costs)
     again = max(0.0, 1 - max_memory / kept) * (2 * passes) if kept else 0.0
-    left = dtype.itemsize * sum(cost.left for cost in costs)
+    left = adapter_bytes([cost.left for cost in costs], dtype, rank_pattern=rank_pattern)
+    written = left + head_bytes(settled, dtype)
+    if fold and base:
+        written = folded_bytes(base(), settled, alignment.modules, recipe.tied)
     return Estimate(
         modules=len(alignment.modules),
         values=sum(cost.values for cost in costs),
         passes=passes,
         read=int(stored * (2 + again)),
-        written=left,
+        written=written,
         memory=PROCESS_BYTES
         + min(max_memory, kept)
         + max(cost.working for cost in costs)
@@ -145,6 +160,16 @@ def estimate_merge(
         seconds=sum(cost.seconds + again * cost.encode for cost in costs)
         + stored * _hash_seconds(),
     )
+
+
+def check_leaving(recipe: Recipe, *, fold: bool) -> None:
+    """Raises PcbPeftError where what a recipe makes cannot be written so."""
+    if fold and recipe.base_model is None:
+        raise OptionError(
+            "a fold writes the base model with the merge in it: give base_model too (--base-model)"
+        )
+    if not fold and recipe.rank == "full":
+        format_for(Dense)
 
 
 def _stored_bytes(adapter: Adapter) -> int:
@@ -211,6 +236,8 @@ def _costs(
         pairs[key].cost(shape, scope or size)
         for key, shape, size in zip(keys, shapes, sizes, strict=True)
     ]
+    for module, cost in zip(setting.modules, costs, strict=True):
+        cost.left = _limited(cost.left, alignment, module, setting, rank, after)
     sampled = [scope] if scope else sizes
     tasks = len(alignment.adapters)
     sorts = sum(sample_size(tasks, size) for size in sampled if size > SAMPLE_VALUES)
@@ -220,6 +247,24 @@ def _costs(
         for cost in costs:
             cost.kept = 0
     return costs
+
+
+def _limited(
+    left: Left,
+    alignment: Alignment,
+    module: str,
+    setting: Setting,
+    rank: Rank,
+    after: Sequence[Calibration],
+) -> Left:
+    """What is left of a module, of no higher rank than there can be."""
+    limits = [budget_of(rank, kind) for kind in ("budget", "utility")]
+    if isinstance(rank, float) and not setting.space.lossless:
+        limits.append(left.rank)
+    elif not after:
+        limits.append(alignment.total_rank(module, in_parts=setting.in_parts))
+    most = None if left.rank is None else min(*left.shape, left.rank, *filter(None, limits))
+    return dataclasses.replace(left, rank=most, stacked=alignment.modules[module].stacked)
 
 
 def _kinds(alignment: Alignment, module: str, *, in_parts: bool) -> Kinds:
@@ -256,7 +301,7 @@ class _Pair:
         self.ones = [StandIn(encode, weights, kinds, shape) for shape in shapes]
         self.compiling = 0.0  # seconds
         self._merged: dict[
-            tuple[torch.dtype, bool, bool], list[tuple[float, float, int, int | None]]
+            tuple[torch.dtype, bool, bool], list[tuple[float, float, int, Left]]
         ] = {}
 
     def values(self, shape: Shape) -> int:
@@ -282,12 +327,11 @@ class _Pair:
         encode *= 1 if self._kept else 1 + self._surveys
         compete = _line([self.values(small) for small in sizes], [run[0] for run in runs], values)
         depart = _line(areas, [run[1] for run in runs], area)
-        rank = runs[-1][3]
         return _Cost(
             encode + compete + depart,
             values,
             runs[0][2],
-            math.prod(shape) if rank is None else rank * wide,
+            dataclasses.replace(runs[-1][3], shape=shape),
             36 * self.total_rank * wide + 24 * tasks * values * (not dense) + 20 * area * dense,
             12 * self.total_rank * wide + 8 * tasks * self.total_rank**2,
             encode,
@@ -295,8 +339,8 @@ class _Pair:
 
     def _run(
         self, one: StandIn, dtype: torch.dtype, compiled: bool, sampled: bool
-    ) -> tuple[float, float, int, int | None]:
-        """Seconds to compete and to depart, passes, and the rank of what leaves."""
+    ) -> tuple[float, float, int, Left]:
+        """Seconds to compete and to depart, passes, and what leaves."""
         passes = 0
 
         def track(items: Iterable[int]) -> Iterable[int]:
@@ -318,10 +362,10 @@ class _Pair:
         competing, results = least(lambda: [compete(some) for some in scopes])
         self.compiling = max(self.compiling, first - competing)
         delta = one.projection.decode([block for some in results for block in some])
-        departing, rank = least(lambda: self._rank(self._calibrated(delta, one)))
+        departing, left = least(lambda: self._left(self._calibrated(delta, one)))
         passes = passes // (2 * len(scopes)) + 1
         repeats = 1 + self._surveys / (passes if self._kept else 1)
-        return competing * repeats, departing, passes, rank
+        return competing * repeats, departing, passes, left
 
     def _calibrated(self, delta: Delta, one: StandIn) -> Delta:
         for calibration in self.after:
@@ -330,16 +374,17 @@ class _Pair:
             delta = calibration(delta, one.deltas, *whole)
         return delta
 
-    def _rank(self, delta: Delta) -> int | None:
-        """Of the result; at most so much where only the data knows."""
+    def _left(self, delta: Delta) -> Left:
+        """What becomes of a delta; of at most that rank where only the data knows."""
         if self.rank == "full" or isinstance(delta, Diagonal):
-            return None
-        rank = None if budget_of(self.rank) or isinstance(self.rank, str) else self.rank
+            return Left(delta.shape, None)
+        rescales = isinstance(delta, Rescaled)
+        rank = self.rank if isinstance(self.rank, int) else None
         if rank is None and not self.setting.space.lossless:
             rank = self.total_rank
         if isinstance(delta, LowRank) and rank is None:
-            return delta.rank
-        return truncate(added_part(delta), rank if isinstance(rank, int) else None)[0].rank
+            return Left(delta.shape, delta.rank)
+        return Left(delta.shape, truncate(added_part(delta), rank)[0].rank, rescales)
 
 
 def _line(sizes: Sequence[int], seconds: Sequence[float], size: int) -> float:

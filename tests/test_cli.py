@@ -255,7 +255,7 @@ ERRORS = {  # command to words of the one line
     "merge math code -o @out --formula old": "formula is 'old'",
     "merge math code -o .": "current directory",
     "merge math code -o code": "code exists and is not empty",
-    "merge math code -o @out --fold": "give --base-model",
+    "merge math code -o @out --fold": "give base_model too",
     "merge math code -o @out --rank full": "give a rank, or fold it",
     "merge math math-ia3 -o @out": "Diagonal and LowRank",
     "merge math math-cls -o @out --heads refuse": "math-cls replace parameters",

@@ -3,10 +3,12 @@
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from pcb_peft import (
     OptionError,
+    PcbPeftError,
     Recipe,
     Source,
     estimate_merge,
@@ -70,6 +72,91 @@ def test_what_is_written_has_the_size_that_was_said(adapters, tmp_path, rank, dt
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors").values()
     wanted = sum(tensor.nbytes for tensor in tensors)
     assert estimate_merge(words, dtype=dtype).written == wanted
+
+
+def stored(directory):
+    """Bytes of the tensors in all files below a directory."""
+    files = directory.rglob("*.safetensors")
+    return sum(tensor.nbytes for file in files for tensor in load_file(file).values())
+
+
+def lora(rank, **options):
+    return peft.LoraConfig(r=rank, target_modules=TARGETS, **options)
+
+
+HEAD = {"modules_to_save": ["lm_head"]}
+MIXED = {
+    "ranks": [lora(4), lora(5, rank_pattern={"down_proj": 7})],
+    "other modules": [lora(4), peft.LoraConfig(r=6, target_modules=["q_proj", "up_proj"])],
+    "DoRA and LoRA": [lora(3, use_dora=True), lora(4)],
+    "biases": [lora(2, bias="all"), lora(3)],
+    "one head": [lora(2, **HEAD), lora(3)],
+    "heads": [lora(2, **HEAD), lora(3, **HEAD)],
+    "rows": [lora(2, trainable_token_indices=[1, 2]), lora(3, trainable_token_indices=[5])],
+}
+
+
+@pytest.mark.parametrize("rank_pattern", [False, True])
+@pytest.mark.parametrize("mixed", MIXED)
+def test_what_an_adapter_takes_is_what_was_said(workshop, mixed, rank_pattern):
+    paths, out = workshop.adapters("llama", MIXED[mixed]), workshop.directory / "out"
+    words = recipe(paths, method="linear", space="core", base_model=str(workshop.base("llama")))
+    merge(words).save_pretrained(out, dtype=torch.bfloat16, rank_pattern=rank_pattern)
+    found = estimate_merge(words, dtype=torch.bfloat16, rank_pattern=rank_pattern)
+    assert found.written == stored(out)
+
+
+@pytest.mark.filterwarnings("ignore:the merged adapter retains")
+@pytest.mark.parametrize("rank", ["budget:7", "utility:30", 0.9])
+@pytest.mark.parametrize("space", ["core", "dense"])
+def test_what_the_data_tells_is_no_more_than_what_was_said(workshop, space, rank):
+    paths, out = workshop.adapters("llama", MIXED["ranks"]), workshop.directory / "out"
+    words = recipe(paths, method="ties", space=space, scope="module", rank=rank)
+    merge(words).save_pretrained(out)
+    assert 0.2 * estimate_merge(words).written < stored(out) <= estimate_merge(words).written
+
+
+@pytest.mark.parametrize("rank", [None, "full"])
+@pytest.mark.parametrize("mixed", MIXED)
+def test_a_fold_takes_what_was_said(workshop, mixed, rank):
+    paths, out = workshop.adapters("llama", MIXED[mixed]), workshop.directory / "out"
+    base = workshop.base("llama")
+    words = recipe(paths, method="linear", rank=rank, base_model=str(base))
+    merge(words).fold(base, out)
+    assert estimate_merge(words, fold=True).written == stored(out)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_an_untied_end_is_counted(workshop):
+    config = transformers.LlamaConfig.from_dict(
+        workshop.model("llama").config.to_dict() | {"tie_word_embeddings": True}
+    )
+    model, base = transformers.LlamaForCausalLM(config), workshop.directory / "base"
+    model.save_pretrained(base)
+    path = workshop.adapter(model, peft.LoraConfig(r=2, target_modules=["lm_head"]))
+    words = recipe([path], method="linear", base_model=str(base), tied="untie")
+    merge(words).fold(base, workshop.directory / "out")
+    assert estimate_merge(words, fold=True).written == stored(workshop.directory / "out")
+
+
+REFUSED = {
+    "different base models": ([lora(2), lora(3)], {}, False),
+    "heads='refuse'": ([lora(2, **HEAD)], {"heads": "refuse"}, False),
+    "give a rank, or fold it": ([lora(2)], {"rank": "full"}, False),
+    "give base_model too": ([lora(2)], {}, True),
+}
+
+
+@pytest.mark.usefixtures("unread")
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_the_merge_refuses_is_refused_from_the_headers(workshop, message):
+    configs, words, fold = REFUSED[message]
+    paths = [
+        workshop.adapter("llama", config, f"a{seed}", seed=seed, base=f"made/by-{seed}")
+        for seed, config in enumerate(configs)
+    ]
+    with pytest.raises(PcbPeftError, match=message):
+        estimate_merge(recipe(paths, **words), fold=fold)
 
 
 @pytest.mark.parametrize("method", [m.name for m in list_methods().values() if m.data is None])
