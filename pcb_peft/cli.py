@@ -27,7 +27,7 @@ from pcb_peft.methods import get_method, list_methods
 from pcb_peft.options import Option
 from pcb_peft.output import check_target
 from pcb_peft.peft_names import SPELLINGS, method_of
-from pcb_peft.processes import Processes, joined
+from pcb_peft.processes import Processes, joined, stoppable
 from pcb_peft.recipe import Recipe, read_recipe
 from pcb_peft.replaced import POLICIES, TIES
 from pcb_peft.report import Report
@@ -56,9 +56,9 @@ EXAMPLES = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; 0 if it did what it should, 2 after an error message."""
+    """Runs one command; 0 if it did what it should, 2 after an error message, more after a signal."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    with warnings.catch_warnings(), joined() as processes:
+    with warnings.catch_warnings(), stoppable() as came, joined() as processes:
         warnings.showwarning = _show_warning if processes.first else _show_nothing
         try:
             parsed = _parser(words).parse_args(words)
@@ -68,6 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if processes.first:
                 print(f"error: {error}", file=sys.stderr)
             return 2
+        except (KeyboardInterrupt, SystemExit):
+            if not came:
+                raise
+            which = f"process {processes.rank} of {processes.size}: " if processes.size > 1 else ""
+            print(f"error: {which}interrupted ({came[0].name})", file=sys.stderr)
+            return 128 + came[0]
     return 0
 
 

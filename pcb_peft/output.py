@@ -31,15 +31,16 @@ def replace_directory(target: Path, *, overwrite: bool) -> Generator[Path]:
     """
     target = target.resolve()
     check_target(target, overwrite=overwrite)
-    temporary = _make_beside(target)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
+        _make(temporary)
         yield temporary
         with _writing(target):
             _settle(temporary)
         check_target(target, overwrite=overwrite)
         _swap(temporary, target)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
 
 
 @contextlib.contextmanager
@@ -71,8 +72,8 @@ class GrowingFile:
         self._path = path
         with _writing(path):
             self._stream = path.open("wb", buffering=0)
-        self._thread = concurrent.futures.ThreadPoolExecutor(1)
-        self._sync = self._thread.submit(lambda: None)
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)  # starts when there is work
+        self._sync: concurrent.futures.Future[None] | None = None
         self._unsynced = 0
 
     def write(self, content: bytes | memoryview) -> None:
@@ -86,8 +87,7 @@ class GrowingFile:
         with _writing(self._path):
             while rest:
                 rest = rest[self._stream.write(rest) :]
-            if self._unsynced >= _SYNCED_AT_ONCE and self._sync.done():
-                self._sync.result()
+            if self._unsynced >= _SYNCED_AT_ONCE and self._synced():
                 self._sync = self._thread.submit(os.fsync, self._stream.fileno())
                 self._unsynced = 0
 
@@ -98,7 +98,11 @@ class GrowingFile:
         self._thread.shutdown()
         with _writing(self._path):
             self._stream.close()
-            self._sync.result()
+            self._synced()
+
+    def _synced(self) -> bool:
+        """Whether nothing is being synced; raises what the last time has raised."""
+        return self._sync is None or (self._sync.done() and self._sync.result() is None)
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
@@ -123,14 +127,20 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         )
 
 
-def _make_beside(target: Path) -> Path:
-    """A new directory on `target`'s file system, with the mode that the umask gives."""
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+def _make(directory: Path) -> None:
+    """Makes a directory, with the mode that the umask gives."""
     try:
-        temporary.mkdir(parents=True)
+        directory.mkdir(parents=True)
     except OSError as error:
-        raise OutputError(f"{target.parent} cannot be written: {error.strerror}") from error
-    return temporary
+        raise OutputError(f"{directory.parent} cannot be written: {error.strerror}") from error
+
+
+def _remove(directory: Path) -> None:
+    """Also where the signal that ends the process comes meanwhile."""
+    try:
+        shutil.rmtree(directory, ignore_errors=True)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -162,12 +172,11 @@ def _swap(new: Path, target: Path) -> None:
         if target.exists():
             target.rename(aside)
         new.rename(target)
-    except BaseException:
+        _sync_directory(target.parent)
+    finally:
         if aside.exists() and not target.exists():
             aside.rename(target)
-        raise
-    _sync_directory(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+        _remove(aside)
 
 
 def _sync_directory(directory: Path) -> None:

@@ -4,12 +4,15 @@ Processes are started by ``accelerate launch`` or ``torchrun`` and join in `all_
 there is but one, every process is alone, and all of this is trivial. What processes tell each other goes over the CPU.
 """
 
+import atexit
 import contextlib
 import datetime
 import itertools
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -25,6 +28,8 @@ Result = TypeVar("Result")
 PATIENCE = datetime.timedelta(
     days=7
 )  # of one that waits for the others' work; a dead one is noticed at once
+LONGEST_PAUSE = 0.05  # seconds between two looks whether the others have come
+SAME_WISH = 3.0  # seconds in which a launcher repeats to each process the signal that all got
 
 
 class Processes:
@@ -34,10 +39,12 @@ class Processes:
         rank: Which it is, from 0.
         size: How many there are.
         stopped: All know that one of them has failed.
+        lost: This one does not talk any more: it was told to end, or another one is gone.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, group: Any = None) -> None:
-        self.rank, self.size, self.stopped = rank, size, False
+        self.rank, self.size = rank, size
+        self.stopped = self.lost = self._stuck = False
         self._group = group
 
     @property
@@ -104,6 +111,7 @@ class Processes:
             return
         told: list[tuple[type[PcbPeftError], str] | None] = [None] * self.size
         with self._talking():
+            self._meet()
             dist.all_gather_object(told, _told(failure), group=self._group)
         failures = [(rank, *failed) for rank, failed in enumerate(told) if failed]
         if failures:
@@ -116,20 +124,42 @@ class Processes:
 
     @contextlib.contextmanager
     def together(self) -> Generator[None]:
-        """What is done in the block is done by all; if one of them fails, all stop with its error."""
+        """What is done in the block is done by all; if one of them fails, all stop with its error.
+
+        One that is told to end goes without a word; the others notice when they next talk.
+        """
         try:
             yield
             self.agree()
         except Exception as error:
-            if not self.stopped:
+            if not (self.stopped or self.lost):
                 self.agree(error)
             raise
+        except BaseException:
+            self.lost = True
+            raise
 
-    def wait(self) -> None:
-        """Until all are here, or gone."""
-        if self.size > 1:
+    def part(self, *, destroy: bool) -> None:
+        """Waits until all are here, or gone; then the connections may be destroyed."""
+        if not self.lost:
             with contextlib.suppress(RuntimeError):
-                dist.barrier(group=self._group)
+                self._meet()
+        if destroy and not self._stuck:
+            dist.destroy_process_group()
+
+    def _meet(self) -> None:
+        """Waits until all are here, as a signal can end it: what comes after that blocks, and takes no time."""
+        others: Any = dist.barrier(group=self._group, async_op=True)
+        pause = 1e-4
+        try:
+            while not others.is_completed():
+                time.sleep(pause)
+                pause = min(1.2 * pause, LONGEST_PAUSE)
+        except BaseException as error:
+            self._stuck = True  # nothing takes a barrier back
+            atexit.register(_end, getattr(error, "code", 128 + signal.SIGINT))
+            raise
+        others.wait()
 
     @contextlib.contextmanager
     def _talking(self) -> Generator[None]:
@@ -137,10 +167,10 @@ class Processes:
         try:
             yield
         except RuntimeError as error:
-            self.stopped = True
+            self.lost = True
             raise ProcessError(
-                f"process {self.rank} of {self.size}: another one ended without a word (killed for memory?); "
-                "see what the launcher says of it, and start fewer, or lower max_memory"
+                f"process {self.rank} of {self.size}: another one ended without a word (interrupted, or killed for "
+                "memory?); see what the launcher says of it, and start fewer, or lower max_memory"
             ) from error
 
 
@@ -166,8 +196,10 @@ def all_processes() -> Generator[Processes]:
     first one writes; the bytes are those of a single process. A result is complete in the first process; elsewhere what
     another process merged is merged again if it is asked for. If one process fails, all leave the block with its error.
     """
-    with joined() as processes, processes.together():
-        yield processes
+    with joined() as processes:
+        signals = stoppable() if processes.size > 1 else contextlib.nullcontext()
+        with signals, processes.together():
+            yield processes
 
 
 @contextlib.contextmanager
@@ -178,7 +210,6 @@ def joined() -> Generator[Processes]:
         return
     from accelerate import PartialState  # type: ignore[import-untyped]
 
-    signal.signal(signal.SIGTERM, _leave)
     theirs = dist.is_initialized()
     PartialState(cpu=not torch.cuda.is_available())
     group = dist.new_group(backend="gloo", timeout=PATIENCE)
@@ -188,15 +219,43 @@ def joined() -> Generator[Processes]:
         yield processes
     finally:
         _processes.remove(processes)
-        processes.wait()
-        if not theirs:
-            dist.destroy_process_group()
+        processes.part(destroy=not theirs)
 
 
-def _leave(number: int, frame: object) -> None:
-    """Ends the process in such a way that it cleans up; the launcher ends all when one is gone."""
-    del frame
-    sys.exit(128 + number)
+@contextlib.contextmanager
+def stoppable() -> Generator[list[signal.Signals]]:
+    """SIGINT and SIGTERM end the block in such a way that it cleans up, a second one as it is; yields what has come."""
+    came: list[signal.Signals] = []
+    since = 0.0
+
+    def leave(number: int, frame: object) -> None:
+        nonlocal since
+        del frame
+        if came and time.monotonic() - since > SAME_WISH:
+            os._exit(128 + number)
+        if not came:
+            came.append(signal.Signals(number))
+            since = time.monotonic()
+            current().lost = True
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():
+        numbers = ()  # only the main thread is told
+    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, leave) for number in heard}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(code: int) -> None:
+    """Ends the process at once, where torch would first wait for the others."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _told(failure: Exception | None) -> tuple[type[PcbPeftError], str] | None:

@@ -6,19 +6,21 @@ import sys
 from pathlib import Path
 
 from pcb_peft import all_processes, merge_adapters, merge_method, selection, statistics
+from pcb_peft.processes import current
 
 RANK = int(os.environ["RANK"])
 
 
 def fail_in_process_one(how):
-    """Registers a method that does `how` once the statistics are taken, in process 1 only."""
+    """Registers a method that does `how`, with all `pids`, once the statistics are taken, in process 1 only."""
 
     @merge_method("failing", paper="none", space="dense", scope="global")
     def failing(tasks):
         """Fail."""
         tasks.order_statistics(abs, [0])
+        pids = current().gathered(os.getpid())
         if RANK == 1:
-            exec(how)
+            exec(how, {"pids": pids})
         tasks.extremes(abs)
         return tasks.combine(lambda x, weights: (weights * x).sum(0))
 

@@ -1,11 +1,15 @@
+import errno
 import os
+import shutil
 import stat
+import threading
 from pathlib import Path
 
 import pytest
 
+from pcb_peft import output
 from pcb_peft.errors import OutputError
-from pcb_peft.output import replace_directory
+from pcb_peft.output import GrowingFile, replace_directory
 
 
 def write(target, text="new", *, overwrite=False):
@@ -83,6 +87,68 @@ def test_if_the_last_rename_fails_the_old_directory_comes_back(tmp_path, monkeyp
         write(target, overwrite=True)
     assert content(target) == "old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_an_interruption_after_the_last_rename_leaves_nothing_beside(tmp_path, monkeypatch):
+    target = tmp_path / "out"
+    write(target, "old")
+    rename = Path.rename
+
+    def interrupted(self, to):
+        rename(self, to)
+        if self.suffix == ".tmp":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(target, overwrite=True)
+    assert content(target) == "new"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_an_interruption_while_the_half_is_removed_leaves_nothing(tmp_path, monkeypatch):
+    calls = []
+    rmtree = shutil.rmtree
+
+    def interrupted(directory, **options):
+        calls.append(directory)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        rmtree(directory, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+
+    def fails():
+        with replace_directory(tmp_path / "out", overwrite=False) as directory:
+            (directory / "half").touch()
+            raise ValueError
+
+    with pytest.raises(KeyboardInterrupt):
+        fails()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_growing_file_has_no_thread_before_it_has_work(tmp_path):
+    """One that an interruption leaves behind before the block begins would keep the process from ending."""
+    before = threading.active_count()
+    file = GrowingFile(tmp_path / "file")
+    assert threading.active_count() == before
+    with file:
+        file.write(b"content")
+    assert (tmp_path / "file").read_bytes() == b"content"
+
+
+def test_what_the_disk_says_while_a_file_grows_is_not_lost(tmp_path, monkeypatch):
+    def broken(_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(output, "_SYNCED_AT_ONCE", 1)
+    monkeypatch.setattr(os, "fsync", broken)
+    with (
+        pytest.raises(OutputError, match="Input/output error"),
+        GrowingFile(tmp_path / "file") as file,
+    ):
+        file.write(b"content")
 
 
 def test_a_directory_filled_in_the_meantime_is_not_replaced(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -171,6 +172,9 @@ def test_the_command_line_in_more_processes_than_there_are_modules(tmp_path, sha
     [
         ("raise ValueError('no luck')", "process 1 of 3: ValueError: no luck"),
         ("import os; os._exit(9)", "ended without a word"),
+        ("import os; os.kill(os.getpid(), 2)", "ended without a word"),
+        ("import os; os.kill(os.getpid(), 15)", "ended without a word"),
+        ("raise SystemExit(3)", "ended without a word"),
     ],
 )
 def test_if_one_fails_all_stop_with_its_error_and_nothing_is_left(tmp_path, adapters, how, message):
@@ -180,6 +184,39 @@ def test_if_one_fails_all_stop_with_its_error_and_nothing_is_left(tmp_path, adap
     assert message in errors[0]
     assert message in errors[2]
     assert list((tmp_path / "failed").iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_one_that_waits_before_the_others_are_done(tmp_path, adapters, number):
+    """Process 1 goes on as soon as process 0 is gone."""
+    how = f"import os, time\nos.kill(pids[0], {number:d})\nwhile True: os.kill(pids[0], 0), time.sleep(0.1)"
+    cases = {"out": {"fail": how, "method": "failing"}}
+    codes, _, errors = merged_by(2, tmp_path / "failed", adapters, cases)
+    assert codes == [128 + number, 1]
+    assert "ended without a word" in errors[1]
+    assert list((tmp_path / "failed").iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_signal_ends_a_fold_with_one_line_and_nothing_is_left(
+    tmp_path, adapters, base, count, number
+):
+    code = (
+        "import os, sys; from pcb_peft import cli, output\n"
+        f"if os.environ['RANK'] == '{count - 1}':\n"
+        f"    output.GrowingFile.write = lambda *_: os.kill(os.getpid(), {number:d})\n"
+        "sys.exit(cli.main())"
+    )
+    out = tmp_path / "below" / "out"
+    codes, _, errors = start(count, ["-c", code, "fold", adapters[0], base, "-o", out])
+    which = "process 1 of 2: " if count > 1 else ""
+    assert codes == [2, 128 + number][-count:]
+    assert errors[-1] == f"error: {which}interrupted ({number.name})\n"
+    assert "ended without a word" in errors[0] or count == 1
+    assert list(out.parent.iterdir()) == []
 
 
 @pytest.mark.slow
