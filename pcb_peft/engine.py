@@ -160,8 +160,7 @@ def merge(
     )
     entries: dict[str, Entry] = {}
     for setting in settings:
-        competition = compete(setting, alignment, left, measured)
-        entries |= _entries(competition, setting, recipe.rank, report)
+        entries |= _entries(compete(setting, alignment, left, measured), setting, recipe, report)
     entries = at_their_shares(on_one_base(entries, base, adapters, report), recipe.rank, report)
     report.seconds = time.perf_counter() - started
     _warn_of_lost_energy(report)
@@ -245,13 +244,13 @@ def _data(
 
 
 def _entries(
-    competition: Competition, setting: Setting, rank: Rank, report: Report
+    competition: Competition, setting: Setting, recipe: Recipe, report: Report
 ) -> dict[str, Entry]:
     """The result of a competition, by module; nothing where there is none to decide on."""
     if not competition.alignment.modules:
         return {}
     produce = competition.calibrated(_contest(competition, setting, report))
-    rank = None if isinstance(rank, str) and rank != "full" else rank
+    rank = None if isinstance(recipe.rank, str) and recipe.rank != "full" else recipe.rank
     departure = Departure(competition.alignment, produce, rank, setting.space.lossless, report)
     if rank == "full":
         return {module: departure.later(module) for module in competition.alignment.modules}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pcb_peft import fusion, noise, selection
 from pcb_peft.processes import ALONE, Processes, union
-from pcb_peft.threads import in_order
+from pcb_peft.threads import in_order, one_thread
 
 Index: TypeAlias = slice | Tensor
 
@@ -35,9 +35,7 @@ View: TypeAlias = Callable[[Tensor, Index, Index], Tensor]
 Result = TypeVar("Result")
 Arguments = ParamSpec("Arguments")
 
-TILE_VALUES = (
-    1 << 19
-)  # of all adapters together: in shorter calls, threads wait for the interpreter
+TILE_VALUES = 1 << 19  # of all adapters; in shorter calls threads wait for the interpreter
 DEVICE_TILE_VALUES = 1 << 24  # where a tile has an accelerator to fill
 SAMPLE_VALUES = 1 << 18  # per adapter
 SAMPLE_AT_MOST = 1 << 20  # ... of scopes so large that brackets would keep too much
@@ -205,7 +203,7 @@ class TaskVectors:
         def sweep(
             split: Callable[[Tensor], list[selection.Part]],
         ) -> Iterator[list[selection.Part]]:
-            found = self._sweep(lambda tile: split(fused(tile).flatten(1)))
+            found = self._sweep(lambda tile, _: split(fused(tile).flatten(1)))
             return (parts for _, parts in found)
 
         values = selection.order_statistics(
@@ -217,7 +215,7 @@ class TaskVectors:
         """The smallest and the largest score of each row: (K, 1, 1, 2)."""
         score = self.fused(score)
 
-        def of_tile(tile: Tensor) -> Tensor:
+        def of_tile(tile: Tensor, _: int) -> Tensor:
             scores = score(tile)
             return torch.stack([scores.amin((1, 2)), -scores.amax((1, 2))], dim=-1)
 
@@ -229,17 +227,22 @@ class TaskVectors:
         return torch.stack([low, -high], dim=-1)[:, None, None, :]
 
     def sums(self, score: Score) -> Tensor:
-        """The sum of each row's scores, added in float64, block by block: (K, 1, 1)."""
-        own: dict[int, Tensor] = {}
-        score = self.fused(score)
-        for index, part in self._sweep(lambda tile: score(tile).sum((1, 2), dtype=torch.float64)):
-            own[index] = own[index] + part if index in own else part
+        """The sum of each row's scores, added in float64, row by row of a block, block by block: (K, 1, 1)."""
+        score, rows = self.fused(score), dict[int, list[Tensor]]()
+
+        def of_rows(tile: Tensor, index: int) -> Tensor:
+            scores = score(tile).flatten(1).unflatten(1, (-1, self.blocks[index].shape[2]))
+            return scores.sum(2, dtype=torch.float64).cpu()
+
+        for index, part in self._sweep(of_rows):
+            rows.setdefault(index, []).append(part)
 
         def total(parts: Sequence[Mapping[int, Tensor]]) -> Tensor:
             every = union(parts)
             return torch.stack([every[index] for index in sorted(every)]).sum(0)
 
-        own = {index: part.cpu() for index, part in own.items()}
+        with one_thread():
+            own = {index: torch.cat(parts, dim=1).sum(1) for index, parts in rows.items()}
         return self._processes.reduced(own, total).to(self.device, self.dtype)[:, None, None]
 
     def transformed(self, transform: Transform) -> "TaskVectors":
@@ -258,11 +261,7 @@ class TaskVectors:
         )
 
     def informed(self, inform: Callable[[Sequence[Tensor]], View]) -> "TaskVectors":
-        """These task vectors as they are seen by what was measured, for all that is then asked of them.
-
-        Args:
-            inform: From the data of a block, one matrix per adapter, to a view of its tiles.
-        """
+        """These task vectors as `inform` lets their tiles be seen, given a block's data, one matrix per adapter."""
         blocks = [informed(block, inform) for block in self.blocks]
         return TaskVectors(blocks, device=self.device, track=self._track)
 
@@ -296,14 +295,14 @@ class TaskVectors:
             rows = slice(start, start + height)
             yield rows, lambda rows=rows: part(rows, slice(None)).reshape(shape)
 
-    def _sweep(self, function: Callable[[Tensor], Result]) -> Iterator[tuple[int, Result]]:
-        """What `function` makes of each tile of this process, in order, with the block's index."""
+    def _sweep(self, function: Callable[[Tensor, int], Result]) -> Iterator[tuple[int, Result]]:
+        """What `function` makes of each tile of this process and its block's index, in order, with that index."""
         tiles = (
             (index, tile)
             for index in self._track(self._own)
             for _, tile in self.tiles(self.blocks[index])
         )
-        return in_order(lambda item: (item[0], function(item[1]())), tiles)
+        return in_order(lambda item: (item[0], function(item[1](), item[0])), tiles)
 
     def _sample(self, score: Score) -> Tensor:
         """The scores of a part of every block, in proportion to its size; of all of it where that is little.
@@ -313,7 +312,7 @@ class TaskVectors:
         share = min(1.0, self.sample / self.size)
         if share == 1:
             fused = self.fused(score)
-            own = list(self._sweep(lambda tile: fused(tile).flatten(1)))
+            own = list(self._sweep(lambda tile, _: fused(tile).flatten(1)))
         else:
             own = [(index, score(self._part(index, share)).flatten(1)) for index in self._own]
 
