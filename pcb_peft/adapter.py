@@ -88,11 +88,12 @@ class Adapter:
     def delta(self, module: str, base_model: str | Path | BaseModel | None = None) -> Tensor:
         """What is added to a module's weight W, float32, in W's own orientation.
 
-        (out, in) for Linear, (in, out) for Conv1D.
+        (out, in) for Linear, (in, out) for Conv1D: as the base model has it; without one, as the configuration says, in
+        which PEFT writes the same for all modules.
 
         Args:
             module: Its path in the base model.
-            base_model: Asked for only where ΔW depends on W, as for (IA)³.
+            base_model: Needed only where ΔW depends on W, as for (IA)³.
 
         Raises:
             KeyError: The adapter does not touch that module.

@@ -12,6 +12,8 @@ from pcb_peft.delta import Delta, Diagonal, Rescaled
 from pcb_peft.errors import MismatchError
 from pcb_peft.formats import Entry
 
+SAME = "only adapters of one base model and of one kind can be merged"
+SIDES = "an (IA)³ scales the input of its feedforward_modules and the output of others: all must scale the same side"
 _NUMBER = re.compile(r"\.\d+\.")
 
 
@@ -69,7 +71,7 @@ def _check_pair(module: str, one: tuple[Adapter, Entry], other: tuple[Adapter, E
         raise MismatchError(
             f"{module}: {first.name} holds a {first_entry.kind.__name__} of shape {first_entry.shape}, "
             f"{second.name} a {second_entry.kind.__name__} of shape {second_entry.shape}; "
-            "only adapters of one base model and of one kind can be merged"
+            + (SIDES if first_entry.kind is second_entry.kind is Diagonal else SAME)
         )
 
 

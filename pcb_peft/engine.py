@@ -18,7 +18,7 @@ from pcb_peft.alignment import Alignment, common_base, refuse_other_names
 from pcb_peft.base_model import BaseModel
 from pcb_peft.competition import Competition, Produce
 from pcb_peft.departure import Departure, at_their_shares
-from pcb_peft.errors import OptionError
+from pcb_peft.errors import OptionError, ProcessError
 from pcb_peft.formats import Entry
 from pcb_peft.grounding import chained, grounded
 from pcb_peft.measured import Given, Statistics, check_statistics, open_statistics
@@ -29,6 +29,7 @@ from pcb_peft.overrides import Override, read_overrides, read_weights
 from pcb_peft.peft_names import method_of, spelled_out
 from pcb_peft.plan import Setting, calibrations_of, plan
 from pcb_peft.policy import settle
+from pcb_peft.processes import Processes, current
 from pcb_peft.progress import Track, tracker
 from pcb_peft.rank import Rank, budget_of
 from pcb_peft.recipe import Recipe, Step, steps
@@ -206,8 +207,22 @@ def gathered(
     loaded = adapters or [load_adapter(source, base_model=base) for source in recipe.adapters]
     asked = None if recipe.space == "auto" else get_space(recipe.space)
     loaded = _named_apart(loaded)
+    _refuse_other_files(loaded, current())
     refuse_other_names(loaded, base)
     return grounded(chained(loaded, base) if recipe.chain else loaded, base, asked)
+
+
+def _refuse_other_files(adapters: Sequence[Adapter], processes: Processes) -> None:
+    """Raises ProcessError where processes do not read the same adapters."""
+    own = [(a.name, a.source and (a.source.sha256, a.source.config_sha256)) for a in adapters]
+    first, *others = processes.gathered(own)
+    for rank, theirs in enumerate(others, 1):
+        if theirs != first:
+            names = ", ".join(sorted({name for name, _ in set(first) ^ set(theirs)}))
+            raise ProcessError(
+                f"processes 0 and {rank} read different files under the name of {names}; let all processes see the "
+                "same adapters"
+            )
 
 
 def _measured(

@@ -246,6 +246,25 @@ def shard_with(base, parameter, directory):
 
 
 @pytest.mark.slow
+def test_processes_that_read_different_adapters_are_stopped(tmp_path, shared_workshop):
+    config = peft.LoraConfig(r=2, target_modules=["up"])
+    for rank in range(2):
+        workshop = type(shared_workshop)(tmp_path / str(rank))
+        workshop.adapter("mlp", config, "math", seed=1)
+        workshop.adapter("mlp", config, "code", seed=2 + rank)
+    code = (
+        "import os, sys; from pcb_peft import cli\n"
+        f"os.chdir({str(tmp_path)!r} + '/' + os.environ['RANK']); sys.exit(cli.main())"
+    )
+    codes, _, errors = start(2, ["-c", code, "merge", "math", "code", "-o", tmp_path / "out"])
+    assert codes == [2, 2]
+    assert errors[0].startswith(
+        "error: processes 0 and 1 read different files under the name of code;"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
 def test_the_error_of_all_is_said_once_and_without_a_number(tmp_path, adapters):
     words = ["-m", "pcb_peft", "merge", *adapters, "--density", "7", "-o", tmp_path / "out"]
     codes, _, errors = start(2, words)
