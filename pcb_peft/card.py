@@ -52,14 +52,20 @@ def model_card(
         lines += [
             "| adapter | weight |",
             "|---|---|",
-            *(f"| {name} | {weight} |" for name, weight in sources),
+            *(_row(name, weight) for name, weight in sources),
             "",
         ]
     if settings:
         lines += [
             "| setting | value |",
             "|---|---|",
-            *(f"| {name} | {value} |" for name, value in settings),
+            *(_row(name, value) for name, value in settings),
             "",
         ]
     return "\n".join(lines)
+
+
+def _row(*cells: object) -> str:
+    """Of a table, whatever stands in it."""
+    words = " | ".join(str(cell).replace("|", r"\|") for cell in cells)
+    return f"| {words} |"

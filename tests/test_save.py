@@ -605,3 +605,9 @@ def test_a_dtype_in_which_weights_are_not_stored_is_refused(workshop, tmp_path, 
     with pytest.raises(OptionError, match=r"dtype is .*; it must be one of torch\.float32"):
         merged.save_pretrained(tmp_path / "out", dtype=dtype)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_name_with_a_bar_is_one_cell_of_the_card(workshop, tmp_path):
+    merge_adapters([workshop.adapter("mlp", lora(), "a|b")]).save_pretrained(tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert r"| a\|b | 1.0 |" in card.splitlines()
