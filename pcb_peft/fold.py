@@ -291,7 +291,8 @@ def _pieces(base: BaseModel, file: str, rewrite: Rewrite, track: Track) -> Itera
         yield from copied(source, position, base.spans[name].begin)
         yield from _edited(base, name, name, rewrite.edits[name])
         position = base.spans[name].end
-    yield from copied(source, position, source.stat().st_size)
+    ends = [span.end for span in base.spans.values() if span.file == file]
+    yield from copied(source, position, max(ends, default=position))
     for name, origin in rewrite.added_to(base, file).items():
         yield from _edited(base, name, origin, rewrite.edits[name])
 

@@ -580,14 +580,6 @@ def test_what_transformers_does_without_may_be_lacking(tmp_path, name):
     assert_same_files(base, tmp_path / "out")
 
 
-def test_a_shard_is_copied_to_its_end(tmp_path):
-    base = open_base_model(llama(tmp_path / "base"))
-    known = {name: span for name, span in base.spans.items() if name == f"{Q_PROJ}.weight"}
-    fold_deltas({}, dataclasses.replace(base, spans=known), tmp_path / "out")
-    before, after = (path / "model.safetensors" for path in (base.directory, tmp_path / "out"))
-    assert before.read_bytes() == after.read_bytes()
-
-
 def test_an_index_cannot_point_out_of_its_directory(tmp_path):
     base = llama(tmp_path / "base", shard="40KB")
     shutil.copy(next(base.glob("*.safetensors")), tmp_path / "elsewhere.safetensors")
