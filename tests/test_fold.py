@@ -1,6 +1,5 @@
 """Folding, against PEFT's own merge_and_unload on the same files."""
 
-import dataclasses
 import importlib.resources
 import json
 import os

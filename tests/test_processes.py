@@ -193,7 +193,8 @@ def test_a_signal_ends_one_that_waits_before_the_others_are_done(tmp_path, adapt
     how = f"import os, time\nos.kill(pids[0], {number:d})\nwhile True: os.kill(pids[0], 0), time.sleep(0.1)"
     cases = {"out": {"fail": how, "method": "failing"}}
     codes, _, errors = merged_by(2, tmp_path / "failed", adapters, cases)
-    assert codes == [128 + number, 1]
+    assert codes[0] in (128 + number, -number)  # as Python says that an interruption ended it
+    assert codes[1] == 1
     assert "ended without a word" in errors[1]
     assert list((tmp_path / "failed").iterdir()) == []
 
