@@ -325,6 +325,12 @@ class BaseModel:
         )
 
 
+def parted(name: str) -> tuple[str, str]:
+    """The module and the kind that `parameter` takes, of a name that has both in one."""
+    module, _, kind = name.rpartition(".")
+    return module, kind
+
+
 def tied_error(source: str, module: str, tied: tuple[str, ...]) -> BaseModelError:
     """Why one end of tied weights cannot be changed, and the way out."""
     others = ", ".join(name.removesuffix(".weight") for name in tied)

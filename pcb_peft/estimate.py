@@ -126,7 +126,8 @@ def estimate_merge(
     base = lazy_base(recipe.base_model)
     given = [load_adapter(source, base_model=base, hashed=False) for source in recipe.adapters]
     adapters, _ = leaving_as_one(gathered(recipe, given, base), base)
-    alignment, _ = Alignment(adapters), common_base(adapters, recipe.base_model)
+    common_base(adapters, recipe.base_model)  # refuses different ones
+    alignment = Alignment(adapters)
     method = get_method(method_of(recipe.method))
     measured = next(map(open_statistics, recipe.statistics), None)
     kind = measured.kind if measured else None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pcb_peft.base_files import FLOATS, INDEX_FILE, SINGLE_FILE
-from pcb_peft.base_model import BaseModel, Place
+from pcb_peft.base_model import BaseModel, Place, parted
 from pcb_peft.delta import Delta, Dense, Diagonal, shares
 from pcb_peft.embeddings import Change, check_untied, heights, untangled
 from pcb_peft.errors import BaseModelError, MismatchError, OutputError
@@ -164,7 +164,7 @@ def _refuse_overlap(output: Path, base: Path) -> None:
 
 def _plan(deltas: Mapping[str, Delta], base: BaseModel, head: Head) -> dict[str, Change]:
     """Parameter in memory → what becomes of its values; no delta is looked at yet."""
-    whole = {base.in_memory(*_parted(name)): new for name, new in head.parameters.items()}
+    whole = {base.in_memory(*parted(name)): new for name, new in head.parameters.items()}
     some = {base.in_memory(module): rows for module, rows in head.rows.items()}
     edits = _delta_edits(deltas, base, {name: new.shape for name, new in whole.items()})
     own = {*edits, *whole, *some}
@@ -224,11 +224,6 @@ def _delta_edits(
                 bias, lambda values, module=module: delta(module).apply_to_bias(values)
             )
     return edits
-
-
-def _parted(name: str) -> tuple[str, str]:
-    module, _, kind = name.rpartition(".")
-    return module, kind
 
 
 def _in_place_of(new: Parameter, values: Tensor) -> Tensor:

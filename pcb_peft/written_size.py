@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pcb_peft.adapter import Adapter
-from pcb_peft.base_model import BaseModel
+from pcb_peft.base_model import BaseModel, parted
 from pcb_peft.policy import Settled
 from pcb_peft.replaced import Head, Parameter
 
@@ -78,7 +78,7 @@ def folded_bytes(base: BaseModel, settled: Settled, modules: Iterable[str], tied
         else:
             total += _grown(sizes[stored], base.spans[stored].shape, new.shape)
     if tied == "untie":
-        ends = {base.parameter(*_parted(n)) for n in weights if base.tied(n)}
+        ends = {base.parameter(*parted(n)) for n in weights if base.tied(n)}
         total += sum(sizes[name] for name in ends)
     return total
 
@@ -121,8 +121,3 @@ def _values(parameters: Iterable[Parameter]) -> int:
 def _grown(size: int, old: tuple[int, ...], new: tuple[int, ...]) -> int:
     """By how many bytes a tensor grows that gets another shape."""
     return size // math.prod(old) * math.prod(new) - size
-
-
-def _parted(name: str) -> tuple[str, str]:
-    module, _, kind = name.rpartition(".")
-    return module, kind
