@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 
 from pcb_peft.alignment import Alignment
@@ -58,7 +59,7 @@ class Departure:
     def leave(self, module: str) -> Delta:
         """The merged delta; its line goes into the report."""
         outcome = self.produce(module)
-        delta, energy = self._ranked(module, outcome.delta)
+        delta, energy, norm = self._ranked(module, outcome.delta)
         counts = outcome.counts
         entries = max(1, sum(count.entries for count in counts))
         names = [adapter.name for adapter in self.alignment.adapters]
@@ -69,23 +70,25 @@ class Departure:
             shape=delta.shape,
             rank=rank_of(delta),
             energy=energy * outcome.energy,
-            norm=delta.norm(),
+            norm=norm,
             kept=dict(zip(names, kept, strict=False)),
             conflicts=sum(count.conflicts for count in counts) / entries,
         )
         return delta
 
-    def _ranked(self, module: str, delta: Delta) -> tuple[Delta, float]:
-        """The delta at the rank that was asked for, and the energy that it retains."""
+    def _ranked(self, module: str, delta: Delta) -> tuple[Delta, float, float]:
+        """The delta at the rank that was asked for, the energy that it retains, and its norm."""
         if isinstance(self.rank, str):  # "full"
-            return Dense(delta.matrix(), layout=delta.layout), 1.0
+            delta = Dense(delta.matrix(), layout=delta.layout)
+            return delta, 1.0, delta.norm()
         if isinstance(delta, Rescaled):
-            return truncate_added(delta, self.rank)
+            delta, energy = truncate_added(delta, self.rank)
+            return delta, energy, delta.norm()
         if isinstance(delta, Diagonal) or (isinstance(delta, LowRank) and self.rank is None):
-            return delta, 1.0
-        if self.rank is None and not self.lossless:
-            return truncate(delta, self.alignment.total_rank(module))
-        return truncate(delta, self.rank)
+            return delta, 1.0, delta.norm()
+        summed = self.rank is None and not self.lossless
+        cut, energy = truncate(delta, self.alignment.total_rank(module) if summed else self.rank)
+        return cut, energy, math.sqrt(energy) * delta.norm()
 
 
 def at_their_shares(entries: dict[str, Entry], rank: Rank, report: Report) -> dict[str, Entry]:

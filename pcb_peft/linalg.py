@@ -1,5 +1,6 @@
 """The few decompositions that spaces and truncation share."""
 
+import math
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -11,12 +12,42 @@ Svd: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 OVERSAMPLING = 16
 POWER_ITERATIONS = 3
+INDEPENDENT = 1e-8  # of a Gram matrix: the least eigenvalue, by the largest, that is no rounding
 ROUNDING = 1e-6  # a smaller part of the largest singular value is what float32 files leave of a 0
 
 
 def column_signs(columns: Tensor) -> Tensor:
     """±1 per column of an (m, k) matrix: what makes the entry of largest magnitude positive."""
     return torch.where(-columns.amin(0) > columns.amax(0), -1, 1).to(columns.dtype)
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    if math.isfinite(float(values.sum())):  # is cheap, and is so only if all of them are
+        return True
+    return bool(torch.stack(torch.aminmax(values)).isfinite().all())
+
+
+def spanned(columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """X (m, p), K (p, p) and R (p, n): the columns of X K are orthonormal, and X K R is the matrix of `columns`.
+
+    Where the columns, each made 1 in length, depend on each other little enough, the eigenvectors of their Gram matrix
+    give K and R, X is the columns themselves, and X K is orthonormal to 1e-8. Else X and R come from a QR, which takes
+    several times as long.
+
+    Args:
+        columns: (m, n), float64.
+    """
+    if columns.shape[1] <= columns.shape[0]:
+        gram = columns.T @ columns
+        lengths = gram.diagonal().sqrt()
+        lengths = torch.where(lengths > 0, lengths, 1)
+        values, vectors = torch.linalg.eigh(gram / lengths / lengths[:, None])
+        if values[0] > INDEPENDENT * values[-1]:
+            root = values.sqrt()
+            return columns, vectors / root / lengths[:, None], root[:, None] * vectors.T * lengths
+    basis, triangle = torch.linalg.qr(columns)
+    return basis, torch.eye(basis.shape[1], dtype=basis.dtype), triangle
 
 
 def svd(matrix: Tensor) -> Svd:

@@ -1,7 +1,6 @@
 """What a changed file is made of: pieces, each made by one thread, and written one after another."""
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from pcb_peft.base_files import FLOATS, Span
 from pcb_peft.delta import Delta
 from pcb_peft.errors import BaseModelError, MismatchError
+from pcb_peft.linalg import all_finite
 
 Piece = Callable[[], memoryview]
 """Makes the next bytes of the file."""
@@ -53,9 +53,7 @@ def whole(values: Tensor, name: str) -> Iterator[Piece]:
 
 def refuse_infinite(values: Tensor, name: str) -> None:
     """Raises MismatchError where the base's dtype cannot hold the values of a parameter."""
-    if math.isfinite(float(values.sum())):  # is cheap, and is so only if all of them are
-        return
-    if not torch.stack(torch.aminmax(values)).isfinite().all():
+    if not all_finite(values):
         raise MismatchError(
             f"{name} would hold NaN or infinite values, beyond what {values.dtype} holds; "
             "give the base in bfloat16 or float32"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pcb_peft.delta import Core, Delta, Dense, LowRank, Rescaled
 from pcb_peft.errors import OptionError
-from pcb_peft.linalg import Svd, column_signs, leading_svd, significant, svd
+from pcb_peft.linalg import Svd, column_signs, leading_svd, significant, spanned, svd
 from pcb_peft.threads import one_thread
 
 Rank: TypeAlias = int | float | str | None
@@ -64,11 +64,11 @@ def truncate(delta: Delta, rank: int | float | None) -> tuple[LowRank, float]:
     left, middle, right = decompose(delta)
     total = float(middle.double().square().sum())
     u, s, vh = _leading(middle, rank, total)
-    u, vh = _lift(left, u), _lift(right, vh.T).T
     energy = min(1.0, float(s.double().square().sum()) / total) if total > 0 else 1.0
-    root = s.sqrt()
-    factors = ((root[:, None] * vh).float(), (u * root).float())
-    return LowRank(*factors, layout=delta.layout), energy
+    lora_A, lora_B = (s.sqrt()[:, None] * vh).float(), (u * s.sqrt()).float()
+    lora_A = lora_A if right is None else lora_A @ right.float().T
+    lora_B = lora_B if left is None else left.float() @ lora_B
+    return LowRank(lora_A, lora_B, layout=delta.layout), energy
 
 
 def truncate_added(delta: Rescaled, rank: int | float | None) -> tuple[Delta, float]:
@@ -134,9 +134,9 @@ def decompose(delta: Delta) -> tuple[Tensor | None, Tensor, Tensor | None]:
 
 @decompose.register
 def _(delta: LowRank) -> tuple[Tensor, Tensor, Tensor]:
-    left, left_triangle = torch.linalg.qr(delta.lora_B.double() * delta.scaling)
-    right, right_triangle = torch.linalg.qr(delta.lora_A.double().T)
-    return left, left_triangle @ right_triangle.T, right
+    left, to_left, left_parts = spanned(delta.lora_B.double() * delta.scaling)
+    right, to_right, right_parts = spanned(delta.lora_A.double().T)
+    return left @ to_left, left_parts @ right_parts.T, right @ to_right
 
 
 @decompose.register

@@ -10,7 +10,7 @@ from numpy.testing import assert_allclose
 from pcb_peft import OptionError, rank
 from pcb_peft.delta import Core, Dense, LowRank
 from pcb_peft.layout import CONV1D, LINEAR
-from pcb_peft.linalg import column_signs, leading_svd, svd
+from pcb_peft.linalg import column_signs, leading_svd, spanned, svd
 from pcb_peft.rank import balanced, check_rank, decompose, truncate
 
 DTYPES = {torch.float32: 2e-6, torch.float64: 1e-12}  # and how exact a decomposition is
@@ -93,6 +93,37 @@ def test_svd_is_thin_ordered_and_exact(shape, dtype):
     wanted = np.linalg.svd(matrix.double().numpy(), compute_uv=False)
     assert_allclose(s.double(), wanted, rtol=0, atol=DTYPES[dtype] * wanted[0])
     assert distance(u * s @ vh, matrix) < DTYPES[dtype]
+
+
+def columns_of_condition(number):
+    """Of length 1, and depending on each other ever more."""
+    columns = with_spectrum(60, 12, np.geomspace(1, 1 / number, 12))
+    return torch.as_tensor(columns / np.linalg.norm(columns, axis=0))
+
+
+COLUMNS = {  # and whether they may stay as they are
+    "random": (random(40, 12), True),
+    "one": (random(40, 1), True),
+    "of very different lengths": (random(40, 12) * torch.logspace(-9, 9, 12).double(), True),
+    "near to each other": (columns_of_condition(1e3), True),
+    "too near to each other": (columns_of_condition(1e7), False),
+    "one of them zero": (random(40, 12) * torch.arange(12), False),
+    "all zero": (torch.zeros(9, 3).double(), False),
+    "twice the same": (torch.cat([random(40, 4)] * 2, dim=1), False),
+    "more than rows": (random(12, 40), False),
+}
+
+
+@pytest.mark.parametrize(("columns", "stay"), COLUMNS.values(), ids=COLUMNS)
+def test_what_columns_span_has_an_orthonormal_basis_and_gives_them_again(columns, stay):
+    given = columns.clone()
+    basis, change, rest = spanned(columns)
+    assert (basis is columns) == stay
+    assert is_orthonormal(basis @ change, 1e-7)
+    again = basis @ change @ rest
+    lengths = torch.where(given.any(0), given.norm(dim=0), 1)
+    assert_allclose(again / lengths, given / lengths, rtol=0, atol=1e-12)
+    assert torch.equal(columns, given)
 
 
 @pytest.mark.parametrize("shape", [(9, 3), (3, 9), (5, 5)])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pcb_peft.errors import AdapterError, OptionError
+from pcb_peft.linalg import all_finite
 
 CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"
@@ -138,7 +139,7 @@ def check_dtype(dtype: object) -> None:
 def refuse_overflow(tensors: Mapping[str, Tensor]) -> None:
     """Raises OptionError where tensors that are to be written hold values beyond those of their dtype."""
     for name, values in tensors.items():
-        if not values.isfinite().all():
+        if not all_finite(values):
             raise OptionError(
                 f"{name} has values beyond those of {values.dtype}: save it in bfloat16 or float32"
             )

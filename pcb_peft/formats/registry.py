@@ -25,6 +25,7 @@ from pcb_peft.errors import (
 )
 from pcb_peft.formats.checkpoint import SAFETENSORS, Tensors
 from pcb_peft.layout import LINEAR, Layout
+from pcb_peft.linalg import all_finite
 from pcb_peft.replaced import Parameter, Rows
 from pcb_peft.threads import one_thread
 
@@ -234,7 +235,7 @@ def finite(tensors: Tensors, name: str) -> Tensor:
         AdapterError: It holds NaN or infinity.
     """
     values = tensors.read(name).float()
-    if not torch.isfinite(values).all():
+    if not all_finite(values):
         raise AdapterError(f"{tensors.where}: {name} holds NaN or infinite values")
     return values
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pcb_peft.linalg import column_signs, svd
+from pcb_peft.linalg import column_signs, spanned
 
 NOISE = 1e-10  # a direction with less than this part of the largest singular value is rounding
 
@@ -27,32 +27,33 @@ class SharedBases:
 
 
 def shared_bases(factors: Sequence[tuple[Tensor, Tensor]]) -> SharedBases:
-    """The canonical bases, from QR of the stacked factors and SVDs of matrices of their size: no ΔW is formed.
+    """The canonical bases, from the spans of the stacked factors and SVDs of matrices of their size: no ΔW is formed.
 
     Args:
         factors: Per adapter (out, r_t) and (r_t, in), whose product is ΔW_t.
     """
-    left, left_triangle = torch.linalg.qr(torch.cat([b.double() for b, _ in factors], dim=1))
-    right, right_triangle = torch.linalg.qr(torch.cat([a.double() for _, a in factors]).T)
+    left, to_left, left_parts = spanned(torch.cat([b.double() for b, _ in factors], dim=1))
+    right, to_right, right_parts = spanned(torch.cat([a.T.double() for _, a in factors], dim=1))
     ranks = [b.shape[1] for b, _ in factors]
     small = [
         b @ a.T
-        for b, a in zip(left_triangle.split(ranks, 1), right_triangle.split(ranks, 1), strict=True)
+        for b, a in zip(left_parts.split(ranks, 1), right_parts.split(ranks, 1), strict=True)
     ]
-    u, v = _span(torch.cat(small, dim=1)), _span(torch.cat(small).T)
-    left, right = left @ u, right @ v
-    u, left = _signed(u, left)
-    v, right = _signed(v, right)
-    return SharedBases(left.float(), right.float(), torch.stack([u.T @ m @ v for m in small]))
+    u, v = _span(torch.cat(small, dim=1)), _span(torch.cat([m.T for m in small], dim=1))
+    u, left = _signed(u, left @ (to_left @ u))
+    v, right = _signed(v, right @ (to_right @ v))
+    return SharedBases(left, right, torch.stack([u.T @ m @ v for m in small]))
 
 
 def _span(matrix: Tensor) -> Tensor:
     """The left singular vectors that carry more than rounding; at least one."""
-    u, s, _ = svd(matrix)
+    triangle = torch.linalg.qr(matrix.T, mode="r").R
+    u, s, _ = torch.linalg.svd(triangle.T, full_matrices=False)
     return u[:, : max(1, int((s > NOISE * s[0]).sum()))]
 
 
 def _signed(small: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """The same directions, of which each has its largest entry positive."""
+    """The same directions, of which each has its largest entry positive; the basis in float32."""
+    basis = basis.float()
     signs = column_signs(basis)
-    return small * signs, basis * signs
+    return small * signs, basis.mul_(signs)
