@@ -1,15 +1,17 @@
 """What the words of a command line stand for."""
 
 import argparse
+import contextlib
+from collections.abc import Generator
 from typing import Any
 
 import torch
 import yaml
 
+from pcb_peft.errors import OptionError
 from pcb_peft.options import Option
 from pcb_peft.rank import Rank
-
-UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+from pcb_peft.resources import number_of_bytes, working_device
 
 
 def a_bool(text: str) -> bool:
@@ -41,21 +43,23 @@ def a_step(text: str) -> dict[str, dict[str, Any]]:
 
 def a_bytes(text: str) -> int:
     """1G, 512M, 64K or a number."""
-    number = text.upper().removesuffix("IB").removesuffix("B")
-    unit = UNITS.get(number[-1:], 1)
-    try:
-        return int(float(number.rstrip("KMG")) * unit)
-    except (ValueError, OverflowError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes, such as 1G") from error
+    with _refused():
+        return number_of_bytes(text)
 
 
 def a_device(text: str) -> torch.device:
     """A device that can be computed on here."""
+    with _refused():
+        return working_device(text)
+
+
+@contextlib.contextmanager
+def _refused() -> Generator[None]:
+    """As the command line refuses a word."""
     try:
-        torch.zeros(1, device=text).item()
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no device that works here") from error
-    return torch.device(text)
+        yield
+    except OptionError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def flag(option: Option) -> str:

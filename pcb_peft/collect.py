@@ -19,6 +19,7 @@ from pcb_peft.delta import Diagonal
 from pcb_peft.errors import BaseModelError, MismatchError, OptionError, UnsupportedError
 from pcb_peft.measured import KINDS, Statistics, check_file, open_statistics, save_statistics
 from pcb_peft.progress import Track, tracker
+from pcb_peft.resources import number_of_bytes
 from pcb_peft.source import Source
 from pcb_peft.texts import Data, batches_of
 
@@ -40,7 +41,7 @@ def collect_statistics(  # noqa: PLR0913  (every choice, by name)
     batch_size: int = 8,
     max_length: int = 512,
     limit: int | None = None,
-    max_memory: int = DEFAULT_MEMORY,
+    max_memory: int | str = DEFAULT_MEMORY,
     overwrite: bool = False,
     progress: bool | None = None,
 ) -> Statistics:
@@ -62,7 +63,7 @@ def collect_statistics(  # noqa: PLR0913  (every choice, by name)
         batch_size: Of texts.
         max_length: In tokens; longer texts are cut.
         limit: How many texts to take, evenly spread over the data; None: all.
-        max_memory: Bytes of sums that are held at once in a process, beside the model.
+        max_memory: Bytes of sums that are held at once in a process, beside the model: a number, or "1G".
         overwrite: Replace the file.
         progress: Show bars; default: on a terminal.
 
@@ -86,7 +87,7 @@ def collect_statistics(  # noqa: PLR0913  (every choice, by name)
         )
         batches = accelerator.prepare_data_loader(texts) if _is_loader(texts) else texts
         measure = _Measure(model, batches, kind, accelerator, tracker(progress))
-        statistics = measure.statistics(loaded, max_memory)
+        statistics = measure.statistics(loaded, number_of_bytes(max_memory))
     if output is None:
         return statistics
     if accelerator.is_main_process:

@@ -35,6 +35,7 @@ from pcb_peft.rank import Rank, budget_of
 from pcb_peft.recipe import Recipe, Step, steps
 from pcb_peft.report import LOW_ENERGY, Report
 from pcb_peft.rescaling import leaving_as_one, on_one_base
+from pcb_peft.resources import number_of_bytes, working_device
 from pcb_peft.source import IN_MEMORY, Source
 from pcb_peft.spaces import get_space
 
@@ -59,7 +60,7 @@ def merge_adapters(  # noqa: PLR0913  (every choice of a merge, by name)
     heads: str = "keep-each",
     tied: str = "refuse",
     chain: bool = False,
-    max_memory: int = DEFAULT_MEMORY,
+    max_memory: int | str = DEFAULT_MEMORY,
     statistics: Sequence[Given] = (),
     **options: Any,
 ) -> MergedAdapter:
@@ -89,8 +90,8 @@ def merge_adapters(  # noqa: PLR0913  (every choice of a merge, by name)
             or all alike, is part of the result.
         tied: What a fold of the result does with tied weights that do not change alike: "refuse", "untie" or "both".
         chain: Each adapter was trained on top of those before it, not on the bare base model.
-        max_memory: Bytes that the merge may hold on to between its passes, beside one module and the result. It changes
-            how long a merge takes, never what comes out.
+        max_memory: Bytes that the merge may hold on to between its passes, beside one module and the result: a number,
+            or "1G". It changes how long a merge takes, never what comes out.
         statistics: For methods that need data: one file per adapter, from `collect_statistics` or `pcb-peft collect`.
         **options: Of the method and the space, as `density` for `pcb`.
 
@@ -135,7 +136,7 @@ def merge(
     *,
     device: str | torch.device | None = None,
     progress: bool | None = None,
-    max_memory: int = DEFAULT_MEMORY,
+    max_memory: int | str = DEFAULT_MEMORY,
 ) -> MergedAdapter:
     """Makes what a recipe describes; arguments and errors as those of `merge_adapters`."""
     started, base = time.perf_counter(), lazy_base(recipe.base_model)
@@ -152,9 +153,9 @@ def merge(
     left = _useful(alignment, settings, recipe.rank, report, track)
     compete = functools.partial(
         _competition,
-        device=torch.device(device or "cpu"),
+        device=working_device(device),
         track=track,
-        max_memory=max_memory,
+        max_memory=number_of_bytes(max_memory),
         seed=recipe.seed,
         before=before,
         after=after,

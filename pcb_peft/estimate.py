@@ -28,6 +28,7 @@ from pcb_peft.policy import settle
 from pcb_peft.rank import Rank, added_part, budget_of, truncate
 from pcb_peft.recipe import Recipe
 from pcb_peft.rescaling import leaving_as_one
+from pcb_peft.resources import number_of_bytes
 from pcb_peft.selection import KEPT_IN_ALL, KEPT_VALUES, MARGIN
 from pcb_peft.spaces import Projection
 from pcb_peft.stand_in import Kinds, Shape, StandIn, least, stand_ins, timed
@@ -105,7 +106,7 @@ class _Cost:
 def estimate_merge(
     recipe: Recipe,
     *,
-    max_memory: int = 2 * GIB,
+    max_memory: int | str = 2 * GIB,
     dtype: torch.dtype = torch.float32,
     rank_pattern: bool = False,
     fold: bool = False,
@@ -123,7 +124,7 @@ def estimate_merge(
         PcbPeftError: As they do, where that can be known from the headers.
     """
     check_leaving(recipe, fold=fold)
-    base = lazy_base(recipe.base_model)
+    base, room = lazy_base(recipe.base_model), number_of_bytes(max_memory)
     given = [load_adapter(source, base_model=base, hashed=False) for source in recipe.adapters]
     adapters, _ = leaving_as_one(gathered(recipe, given, base), base)
     common_base(adapters, recipe.base_model)  # refuses different ones
@@ -142,7 +143,7 @@ def estimate_merge(
 
     stored = sum(map(_stored_bytes, given))
     kept, passes = sum(cost.kept for cost in costs), max(cost.passes for cost in costs)
-    again = max(0.0, 1 - max_memory / kept) * (2 * passes) if kept else 0.0
+    again = max(0.0, 1 - room / kept) * (2 * passes) if kept else 0.0
     left = adapter_bytes([cost.left for cost in costs], dtype, rank_pattern=rank_pattern)
     written = left + head_bytes(settled, dtype)
     if fold and base:
@@ -154,7 +155,7 @@ def estimate_merge(
         read=int(stored * (2 + again)),
         written=written,
         memory=PROCESS_BYTES
-        + min(max_memory, kept)
+        + min(room, kept)
         + max(cost.working for cost in costs)
         + (0 if recipe.rank == "full" else 2 * left)
         + max(_statistics_bytes(alignment, setting, costs) for setting in settings),

@@ -31,6 +31,7 @@ LEVELS = (
             "output",
             "progress",
             "replaced",
+            "resources",
         ),
         *("report", "selection", "skeleton", "texts"),
     },
