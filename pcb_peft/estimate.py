@@ -31,7 +31,7 @@ from pcb_peft.rescaling import leaving_as_one
 from pcb_peft.resources import number_of_bytes
 from pcb_peft.selection import KEPT_IN_ALL, KEPT_VALUES, MARGIN
 from pcb_peft.spaces import Projection
-from pcb_peft.stand_in import Kinds, Shape, StandIn, least, stand_ins, timed
+from pcb_peft.stand_in import TIMES, Kinds, Shape, StandIn, least, stand_ins, timed
 from pcb_peft.statistics import (
     SAMPLE_VALUES,
     TILE_VALUES,
@@ -188,14 +188,14 @@ def _stored_bytes(adapter: Adapter) -> int:
 def _hash_seconds() -> float:
     """Per byte."""
     content = bytes(1 << 22)
-    return timed(lambda: hashlib.sha256(content))[0] / len(content)
+    return least(lambda: hashlib.sha256(content))[0] / len(content)
 
 
 @functools.cache
 def _sort_seconds() -> float:
     """Per value."""
     values = torch.rand(1 << 16)
-    return timed(lambda: values.sort())[0] / len(values)
+    return least(lambda: values.sort())[0] / len(values)
 
 
 def _statistics_bytes(alignment: Alignment, setting: Setting, costs: Sequence[_Cost]) -> int:
@@ -365,7 +365,7 @@ class _Pair:
         self.compiling = max(self.compiling, first - competing)
         delta = one.projection.decode([block for some in results for block in some])
         departing, left = least(lambda: self._left(self._calibrated(delta, one)))
-        passes = passes // (2 * len(scopes)) + 1
+        passes = passes // (TIMES * len(scopes)) + 1
         repeats = 1 + self._surveys / (passes if self._kept else 1)
         return competing * repeats, departing, passes, left
 
