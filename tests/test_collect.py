@@ -286,29 +286,22 @@ def test_two_processes_measure_what_one_does(workshop, tokenizer, tmp_path, kind
     base, adapter = workshop.base("llama"), workshop.adapter("llama", lora("llama"))
     tokenizer.save_pretrained(base)
     texts = [*(row["text"] for row in ROWS), "a mat", "the slow dog ran on"]
-    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    words = [
-        "collect",
-        str(adapter),
-        "--base-model",
-        str(base),
-        "--data",
-        str(tmp_path / "rows.jsonl"),
-    ]
+    data, both = tmp_path / "rows.jsonl", tmp_path / "both"
+    data.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    one = collect_statistics(adapter, base, data, kind=kind, batch_size=2, max_memory="3K")
+    words = ["collect", adapter, "--base-model", base, "--data", data, "-o", both]
     words += ["--kind", kind, "--batch-size", "2", "--max-memory", "3K"]
-    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    for name, prefix in (("one", []), ("two", launch)):
-        command = [sys.executable, "-m", *prefix, "pcb_peft", *words, "-o", str(tmp_path / name)]
-        ran = subprocess.run(
-            command,
-            env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-        )
-        assert ran.returncode == 0, ran.stderr
-    one, two = (open_statistics(tmp_path / name) for name in ("one", "two"))
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pcb_peft"]
+    ran = subprocess.run(
+        [sys.executable, "-m", *launch, *map(str, words)],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert ran.returncode == 0, ran.stderr
+    two = open_statistics(both)
     assert one.count == two.count
     for module in one.shapes:
         workshop.assert_close(two.load(module), one.load(module), 1e-5, module)
