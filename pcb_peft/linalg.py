@@ -37,6 +37,8 @@ def spanned(columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Args:
         columns: (m, n), float64.
+
+    Source: Yamamoto, Nakatsukasa, Yanagisawa, Fukaya 2015, Roundoff error analysis of the CholeskyQR2 algorithm.
     """
     if columns.shape[1] <= columns.shape[0]:
         gram = columns.T @ columns

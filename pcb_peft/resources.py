@@ -18,8 +18,9 @@ def working_device(given: str | torch.device | None) -> torch.device:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, TypeError) as error:
         gpu = f"cuda ({torch.cuda.device_count()})" if torch.cuda.is_available() else "no cuda"
+        reason = str(error).partition("\n")[0]
         raise OptionError(
-            f"device is {given!r}, which does not work here ({str(error).splitlines()[0]}); there is cpu, and {gpu}"
+            f"device is {given!r}, which does not work here ({reason}); there is cpu, and {gpu}"
         ) from error
     return device
 
