@@ -17,9 +17,10 @@ from pcb_peft.cli_words import a_bool, a_bytes, a_device, a_rank, a_step, flag
 from pcb_peft.collect import DEFAULT_MEMORY as COLLECT_MEMORY
 from pcb_peft.collect import collect_statistics
 from pcb_peft.demo import POOLS, run_demo
+from pcb_peft.departure import check_leaving
 from pcb_peft.engine import DEFAULT_MEMORY, merge
 from pcb_peft.errors import OptionError, PcbPeftError
-from pcb_peft.estimate import check_leaving, estimate_merge
+from pcb_peft.estimate import estimate_merge
 from pcb_peft.extract import extract_adapter
 from pcb_peft.measured import KINDS
 from pcb_peft.merged import MergedAdapter

@@ -76,6 +76,7 @@ def collect_statistics(  # noqa: PLR0913  (every choice, by name)
     """
     if kind not in KINDS:
         raise OptionError(f"kind is {kind!r}; it must be one of {', '.join(KINDS)}")
+    room = number_of_bytes(max_memory)
     if output is not None:
         check_file(Path(output), overwrite=overwrite)
     loaded, source = _supported(load_adapter(adapter))
@@ -87,7 +88,7 @@ def collect_statistics(  # noqa: PLR0913  (every choice, by name)
         )
         batches = accelerator.prepare_data_loader(texts) if _is_loader(texts) else texts
         measure = _Measure(model, batches, kind, accelerator, tracker(progress))
-        statistics = measure.statistics(loaded, number_of_bytes(max_memory))
+        statistics = measure.statistics(loaded, room)
     if output is None:
         return statistics
     if accelerator.is_main_process:

@@ -9,7 +9,8 @@ from pcb_peft.alignment import Alignment
 from pcb_peft.budget import within_budget
 from pcb_peft.competition import Produce
 from pcb_peft.delta import Delta, Dense, Diagonal, LowRank, Rescaled
-from pcb_peft.formats import Entry
+from pcb_peft.errors import OptionError
+from pcb_peft.formats import Entry, format_for
 from pcb_peft.processes import Processes, current, union
 from pcb_peft.rank import (
     Rank,
@@ -20,6 +21,7 @@ from pcb_peft.rank import (
     truncate,
     truncate_added,
 )
+from pcb_peft.recipe import Recipe
 from pcb_peft.report import ModuleReport, Report
 
 
@@ -89,6 +91,16 @@ class Departure:
         summed = self.rank is None and not self.lossless
         cut, energy = truncate(delta, self.alignment.total_rank(module) if summed else self.rank)
         return cut, energy, math.sqrt(energy) * delta.norm()
+
+
+def check_leaving(recipe: Recipe, *, fold: bool) -> None:
+    """Raises PcbPeftError where what a recipe makes cannot be written so."""
+    if fold and recipe.base_model is None:
+        raise OptionError(
+            "a fold writes the base model with the merge in it: give base_model too (--base-model)"
+        )
+    if not fold and recipe.rank == "full":
+        format_for(Dense)
 
 
 def at_their_shares(entries: dict[str, Entry], rank: Rank, report: Report) -> dict[str, Entry]:

@@ -17,9 +17,8 @@ from pcb_peft.adapter import Adapter, lazy_base, load_adapter
 from pcb_peft.alignment import Alignment, common_base
 from pcb_peft.calibrations import Calibration, prepared
 from pcb_peft.delta import Delta, Dense, Diagonal, LowRank, Rescaled
-from pcb_peft.engine import gathered
-from pcb_peft.errors import OptionError
-from pcb_peft.formats.registry import format_for
+from pcb_peft.departure import check_leaving
+from pcb_peft.engine import DEFAULT_MEMORY, gathered
 from pcb_peft.measured import open_statistics
 from pcb_peft.methods import get_method
 from pcb_peft.peft_names import method_of, spelled_out
@@ -106,7 +105,7 @@ class _Cost:
 def estimate_merge(
     recipe: Recipe,
     *,
-    max_memory: int | str = 2 * GIB,
+    max_memory: int | str = DEFAULT_MEMORY,
     dtype: torch.dtype = torch.float32,
     rank_pattern: bool = False,
     fold: bool = False,
@@ -162,16 +161,6 @@ def estimate_merge(
         seconds=sum(cost.seconds + again * cost.encode for cost in costs)
         + stored * _hash_seconds(),
     )
-
-
-def check_leaving(recipe: Recipe, *, fold: bool) -> None:
-    """Raises PcbPeftError where what a recipe makes cannot be written so."""
-    if fold and recipe.base_model is None:
-        raise OptionError(
-            "a fold writes the base model with the merge in it: give base_model too (--base-model)"
-        )
-    if not fold and recipe.rank == "full":
-        format_for(Dense)
 
 
 def _stored_bytes(adapter: Adapter) -> int:

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from pcb_peft.delta import Delta, Dense
 from pcb_peft.errors import AdapterError, UnsupportedError
-from pcb_peft.formats.registry import PREFIX, Config, Entry, Weights, change_of_vector
+from pcb_peft.formats.registry import (
+    PREFIX,
+    Config,
+    Entry,
+    Weights,
+    change_of_vector,
+    checked,
+)
 from pcb_peft.formats.tuner import Parts
 from pcb_peft.layout import Layout
 
@@ -148,9 +155,8 @@ def _load(parts: Parts, tuner: Tuner, wrapped: nn.Module) -> None:
 
 def _checked(parts: Parts, name: str) -> Tensor:
     values = parts.tensors.read(name)
-    if not values.isfinite().all():
-        raise AdapterError(f"{name} holds NaN or infinite values")
-    return values.float() if values.is_floating_point() else values
+    values = values.float() if values.is_floating_point() else values
+    return checked(values, parts.tensors, name)
 
 
 def _model(layers: Mapping[str, nn.Module]) -> nn.Module:

@@ -234,7 +234,11 @@ def finite(tensors: Tensors, name: str) -> Tensor:
     Raises:
         AdapterError: It holds NaN or infinity.
     """
-    values = tensors.read(name).float()
+    return checked(tensors.read(name).float(), tensors, name)
+
+
+def checked(values: Tensor, tensors: Tensors, name: str) -> Tensor:
+    """`values`, which stand in `tensors` under that name; raises AdapterError for NaN and infinity."""
     if not all_finite(values):
         raise AdapterError(f"{tensors.where}: {name} holds NaN or infinite values")
     return values
