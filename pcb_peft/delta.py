@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pcb_peft.errors import BaseModelError
 from pcb_peft.layout import LINEAR, Layout
+from pcb_peft.linalg import Basis
 from pcb_peft.threads import one_thread
 
 VANISHED = 2**-20  # a factor of a row of W that is smaller is 0
@@ -175,7 +176,7 @@ class LowRank(Delta):
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Core(Delta):
-    """ΔW = left @ core @ rightᵀ, with orthonormal columns in `left` and `right`.
+    """ΔW = left @ core @ rightᵀ.
 
     Attributes:
         left: (out, p).
@@ -183,19 +184,20 @@ class Core(Delta):
         right: (in, q).
     """
 
-    left: Tensor
+    left: Basis
     core: Tensor
-    right: Tensor
+    right: Basis
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.left.shape[0], self.right.shape[0]
 
     def matrix(self) -> Tensor:
-        return (self.left @ self.core.to(self.left.dtype) @ self.right.T).float()
+        left, right = self.factors()
+        return left.float() @ right.float()
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return self.left.double() @ self.core.double(), self.right.double().T
+        return self.left.matrix(), self.right.across(self.core)
 
     def norm(self) -> float:
         return float(self.core.double().norm())

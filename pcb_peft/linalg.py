@@ -1,5 +1,6 @@
 """The few decompositions that spaces and truncation share."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -28,12 +29,58 @@ def all_finite(values: Tensor) -> bool:
     return bool(torch.stack(torch.aminmax(values)).isfinite().all())
 
 
-def spanned(columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """X (m, p), K (p, p) and R (p, n): the columns of X K are orthonormal, and X K R is the matrix of `columns`.
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Basis:
+    """Orthonormal columns X K, which are not computed before they are multiplied with something smaller.
 
-    By Cholesky QR, where the columns, each made 1 in length, depend on each other so little that X K is orthonormal to
-    1e-8: it takes the Gram matrix, and X is the columns themselves. Else by Householder QR, which takes several times
-    as long.
+    All products are float64, whatever the dtypes of their parts.
+
+    Attributes:
+        columns: X (m, n).
+        change: K (n, p); None for the identity.
+    """
+
+    columns: Tensor
+    change: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        last = self.columns if self.change is None else self.change
+        return self.columns.shape[0], last.shape[1]
+
+    def matrix(self) -> Tensor:
+        """X K (m, p)."""
+        columns = self.columns.double()
+        return columns if self.change is None else columns @ self.change.double()
+
+    def __matmul__(self, small: Tensor) -> Tensor:
+        """X K C (m, k), for C (p, k)."""
+        return self.columns.double() @ self._changed(small)
+
+    def across(self, small: Tensor) -> Tensor:
+        """C (X K)ᵀ (k, m), for C (k, p)."""
+        return self._changed(small.T).T @ self.columns.double().T
+
+    def coordinates(self, long: Tensor) -> Tensor:
+        """(X K)ᵀ M (p, …), for M (m, …)."""
+        inner = self.columns.double().T @ long.double()
+        return inner if self.change is None else self.change.double().T @ inner
+
+    def turned(self, rotation: Tensor) -> "Basis":
+        """The basis X K Q, for orthonormal columns Q (p, q)."""
+        return Basis(self.columns, self._changed(rotation))
+
+    def _changed(self, small: Tensor) -> Tensor:
+        """K C."""
+        return small.double() if self.change is None else self.change.double() @ small.double()
+
+
+def spanned(columns: Tensor) -> tuple[Basis, Tensor]:
+    """An orthonormal basis of what the columns span, and R (p, n), their coordinates in it.
+
+    By Cholesky QR, where the columns, each made 1 in length, depend on each other so little that the basis is
+    orthonormal to 1e-8: it takes the Gram matrix, and X is the columns themselves. Else by Householder QR, which takes
+    several times as long.
 
     Args:
         columns: (m, n), float64.
@@ -45,15 +92,12 @@ def spanned(columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         lengths = gram.diagonal().sqrt()
         lengths = torch.where(lengths > 0, lengths, 1)
         factor, failed = torch.linalg.cholesky_ex(gram / lengths / lengths[:, None])
-        inverse = torch.linalg.solve_triangular(factor, _identity(factor), upper=False)
+        identity = torch.eye(len(factor), dtype=factor.dtype)
+        inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
         if not failed and factor.square().sum() * inverse.square().sum() < CONDITION:
-            return columns, inverse.T / lengths[:, None], factor.T * lengths
+            return Basis(columns, inverse.T / lengths[:, None]), factor.T * lengths
     basis, triangle = torch.linalg.qr(columns)
-    return basis, _identity(triangle), triangle
-
-
-def _identity(like: Tensor) -> Tensor:
-    return torch.eye(len(like), dtype=like.dtype)
+    return Basis(basis), triangle
 
 
 def svd(matrix: Tensor) -> Svd:

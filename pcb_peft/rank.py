@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pcb_peft.delta import Core, Delta, Dense, LowRank, Rescaled
 from pcb_peft.errors import OptionError
-from pcb_peft.linalg import Svd, column_signs, leading_svd, significant, spanned, svd
+from pcb_peft.linalg import Basis, Svd, column_signs, leading_svd, significant, spanned, svd
 from pcb_peft.threads import one_thread
 
 Rank: TypeAlias = int | float | str | None
@@ -65,10 +65,8 @@ def truncate(delta: Delta, rank: int | float | None) -> tuple[LowRank, float]:
     total = float(middle.double().square().sum())
     u, s, vh = _leading(middle, rank, total)
     energy = min(1.0, float(s.double().square().sum()) / total) if total > 0 else 1.0
-    lora_A, lora_B = (s.sqrt()[:, None] * vh).float(), (u * s.sqrt()).float()
-    lora_A = lora_A if right is None else lora_A @ right.float().T
-    lora_B = lora_B if left is None else left.float() @ lora_B
-    return LowRank(lora_A, lora_B, layout=delta.layout), energy
+    lora_A, lora_B = _across(right, s.sqrt()[:, None] * vh), _lift(left, u * s.sqrt())
+    return LowRank(lora_A.float(), lora_B.float(), layout=delta.layout), energy
 
 
 def truncate_added(delta: Rescaled, rank: int | float | None) -> tuple[Delta, float]:
@@ -121,26 +119,26 @@ def balanced(delta: Delta) -> tuple[Tensor, Tensor]:
     """
     left, middle, right = decompose(delta)
     u, s, vh = svd(middle)
-    u, vh = _lift(left, u), _lift(right, vh.T).T
+    u, vh = _lift(left, u), _across(right, vh)
     signs, root = column_signs(u), s.sqrt()
     return (root * signs)[:, None] * vh, u * (root * signs)
 
 
 @functools.singledispatch
-def decompose(delta: Delta) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """ΔW = left @ middle @ rightᵀ with orthonormal columns in left and right; None stands for the identity."""
+def decompose(delta: Delta) -> tuple[Basis | None, Tensor, Basis | None]:
+    """ΔW = left @ middle @ rightᵀ; None stands for the identity."""
     return None, delta.matrix(), None
 
 
 @decompose.register
-def _(delta: LowRank) -> tuple[Tensor, Tensor, Tensor]:
-    left, to_left, left_parts = spanned(delta.lora_B.double() * delta.scaling)
-    right, to_right, right_parts = spanned(delta.lora_A.double().T)
-    return left @ to_left, left_parts @ right_parts.T, right @ to_right
+def _(delta: LowRank) -> tuple[Basis, Tensor, Basis]:
+    left, left_parts = spanned(delta.lora_B.double() * delta.scaling)
+    right, right_parts = spanned(delta.lora_A.double().T)
+    return left, left_parts @ right_parts.T, right
 
 
 @decompose.register
-def _(delta: Core) -> tuple[Tensor, Tensor, Tensor]:
+def _(delta: Core) -> tuple[Basis, Tensor, Basis]:
     return delta.left, delta.core.double(), delta.right
 
 
@@ -153,11 +151,15 @@ def triplets(delta: Delta) -> Svd:
     """(out, r), (r,) and (r, in), float64, for the numerical rank r of ΔW."""
     left, middle, right = decompose(delta)
     u, s, vh = significant(middle.double())
-    return _lift(left, u), s, _lift(right, vh.T).T
+    return _lift(left, u), s, _across(right, vh)
 
 
-def _lift(basis: Tensor | None, columns: Tensor) -> Tensor:
-    return columns if basis is None else basis.to(columns.dtype) @ columns
+def _lift(basis: Basis | None, columns: Tensor) -> Tensor:
+    return columns if basis is None else basis @ columns
+
+
+def _across(basis: Basis | None, rows: Tensor) -> Tensor:
+    return rows if basis is None else basis.across(rows)
 
 
 def _leading(matrix: Tensor, rank: int | float | None, total: float) -> Svd:

@@ -16,6 +16,7 @@ from pcb_peft.delta import Core, Delta, Dense, Diagonal, LowRank
 from pcb_peft.engine import merge
 from pcb_peft.formats import Entry
 from pcb_peft.layout import CONV1D
+from pcb_peft.linalg import Basis
 from pcb_peft.recipe import Recipe, in_words
 
 Matrix = np.ndarray
@@ -107,7 +108,7 @@ def kinds(pair: Pair) -> dict[str, Delta]:
     return {
         "low rank": delta(pair),
         "scaled": delta(pair, scaling=2.5),
-        "core": Core(u, torch.diag(s), vh.T),
+        "core": Core(Basis(u), torch.diag(s), Basis(vh.T)),
         "dense": Dense(product),
     }
 

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from pcb_peft import BaseModelError
 from pcb_peft.delta import Core, Delta, Dense, Diagonal, LowRank, Rescaled
 from pcb_peft.layout import CONV1D, LINEAR
+from pcb_peft.linalg import Basis
 
 OUT, IN = 7, 5
 
@@ -35,9 +36,9 @@ ADDITIVE = {
         LowRank(A.bfloat16(), B.bfloat16(), 1.5),
         1.5 * B.bfloat16().double() @ A.bfloat16().double(),
     ),
-    "core": (Core(L, C, R), L.double() @ C.double() @ R.double().T),
+    "core": (Core(Basis(L), C, Basis(R)), L.double() @ C.double() @ R.double().T),
     "core, float64 in the middle": (
-        Core(L, C.double(), R),
+        Core(Basis(L), C.double(), Basis(R)),
         L.double() @ C.double() @ R.double().T,
     ),
     "dense": (Dense(random(OUT, IN)), random(OUT, IN).double()),

@@ -10,7 +10,7 @@ from numpy.testing import assert_allclose
 from pcb_peft import OptionError, rank
 from pcb_peft.delta import Core, Dense, LowRank
 from pcb_peft.layout import CONV1D, LINEAR
-from pcb_peft.linalg import column_signs, leading_svd, spanned, svd
+from pcb_peft.linalg import Basis, column_signs, leading_svd, spanned, svd
 from pcb_peft.rank import balanced, check_rank, decompose, truncate
 
 DTYPES = {torch.float32: 2e-6, torch.float64: 1e-12}  # and how exact a decomposition is
@@ -58,7 +58,7 @@ def dense_of(delta):
     if isinstance(delta, LowRank):
         return delta.scaling * (delta.lora_B.double().numpy() @ delta.lora_A.double().numpy())
     if isinstance(delta, Core):
-        return (delta.left.double() @ delta.core.double() @ delta.right.double().T).numpy()
+        return (delta.left.matrix() @ delta.core.double() @ delta.right.matrix().T).numpy()
     return delta.values.double().numpy()
 
 
@@ -69,9 +69,9 @@ DELTAS = {
     "rank above the dimensions": low_rank(6, 9, 14),
     "repeated directions": LowRank(random(2, 20).repeat(3, 1), random(30, 6)),
     "core": Core(
-        torch.as_tensor(orthonormal(30, 6)).float(),
+        Basis(torch.as_tensor(orthonormal(30, 6)).float()),
         random(6, 4),
-        torch.as_tensor(orthonormal(20, 4)).float(),
+        Basis(torch.as_tensor(orthonormal(20, 4)).float()),
     ),
     "dense": Dense(random(30, 20, dtype=torch.float32)),
     "dense, float64": Dense(random(20, 30)),
@@ -117,13 +117,26 @@ COLUMNS = {  # and whether they may stay as they are
 @pytest.mark.parametrize(("columns", "stay"), COLUMNS.values(), ids=COLUMNS)
 def test_what_columns_span_has_an_orthonormal_basis_and_gives_them_again(columns, stay):
     given = columns.clone()
-    basis, change, rest = spanned(columns)
-    assert (basis is columns) == stay
-    assert is_orthonormal(basis @ change, 1e-7)
-    again = basis @ change @ rest
+    basis, coordinates = spanned(columns)
+    assert (basis.columns is columns) == stay
+    assert is_orthonormal(basis.matrix(), 1e-7)
+    again = basis @ coordinates
     lengths = torch.where(given.any(0), given.norm(dim=0), 1)
     assert_allclose(again / lengths, given / lengths, rtol=0, atol=1e-12)
     assert torch.equal(columns, given)
+
+
+@pytest.mark.parametrize("change", [random(4, 3), None], ids=["changed", "as it is"])
+def test_what_is_multiplied_with_a_basis_is_multiplied_with_its_matrix(change):
+    basis = Basis(random(9, 4), change)
+    matrix = basis.columns if change is None else basis.columns @ change
+    small, rotation, tall = random(matrix.shape[1], 2), random(matrix.shape[1], 2), random(9, 5)
+    assert basis.shape == matrix.shape
+    assert_allclose(basis.matrix(), matrix, rtol=1e-12)
+    assert_allclose(basis @ small, matrix @ small, rtol=1e-12)
+    assert_allclose(basis.across(small.T), small.T @ matrix.T, rtol=1e-12)
+    assert_allclose(basis.coordinates(tall), matrix.T @ tall, rtol=1e-12)
+    assert_allclose(basis.turned(rotation).matrix(), matrix @ rotation, rtol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(9, 3), (3, 9), (5, 5)])
@@ -186,11 +199,11 @@ def test_decompose_is_exact_and_its_bases_are_orthonormal(delta):
     left, middle, right = decompose(delta)
     product = middle.double()
     if left is not None:
-        assert is_orthonormal(left, 1e-6)
-        product = left.double() @ product
+        assert is_orthonormal(left.matrix(), 1e-6)
+        product = left @ product
     if right is not None:
-        assert is_orthonormal(right, 1e-6)
-        product = product @ right.double().T
+        assert is_orthonormal(right.matrix(), 1e-6)
+        product = right.across(product)
     assert distance(product, dense_of(delta)) < 1e-6
 
 
@@ -273,7 +286,7 @@ def test_truncation_cuts_the_noise_of_the_precision_it_computes_in():
     [
         LowRank(random(3, 9), torch.zeros(7, 3)),
         Dense(torch.zeros(7, 9)),
-        Core(random(7, 2), torch.zeros(2, 2), random(9, 2)),
+        Core(Basis(random(7, 2)), torch.zeros(2, 2), Basis(random(9, 2))),
     ],
     ids=["low-rank", "dense", "core"],
 )

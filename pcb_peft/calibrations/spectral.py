@@ -3,10 +3,10 @@
 import torch
 
 from pcb_peft.delta import Core, Delta
-from pcb_peft.linalg import Svd
+from pcb_peft.linalg import Basis, Svd
 
 
 def assembled(like: Delta, triplets: Svd) -> Core:
     """The delta U Σ Vᵀ, stored as `like` is."""
     u, s, vh = triplets
-    return Core(u, torch.diag(s), vh.T, layout=like.layout)
+    return Core(Basis(u), torch.diag(s), Basis(vh.T), layout=like.layout)

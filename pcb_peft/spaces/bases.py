@@ -6,9 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pcb_peft.linalg import column_signs, spanned
+from pcb_peft.linalg import Basis, spanned
 
 NOISE = 1e-10  # a direction with less than this part of the largest singular value is rounding
+SQUARED = 1e-9  # where the smallest eigenvalue is a larger part of the largest, rounding leaves it as it is
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -16,44 +17,47 @@ class SharedBases:
     """U and V with U Uᵀ ΔW_t V Vᵀ = ΔW_t for every t.
 
     Attributes:
-        left: U (out, p), float32: left singular vectors of [ΔW_1 … ΔW_T].
-        right: V (in, q), float32: right singular vectors of [ΔW_1; …; ΔW_T].
+        left: U (out, p): left singular vectors of [ΔW_1 … ΔW_T].
+        right: V (in, q): right singular vectors of [ΔW_1; …; ΔW_T].
         cores: Uᵀ ΔW_t V (T, p, q), float64.
     """
 
-    left: Tensor
-    right: Tensor
+    left: Basis
+    right: Basis
     cores: Tensor
 
 
 def shared_bases(factors: Sequence[tuple[Tensor, Tensor]]) -> SharedBases:
-    """The canonical bases, from the spans of the stacked factors and SVDs of matrices of their size: no ΔW is formed.
+    """The canonical bases, from the spans of the stacked factors and decompositions of their size: no ΔW is formed.
 
     Args:
         factors: Per adapter (out, r_t) and (r_t, in), whose product is ΔW_t.
     """
-    left, to_left, left_parts = spanned(torch.cat([b.double() for b, _ in factors], dim=1))
-    right, to_right, right_parts = spanned(torch.cat([a.T.double() for _, a in factors], dim=1))
+    left, left_parts = spanned(torch.cat([b.double() for b, _ in factors], dim=1))
+    right, right_parts = spanned(torch.cat([a.double() for _, a in factors]).T)
     ranks = [b.shape[1] for b, _ in factors]
-    small = [
-        b @ a.T
-        for b, a in zip(left_parts.split(ranks, 1), right_parts.split(ranks, 1), strict=True)
-    ]
-    u, v = _span(torch.cat(small, dim=1)), _span(torch.cat([m.T for m in small], dim=1))
-    u, left = _signed(u, left @ (to_left @ u))
-    v, right = _signed(v, right @ (to_right @ v))
-    return SharedBases(left, right, torch.stack([u.T @ m @ v for m in small]))
+    small = torch.stack(
+        [
+            b @ a.T
+            for b, a in zip(left_parts.split(ranks, 1), right_parts.split(ranks, 1), strict=True)
+        ]
+    )
+    u, v = _span(small), _span(small.mT)
+    u, v = u * signs(left.turned(u)), v * signs(right.turned(v))
+    return SharedBases(left.turned(u), right.turned(v), u.T @ small @ v)
 
 
-def _span(matrix: Tensor) -> Tensor:
-    """The left singular vectors that carry more than rounding; at least one."""
-    triangle = torch.linalg.qr(matrix.T, mode="r").R
+def signs(basis: Basis) -> Tensor:
+    """±1 per direction: what makes its product with (cos 0, cos 1, cos 2 …) positive."""
+    ruler = torch.arange(basis.shape[0], dtype=basis.columns.dtype).cos()
+    return torch.where(basis.coordinates(ruler) < 0, -1, 1)
+
+
+def _span(matrices: Tensor) -> Tensor:
+    """The left singular vectors of [M_1 … M_T] (p, T q) that carry more than rounding; at least one."""
+    values, vectors = torch.linalg.eigh((matrices @ matrices.mT).sum(0))
+    if values[0] > SQUARED * values[-1]:
+        return vectors.flip(1)
+    triangle = torch.linalg.qr(matrices.mT.flatten(0, 1), mode="r").R
     u, s, _ = torch.linalg.svd(triangle.T, full_matrices=False)
     return u[:, : max(1, int((s > NOISE * s[0]).sum()))]
-
-
-def _signed(small: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """The same directions, of which each has its largest entry positive; the basis in float32."""
-    basis = basis.float()
-    signs = column_signs(basis)
-    return small * signs, basis.mul_(signs)

@@ -22,5 +22,7 @@ def core(deltas: Sequence[Delta], weights: Sequence[float]) -> Projection:
     return Projection(
         (block,),
         lambda merged: Core(bases.left, merged[0], bases.right, layout=layout),
-        show={"gradient": lambda x: bases.left.T @ x @ bases.right},
+        show={
+            "gradient": lambda x: bases.right.coordinates(bases.left.coordinates(x).T).T
+        },
     )

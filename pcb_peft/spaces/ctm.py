@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from pcb_peft.delta import MATRICES, Core, Delta
-from pcb_peft.linalg import column_signs, svd
+from pcb_peft.linalg import svd
 from pcb_peft.options import Range
-from pcb_peft.spaces.bases import shared_bases
+from pcb_peft.spaces.bases import shared_bases, signs
 from pcb_peft.spaces.registry import Projection, space
 from pcb_peft.statistics import stacked
 
@@ -45,8 +45,8 @@ def ctm(
     rank = basis_rank or max(left.shape[1] for left, _ in factors)
     weighted = bases.cores * torch.tensor(weights, dtype=bases.cores.dtype)[:, None, None]
     u, v = _tucker(_smoothed(weighted, beta), rank, iterations)
-    u, v = u * column_signs(bases.left.double() @ u), v * column_signs(bases.right.double() @ v)
-    left, right = bases.left @ u.float(), bases.right @ v.float()
+    u, v = u * signs(bases.left.turned(u)), v * signs(bases.right.turned(v))
+    left, right = bases.left.turned(u), bases.right.turned(v)
     layout = deltas[0].layout
     total = weighted.square().sum()
     held = (u.T @ weighted @ v).square().sum()

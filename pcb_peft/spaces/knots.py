@@ -19,9 +19,10 @@ def knots(deltas: Sequence[Delta], weights: Sequence[float]) -> Projection:
     of the concatenated ΔW's.
     """
     factors = [delta.factors() for delta in deltas]
-    left = shared_bases(factors).left
+    basis = shared_bases(factors).left
+    left = basis.matrix().float()
     layout = deltas[0].layout
-    block = products([(left.T.double() @ b.double(), a) for b, a in factors], weights)
+    block = products([(basis.coordinates(b), a) for b, a in factors], weights)
 
     def decode(merged: Sequence[Tensor]) -> LowRank:
         right = merged[0].float()
