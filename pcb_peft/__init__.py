@@ -6,7 +6,7 @@ merged = merge_adapters(["math-lora", "code-lora"], method="pcb")
 merged.save_pretrained("merged")
 """
 
-from pcb_peft.adapter import Adapter, fold_adapter, load_adapter
+from pcb_peft.adapter import Adapter
 from pcb_peft.calibrations import list_calibrations
 from pcb_peft.collect import collect_statistics
 from pcb_peft.engine import merge, merge_adapters
@@ -23,6 +23,7 @@ from pcb_peft.errors import (
 from pcb_peft.estimate import Estimate, estimate_merge
 from pcb_peft.extract import extract_adapter
 from pcb_peft.live import add_weighted_adapter
+from pcb_peft.loading import fold_adapter, load_adapter
 from pcb_peft.measured import Statistics, open_statistics
 from pcb_peft.merged import MergedAdapter
 from pcb_peft.methods import MergeMethod, get_method, list_methods, merge_method

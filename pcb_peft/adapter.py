@@ -11,13 +11,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from pcb_peft.base_model import BaseModel, open_base_model
+from pcb_peft.base_model import BaseModel, lazy_base, open_base_model
 from pcb_peft.card import model_card, public_name
 from pcb_peft.delta import Delta, LowRank
 from pcb_peft.errors import AdapterError, OptionError, PcbPeftError, UnsupportedError
 from pcb_peft.fold import fitted, fold_deltas
 from pcb_peft.formats import Entry, Written, format_for, format_named, format_of
-from pcb_peft.formats.checkpoint import CONFIG, Tensors, check_dtype, refuse_overflow
+from pcb_peft.formats.checkpoint import CONFIG, Tensors, apart, check_dtype, refuse_overflow
 from pcb_peft.formats.heads import with_biases, without_copies, write_head
 from pcb_peft.formats.registry import AUTOMATIC_HEADS, PREFIX, Base, finite, refuse_pipelines
 from pcb_peft.options import did_you_mean
@@ -25,7 +25,7 @@ from pcb_peft.output import replace_directory, write_files
 from pcb_peft.processes import current
 from pcb_peft.progress import tracker
 from pcb_peft.replaced import HEADS, TIES, Head, Parameter, head_files, words_of
-from pcb_peft.source import Files, Source, files_of_model, open_files
+from pcb_peft.source import Files, Source
 
 
 class Modules(Mapping[str, Delta]):
@@ -83,7 +83,7 @@ class Adapter:
         """The same adapter, read beside its base model, for deltas that depend on W."""
         if self.files is None:
             return self
-        return _parsed(self.name, self.source, self.files, base)
+        return read_adapter(self.name, self.source, self.files, base)
 
     def delta(self, module: str, base_model: str | Path | BaseModel | None = None) -> Tensor:
         """What is added to a module's weight W, float32, in W's own orientation.
@@ -182,9 +182,7 @@ class Adapter:
         written = with_biases(written, biases, entries, dtype)
         head = write_head(self.head, entries.keys(), format_, dtype)
         config = self._identity(format_.peft_type) | written.config | head.config
-        tensors = {
-            key: values.contiguous() for key, values in (written.tensors | head.tensors).items()
-        }
+        tensors = apart(written.tensors | head.tensors)
         refuse_overflow(tensors)
         return Written(config, tensors)
 
@@ -291,50 +289,12 @@ class Adapter:
         )
 
 
-def load_adapter(
-    source: str | Path | Source | tuple[Any, str] | Adapter,
-    *,
-    revision: str | None = None,
-    subfolder: str | None = None,
-    base_model: str | Path | BaseModel | Base = None,
-    hashed: bool = True,
-) -> Adapter:
-    """Reads an adapter that PEFT saved. Its tensors are read when they are asked for; no base model is needed.
-
-    Args:
-        source: A directory, a hub id, or (PeftModel, adapter name).
-        revision: Of the hub repository.
-        subfolder: In the directory or the repository.
-        base_model: Path or hub id; opened only where a delta depends on W (DoRA, PiSSA, trained biases …).
-        hashed: Read the whole file once for its hash, by which recipes and random masks know the adapter.
+def read_adapter(name: str, source: Source | None, files: Files, base: Base) -> Adapter:
+    """The adapter that is in files.
 
     Raises:
-        AdapterError: There is no adapter, or its files are damaged.
-        UnsupportedError: It holds what cannot be read; the message names it.
+        PcbPeftError: They hold none, or what cannot be read.
     """
-    base = base_model if callable(base_model) else lazy_base(base_model)
-    if isinstance(source, Adapter):
-        return source
-    if isinstance(source, tuple):
-        model, name = source
-        return _parsed(name, None, files_of_model(model, name), base)
-    if not isinstance(source, Source):
-        source = Source(str(source), revision, subfolder)
-    files = open_files(source, hashed=hashed)
-    hashes = {"sha256": files.sha256, "config_sha256": files.config_sha256}
-    return _parsed(source.name, dataclasses.replace(source, **hashes), files, base)
-
-
-def lazy_base(base_model: str | Path | BaseModel | None) -> Callable[[], BaseModel] | None:
-    """The base model, opened once, when it is first asked for."""
-    if base_model is None:
-        return None
-    if isinstance(base_model, BaseModel):
-        return lambda: base_model
-    return functools.cache(lambda: open_base_model(base_model))
-
-
-def _parsed(name: str, source: Source | None, files: Files, base: Base) -> Adapter:
     config = files.config
     where = source.path if source else f"adapter {name!r}"
     tensors = without_copies(files.tensors)
@@ -378,18 +338,3 @@ def _kept(where: str, tensors: Tensors) -> Head:
     except KeyError as error:
         raise AdapterError(f"{where} holds numbers of type {error}: they are no weights") from error
     return Head(words_of(parameters, ()), parameters)
-
-
-def fold_adapter(
-    adapter: str | Path | Source | tuple[Any, str] | Adapter,
-    base_model: str | Path,
-    output: str | Path,
-    *,
-    tied: str | None = None,
-    overwrite: bool = False,
-    progress: bool | None = None,
-) -> None:
-    """Writes the base model with an adapter folded into its weights; as `load_adapter(adapter).fold(...)`."""
-    known = isinstance(adapter, Source) and adapter.sha256 is not None
-    loaded = load_adapter(adapter, base_model=base_model, hashed=known)
-    loaded.fold(base_model, output, tied=tied, overwrite=overwrite, progress=progress)

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,17 @@ def open_base_model(source: str | Path, revision: str | None = None) -> "BaseMod
             f"{directory}: the index says {lacking} is in {index[lacking]}, which lacks it: fetch the model again"
         )
     return base
+
+
+def lazy_base(
+    base_model: "str | Path | BaseModel | None",
+) -> "Callable[[], BaseModel] | None":
+    """The base model, opened once, when it is first asked for."""
+    if base_model is None:
+        return None
+    if isinstance(base_model, BaseModel):
+        return lambda: base_model
+    return functools.cache(lambda: open_base_model(base_model))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from pcb_peft.adapter import fold_adapter
 from pcb_peft.calibrations import list_calibrations
 from pcb_peft.cli_words import a_bool, a_bytes, a_device, a_rank, a_step, flag
 from pcb_peft.collect import DEFAULT_MEMORY as COLLECT_MEMORY
@@ -22,6 +21,7 @@ from pcb_peft.engine import DEFAULT_MEMORY, merge
 from pcb_peft.errors import OptionError, PcbPeftError
 from pcb_peft.estimate import estimate_merge
 from pcb_peft.extract import extract_adapter
+from pcb_peft.loading import fold_adapter
 from pcb_peft.measured import KINDS
 from pcb_peft.merged import MergedAdapter
 from pcb_peft.methods import get_method, list_methods

@@ -14,9 +14,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from pcb_peft.adapter import Adapter, load_adapter
+from pcb_peft.adapter import Adapter
 from pcb_peft.delta import Diagonal
 from pcb_peft.errors import BaseModelError, MismatchError, OptionError, UnsupportedError
+from pcb_peft.loading import load_adapter
 from pcb_peft.measured import KINDS, Statistics, check_file, open_statistics, save_statistics
 from pcb_peft.progress import Track, tracker
 from pcb_peft.resources import number_of_bytes

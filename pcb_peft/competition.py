@@ -12,12 +12,13 @@ from torch import Tensor
 from pcb_peft import noise
 from pcb_peft.adapter import Adapter
 from pcb_peft.alignment import Alignment
+from pcb_peft.blocks import Block, Index
 from pcb_peft.calibrations import Calibration, prepared
 from pcb_peft.delta import Delta
 from pcb_peft.processes import Processes, current, union
 from pcb_peft.progress import Track
 from pcb_peft.spaces import Projection
-from pcb_peft.statistics import Block, BlockCounts, Index, Merged, TaskVectors
+from pcb_peft.statistics import BlockCounts, Merged, TaskVectors
 from pcb_peft.threads import in_order, one_thread
 
 Result = TypeVar("Result")

@@ -159,7 +159,9 @@ class LowRank(Delta):
     def factors(self) -> tuple[Tensor, Tensor]:
         """The scaling is shared out evenly."""
         root = math.sqrt(abs(self.scaling))
-        return self.lora_B.double() * math.copysign(root, self.scaling), self.lora_A.double() * root
+        signed = math.copysign(root, self.scaling)
+        left, right = (x.to(torch.float64, copy=True) for x in (self.lora_B, self.lora_A))
+        return left.mul_(signed), right.mul_(root)
 
     def norm(self) -> float:
         """From the Gram matrices of the factors: ‖BA‖² = tr(BᵀB AAᵀ)."""

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pcb_peft.adapter import Adapter, Modules, lazy_base, load_adapter
+from pcb_peft.adapter import Adapter, Modules
 from pcb_peft.alignment import Alignment, common_base, refuse_other_names
-from pcb_peft.base_model import BaseModel
+from pcb_peft.base_model import BaseModel, lazy_base
 from pcb_peft.competition import Competition, Produce
 from pcb_peft.departure import Departure, at_their_shares
 from pcb_peft.errors import OptionError, ProcessError
 from pcb_peft.formats import Entry
 from pcb_peft.grounding import chained, grounded
+from pcb_peft.loading import load_adapters
 from pcb_peft.measured import Given, Statistics, check_statistics, open_statistics
 from pcb_peft.merged import MergedAdapter
 from pcb_peft.methods import MergeMethod, get_method
@@ -103,8 +104,8 @@ def merge_adapters(  # noqa: PLR0913  (every choice of a merge, by name)
     if isinstance(adapters, str | Path):
         raise OptionError(f"adapters is {str(adapters)!r}; it must be a list: [{str(adapters)!r}]")
     chosen = method if isinstance(method, MergeMethod) else get_method(method_of(method))
-    load = functools.partial(load_adapter, base_model=lazy_base(base_model))
-    loaded, measured = list(map(load, adapters)), list(map(open_statistics, statistics))
+    loaded = load_adapters(adapters, base_model=lazy_base(base_model))
+    measured = [open_statistics(one) for one in statistics]
     recipe = Recipe(
         adapters=_sources(loaded),
         weights=None if weights is None else read_weights(weights),
@@ -205,7 +206,7 @@ def gathered(
     recipe: Recipe, adapters: Sequence[Adapter] | None, base: Callable[[], BaseModel] | None
 ) -> list[Adapter]:
     """The adapters, by different names, and read beside the base model where that is needed."""
-    loaded = adapters or [load_adapter(source, base_model=base) for source in recipe.adapters]
+    loaded = adapters or load_adapters(recipe.adapters, base_model=base)
     asked = None if recipe.space == "auto" else get_space(recipe.space)
     loaded = _named_apart(loaded)
     _refuse_other_files(loaded, current())

@@ -13,12 +13,15 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from pcb_peft import fusion
-from pcb_peft.adapter import Adapter, lazy_base, load_adapter
+from pcb_peft.adapter import Adapter
 from pcb_peft.alignment import Alignment, common_base
+from pcb_peft.base_model import lazy_base
+from pcb_peft.blocks import Block
 from pcb_peft.calibrations import Calibration, prepared
 from pcb_peft.delta import Delta, Dense, Diagonal, LowRank, Rescaled
 from pcb_peft.departure import check_leaving
 from pcb_peft.engine import DEFAULT_MEMORY, gathered
+from pcb_peft.loading import load_adapters
 from pcb_peft.measured import open_statistics
 from pcb_peft.methods import get_method
 from pcb_peft.peft_names import method_of, spelled_out
@@ -31,14 +34,7 @@ from pcb_peft.resources import number_of_bytes
 from pcb_peft.selection import KEPT_IN_ALL, KEPT_VALUES, MARGIN
 from pcb_peft.spaces import Projection
 from pcb_peft.stand_in import TIMES, Kinds, Shape, StandIn, least, stand_ins, timed
-from pcb_peft.statistics import (
-    SAMPLE_VALUES,
-    TILE_VALUES,
-    Block,
-    TaskVectors,
-    dtype_of,
-    sample_size,
-)
+from pcb_peft.statistics import SAMPLE_VALUES, TILE_VALUES, TaskVectors, dtype_of, sample_size
 from pcb_peft.written_size import Left, adapter_bytes, folded_bytes, head_bytes, unread
 
 PROCESS_BYTES = 250 << 20  # Python with torch and this package
@@ -124,7 +120,7 @@ def estimate_merge(
     """
     check_leaving(recipe, fold=fold)
     base, room = lazy_base(recipe.base_model), number_of_bytes(max_memory)
-    given = [load_adapter(source, base_model=base, hashed=False) for source in recipe.adapters]
+    given = load_adapters(recipe.adapters, base_model=base, hashed=False)
     adapters, _ = leaving_as_one(gathered(recipe, given, base), base)
     common_base(adapters, recipe.base_model)  # refuses different ones
     alignment = Alignment(adapters)

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
-from pcb_peft.adapter import Adapter, load_adapter
+from pcb_peft.adapter import Adapter
 from pcb_peft.engine import merge_adapters
 from pcb_peft.errors import OptionError, UnsupportedError
 from pcb_peft.live_model import LiveModel
+from pcb_peft.loading import load_adapter
 
 
 def add_weighted_adapter(

@@ -22,11 +22,12 @@ from pcb_peft import (
     merge_adapters,
 )
 from pcb_peft.adapter import Adapter, Modules
+from pcb_peft.blocks import stacked
 from pcb_peft.delta import Dense, LowRank, Rescaled
 from pcb_peft.formats import Entry
 from pcb_peft.recipe import read_recipe
 from pcb_peft.spaces import in_parts
-from pcb_peft.statistics import TaskVectors, stacked
+from pcb_peft.statistics import TaskVectors
 
 WEIGHTS = (1.5, -0.7)
 MAGNITUDE = "lora_magnitude_vector"

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from pcb_peft import Adapter, get_method, list_methods, merge_adapters, noise, statistics
 from pcb_peft.adapter import Modules
+from pcb_peft.blocks import Block, products, stacked
 from pcb_peft.delta import Diagonal, LowRank
 from pcb_peft.errors import OptionError
 from pcb_peft.formats import Entry
 from pcb_peft.source import Source
-from pcb_peft.statistics import Block, TaskVectors, products, stacked
+from pcb_peft.statistics import TaskVectors
 
 Array = NDArray[np.float64]
 Masks = NDArray[np.float64]  # uniform numbers
@@ -750,3 +751,21 @@ def test_every_option_is_explained_and_every_method_names_its_source(method: str
     found = get_method(method)
     assert all(option.explanation for option in found.options.values())
     assert "Source: " in (inspect.getdoc(found.function) or "")
+
+
+@pytest.mark.parametrize(("tiles", "calls"), [(1, 1), (2, 4)])
+def test_a_score_is_taken_once_of_a_scope_that_is_a_single_tile(
+    monkeypatch: pytest.MonkeyPatch, tiles: int, calls: int
+):
+    seen: list[int] = []
+
+    def score(tile: Tensor) -> Tensor:
+        seen.append(tile.numel())
+        return tile.abs()
+
+    monkeypatch.setattr(statistics, "TILE_VALUES", 2 * 12 // tiles)
+    tasks = TaskVectors([stacked(torch.rand(2, 4, 3), (1, 1))])
+    once = tasks.once(score)
+    tasks.order_statistics(once, [1])
+    tasks.combine(lambda x, weights: (x * weights * once(x)).sum(0)).block(0)
+    assert len(seen) == calls

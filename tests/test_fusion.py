@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from pcb_peft import fusion, statistics
+from pcb_peft.blocks import products
 from pcb_peft.methods import get_method
-from pcb_peft.statistics import TaskVectors, products
+from pcb_peft.statistics import TaskVectors
 
 CPU = torch.device("cpu")
 COMPILES = pytest.mark.skipif(fusion.obstacle(CPU) is not None, reason="no compiler works here")
@@ -83,7 +84,8 @@ def test_what_is_compiled_is_compiled_once():
     """Whatever the lengths of tiles, and the threads that meet it for the first time."""
     code = (
         "import torch; from pcb_peft import fusion, statistics; from pcb_peft.methods import get_method\n"
-        "from pcb_peft.statistics import TaskVectors, products; torch.set_num_threads(2); fusion.WORTH_VALUES = 0\n"
+        "from pcb_peft.blocks import products; from pcb_peft.statistics import TaskVectors\n"
+        "torch.set_num_threads(2); fusion.WORTH_VALUES = 0\n"
         "statistics.DOUBLE_VALUES, statistics.SAMPLE_VALUES, statistics.TILE_VALUES = 0, 500, 1000\n"
         "blocks = [products([(torch.rand(n, 2), torch.rand(2, 67))] * 3, (1, 1, 1)) for n in (41, 130)]\n"
         "get_method('pcb')(TaskVectors(blocks)).block(1)"
@@ -112,7 +114,8 @@ def test_what_takes_less_time_than_compiling_is_not_compiled(monkeypatch):
 )
 def test_without_a_compiler_the_arithmetic_is_plain_torch(variables, reason, tmp_path):
     code = (
-        "import torch; from pcb_peft import fusion; fusion.WORTH_VALUES = 0; from pcb_peft.statistics import *\n"
+        "import torch; from pcb_peft import fusion; fusion.WORTH_VALUES = 0\n"
+        "from pcb_peft.blocks import stacked; from pcb_peft.statistics import TaskVectors\n"
         "tasks = TaskVectors([stacked(torch.ones(2, 3, 4), (1, 1))]); print(tasks.compiled, tasks.obstacle)"
     )
     environment = {**os.environ, **variables, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pcb_peft import noise, statistics
-from pcb_peft.statistics import Block, TaskVectors, products, stacked
+from pcb_peft.blocks import Block, products, stacked
+from pcb_peft.statistics import TaskVectors
 
 SEEDED = {  # the first outputs of SplitMix64, as its implementations in many languages are tested with
     0: (0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F),

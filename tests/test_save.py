@@ -1,5 +1,6 @@
 """What a merge leaves behind: PEFT loads it without a word, and does with it what the merge says."""
 
+import dataclasses
 import json
 import os
 import re
@@ -21,8 +22,9 @@ from pcb_peft import (
     load_adapter,
     merge_adapters,
 )
-
-# PEFT 0.21 asks transformers 5.23 for it
+from pcb_peft.adapter import Modules
+from pcb_peft.delta import LowRank
+from pcb_peft.formats import Entry
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -611,3 +613,18 @@ def test_a_name_with_a_bar_is_one_cell_of_the_card(workshop, tmp_path):
     merge_adapters([workshop.adapter("mlp", lora(), "a|b")]).save_pretrained(tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert r"| a\|b | 1.0 |" in card.splitlines()
+
+
+def test_factors_that_share_memory_are_saved_one_by_one(workshop, tmp_path):
+    adapter = load_adapter(workshop.adapter("mlp", lora()))
+    both, rows = torch.rand(3, 4), torch.rand(6, 3)
+    deltas = {"a": LowRank(both, rows[:3]), "b": LowRank(both, rows[3:])}
+    entries = {
+        name: Entry(LowRank, delta.shape, lambda delta=delta: delta, rank=3)
+        for name, delta in deltas.items()
+    }
+    dataclasses.replace(adapter, modules=Modules(entries)).save_pretrained(tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / WEIGHTS)
+    for name, delta in deltas.items():
+        assert torch.equal(tensors[f"base_model.model.{name}.lora_A.weight"], delta.lora_A)
+        assert torch.equal(tensors[f"base_model.model.{name}.lora_B.weight"], delta.lora_B)

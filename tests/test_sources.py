@@ -107,6 +107,19 @@ def test_a_directory_that_is_not_there_is_named(workshop):
         load_adapter(workshop.directory / "nowhere")
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_of_several_directories_the_first_that_is_not_there_is_named(workshop, threads):
+    there = workshop.adapter("mlp", lora())
+    given = [there, workshop.directory / "first", there, workshop.directory / "second"]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with pytest.raises(AdapterError, match="first is neither"):
+            merge_adapters(given)
+    finally:
+        torch.set_num_threads(before)
+
+
 # ------------------------------------------------------------------------------------------ the Hub
 
 

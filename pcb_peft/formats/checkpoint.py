@@ -136,6 +136,20 @@ def check_dtype(dtype: object) -> None:
         raise OptionError(f"dtype is {dtype!r}; it must be one of {words}")
 
 
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same values, each contiguous and in memory of its own, as safetensors wants them."""
+    found: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, values in tensors.items():
+        values = values.contiguous()
+        storage = values.untyped_storage()
+        if storage.nbytes() > values.nbytes or storage.data_ptr() in taken:
+            values = values.clone()
+        taken.add(storage.data_ptr())
+        found[name] = values
+    return found
+
+
 def refuse_overflow(tensors: Mapping[str, Tensor]) -> None:
     """Raises OptionError where tensors that are to be written hold values beyond those of their dtype."""
     for name, values in tensors.items():

@@ -235,9 +235,12 @@ def _pattern(module: str, modules: Collection[str]) -> str:
 
 def _padded(delta: LowRank, rank: int) -> tuple[Tensor, Tensor]:
     """lora_A and lora_B (float32) of the same ΔW at scaling 1, padded with zeros to a rank."""
-    lora_B, padding = (delta.lora_B.double() * delta.scaling).float(), rank - delta.rank
+    lora_A, lora_B, padding = delta.lora_A.float(), delta.lora_B, rank - delta.rank
+    lora_B = (lora_B if delta.scaling == 1 else lora_B.double() * delta.scaling).float()
+    if not padding:
+        return lora_A, lora_B
     pad = torch.nn.functional.pad
-    return pad(delta.lora_A.float(), (0, 0, 0, padding)), pad(lora_B, (0, padding))
+    return pad(lora_A, (0, 0, 0, padding)), pad(lora_B, (0, padding))
 
 
 def row_config(indices: Mapping[str, list[int]]) -> dict[str, Any]:

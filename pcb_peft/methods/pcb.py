@@ -119,14 +119,15 @@ def pcb(
         rows = zip(normed, cross(x, normed), strict=True)
         return torch.stack([_intra(its, tasks.tasks).mul_(inter) for its, inter in rows])
 
+    scored = tasks.once(score)
     cut = [min(int(tasks.size * (1 - density)), tasks.size - 1), tasks.size - 1]
-    threshold, top = tasks.order_statistics(score, cut).unbind(-1)
+    threshold, top = tasks.order_statistics(scored, cut).unbind(-1)
     only_top = (threshold == top) & (top > 0)
     threshold = torch.where(only_top, torch.nextafter(top, torch.zeros_like(top)), threshold)
     stretch = reciprocal(top - threshold)
 
     def merge(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        scale = score(x).sub_(threshold).relu_().mul_(stretch)
+        scale = (scored(x) - threshold).relu_().mul_(stretch)
         return weighted_mean(clamped(x).mul_(torch.sign(x)).mul_(weights), scale), scale
 
     return tasks.combine(merge)

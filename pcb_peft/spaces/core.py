@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
+from pcb_peft.blocks import stacked
 from pcb_peft.delta import MATRICES, Core, Delta
 from pcb_peft.spaces.bases import shared_bases
 from pcb_peft.spaces.registry import Projection, space
-from pcb_peft.statistics import stacked
 
 
 @space("core", accepts=MATRICES, lossless=True, shows=("gradient",))
@@ -22,7 +22,5 @@ def core(deltas: Sequence[Delta], weights: Sequence[float]) -> Projection:
     return Projection(
         (block,),
         lambda merged: Core(bases.left, merged[0], bases.right, layout=layout),
-        show={
-            "gradient": lambda x: bases.right.coordinates(bases.left.coordinates(x).T).T
-        },
+        show={"gradient": lambda x: bases.right.coordinates(bases.left.coordinates(x).T).T},
     )
