@@ -10,6 +10,7 @@ decomposition. Each side runs in a process of its own.
 """
 
 import argparse
+import os
 import resource
 import subprocess
 import sys
@@ -98,6 +99,7 @@ def report(arguments: argparse.Namespace) -> None:
         paths = [Path(scratch, str(seed)) for seed in range(arguments.count)]
         for seed, path in enumerate(paths):
             write_adapter(path, arguments.layers, arguments.rank, seed, SHAPES)
+        os.sync()  # or the disk is still busy with the adapters while they are read
         for run in ("lossless", "truncated"):
             ours[run], peak = measured(*paths, "--run", run, "--rank", arguments.rank)
             each = ours[run] / modules

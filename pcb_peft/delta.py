@@ -85,17 +85,14 @@ class Delta(abc.ABC):
         return self.layout.stored(self.matrix())
 
     def apply(self, weight: Tensor) -> Tensor:
-        """W + ΔW in W's dtype: computed in float32, rounded once."""
+        """W + ΔW in W's dtype: computed in float32, or in float64 if W is, and rounded once."""
         return self.apply_(weight.clone())
 
     def apply_(self, weight: Tensor) -> Tensor:
         """`apply` in W's own memory."""
         count = shares(tuple(weight.shape))
-        parts = weight.tensor_split(count)
-        room = torch.empty_like(parts[0], dtype=torch.float32)  # the first part is the longest
-        for rows, change in zip(parts, self._rows(weight, count), strict=True):
-            values = room[: rows.shape[0]].copy_(rows)
-            rows.copy_(values.add_(change))
+        for rows, change in zip(weight.tensor_split(count), self._rows(weight, count), strict=True):
+            rows.add_(change)  # torch adds in the wider dtype of the two
         return weight
 
     def _rows(self, weight: Tensor, count: int) -> Iterator[Tensor]:
@@ -344,7 +341,7 @@ class Diagonal(Delta):
     def apply_(self, weight: Tensor) -> Tensor:
         along, count = self._along(weight).expand(weight.shape), shares(tuple(weight.shape))
         for rows, scales in zip(weight.tensor_split(count), along.tensor_split(count), strict=True):
-            rows.copy_(rows.float() * scales)
+            rows.mul_(scales)
         return weight
 
     def apply_to_bias(self, bias: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from pcb_peft.linalg import all_finite
 Piece = Callable[[], memoryview]
 """Makes the next bytes of the file."""
 
-PIECE_VALUES = 1 << 19  # of two bytes: a piece stays in a core's cache while it is read and changed
-_PIECE_BYTES = 1 << 20
+PIECE_VALUES = 1 << 20  # of two bytes: about what a core's cache holds
+_PIECE_BYTES = 1 << 21
 
 
 def read(source: Path, span: Span) -> Tensor:
