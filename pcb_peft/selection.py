@@ -229,10 +229,17 @@ def settled(parts: Sequence[Sequence[Any]]) -> list[Search]:
     return searches
 
 
+def ascending(values: Tensor) -> Tensor:
+    """Each row sorted. Numpy has the wide registers of a processor do it: an order of magnitude faster than torch."""
+    if values.device.type != "cpu":
+        return values.sort(dim=1).values
+    return torch.from_numpy(np.sort(values.numpy(), axis=1))
+
+
 def chosen(values: Tensor, indices: Sequence[int]) -> Tensor:
     """What would stand at `indices` of each row, if it were sorted."""
     if values.device.type != "cpu":
-        return values.sort(dim=1).values[:, list(indices)]
+        return ascending(values)[:, list(indices)]
     rows, last = values.numpy(), values.shape[1] - 1
 
     def at(index: int) -> NDArray[Any]:
@@ -266,7 +273,7 @@ def order_statistics(
     """
     if sample.shape[1] == size:
         return chosen(sample, indices)
-    ordered = sample.sort(dim=1).values
+    ordered = ascending(sample)
     places = [(stream, index) for stream in range(len(ordered)) for index in indices]
     room = min(KEPT_VALUES, KEPT_IN_ALL // len(places)) // processes.size
     searches = [search(ordered[stream], size, index, room) for stream, index in places]

@@ -4,6 +4,7 @@ Shape legend, beside that of blocks.py: D is the number of values per adapter in
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,7 +30,10 @@ Arguments = ParamSpec("Arguments")
 
 TILE_VALUES = 1 << 19  # of all adapters; in shorter calls threads wait for the interpreter
 DEVICE_TILE_VALUES = 1 << 24  # where a tile has an accelerator to fill
-SAMPLE_VALUES = 1 << 18  # per adapter
+HELD_VALUES = (
+    1 << 24
+)  # up to so many values in all, the tiles of a scope are held, once there is more than one pass
+SAMPLE_VALUES = 1 << 18  # per adapter; smaller scopes are looked at as a whole
 SAMPLE_AT_MOST = 1 << 20  # ... of scopes so large that brackets would keep too much
 SAMPLE_IN_ALL = 1 << 26  # ... and of thousands of adapters together
 DOUBLE_VALUES = 1 << 27  # up to so many values in all, a scope is computed in float64
@@ -42,17 +46,18 @@ def dtype_of(tasks: int, size: int) -> torch.dtype:
 
 def sample_size(tasks: int, size: int) -> int:
     """Values per adapter that are sampled of a scope of so many."""
-    wanted = max(SAMPLE_VALUES, min(size >> 10, SAMPLE_AT_MOST))
-    return min(wanted, SAMPLE_IN_ALL // tasks)
+    wanted = max(min(size >> 4, SAMPLE_VALUES), min(size >> 10, SAMPLE_AT_MOST))
+    return min(size if size <= SAMPLE_VALUES else wanted, SAMPLE_IN_ALL // tasks)
 
 
 class TaskVectors:
     """The task vectors of one scope: T rows of D values, seen as tiles.
 
-    Scores and rules must give the same value for an entry whatever tile it comes in. Where there is much to do and a
-    compiler to do it, they are compiled; what differs then is how exp and tanh are rounded.
+    Scores and rules must give the same value for an entry whatever tile it comes in, and write into none. Where there
+    is much to do and a compiler to do it, they are compiled; what differs then is how exp and tanh are rounded.
 
     Attributes:
+        holds: Tiles that were looked at stay in memory.
         compiled: They are.
         obstacle: Why they are not, although there is much to do.
     """
@@ -80,8 +85,10 @@ class TaskVectors:
         found = processes.gathered(fusion.obstacle(self.device)) if worth else []
         self.obstacle = next(filter(None, found), None)
         self.compiled = worth and self.obstacle is None
+        self.holds = self.tasks * self.size <= HELD_VALUES and not self.compiled
         self._track, self._processes = track, processes
         self._own = range(len(blocks)) if own is None else own
+        self._held: dict[tuple[int, int], Tensor] = {}  # by block and row
 
     def order_statistics(self, score: Score, indices: Sequence[int]) -> Tensor:
         """The values that stand at `indices` (from 0) once the D scores of a row are sorted: exact.
@@ -169,40 +176,52 @@ class TaskVectors:
         return fusion.fused(function, self.device) if self.compiled else function
 
     def once(self, score: Score) -> Score:
-        """The score, which is remembered where the scope is a single tile: then nobody may write into its values."""
-        values, known = self.tasks * self.size, list[Tensor]()
-        if len(self.blocks) > 1 or values > TILE_VALUES or self.size > self.sample:
-            return score
+        """The score, which is remembered of tiles that are held: then nobody may write into its values."""
+        known: dict[int, tuple[Tensor, Tensor]] = {}  # a tile that is alive is told by its id
 
         def remembered(tile: Tensor) -> Tensor:
-            if not known:
-                known.append(score(tile))
-            return known[0]
+            if id(tile) not in known:
+                known[id(tile)] = tile, score(tile)
+            return known[id(tile)][1]
 
-        return remembered
+        return remembered if self.holds else score
 
     def tiles(
-        self, block: Block, whole: bool = False
+        self, index: int, whole: bool = False
     ) -> Iterator[tuple[slice, Callable[[], Tensor]]]:
-        """The block's tiles: which rows they are, and a call for (T, r, cols); to be compiled, (T, 1, r cols)."""
+        """A block's tiles: which rows they are, and a call for (T, r, cols); to be compiled, (T, 1, r cols)."""
+        block = self.blocks[index]
         part = block.open(self.dtype, self.device)
         flat = self.compiled and not whole
         shape = (self.tasks, 1, -1) if flat else (self.tasks, -1, block.shape[2])
         values = TILE_VALUES if self.device.type == "cpu" else DEVICE_TILE_VALUES
         values *= 1 + self.compiled  # compiled, a tile needs less room beside it
         height = block.shape[1] if whole else max(1, values // (self.tasks * block.shape[2]))
+
+        def tile(rows: slice) -> Tensor:
+            held = None if whole else self._held.get((index, rows.start))
+            return part(rows, slice(None)).reshape(shape) if held is None else held
+
         for start in range(0, block.shape[1], height):
             rows = slice(start, start + height)
-            yield rows, lambda rows=rows: part(rows, slice(None)).reshape(shape)
+            yield rows, functools.partial(tile, rows)
 
     def _sweep(self, function: Callable[[Tensor, int], Result]) -> Iterator[tuple[int, Result]]:
         """What `function` makes of each tile of this process and its block's index, in order, with that index."""
+
+        def look(item: tuple[int, slice, Callable[[], Tensor]]) -> tuple[int, Result]:
+            index, rows, tile = item
+            values = tile()
+            if self.holds:
+                self._held[index, rows.start] = values
+            return index, function(values, index)
+
         tiles = (
-            (index, tile)
+            (index, rows, tile)
             for index in self._track(self._own)
-            for _, tile in self.tiles(self.blocks[index])
+            for rows, tile in self.tiles(index)
         )
-        return in_order(lambda item: (item[0], function(item[1](), item[0])), tiles)
+        return in_order(look, tiles)
 
     def _sample(self, score: Score) -> Tensor:
         """The scores of a part of every block, in proportion to its size; of all of it where that is little.
@@ -285,7 +304,7 @@ class Merged:
             return [int(number) for number in kept], int(conflicts)
 
         counts = BlockCounts(block.size)
-        for kept, conflicts in in_order(merge, tasks.tiles(block, self._whole)):
+        for kept, conflicts in in_order(merge, tasks.tiles(index, self._whole)):
             counts.conflicts += conflicts
             counts.kept = [a + b for a, b in zip(counts.kept or [0] * len(kept), kept, strict=True)]
         return result, counts

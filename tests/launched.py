@@ -28,6 +28,7 @@ def fail_in_process_one(how):
 def small():
     """Statistics as of a large model: tiles, samples, and more values in a bracket than are kept."""
     statistics.TILE_VALUES, statistics.SAMPLE_VALUES, selection.KEPT_VALUES = 1 << 8, 1 << 7, 1 << 7
+    statistics.HELD_VALUES = 0
 
 
 def main(file):

@@ -433,7 +433,7 @@ def dropped_by(name: str, tasks: TaskVectors, density: float) -> Array:
     original = TaskVectors.combine
 
     def combine(self: TaskVectors, rule: Any, *, whole: bool = False) -> Any:
-        seen.extend(tile() for _, tile in self.tiles(self.blocks[0], True))
+        seen.extend(tile() for _, tile in self.tiles(0, True))
         return original(self, rule, whole=whole)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -753,9 +753,9 @@ def test_every_option_is_explained_and_every_method_names_its_source(method: str
     assert "Source: " in (inspect.getdoc(found.function) or "")
 
 
-@pytest.mark.parametrize(("tiles", "calls"), [(1, 1), (2, 4)])
-def test_a_score_is_taken_once_of_a_scope_that_is_a_single_tile(
-    monkeypatch: pytest.MonkeyPatch, tiles: int, calls: int
+@pytest.mark.parametrize(("held", "calls"), [(24, 2), (23, 4)])
+def test_a_score_is_taken_once_of_each_tile_that_is_held(
+    monkeypatch: pytest.MonkeyPatch, held: int, calls: int
 ):
     seen: list[int] = []
 
@@ -763,9 +763,19 @@ def test_a_score_is_taken_once_of_a_scope_that_is_a_single_tile(
         seen.append(tile.numel())
         return tile.abs()
 
-    monkeypatch.setattr(statistics, "TILE_VALUES", 2 * 12 // tiles)
+    monkeypatch.setattr(statistics, "TILE_VALUES", 12)
+    monkeypatch.setattr(statistics, "HELD_VALUES", held)
     tasks = TaskVectors([stacked(torch.rand(2, 4, 3), (1, 1))])
     once = tasks.once(score)
     tasks.order_statistics(once, [1])
     tasks.combine(lambda x, weights: (x * weights * once(x)).sum(0)).block(0)
     assert len(seen) == calls
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_method_writes_into_what_it_is_shown(method: str):
+    values = torch.from_numpy(np.random.default_rng(5).normal(size=(3, 20, 30)))
+    shown = values.clone()
+    block = dataclasses.replace(stacked(shown, (1, 0.5, -2)), keys=keys(3, 0))
+    get_method(method)(TaskVectors([block])).block(0)
+    assert shown.equal(values)

@@ -317,9 +317,13 @@ def test_more_values_than_a_sample_holds(name):
     agree(merged, over(dense(pool, MANY), formula))
 
 
+@pytest.mark.parametrize("held", [0, 1 << 24])
 @pytest.mark.parametrize(("sample", "kept"), [(1, 600), (1, 1 << 24), (50, 600), (1000, 1 << 24)])
 @every_formula
-def test_samples_tiles_and_brackets_of_any_size_give_the_same(monkeypatch, name, sample, kept):
+def test_samples_tiles_and_brackets_of_any_size_give_the_same(
+    monkeypatch, name, sample, kept, held
+):
+    monkeypatch.setattr(statistics, "HELD_VALUES", held)
     monkeypatch.setattr(statistics, "SAMPLE_VALUES", sample)
     monkeypatch.setattr(statistics, "TILE_VALUES", 500)
     monkeypatch.setattr(selection, "KEPT_VALUES", kept)

@@ -269,6 +269,7 @@ def threads(count):
 def test_another_call_gives_the_same_bytes_whatever_tiles_threads_and_memory(case, monkeypatch):
     monkeypatch.setattr(statistics, "TILE_VALUES", 90)
     monkeypatch.setattr(statistics, "SAMPLE_VALUES", 150)
+    monkeypatch.setattr(statistics, "HELD_VALUES", 0)
     with threads(2):
         found = result(case, pool(), max_memory=0)
     assert all(found[module].tobytes() == x.tobytes() for module, x in usual(case).items())

@@ -138,7 +138,8 @@ def random_blocks() -> list[Block]:
 
 def whole(tasks: TaskVectors) -> list[Tensor]:
     """Every block of the task vectors, put together from its tiles."""
-    return [torch.cat([tile() for _, tile in tasks.tiles(block)], dim=1) for block in tasks.blocks]
+    indices = range(len(tasks.blocks))
+    return [torch.cat([tile() for _, tile in tasks.tiles(index)], dim=1) for index in indices]
 
 
 def noisy(x: Tensor, uniform: Tensor) -> Tensor:
