@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
 from dense_pcb import write_adapter
 
 MERGES = {
@@ -201,6 +202,7 @@ def main() -> None:
         "table", choices=["adapters", "rank", "size", "processes", "estimated", "projected"]
     )
     table = parser.parse_args().table
+    torch.set_num_threads(1)  # as the merges that are measured
     with tempfile.TemporaryDirectory() as scratch:
         if table == "projected":
             project(Path(scratch))

@@ -10,7 +10,7 @@ import torch
 
 from pcb_peft.delta import Delta, Dense, Diagonal, LowRank, Rescaled
 from pcb_peft.spaces import Projection
-from pcb_peft.threads import one_thread
+from pcb_peft.threads import in_order, one_thread
 
 Result = TypeVar("Result")
 Shape: TypeAlias = tuple[int, int]
@@ -19,7 +19,8 @@ Kinds: TypeAlias = tuple[tuple[type[Delta], int], ...]
 
 STAND_IN_VALUES = 1 << 21  # of all adapters together, in the smaller of two stand-ins
 LEAST_SIDE, MOST_SIDE = 64, 640  # of a stand-in; large matrices are truncated in another way
-TIMES = 3  # a stand-in is merged
+LEAST_TIMES, MOST_TIMES = 3, 9  # a stand-in is merged
+AGREEING = 1.1  # times as long as the fastest
 GROWTH = 3  # how many times as many rows the larger one has
 
 
@@ -40,7 +41,7 @@ class StandIn:
         shape: (rows, cols).
         deltas: The adapters'.
         projection: What competes.
-        seconds: How long the way there took.
+        seconds: How long the way there takes.
     """
 
     def __init__(
@@ -49,11 +50,12 @@ class StandIn:
         weights: Sequence[float],
         kinds: Kinds,
         shape: Shape,
+        copies: int,
     ) -> None:
         self.shape = shape
         self.deltas = [_random(kind, rank, shape, seed) for seed, (kind, rank) in enumerate(kinds)]
         with one_thread():
-            self.seconds, projection = least(lambda: encode(self.deltas, weights))
+            self.seconds, projection = least(lambda: encode(self.deltas, weights), copies)
         keys = tuple(range(len(kinds)))
         blocks = tuple(dataclasses.replace(block, keys=keys) for block in projection.blocks)
         self.projection = dataclasses.replace(projection, blocks=blocks)
@@ -73,14 +75,22 @@ def _random(kind: type[Delta], rank: int, shape: Shape, seed: int) -> Delta:
     return Rescaled(torch.randn(rows, generator=generator), added, lambda: torch.ones(shape))
 
 
-def timed(function: Callable[[], Result]) -> tuple[float, Result]:
-    """Seconds, and what came out."""
+def timed(function: Callable[[], Result], copies: int = 1) -> tuple[float, Result]:
+    """Seconds per call, where so many are made side by side, and what came out of the last one."""
     started = time.perf_counter()
-    result = function()
-    return time.perf_counter() - started, result
+    if copies == 1:
+        result = function()
+    else:
+        *_, result = in_order(lambda _: function(), range(copies), copies)
+    return (time.perf_counter() - started) / copies, result
 
 
-def least(function: Callable[[], Result]) -> tuple[float, Result]:
-    """As `timed`, the fastest of a few times: what else the machine does only adds."""
-    runs = [timed(function) for _ in range(TIMES)]
-    return min(seconds for seconds, _ in runs), runs[-1][1]
+def least(function: Callable[[], Result], copies: int = 1) -> tuple[float, Result]:
+    """As `timed`, the fastest of several times, until two agree: what else the machine does only adds."""
+    fastest: list[float] = []
+    while True:
+        seconds, result = timed(function, copies)
+        fastest = sorted((*fastest, seconds))
+        agree = len(fastest) >= LEAST_TIMES and fastest[1] <= AGREEING * fastest[0]
+        if agree or len(fastest) == MOST_TIMES:
+            return fastest[0], result

@@ -43,7 +43,7 @@ LEVELS = (
     {"adapter", "recipe", "stand_in"},
     {"alignment", "extract", "grounding", "loading", "measured", "merged", "peft_names", "policy"},
     {"competition", "net_utility", "plan", "rescaling", "written_size"},
-    {"departure"},
+    {"departure", "module_cost"},
     {"engine"},
     {"cli_words", "collect", "demo", "estimate", "live"},
     {"shelf"},
