@@ -149,15 +149,19 @@ class Processes:
 
     def _meet(self) -> None:
         """Waits until all are here, as a signal can end it: what comes after that blocks, and takes no time."""
-        others: Any = dist.barrier(group=self._group, async_op=True)
         pause = 1e-4
         try:
+            self._stuck = True  # once it has called the others: nothing takes a barrier back
+            others: Any = dist.barrier(group=self._group, async_op=True)
             while not others.is_completed():
                 time.sleep(pause)
                 pause = min(1.2 * pause, LONGEST_PAUSE)
-        except BaseException as error:
-            self._stuck = True  # nothing takes a barrier back
+            self._stuck = False
+        except (KeyboardInterrupt, SystemExit) as error:
             atexit.register(_end, getattr(error, "code", 128 + signal.SIGINT))
+            raise
+        except RuntimeError:  # one of the others is gone
+            self._stuck = False
             raise
         others.wait()
 

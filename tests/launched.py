@@ -11,16 +11,15 @@ from pcb_peft.processes import current
 RANK = int(os.environ["RANK"])
 
 
-def fail_in_process_one(how):
-    """Registers a method that does `how`, with all `pids`, once the statistics are taken, in process 1 only."""
+def fail(how):
+    """Registers a method that, once the statistics are taken, does what `how` has for this process, with all `pids`."""
 
     @merge_method("failing", paper="none", space="dense", scope="global")
     def failing(tasks):
         """Fail."""
         tasks.order_statistics(abs, [0])
         pids = current().gathered(os.getpid())
-        if RANK == 1:
-            exec(how, {"pids": pids})
+        exec(how.get(str(RANK), ""), {"pids": pids})
         tasks.extremes(abs)
         return tasks.combine(lambda x, weights: (weights * x).sum(0))
 
@@ -38,7 +37,7 @@ def main(file):
         for output, case in words["cases"].items():
             case, fold = dict(case), None
             if "fail" in case:
-                fail_in_process_one(case.pop("fail"))
+                fail(case.pop("fail"))
             if "fold" in case:
                 fold = case.pop("fold")
             merged = merge_adapters(words["adapters"], **case)

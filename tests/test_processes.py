@@ -178,7 +178,7 @@ def test_the_command_line_in_more_processes_than_there_are_modules(tmp_path, sha
     ],
 )
 def test_if_one_fails_all_stop_with_its_error_and_nothing_is_left(tmp_path, adapters, how, message):
-    cases = {"out": {"fail": how, "method": "failing"}}
+    cases = {"out": {"fail": {1: how}, "method": "failing"}}
     codes, _, errors = merged_by(3, tmp_path / "failed", adapters, cases)
     assert all(codes)
     assert message in errors[0]
@@ -186,11 +186,28 @@ def test_if_one_fails_all_stop_with_its_error_and_nothing_is_left(tmp_path, adap
     assert list((tmp_path / "failed").iterdir()) == []
 
 
+WAIT_FOR_ITS_END = "import os, time\nwhile True: os.kill(pids[0], 0), time.sleep(0.1)"
+IN_THE_CALL = """
+import os, torch.distributed as dist
+barrier = dist.barrier
+def interrupted(**words):
+    work = barrier(**words)
+    os.kill(os.getpid(), {number})
+    return work
+dist.barrier = interrupted
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_one_that_waits_before_the_others_are_done(tmp_path, adapters, number):
+@pytest.mark.parametrize("called", [True, False], ids=["calls", "waits"])
+def test_a_signal_ends_one_that_calls_or_waits_before_the_others_are_done(
+    tmp_path, adapters, number, called
+):
     """Process 1 goes on as soon as process 0 is gone."""
-    how = f"import os, time\nos.kill(pids[0], {number:d})\nwhile True: os.kill(pids[0], 0), time.sleep(0.1)"
+    how = {1: f"import os\nos.kill(pids[0], {number:d})\n{WAIT_FOR_ITS_END}"}
+    if called:
+        how = {0: IN_THE_CALL.format(number=int(number)), 1: WAIT_FOR_ITS_END}
     cases = {"out": {"fail": how, "method": "failing"}}
     codes, _, errors = merged_by(2, tmp_path / "failed", adapters, cases)
     assert codes[0] in (128 + number, -number)  # as Python says that an interruption ended it
