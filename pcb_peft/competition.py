@@ -54,7 +54,7 @@ class Competition:
         method: A method with its options bound.
         device: Where tiles are computed.
         track: Shows progress.
-        max_memory: Bytes of projections that may be kept between passes.
+        max_memory: Bytes of projections, and of tiles, that may be kept between passes.
         seed: Of random methods.
         before: What is done to the adapters' deltas first, in this order.
         after: What is done to the merged delta, in this order.
@@ -140,6 +140,7 @@ class Competition:
             track=lambda some: self.track(some, "statistics"),
             processes=self.processes,
             own=[place for module in own for place in places[module]],
+            room=projections.room,
         )
         merged = self.method(tasks)
         if merged.compiled:
@@ -237,12 +238,12 @@ def _identity(adapter: Adapter) -> str:
 
 
 class _Kept:
-    """A function of a module whose results are kept as long as the budget lasts, and else computed again."""
+    """A function of a module whose results are kept as long as there is room, and else computed again."""
 
     def __init__(
-        self, function: Callable[[str], Projection], size: Callable[[str], int], budget: int
+        self, function: Callable[[str], Projection], size: Callable[[str], int], room: int
     ) -> None:
-        self._function, self._size, self._budget = function, size, budget
+        self._function, self._size, self.room = function, size, room
         self._kept: dict[str, Projection] = {}
         self._lock = threading.Lock()
 
@@ -251,8 +252,8 @@ class _Kept:
             return self._kept[module]
         projection = self._function(module)
         with self._lock:
-            if self._size(module) <= self._budget:
-                self._budget -= self._size(module)
+            if self._size(module) <= self.room:
+                self.room -= self._size(module)
                 self._kept[module] = projection
         return projection
 

@@ -29,7 +29,7 @@ from pcb_peft.rescaling import leaving_as_one
 from pcb_peft.resources import number_of_bytes
 from pcb_peft.selection import KEPT_IN_ALL, KEPT_VALUES, MARGIN
 from pcb_peft.stand_in import least
-from pcb_peft.statistics import HELD_VALUES, SAMPLE_VALUES, TILE_VALUES, dtype_of, sample_size
+from pcb_peft.statistics import SAMPLE_VALUES, TILE_VALUES, dtype_of, sample_size
 from pcb_peft.written_size import adapter_bytes, folded_bytes, head_bytes, unread
 
 PROCESS_BYTES = 250 << 20  # Python with torch and this package
@@ -104,7 +104,7 @@ def estimate_merge(
     costs = [
         cost
         for setting in settings
-        for cost in module_costs(alignment, setting, recipe.rank, before, after)
+        for cost in module_costs(alignment, setting, recipe.rank, before, after, room)
     ]
     stored = sum(map(_stored_bytes, given))
     kept, passes = sum(cost.kept for cost in costs), max(cost.passes for cost in costs)
@@ -153,17 +153,14 @@ def _hash_seconds() -> float:
 def _statistics_bytes(alignment: Alignment, setting: Setting, costs: Sequence[ModuleCost]) -> int:
     """Of the tiles in work, of those that are held with a score, of a sample, and of the values that brackets keep."""
     tasks = len(alignment.adapters)
-    scopes, at_once = [sum(cost.values for cost in costs)], 1
+    scope, held = sum(cost.values for cost in costs), max(cost.held for cost in costs)
     if setting.scope == "module":
-        scopes, at_once = [cost.values for cost in costs], modules_at_once(setting)
-    scope = max(scopes)
+        scope, held = max(cost.values for cost in costs), modules_at_once(setting) * held
     width = dtype_of(tasks, scope).itemsize
     tiles = torch.get_num_threads() * min(TILE_VALUES, tasks * scope) * TILES_HELD
-    small = [tasks * size for size in scopes if tasks * size <= HELD_VALUES]
-    held = 2 * at_once * max(small, default=0)
     sampled = sample_size(tasks, scope)
     sample = 4 * tasks * min(scope, sampled)
     inside = int(scope * MARGIN / sampled**0.5)
     inside = min(KEPT_VALUES, KEPT_IN_ALL // (2 * tasks), inside)
     brackets = 4 * tasks * inside if scope > SAMPLE_VALUES else 0  # two of them, with room to grow
-    return width * (tiles + held + sample + brackets)
+    return held + width * (tiles + sample + brackets)

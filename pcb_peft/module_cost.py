@@ -15,7 +15,7 @@ from pcb_peft.plan import Setting
 from pcb_peft.rank import Rank, added_part, budget_of, truncate
 from pcb_peft.spaces import Projection
 from pcb_peft.stand_in import Kinds, Shape, StandIn, least, stand_ins, timed
-from pcb_peft.statistics import HELD_VALUES, SAMPLE_VALUES, TaskVectors, dtype_of
+from pcb_peft.statistics import SAMPLE_VALUES, TaskVectors, dtype_of, held_bytes
 from pcb_peft.written_size import Left
 
 CPU = torch.device("cpu")
@@ -33,6 +33,7 @@ class ModuleCost:
         working: Bytes while it is merged, of all that are merged side by side.
         kept: Bytes between passes, if there is room.
         encode: Seconds of them for the way into the space.
+        held: Bytes of its scope's tiles and scores that stay in memory.
     """
 
     seconds: float
@@ -42,6 +43,7 @@ class ModuleCost:
     working: int
     kept: int
     encode: float
+    held: int
 
 
 def module_costs(
@@ -50,8 +52,9 @@ def module_costs(
     rank: Rank,
     before: Sequence[Calibration],
     after: Sequence[Calibration],
+    room: int,
 ) -> list[ModuleCost]:
-    """Those of a setting's modules."""
+    """Those of a setting's modules, where no more than `room` bytes are kept between passes."""
     pairs: dict[tuple[Kinds, Shape, Shape], _Pair] = {}
     keys: list[tuple[Kinds, Shape, Shape]] = []
     shapes = [alignment.modules[module].shape for module in setting.modules]
@@ -65,7 +68,7 @@ def module_costs(
     sizes = [pairs[key].values(shape) for key, shape in zip(keys, shapes, strict=True)]
     scope = None if setting.scope == "module" else sum(sizes)
     costs = [
-        pairs[key].cost(shape, scope or size)
+        pairs[key].cost(shape, scope or size, room if scope else math.inf)
         for key, shape, size in zip(keys, shapes, sizes, strict=True)
     ]
     for module, cost in zip(setting.modules, costs, strict=True):
@@ -153,12 +156,12 @@ class _Pair:
         sizes = (block.shape[1:] for block in first.projection.blocks)
         return sum(real.get(rows, rows) * real.get(cols, cols) for rows, cols in sizes)
 
-    def cost(self, shape: Shape, scope: int) -> ModuleCost:
-        """Of a module of that shape, in a scope of so many values."""
+    def cost(self, shape: Shape, scope: int, room: float) -> ModuleCost:
+        """Of a module of that shape, in a scope of so many values that has so much room."""
         tasks, wide = len(self.kinds), sum(shape)
         compiled = fusion.worth(tasks, scope) and not fusion.obstacle(CPU)
-        holds = tasks * scope <= HELD_VALUES
-        way = _Way(dtype_of(tasks, scope), compiled, holds, scope > SAMPLE_VALUES)
+        held = held_bytes(tasks, scope, room)
+        way = _Way(dtype_of(tasks, scope), compiled, held > 0, scope > SAMPLE_VALUES)
         if way not in self._merged:
             self._merged[way] = [self._run(one, way) for one in self.ones]
         runs, values = self._merged[way], self.values(shape)
@@ -179,6 +182,7 @@ class _Pair:
             * (36 * self.total_rank * wide + 24 * tasks * values * (not dense) + 20 * area * dense),
             12 * self.total_rank * wide + 8 * tasks * self.total_rank**2,
             encode,
+            held,
         )
 
     def _run(self, one: StandIn, way: _Way) -> tuple[float, float, int, Left]:

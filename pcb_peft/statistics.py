@@ -50,6 +50,12 @@ def sample_size(tasks: int, size: int) -> int:
     return min(size if size <= SAMPLE_VALUES else wanted, SAMPLE_IN_ALL // tasks)
 
 
+def held_bytes(tasks: int, size: int, room: float) -> int:
+    """Of the tiles of a scope, and a score of each, if they are held."""
+    taken = 2 * dtype_of(tasks, size).itemsize * tasks * size
+    return taken if tasks * size <= HELD_VALUES and taken <= room else 0
+
+
 class TaskVectors:
     """The task vectors of one scope: T rows of D values, seen as tiles.
 
@@ -70,10 +76,12 @@ class TaskVectors:
         track: Callable[[Iterable[int]], Iterable[int]] = iter,
         processes: Processes = ALONE,
         own: Sequence[int] | None = None,
+        room: float = math.inf,
     ) -> None:
         """Looks at `blocks` in this order; `track` wraps every pass over their indices, to show progress.
 
-        Of several processes each looks at its `own` blocks, by their indices, and all learn what is found.
+        Of several processes each looks at its `own` blocks, by their indices, and all learn what is found. No more than
+        `room` bytes of tiles and scores stay in memory.
         """
         self.blocks = blocks
         self.device = device or torch.device("cpu")
@@ -85,8 +93,8 @@ class TaskVectors:
         found = processes.gathered(fusion.obstacle(self.device)) if worth else []
         self.obstacle = next(filter(None, found), None)
         self.compiled = worth and self.obstacle is None
-        self.holds = self.tasks * self.size <= HELD_VALUES and not self.compiled
-        self._track, self._processes = track, processes
+        self.holds = bool(held_bytes(self.tasks, self.size, room)) and not self.compiled
+        self._track, self._processes, self._room = track, processes, room
         self._own = range(len(blocks)) if own is None else own
         self._held: dict[tuple[int, int], Tensor] = {}  # by block and row
 
@@ -151,7 +159,12 @@ class TaskVectors:
         """
         blocks = [transformed(block, transform) for block in self.blocks]
         return TaskVectors(
-            blocks, device=self.device, track=self._track, processes=self._processes, own=self._own
+            blocks,
+            device=self.device,
+            track=self._track,
+            processes=self._processes,
+            own=self._own,
+            room=self._room,
         )
 
     def informed(self, inform: Callable[[Sequence[Tensor]], View]) -> "TaskVectors":

@@ -753,9 +753,11 @@ def test_every_option_is_explained_and_every_method_names_its_source(method: str
     assert "Source: " in (inspect.getdoc(found.function) or "")
 
 
-@pytest.mark.parametrize(("held", "calls"), [(24, 2), (23, 4)])
+@pytest.mark.parametrize(
+    ("held", "room", "calls"), [(24, 2 * 24 * 8, 2), (23, 2 * 24 * 8, 4), (24, 2 * 24 * 8 - 1, 4)]
+)
 def test_a_score_is_taken_once_of_each_tile_that_is_held(
-    monkeypatch: pytest.MonkeyPatch, held: int, calls: int
+    monkeypatch: pytest.MonkeyPatch, held: int, room: int, calls: int
 ):
     seen: list[int] = []
 
@@ -765,7 +767,7 @@ def test_a_score_is_taken_once_of_each_tile_that_is_held(
 
     monkeypatch.setattr(statistics, "TILE_VALUES", 12)
     monkeypatch.setattr(statistics, "HELD_VALUES", held)
-    tasks = TaskVectors([stacked(torch.rand(2, 4, 3), (1, 1))])
+    tasks = TaskVectors([stacked(torch.rand(2, 4, 3), (1, 1))], room=room)
     once = tasks.once(score)
     tasks.order_statistics(once, [1])
     tasks.combine(lambda x, weights: (x * weights * once(x)).sum(0)).block(0)
