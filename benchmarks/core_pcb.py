@@ -1,4 +1,6 @@
-"""PCB-Merging in core space beside PEFT's way to one adapter of the same rank, at Llama-3-8B's shapes.
+"""PCB-Merging in core space, and in knots space (its default), beside PEFT's way to one adapter of the same rank.
+
+The shapes are Llama-3-8B's.
 
     python benchmarks/core_pcb.py                       # all 32 layers; PEFT on one small layer and one square one
     python benchmarks/core_pcb.py --layers 2 --peft k_proj
@@ -31,9 +33,10 @@ SHAPES = {  # (out, in)
     "mlp.up_proj": (MLP, HIDDEN),
     "mlp.down_proj": (HIDDEN, MLP),
 }
+RUNS = {"core, lossless": "core", "core, truncated": "core", "knots, truncated": "knots"}
 
 
-def run_core(adapters: list[str], rank: int | None) -> None:
+def run_ours(adapters: list[str], space: str, rank: int | None) -> None:
     """All layers, from files to files."""
     import warnings
 
@@ -41,7 +44,7 @@ def run_core(adapters: list[str], rank: int | None) -> None:
 
     warnings.simplefilter("ignore")  # random adapters do not fit into a low rank
     with tempfile.TemporaryDirectory() as scratch:
-        merged = merge_adapters(adapters, "pcb", space="core", rank=rank)
+        merged = merge_adapters(adapters, "pcb", space=space, rank=rank)
         merged.save_pretrained(Path(scratch, "merged"))
 
 
@@ -76,8 +79,9 @@ def child(arguments: argparse.Namespace) -> None:
     if arguments.run == "peft":
         run_peft(arguments.peft[0], arguments.count, arguments.rank)
     else:
+        rank = None if arguments.run.endswith("lossless") else arguments.rank
         started = time.perf_counter()
-        run_core(arguments.adapters, None if arguments.run == "lossless" else arguments.rank)
+        run_ours(arguments.adapters, RUNS[arguments.run], rank)
         print(time.perf_counter() - started)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20))
 
@@ -100,10 +104,10 @@ def report(arguments: argparse.Namespace) -> None:
         for seed, path in enumerate(paths):
             write_adapter(path, arguments.layers, arguments.rank, seed, SHAPES)
         os.sync()  # or the disk is still busy with the adapters while they are read
-        for run in ("lossless", "truncated"):
+        for run in RUNS:
             ours[run], peak = measured(*paths, "--run", run, "--rank", arguments.rank)
             each = ours[run] / modules
-            print(f"| pcb, core, {run} | {modules} | {ours[run]:.1f} | {each:.3f} | {peak:.2f} |")
+            print(f"| pcb, {run} | {modules} | {ours[run]:.1f} | {each:.3f} | {peak:.2f} |")
     theirs: dict[str, float] = {}
     for layer in arguments.peft:
         words = ("--run", "peft", "--peft", layer, "--count", arguments.count)
@@ -113,7 +117,7 @@ def report(arguments: argparse.Namespace) -> None:
     whole = sum(work(name) for name in SHAPES) * arguments.layers / work(largest) * theirs[largest]
     print(f"extrapolated from {largest}, PEFT takes {whole:.0f} s for {modules} modules")
     for run, seconds in ours.items():
-        print(f"that is {whole / seconds:.0f} times as long as pcb in core space, {run}")
+        print(f"that is {whole / seconds:.0f} times as long as pcb, {run}")
 
 
 def main() -> None:
