@@ -30,9 +30,7 @@ Arguments = ParamSpec("Arguments")
 
 TILE_VALUES = 1 << 19  # of all adapters; in shorter calls threads wait for the interpreter
 DEVICE_TILE_VALUES = 1 << 24  # where a tile has an accelerator to fill
-HELD_VALUES = (
-    1 << 24
-)  # up to so many values in all, the tiles of a scope are held, once there is more than one pass
+HELD_VALUES = 1 << 24  # in all: what a pass computes of a smaller scope is held for the next
 SAMPLE_VALUES = 1 << 18  # per adapter; smaller scopes are looked at as a whole
 SAMPLE_AT_MOST = 1 << 20  # ... of scopes so large that brackets would keep too much
 SAMPLE_IN_ALL = 1 << 26  # ... and of thousands of adapters together
@@ -63,9 +61,9 @@ class TaskVectors:
     is much to do and a compiler to do it, they are compiled; what differs then is how exp and tanh are rounded.
 
     Attributes:
-        holds: Tiles that were looked at stay in memory.
         compiled: They are.
         obstacle: Why they are not, although there is much to do.
+        holds: Tiles that were looked at stay in memory.
     """
 
     def __init__(
