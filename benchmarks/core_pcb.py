@@ -33,7 +33,11 @@ SHAPES = {  # (out, in)
     "mlp.up_proj": (MLP, HIDDEN),
     "mlp.down_proj": (HIDDEN, MLP),
 }
-RUNS = {"core, lossless": "core", "core, truncated": "core", "knots, truncated": "knots"}
+RUNS = {  # space, and whether the rank is cut
+    "core, lossless": ("core", False),
+    "core, truncated": ("core", True),
+    "knots, truncated": ("knots", True),
+}
 
 
 def run_ours(adapters: list[str], space: str, rank: int | None) -> None:
@@ -79,9 +83,9 @@ def child(arguments: argparse.Namespace) -> None:
     if arguments.run == "peft":
         run_peft(arguments.peft[0], arguments.count, arguments.rank)
     else:
-        rank = None if arguments.run.endswith("lossless") else arguments.rank
+        space, cut = RUNS[arguments.run]
         started = time.perf_counter()
-        run_ours(arguments.adapters, RUNS[arguments.run], rank)
+        run_ours(arguments.adapters, space, arguments.rank if cut else None)
         print(time.perf_counter() - started)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20))
 

@@ -45,8 +45,8 @@ def fold_deltas(
     """Writes the base model with `deltas` added to its weights, as a transformers checkpoint.
 
     Every shard whose shapes stay keeps its header to the byte; a tensor without a delta is copied as bytes, one with
-    a delta is computed in float32 (or wider, if it is) and rounded once. The base's other files are copied as they are,
-    but for weights in other formats (``.bin``, ``.onnx`` … and the folders that hold them), which
+    a delta is computed in float32 (in float64 if the tensor is) and rounded once. The base's other files are copied
+    as they are, but for weights in other formats (``.bin``, ``.onnx`` … and the folders that hold them), which
     would no longer be the same model. ``config.json`` is another one where the size of the
     vocabulary changes, or tied weights are untied.
 

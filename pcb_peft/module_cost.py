@@ -173,16 +173,17 @@ class _Pair:
         encode *= 1 if self._kept else 1 + self._surveys
         compete = _line([self.values(small) for small in sizes], [run[0] for run in runs], values)
         depart = _line(areas, [run[1] for run in runs], area)
+        working = 36 * self.total_rank * wide
+        working += 20 * area if dense else 24 * tasks * values
         return ModuleCost(
-            encode + compete + depart,
-            values,
-            runs[0][2],
-            dataclasses.replace(runs[-1][3], shape=shape),
-            self._copies
-            * (36 * self.total_rank * wide + 24 * tasks * values * (not dense) + 20 * area * dense),
-            12 * self.total_rank * wide + 8 * tasks * self.total_rank**2,
-            encode,
-            held,
+            seconds=encode + compete + depart,
+            values=values,
+            passes=runs[0][2],
+            left=dataclasses.replace(runs[-1][3], shape=shape),
+            working=self._copies * working,
+            kept=12 * self.total_rank * wide + 8 * tasks * self.total_rank**2,
+            encode=encode,
+            held=held,
         )
 
     def _run(self, one: StandIn, way: _Way) -> tuple[float, float, int, Left]:

@@ -7,11 +7,12 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from pcb_peft import fusion, selection
 from pcb_peft.blocks import Block, Transform, View, informed, transformed
@@ -187,13 +188,13 @@ class TaskVectors:
         return fusion.fused(function, self.device) if self.compiled else function
 
     def once(self, score: Score) -> Score:
-        """The score, which is remembered of tiles that are held: then nobody may write into its values."""
-        known: dict[int, tuple[Tensor, Tensor]] = {}  # a tile that is alive is told by its id
+        """The score, which a tile that is held keeps as long as it lives: then nobody may write into its values."""
+        known: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
 
         def remembered(tile: Tensor) -> Tensor:
-            if id(tile) not in known:
-                known[id(tile)] = tile, score(tile)
-            return known[id(tile)][1]
+            if tile not in known:
+                known[tile] = score(tile)
+            return known[tile]
 
         return remembered if self.holds else score
 
@@ -202,20 +203,19 @@ class TaskVectors:
     ) -> Iterator[tuple[slice, Callable[[], Tensor]]]:
         """A block's tiles: which rows they are, and a call for (T, r, cols); to be compiled, (T, 1, r cols)."""
         block = self.blocks[index]
-        part = block.open(self.dtype, self.device)
+        opened = functools.cache(lambda: block.open(self.dtype, self.device))
         flat = self.compiled and not whole
         shape = (self.tasks, 1, -1) if flat else (self.tasks, -1, block.shape[2])
         values = TILE_VALUES if self.device.type == "cpu" else DEVICE_TILE_VALUES
         values *= 1 + self.compiled  # compiled, a tile needs less room beside it
         height = block.shape[1] if whole else max(1, values // (self.tasks * block.shape[2]))
-
-        def tile(rows: slice) -> Tensor:
-            held = None if whole else self._held.get((index, rows.start))
-            return part(rows, slice(None)).reshape(shape) if held is None else held
-
         for start in range(0, block.shape[1], height):
-            rows = slice(start, start + height)
-            yield rows, functools.partial(tile, rows)
+            rows, held = slice(start, start + height), self._held.get((index, start))
+            if held is None or whole:
+                part = opened()
+                yield rows, lambda part=part, rows=rows: part(rows, slice(None)).reshape(shape)
+            else:
+                yield rows, lambda held=held: held
 
     def _sweep(self, function: Callable[[Tensor, int], Result]) -> Iterator[tuple[int, Result]]:
         """What `function` makes of each tile of this process and its block's index, in order, with that index."""
