@@ -11,7 +11,10 @@ written to a scratch directory, and lie in the page cache. The table has the bes
 - fold: ``python -m pcb_peft fold``, the whole process. It waits for the disk before it says that it is through;
 - fold, without start: the same in a process that has imported torch and transformers already.
 
-Processor seconds are those of all threads, but not those that the kernel takes to write pages to the disk.
+What a run has written is removed just before the next one of its kind, which so finds memory that was in use a moment
+ago: a virtual machine may have handed other memory back, and fetching it costs more than copying. The whole process
+of a fold meets that all the same, while it imports. Processor seconds are those of all threads, but not those that the
+kernel takes to write pages to the disk.
 """
 
 import argparse
@@ -104,21 +107,28 @@ def synced(base: Path, output: Path) -> Cost:
     return time.perf_counter() - started, busy, peak
 
 
-def folded_when_started(adapter: Path, base: Path, output: Path) -> None:
-    """Prints the cost of a fold in a process that has imported everything."""
+def folded_when_started(adapter: Path, base: Path, output: Path) -> Cost:
+    """A fold in this process, which has imported everything; the peak is that of the whole process."""
     from pcb_peft import fold_adapter
-    from pcb_peft.base_model import open_base_model
 
-    open_base_model(base).layer("model.embed_tokens")  # transformers, and its code for the model
     started, used = time.perf_counter(), time.process_time()
     fold_adapter(adapter, base, output, progress=False)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
-    print(time.perf_counter() - started, time.process_time() - used, peak)
+    seconds, busy = time.perf_counter() - started, time.process_time() - used
+    return seconds, busy, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
 
 
-def without_start(adapter: Path, base: Path, output: Path) -> Cost:
-    """What `folded_when_started` prints; the peak is that of the whole process."""
-    command = [sys.executable, __file__, "--run", str(adapter), str(base), str(output)]
+def started(adapter: Path, base: Path, output: Path, repeat: int) -> None:
+    """Prints the cost of folds in a process that has imported torch, transformers and its code for the model."""
+    from pcb_peft.base_model import open_base_model
+
+    open_base_model(base).layer("model.embed_tokens")
+    print(*best(lambda output: folded_when_started(adapter, base, output), output, repeat))
+
+
+def without_start(adapter: Path, base: Path, output: Path, repeat: int) -> Cost:
+    """What `started` prints."""
+    command = [sys.executable, __file__, "--repeat", str(repeat), "--run"]
+    command += [str(adapter), str(base), str(output)]
     printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     seconds, busy, peak = map(float, printed.split())
     return seconds, busy, peak
@@ -147,18 +157,19 @@ def report(scratch: Path, repeat: int) -> None:
     base, adapter = scratch / "base", scratch / "adapter"
     size = sum(path.stat().st_size for path in base.iterdir()) / (1 << 30)
     fold = [sys.executable, "-m", "pcb_peft", "fold", str(adapter), str(base), "-o"]
-    ways: Mapping[str, Callable[[Path], Cost]] = {
-        "cp": lambda output: copied(base, output),
-        "cp, synced": lambda output: synced(base, output),
-        "fold": lambda output: cost_of([*fold, str(output)]),
-        "fold, without start": lambda output: without_start(adapter, base, output),
+    output = scratch / "out"
+    ways: Mapping[str, Callable[[], Cost]] = {
+        "cp": lambda: best(lambda output: copied(base, output), output, repeat),
+        "cp, synced": lambda: best(lambda output: synced(base, output), output, repeat),
+        "fold": lambda: best(lambda output: cost_of([*fold, str(output)]), output, repeat),
+        "fold, without start": lambda: without_start(adapter, base, output, repeat),
     }
     print(f"{size:.2f} GiB, {torch.get_num_threads()} threads\n")
     print("| | seconds | GiB/s | of cp | of cp, synced | processor seconds | peak GiB |")
     print("|---|---|---|---|---|---|---|")
     known: dict[str, float] = {}
     for name, way in ways.items():
-        seconds, busy, peak = best(way, scratch / "out", repeat)
+        seconds, busy, peak = way()
         known[name] = seconds
         plain, waited = (known.get(other, seconds) / seconds for other in ("cp", "cp, synced"))
         print(
@@ -179,7 +190,7 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, help="where to make the scratch directory")
     arguments = parser.parse_args()
     if arguments.run:
-        folded_when_started(*arguments.run)
+        started(*arguments.run, arguments.repeat)
         return
     if arguments.write:
         write_both(arguments.write, arguments.layers, arguments.rank)
