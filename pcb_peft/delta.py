@@ -16,23 +16,13 @@ from torch import Tensor
 
 from pcb_peft.errors import BaseModelError
 from pcb_peft.layout import LINEAR, Layout
-from pcb_peft.linalg import Basis
+from pcb_peft.linalg import Basis, row_slices
 from pcb_peft.threads import one_thread
 
 VANISHED = 2**-20  # a factor of a row of W that is smaller is 0
 ROUNDING = 1e-6  # what is a smaller part of a row is 0
 # What so many values of a weight take on the way, in float32, stays in a core's cache.
 _AT_A_TIME = 1 << 17
-
-
-def shares(shape: tuple[int, ...], at_a_time: int = _AT_A_TIME) -> int:
-    """Into how many shares of its rows a weight is split, for shares of about so many values.
-
-    `Tensor.tensor_split` makes them equally long, so that none is a single row, which would be multiplied, and rounded,
-    in another way than many are.
-    """
-    width = max(1, math.prod(shape[1:]))
-    return max(1, math.ceil(shape[0] / max(4, at_a_time // width)))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -90,18 +80,19 @@ class Delta(abc.ABC):
 
     def apply_(self, weight: Tensor) -> Tensor:
         """`apply` in W's own memory."""
-        count = shares(tuple(weight.shape))
-        for rows, change in zip(weight.tensor_split(count), self._rows(weight, count), strict=True):
-            rows.add_(change)  # torch adds in the wider dtype of the two
+        parts = row_slices(weight.shape, _AT_A_TIME)
+        for rows, change in zip(parts, self._changes(weight, parts), strict=True):
+            weight[rows].add_(change)  # torch adds in the wider dtype of the two
         return weight
 
-    def _rows(self, weight: Tensor, count: int) -> Iterator[Tensor]:
-        """ΔW in W's own orientation, in `count` shares, each valid until the next; W is not yet changed."""
-        yield from self.delta(weight).tensor_split(count)
+    def _changes(self, weight: Tensor, parts: Sequence[slice]) -> Iterator[Tensor]:
+        """ΔW in W's own orientation, part by part of its rows, each valid until the next; W is not yet changed."""
+        change = self.delta(weight)
+        yield from (change[rows] for rows in parts)
 
-    def split(self, count: int) -> "Sequence[Delta] | None":
-        """What is done to `count` shares of W's rows, as it is stored; None where W must be changed as a whole."""
-        del count
+    def split(self, parts: Sequence[slice]) -> "Sequence[Delta] | None":
+        """What is done to each of these rows of W, as it is stored; None where W must be changed as a whole."""
+        del parts
         return None
 
     def apply_to_bias(self, bias: Tensor) -> Tensor:
@@ -134,24 +125,26 @@ class LowRank(Delta):
     def matrix(self) -> Tensor:
         return (self.lora_B.float() @ self.lora_A.float()).mul_(self.scaling)
 
-    def _rows(self, weight: Tensor, count: int) -> Iterator[Tensor]:
+    def _changes(self, weight: Tensor, parts: Sequence[slice]) -> Iterator[Tensor]:
         if self.layout != LINEAR:
-            yield from Delta._rows(self, weight, count)
+            yield from Delta._changes(self, weight, parts)
             return
         lora_A, lora_B, scaling = self.lora_A.float(), self.lora_B.float(), self.scaling
         if abs(math.frexp(scaling)[0]) == 0.5:  # a power of two rounds nothing: it may go first
             lora_B, scaling = lora_B * scaling, 1.0
-        room = torch.empty(-(-len(lora_B) // count), self.shape[1])
-        for rows in lora_B.tensor_split(count):
-            change = torch.mm(rows, lora_A, out=room[: rows.shape[0]])
+        room = torch.empty(
+            max((rows.stop - rows.start for rows in parts), default=0), self.shape[1]
+        )
+        for rows in parts:
+            change = torch.mm(lora_B[rows], lora_A, out=room[: rows.stop - rows.start])
             yield change if scaling == 1.0 else change.mul_(scaling)
 
-    def split(self, count: int) -> "Sequence[LowRank] | None":
+    def split(self, parts: Sequence[slice]) -> "Sequence[LowRank] | None":
         if self.layout != LINEAR:
             return None
         with one_thread():  # others that were woken for so little would go on spinning
-            lora_A, rows = self.lora_A.float(), self.lora_B.float().tensor_split(count)
-        return [LowRank(lora_A, lora_B, self.scaling) for lora_B in rows]
+            lora_A, lora_B = self.lora_A.float(), self.lora_B.float()
+        return [LowRank(lora_A, lora_B[rows], self.scaling) for rows in parts]
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The scaling is shared out evenly."""
@@ -225,10 +218,8 @@ class Dense(Delta):
     def matrix(self) -> Tensor:
         return self.values.float()
 
-    def split(self, count: int) -> "Sequence[Dense] | None":
-        if self.layout != LINEAR:
-            return None
-        return [Dense(rows) for rows in self.values.tensor_split(count)]
+    def split(self, parts: Sequence[slice]) -> "Sequence[Dense] | None":
+        return [Dense(self.values[rows]) for rows in parts] if self.layout == LINEAR else None
 
     def norm(self) -> float:
         return float(torch.linalg.vector_norm(self.values))
@@ -339,9 +330,9 @@ class Diagonal(Delta):
         return weight.float() * (self._along(weight) - 1)
 
     def apply_(self, weight: Tensor) -> Tensor:
-        along, count = self._along(weight).expand(weight.shape), shares(tuple(weight.shape))
-        for rows, scales in zip(weight.tensor_split(count), along.tensor_split(count), strict=True):
-            rows.mul_(scales)
+        along = self._along(weight).expand(weight.shape)
+        for rows in row_slices(weight.shape, _AT_A_TIME):
+            weight[rows].mul_(along[rows])
         return weight
 
     def apply_to_bias(self, bias: Tensor) -> Tensor:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from pcb_peft.base_files import FLOATS, INDEX_FILE, SINGLE_FILE
 from pcb_peft.base_model import BaseModel, Place, parted
-from pcb_peft.delta import Delta, Dense, Diagonal, shares
+from pcb_peft.delta import Delta, Dense, Diagonal
 from pcb_peft.embeddings import Change, check_untied, heights, untangled
 from pcb_peft.errors import BaseModelError, MismatchError, OutputError
+from pcb_peft.linalg import row_slices
 from pcb_peft.output import GrowingFile, shared_directory
 from pcb_peft.pieces import PIECE_VALUES, Piece, added, copied, read, whole
 from pcb_peft.processes import current
@@ -144,10 +145,10 @@ class Sum:
             delta.apply_(place.part(values))
         return values
 
-    def split(self, count: int) -> Sequence[Delta] | None:
-        """What is done to `count` shares of the rows; None where all must be there at once."""
+    def split(self, parts: Sequence[slice]) -> Sequence[Delta] | None:
+        """What is done to each of these rows; None where all must be there at once."""
         (place, module), *others = self.modules.items()
-        return None if others or not place.whole else self.delta(module).split(count)
+        return None if others or not place.whole else self.delta(module).split(parts)
 
 
 def _in_folder(path: Path) -> Path:
@@ -300,7 +301,7 @@ def _edited(base: BaseModel, name: str, origin: str, edit: Edit) -> Iterator[Pie
             f"{base.source}: {origin} is stored as {base.tensor(origin).dtype}, to which nothing can be added; "
             "give the model in bfloat16, float16 or float32"
         )
-    split = edit.split(shares(span.shape, PIECE_VALUES)) if isinstance(edit, Sum) else None
+    split = edit.split(row_slices(span.shape, PIECE_VALUES)) if isinstance(edit, Sum) else None
     if split:
         return added(base.directory / span.file, span, split, name)
     return whole(edit(read(base.directory / span.file, span)), name)

@@ -16,6 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from pcb_peft import fusion, selection
 from pcb_peft.blocks import Block, Transform, View, informed, transformed
+from pcb_peft.linalg import row_slices
 from pcb_peft.processes import ALONE, Processes, union
 from pcb_peft.threads import in_order, one_thread
 
@@ -208,9 +209,8 @@ class TaskVectors:
         shape = (self.tasks, 1, -1) if flat else (self.tasks, -1, block.shape[2])
         values = TILE_VALUES if self.device.type == "cpu" else DEVICE_TILE_VALUES
         values *= 1 + self.compiled  # compiled, a tile needs less room beside it
-        height = block.shape[1] if whole else max(1, values // (self.tasks * block.shape[2]))
-        for start in range(0, block.shape[1], height):
-            rows, held = slice(start, start + height), self._held.get((index, start))
+        for rows in row_slices(block.shape[1:], block.size if whole else values // self.tasks):
+            held = self._held.get((index, rows.start))
             if held is None or whole:
                 part = opened()
                 yield rows, lambda part=part, rows=rows: part(rows, slice(None)).reshape(shape)

@@ -44,7 +44,8 @@ def other(tuner: type[peft.PeftConfig], *targets: str, kind: str = "mlp", **opti
     """An adapter of one of the tuners that are not LoRA; most of them are read beside the base model."""
     names = ("needs_base", "saves", "dtype", "flattened")
     case = {name: options.pop(name) for name in names if name in options}
-    with warnings.catch_warnings(action="ignore"):  # PEFT would rather have projections saved
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT would rather have projections saved
         config = tuner(target_modules=list(targets or ("up", "mix")), **options)
     return Case(kind, config, **{"needs_base": True} | case)
 

@@ -12,6 +12,7 @@ from pcb_peft.base_model import open_base_model
 from pcb_peft.delta import Dense, Diagonal, LowRank
 from pcb_peft.errors import BaseModelError, MismatchError, OutputError
 from pcb_peft.fold import fold_deltas
+from pcb_peft.linalg import row_slices
 from pcb_peft.threads import side_by_side
 
 SHAPES = {"wide": (70, 900), "high": (515, 64), "row": (1, 33), "plain": (64, 64), "scaled": (9, 5)}
@@ -69,6 +70,18 @@ def test_neither_pieces_nor_threads_change_a_byte(tmp_path, threads, dtype):
             expected = (weight.to(wider) * delta.l).to(dtype)
         assert torch.equal(folded.tensor(f"{name}.weight"), expected), name
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [1, 3, 4, 7, 70, 403])
+@pytest.mark.parametrize(("rank", "cols"), [(1, 900), (8, 7), (16, 900), (100, 65)])
+def test_a_product_by_slices_of_its_rows_is_the_product(rows, rank, cols, dtype):
+    torch.manual_seed(0)
+    left, right = torch.randn(rows, rank, dtype=dtype), torch.randn(rank, cols, dtype=dtype)
+    for height in (1, 5, 17, 64, rows):
+        slices = row_slices((rows, cols), height * cols)
+        assert torch.equal(torch.cat([left[part] @ right for part in slices]), left @ right)
+        assert len(slices) <= max(1, rows // 4)
 
 
 @pytest.mark.usefixtures("small_pieces", "threads")
