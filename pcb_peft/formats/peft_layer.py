@@ -91,9 +91,7 @@ def _change(parts: Parts, tuner: Tuner, kind: str) -> Delta:
     others = {other: _outline(base, other) for other in parts.everywhere if other != module}
     layers = {**others, module: layer} if tuner.measures_all else {module: layer}
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # what PEFT says of a model that has only a few of its layers
+        warnings.simplefilter("ignore")  # PEFT's words on a model with only a few of its layers
         wrapped = _wrapped(parts, layers)
         _load(parts, tuner, wrapped)
         target: Any = wrapped.get_submodule(PREFIX + module)
