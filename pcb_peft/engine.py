@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import operator
 import time
 import warnings
 from collections import Counter
@@ -39,6 +40,7 @@ from pcb_peft.rescaling import leaving_as_one, on_one_base
 from pcb_peft.resources import number_of_bytes, working_device
 from pcb_peft.source import IN_MEMORY, Source
 from pcb_peft.spaces import get_space
+from pcb_peft.version import __version__
 
 DEFAULT_MEMORY = 2 << 30
 
@@ -143,6 +145,7 @@ def merge(
     started, base = time.perf_counter(), lazy_base(recipe.base_model)
     method, track = method or get_method(method_of(recipe.method)), tracker(progress)
     adapters, notes = leaving_as_one(gathered(recipe, adapters, base), base)
+    notes = [*_of_another_version(recipe), *notes]
     recipe = spelled_out(dataclasses.replace(recipe, adapters=_sources(adapters)), adapters)
     recipe, measured = _measured(recipe, statistics, adapters)
     alignment, common = Alignment(adapters), common_base(adapters, recipe.base_model)
@@ -161,10 +164,9 @@ def merge(
         before=before,
         after=after,
     )
-    entries: dict[str, Entry] = {}
-    for setting in settings:
-        entries |= _entries(compete(setting, alignment, left, measured), setting, recipe, report)
-    entries = at_their_shares(on_one_base(entries, base, adapters, report), recipe.rank, report)
+    merged = (_entries(compete(s, alignment, left, measured), s, recipe, report) for s in settings)
+    entries = on_one_base(functools.reduce(operator.or_, merged), base, adapters, report)
+    entries = at_their_shares(entries, recipe.rank, report)
     report.seconds = time.perf_counter() - started
     _warn_of_lost_energy(report)
     return MergedAdapter(
@@ -200,6 +202,15 @@ def _competition(
         in_parts=setting.in_parts,
         **common,
     )
+
+
+def _of_another_version(recipe: Recipe) -> list[str]:
+    """A note on a recipe that belongs to a result of another version of this package."""
+    if recipe.version in (None, __version__):
+        return []
+    return [
+        f"the recipe belongs to a result of pcb_peft {recipe.version}, and this is {__version__}: bytes may differ"
+    ]
 
 
 def gathered(

@@ -1,5 +1,6 @@
 """A recipe is everything that is needed to make a merge again, and the file says nothing else."""
 
+import dataclasses
 import hashlib
 
 import numpy as np
@@ -14,6 +15,7 @@ from pcb_peft import (
     OptionError,
     Recipe,
     Source,
+    __version__,
     list_methods,
     list_spaces,
     load_adapter,
@@ -149,6 +151,14 @@ def assert_made_again(merged, directory):
     again.save_pretrained(directory / "twice")
     for name in WRITTEN:
         assert (directory / "once" / name).read_bytes() == (directory / "twice" / name).read_bytes()
+
+
+def test_a_recipe_of_another_version_is_noted(adapters):
+    recipe = merge_adapters(adapters, "linear").recipe
+    assert not merge(recipe).report.notes
+    other = merge(dataclasses.replace(recipe, version="0.0.1"))
+    assert any("0.0.1" in note and __version__ in note for note in other.report.notes)
+    assert other.recipe == recipe
 
 
 @pytest.mark.filterwarnings("ignore:the merged adapter retains")
