@@ -165,7 +165,7 @@ def merge(
         after=after,
     )
     merged = (_entries(compete(s, alignment, left, measured), s, recipe, report) for s in settings)
-    entries = on_one_base(functools.reduce(operator.or_, merged), base, adapters, report)
+    entries = on_one_base(functools.reduce(operator.or_, merged, {}), base, adapters, report)
     entries = at_their_shares(entries, recipe.rank, report)
     report.seconds = time.perf_counter() - started
     _warn_of_lost_energy(report)

@@ -107,7 +107,7 @@ def estimate_merge(
         for cost in module_costs(alignment, setting, recipe.rank, before, after, room)
     ]
     stored = sum(map(_stored_bytes, given))
-    kept, passes = sum(cost.kept for cost in costs), max(cost.passes for cost in costs)
+    kept, passes = sum(cost.kept for cost in costs), max((cost.passes for cost in costs), default=0)
     again = max(0.0, 1 - room / kept) * (2 * passes) if kept else 0.0
     left = [cost.left for cost in costs]
     result = adapter_bytes(left, torch.float32, rank_pattern=True)
@@ -125,9 +125,9 @@ def estimate_merge(
         memory=PROCESS_BYTES
         + stored
         + min(room, kept)
-        + max(cost.working for cost in costs)
+        + max((cost.working for cost in costs), default=0)
         + (0 if recipe.rank == "full" else result + copied)
-        + max(_statistics_bytes(alignment, setting, costs) for setting in settings),
+        + max((_statistics_bytes(alignment, setting, costs) for setting in settings), default=0),
         seconds=sum(cost.seconds + again * cost.encode for cost in costs)
         + stored * _hash_seconds(),
     )
@@ -157,7 +157,8 @@ def _statistics_bytes(alignment: Alignment, setting: Setting, costs: Sequence[Mo
     if setting.scope == "module":
         scope, held = max(cost.values for cost in costs), modules_at_once(setting) * held
     width = dtype_of(tasks, scope).itemsize
-    tiles = torch.get_num_threads() * min(TILE_VALUES, tasks * scope) * TILES_HELD
+    tile = max(TILE_VALUES, *(cost.tile for cost in costs))
+    tiles = torch.get_num_threads() * min(tile, tasks * scope) * TILES_HELD
     sampled = sample_size(tasks, scope)
     sample = 4 * tasks * min(scope, sampled)
     inside = int(scope * MARGIN / sampled**0.5)

@@ -11,6 +11,7 @@ from pcb_peft import fusion
 from pcb_peft.alignment import Alignment
 from pcb_peft.calibrations import Calibration, prepared
 from pcb_peft.delta import Delta, Dense, Diagonal, LowRank, Rescaled
+from pcb_peft.linalg import GROUP
 from pcb_peft.plan import Setting
 from pcb_peft.rank import Rank, added_part, budget_of, truncate
 from pcb_peft.spaces import Projection
@@ -34,6 +35,7 @@ class ModuleCost:
         kept: Bytes between passes, if there is room.
         encode: Seconds of them for the way into the space.
         held: Bytes of its scope's tiles and scores that stay in memory.
+        tile: Values of its lowest tile, of all adapters.
     """
 
     seconds: float
@@ -44,6 +46,7 @@ class ModuleCost:
     kept: int
     encode: float
     held: int
+    tile: int
 
 
 def module_costs(
@@ -151,10 +154,14 @@ class _Pair:
 
     def values(self, shape: Shape) -> int:
         """In the blocks of a module of that shape."""
+        return sum(rows * cols for rows, cols in self._blocks(shape))
+
+    def _blocks(self, shape: Shape) -> list[tuple[int, int]]:
+        """(rows, cols) of the blocks of a module of that shape."""
         first = self.ones[0]
         real = dict(zip(first.shape, shape, strict=True))
         sizes = (block.shape[1:] for block in first.projection.blocks)
-        return sum(real.get(rows, rows) * real.get(cols, cols) for rows, cols in sizes)
+        return [(real.get(rows, rows), real.get(cols, cols)) for rows, cols in sizes]
 
     def cost(self, shape: Shape, scope: int, room: float) -> ModuleCost:
         """Of a module of that shape, in a scope of so many values that has so much room."""
@@ -184,6 +191,7 @@ class _Pair:
             kept=12 * self.total_rank * wide + 8 * tasks * self.total_rank**2,
             encode=encode,
             held=held,
+            tile=GROUP * tasks * max(cols for _, cols in self._blocks(shape)),
         )
 
     def _run(self, one: StandIn, way: _Way) -> tuple[float, float, int, Left]:

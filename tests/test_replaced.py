@@ -14,8 +14,12 @@ from pcb_peft import (
     AdapterError,
     MismatchError,
     OptionError,
+    Recipe,
+    Source,
     UnsupportedError,
+    estimate_merge,
     load_adapter,
+    merge,
     merge_adapters,
 )
 
@@ -264,6 +268,15 @@ def test_a_merge_of_rows_alone_has_neither_ranks_nor_modules(workshop, tmp_path)
         merged.save_pretrained(tmp_path / "out", rank_pattern=True)
     with pytest.raises(OptionError, match=r"matches no module.*the adapters hold no deltas"):
         merge_adapters(adapters, overrides=[{"modules": "*", "method": "ties"}])
+
+
+def test_a_merge_of_rows_alone_has_a_cost(workshop, tmp_path):
+    paths = [made(workshop, "a", tokens(1)), made(workshop, "b", tokens(2))]
+    recipe = Recipe(adapters=tuple(Source(str(path)) for path in paths))
+    found = estimate_merge(recipe)
+    merge(recipe).save_pretrained(tmp_path / "out")
+    assert found.written == sum(rows.nbytes for rows in load_file(tmp_path / "out" / FILE).values())
+    assert (found.modules, found.values, found.passes) == (0, 0, 0)
 
 
 def test_rows_that_an_adapter_cannot_hold_are_not_dropped(workshop, tmp_path):
