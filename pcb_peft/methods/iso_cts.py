@@ -24,7 +24,7 @@ def iso_cts(tasks: TaskVectors, *, common: Annotated[float, Range(0, 1)] = 0.8) 
 
     Good at: many tasks if the common weight can be searched: with `iso_c` the most that any method keeps here.
 
-    Measured: LoRA 95.1 (86.6), at 2.2 99.2 (96.4).
+    Measured: LoRA 95.2 (87.1), at 2.2 98.9 (96.4).
 
     Source: Marczak et al. 2025, and github.com/danielm1405/iso-merging at d34010a. Departures: R is the numerical rank
     of the sum and not min(out, in); directions that depend on each other share their span instead of being completed

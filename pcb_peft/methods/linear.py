@@ -12,7 +12,7 @@ def linear(tasks: TaskVectors) -> Merged:
 
     Good at: one exact sum, the baseline; a common weight that can be searched.
 
-    Measured: LoRA 88.9 (68.3), at 0.5 93.4 (81.2); (IA)³ 64.5 (41.1), at 0.5 93.7 (88.8).
+    Measured: LoRA 88.9 (68.3), at 0.5 93.4 (81.7); (IA)³ 64.5 (41.1), at 0.5 93.7 (88.8).
 
     Source: Ilharco et al. 2023, section 2.
     """

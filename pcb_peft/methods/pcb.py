@@ -83,7 +83,7 @@ def pcb(
 
     Good at: all tasks at once with every weight at 1, nothing searched; LoRA and (IA)³ alike.
 
-    Measured: LoRA 97.2 (90.6); (IA)³ 94.1 (90.2).
+    Measured: LoRA 97.2 (90.6); (IA)³ 93.8 (90.2).
 
     Source: Du et al. 2024, section 3, and github.com/duguodong7/pcb-merging at 5897888. Departures: a task vector that
     has no competitor in its scope, because all others are zero there, is not balanced but returned; and fewer than 100

@@ -24,7 +24,7 @@ def tsv(tasks: TaskVectors, *, density: Density = 1.0) -> Merged:
 
     Good at: many tasks, at weight 1 or a little below.
 
-    Measured: LoRA 95.1 (89.3), at 0.7 96.6 (92.9).
+    Measured: LoRA 95.0 (88.8), at 0.7 96.5 (92.9).
 
     Source: TSV-M, Gargiulo et al. 2025, and github.com/AntoAndGar/task_singular_vectors at a6c9718. Departures: a task
     has as many triplets as its numerical rank, where the authors take min(out, in) / T of them, which for a LoRA are

@@ -24,7 +24,7 @@ def wudi(tasks: TaskVectors, *, ridge: Annotated[float, Range(0, 1e6)] = 0.0) ->
 
     Good at: many tasks if the common weight can be searched.
 
-    Measured: LoRA 93.2 (81.2), at 0.5 96.8 (88.4).
+    Measured: LoRA 93.2 (81.2), at 0.5 96.9 (88.8).
 
     Source: Cheng et al. 2025, and github.com/nathanielyvo/WUDI-Merging at dc3cd12. Departure: the authors take 300
     steps of Adam of size 1e-5 from Σ_t τ_t, and so stop somewhere on the way; here the minimum is computed.
