@@ -136,7 +136,7 @@ def limit(count: int, rank: int, formula: str, threads: int) -> float:
 
 
 def ways(function: Callable[[Tensor], Tensor]) -> list[Callable[[Tensor], Tensor]]:
-    """Of torch, and compiled where that is possible."""
+    """Of torch, and compiled where that is possible: in a function of its own, or it stays torch's."""
     from pcb_peft.fusion import fused, obstacle
 
     cpu = torch.device("cpu")

@@ -18,6 +18,7 @@ kernel takes to write pages to the disk.
 """
 
 import argparse
+import functools
 import json
 import os
 import resource
@@ -107,6 +108,12 @@ def synced(base: Path, output: Path) -> Cost:
     return time.perf_counter() - started, busy, peak
 
 
+def folded(adapter: Path, base: Path, output: Path) -> Cost:
+    """The command line."""
+    command = [sys.executable, "-m", "pcb_peft", "fold", str(adapter), str(base), "-o", str(output)]
+    return cost_of(command)
+
+
 def folded_when_started(adapter: Path, base: Path, output: Path) -> Cost:
     """A fold in this process, which has imported everything; the peak is that of the whole process."""
     from pcb_peft import fold_adapter
@@ -117,16 +124,16 @@ def folded_when_started(adapter: Path, base: Path, output: Path) -> Cost:
     return seconds, busy, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
 
 
-def started(adapter: Path, base: Path, output: Path, repeat: int) -> None:
+def print_when_started(adapter: Path, base: Path, output: Path, repeat: int) -> None:
     """Prints the cost of folds in a process that has imported torch, transformers and its code for the model."""
     from pcb_peft.base_model import open_base_model
 
     open_base_model(base).layer("model.embed_tokens")
-    print(*best(lambda output: folded_when_started(adapter, base, output), output, repeat))
+    print(*best(functools.partial(folded_when_started, adapter, base), output, repeat))
 
 
 def without_start(adapter: Path, base: Path, output: Path, repeat: int) -> Cost:
-    """What `started` prints."""
+    """What `print_when_started` prints."""
     command = [sys.executable, __file__, "--repeat", str(repeat), "--run"]
     command += [str(adapter), str(base), str(output)]
     printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -156,12 +163,11 @@ def report(scratch: Path, repeat: int) -> None:
     """Measures all ways, and prints the table."""
     base, adapter = scratch / "base", scratch / "adapter"
     size = sum(path.stat().st_size for path in base.iterdir()) / (1 << 30)
-    fold = [sys.executable, "-m", "pcb_peft", "fold", str(adapter), str(base), "-o"]
     output = scratch / "out"
     ways: Mapping[str, Callable[[], Cost]] = {
-        "cp": lambda: best(lambda output: copied(base, output), output, repeat),
-        "cp, synced": lambda: best(lambda output: synced(base, output), output, repeat),
-        "fold": lambda: best(lambda output: cost_of([*fold, str(output)]), output, repeat),
+        "cp": lambda: best(functools.partial(copied, base), output, repeat),
+        "cp, synced": lambda: best(functools.partial(synced, base), output, repeat),
+        "fold": lambda: best(functools.partial(folded, adapter, base), output, repeat),
         "fold, without start": lambda: without_start(adapter, base, output, repeat),
     }
     print(f"{size:.2f} GiB, {torch.get_num_threads()} threads\n")
@@ -190,7 +196,7 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, help="where to make the scratch directory")
     arguments = parser.parse_args()
     if arguments.run:
-        started(*arguments.run, arguments.repeat)
+        print_when_started(*arguments.run, arguments.repeat)
         return
     if arguments.write:
         write_both(arguments.write, arguments.layers, arguments.rank)

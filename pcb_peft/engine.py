@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import operator
 import time
 import warnings
 from collections import Counter
@@ -146,8 +145,7 @@ def merge(
     method, track = method or get_method(method_of(recipe.method)), tracker(progress)
     adapters, notes = leaving_as_one(gathered(recipe, adapters, base), base)
     notes = [*_of_another_version(recipe), *notes]
-    recipe = spelled_out(dataclasses.replace(recipe, adapters=_sources(adapters)), adapters)
-    recipe, measured = _measured(recipe, statistics, adapters)
+    recipe, measured = _with_sources(spelled_out(recipe, adapters), adapters, statistics)
     alignment, common = Alignment(adapters), common_base(adapters, recipe.base_model)
     recipe, settings = plan(recipe, method, alignment, measured[0].kind if measured else None)
     recipe, before, after = calibrations_of(recipe, alignment)
@@ -164,9 +162,10 @@ def merge(
         before=before,
         after=after,
     )
-    merged = (_entries(compete(s, alignment, left, measured), s, recipe, report) for s in settings)
-    entries = on_one_base(functools.reduce(operator.or_, merged, {}), base, adapters, report)
-    entries = at_their_shares(entries, recipe.rank, report)
+    entries: dict[str, Entry] = {}
+    for setting in settings:
+        entries |= _entries(compete(setting, alignment, left, measured), setting, recipe, report)
+    entries = at_their_shares(on_one_base(entries, base, adapters, report), recipe.rank, report)
     report.seconds = time.perf_counter() - started
     _warn_of_lost_energy(report)
     return MergedAdapter(
@@ -238,10 +237,10 @@ def _refuse_other_files(adapters: Sequence[Adapter], processes: Processes) -> No
             )
 
 
-def _measured(
-    recipe: Recipe, given: Sequence[Statistics] | None, adapters: Sequence[Adapter]
+def _with_sources(
+    recipe: Recipe, adapters: Sequence[Adapter], given: Sequence[Statistics] | None
 ) -> tuple[Recipe, Sequence[Statistics]]:
-    """The recipe with the hashes of its statistics, and these, checked.
+    """The recipe with the hashes of its adapters and statistics, and the statistics, checked.
 
     Raises:
         OptionError: There is not one for each adapter.
@@ -250,7 +249,8 @@ def _measured(
     statistics = given or [open_statistics(source) for source in recipe.statistics]
     if statistics:
         check_statistics(statistics, adapters)
-    return dataclasses.replace(recipe, statistics=_sources(statistics)), statistics
+    sources = {"adapters": _sources(adapters), "statistics": _sources(statistics)}
+    return dataclasses.replace(recipe, **sources), statistics
 
 
 def _sources(some: Sequence[Adapter] | Sequence[Statistics]) -> tuple[Source, ...]:
