@@ -137,7 +137,7 @@ def limit(count: int, rank: int, formula: str, threads: int) -> float:
 
 def ways(function: Callable[[Tensor], Tensor]) -> list[Callable[[Tensor], Tensor]]:
     """Of torch, and compiled where that is possible: in a function of its own, or it stays torch's."""
-    from pcb_peft.fusion import fused, obstacle
+    from pcb_peft.tasks.compiling import fused, obstacle
 
     cpu = torch.device("cpu")
     return [function] if obstacle(cpu) else [function, fused(lambda x: function(x), cpu)]

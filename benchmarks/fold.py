@@ -126,7 +126,7 @@ def folded_when_started(adapter: Path, base: Path, output: Path) -> Cost:
 
 def print_when_started(adapter: Path, base: Path, output: Path, repeat: int) -> None:
     """Prints the cost of folds in a process that has imported torch, transformers and its code for the model."""
-    from pcb_peft.base_model import open_base_model
+    from pcb_peft.base.model import open_base_model
 
     open_base_model(base).layer("model.embed_tokens")
     print(*best(functools.partial(folded_when_started, adapter, base), output, repeat))

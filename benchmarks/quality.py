@@ -26,9 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pcb_peft import Statistics, collect_statistics, demo, get_method, merge_adapters
+from pcb_peft import Statistics, collect_statistics, get_method, merge_adapters
+from pcb_peft.commands import demo
 from pcb_peft.errors import PcbPeftError
-from pcb_peft.peft_names import method_of
+from pcb_peft.recipes.peft_aliases import method_of
 
 SCALES = (0.3, 0.5, 0.7, 1.0, 1.3, 1.6, 2.2)
 SETTINGS = (

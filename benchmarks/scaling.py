@@ -86,7 +86,7 @@ def headers(folder: Path, count: int, rank: int, model: str) -> list[str]:
 
 def child() -> None:
     """A merge of the command line; then its seconds, its processor seconds and its peak GiB."""
-    from pcb_peft.cli import main
+    from pcb_peft.commands.cli import main
 
     started, used = time.perf_counter(), time.process_time()
     failed = main(["merge", *sys.argv[2:]])

@@ -6,10 +6,13 @@ merged = merge_adapters(["math-lora", "code-lora"], method="pcb")
 merged.save_pretrained("merged")
 """
 
-from pcb_peft.adapter import Adapter
+from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.adapters.loading import fold_adapter, load_adapter
+from pcb_peft.adapters.source import Source
 from pcb_peft.calibrations import list_calibrations
-from pcb_peft.collect import collect_statistics
-from pcb_peft.engine import merge, merge_adapters
+from pcb_peft.data.collect import collect_statistics
+from pcb_peft.data.statistics_file import Statistics, open_statistics
+from pcb_peft.dry_run.estimate import Estimate, estimate_merge
 from pcb_peft.errors import (
     AdapterError,
     BaseModelError,
@@ -20,17 +23,14 @@ from pcb_peft.errors import (
     ProcessError,
     UnsupportedError,
 )
-from pcb_peft.estimate import Estimate, estimate_merge
-from pcb_peft.extract import extract_adapter
-from pcb_peft.live import add_weighted_adapter
-from pcb_peft.loading import fold_adapter, load_adapter
-from pcb_peft.measured import Statistics, open_statistics
-from pcb_peft.merged import MergedAdapter
+from pcb_peft.extraction.extract import extract_adapter
+from pcb_peft.merging.engine import merge, merge_adapters
+from pcb_peft.merging.into_model import add_weighted_adapter
+from pcb_peft.merging.report import Report
+from pcb_peft.merging.result import MergedAdapter
 from pcb_peft.methods import MergeMethod, get_method, list_methods, merge_method
-from pcb_peft.processes import all_processes
-from pcb_peft.recipe import Recipe, read_recipe
-from pcb_peft.report import Report
-from pcb_peft.source import Source
+from pcb_peft.recipes.recipe import Recipe, read_recipe
+from pcb_peft.runtime.processes import all_processes
 from pcb_peft.spaces import list_spaces
 from pcb_peft.version import __version__
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from pcb_peft.cli import main
+from pcb_peft.commands.cli import main
 
 sys.exit(main())

@@ -5,8 +5,9 @@ import os
 import sys
 from pathlib import Path
 
-from pcb_peft import all_processes, merge_adapters, merge_method, selection, statistics
-from pcb_peft.processes import current
+from pcb_peft import all_processes, merge_adapters, merge_method
+from pcb_peft.runtime.processes import current
+from pcb_peft.tasks import order_statistics, task_vectors
 
 RANK = int(os.environ["RANK"])
 
@@ -26,8 +27,12 @@ def fail(how):
 
 def small():
     """Statistics as of a large model: tiles, samples, and more values in a bracket than are kept."""
-    statistics.TILE_VALUES, statistics.SAMPLE_VALUES, selection.KEPT_VALUES = 1 << 8, 1 << 7, 1 << 7
-    statistics.HELD_VALUES = 0
+    task_vectors.TILE_VALUES, task_vectors.SAMPLE_VALUES, order_statistics.KEPT_VALUES = (
+        1 << 8,
+        1 << 7,
+        1 << 7,
+    )
+    task_vectors.HELD_VALUES = 0
 
 
 def main(file):

@@ -15,39 +15,18 @@ from pcb_peft.calibrations import list_calibrations
 from pcb_peft.methods import list_methods
 from pcb_peft.spaces import list_spaces
 
-# From the bottom: an import points to a lower line, or stays in the importer's folder.
+# From the bottom: an import points to a lower line, or stays in the importer's room.
 LEVELS = (
-    {"errors", "layout", "version"},
-    {"processes", "threads"},
-    {
-        *(
-            "base_files",
-            "card",
-            "fusion",
-            "linalg",
-            "live_model",
-            "noise",
-            "options",
-            "output",
-            "progress",
-            "replaced",
-            "resources",
-        ),
-        *("report", "selection", "skeleton", "texts"),
-    },
-    {"base_model", "blocks", "delta", "overrides"},
-    {"pieces", "shards", "statistics"},
-    {"embeddings"},
-    {"fold", "formats", "rank"},
-    {"budget", "calibrations", "methods", "source", "spaces"},
-    {"adapter", "recipe", "stand_in"},
-    {"alignment", "extract", "grounding", "loading", "measured", "merged", "peft_names", "policy"},
-    {"competition", "net_utility", "plan", "rescaling", "written_size"},
-    {"departure", "module_cost"},
-    {"engine"},
-    {"cli_words", "collect", "demo", "estimate", "live"},
-    {"shelf"},
-    {"cli"},
+    {"errors", "version"},
+    {"runtime", "plugins"},
+    {"deltas"},
+    {"base", "tasks"},
+    {"formats", "writing", "methods", "spaces", "calibrations"},
+    {"adapters"},
+    {"recipes", "data"},
+    {"merging"},
+    {"extraction", "dry_run"},
+    {"commands"},
     {"__init__", "__main__"},
 )
 # Folders of which nobody knows what lies there, and the calls that put something there.

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pcb_peft import OptionError, merge_adapters
-from pcb_peft.budget import shared_out
+from pcb_peft.deltas.rank_budget import shared_out
 
 LORA = peft.LoraConfig(r=4, target_modules="all-linear")
 

@@ -9,15 +9,15 @@ import torch
 from numpy.testing import assert_allclose
 
 from pcb_peft import Adapter, OptionError, merge_adapters, read_recipe
-from pcb_peft.adapter import Modules
+from pcb_peft.adapters.adapter import Modules
 from pcb_peft.calibrations import get_calibration, list_calibrations
-from pcb_peft.cli import main
-from pcb_peft.delta import Core, Delta, Dense, Diagonal, LowRank
-from pcb_peft.engine import merge
+from pcb_peft.commands.cli import main
+from pcb_peft.deltas.delta import Core, Delta, Dense, Diagonal, LowRank
+from pcb_peft.deltas.layout import CONV1D
+from pcb_peft.deltas.linalg import Basis
 from pcb_peft.formats import Entry
-from pcb_peft.layout import CONV1D
-from pcb_peft.linalg import Basis
-from pcb_peft.recipe import Recipe, in_words
+from pcb_peft.merging.engine import merge
+from pcb_peft.recipes.recipe import Recipe, in_words
 
 Matrix = np.ndarray
 Pair = tuple[Matrix, Matrix]  # lora_B (out, r) and lora_A (r, in)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pcb_peft import BaseModelError, Recipe, cli, load_adapter, merge, merge_adapters, read_recipe
+from pcb_peft import BaseModelError, Recipe, load_adapter, merge, merge_adapters, read_recipe
+from pcb_peft.commands import cli
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*lora_bias=True", "ignore:Already found a `peft_config`", "ignore:.*invalid shape"

@@ -10,7 +10,8 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from pcb_peft import __version__, cli, list_methods, list_spaces, merge_adapters
+from pcb_peft import __version__, list_methods, list_spaces, merge_adapters
+from pcb_peft.commands import cli
 
 # PEFT 0.21 asks transformers 5.23 for it
 

@@ -23,7 +23,6 @@ from pcb_peft import (
     OutputError,
     Statistics,
     UnsupportedError,
-    cli,
     collect_statistics,
     load_adapter,
     merge,
@@ -31,6 +30,7 @@ from pcb_peft import (
     open_statistics,
     read_recipe,
 )
+from pcb_peft.commands import cli
 
 LAYERS = {
     "llama": ["q_proj", "down_proj", "v_proj"],

@@ -8,8 +8,8 @@ import torch
 from numpy.testing import assert_allclose
 
 from pcb_peft import Adapter, list_methods, merge_adapters
-from pcb_peft.adapter import Modules
-from pcb_peft.delta import LowRank
+from pcb_peft.adapters.adapter import Modules
+from pcb_peft.deltas.delta import LowRank
 from pcb_peft.formats import Entry
 from pcb_peft.spaces import get_space
 

@@ -8,9 +8,9 @@ import torch
 from torch.testing import assert_close
 
 from pcb_peft import BaseModelError
-from pcb_peft.delta import Core, Delta, Dense, Diagonal, LowRank, Rescaled
-from pcb_peft.layout import CONV1D, LINEAR
-from pcb_peft.linalg import Basis
+from pcb_peft.deltas.delta import Core, Delta, Dense, Diagonal, LowRank, Rescaled
+from pcb_peft.deltas.layout import CONV1D, LINEAR
+from pcb_peft.deltas.linalg import Basis
 
 OUT, IN = 7, 5
 

@@ -21,13 +21,13 @@ from pcb_peft import (
     load_adapter,
     merge_adapters,
 )
-from pcb_peft.adapter import Adapter, Modules
-from pcb_peft.blocks import stacked
-from pcb_peft.delta import Dense, LowRank, Rescaled
+from pcb_peft.adapters.adapter import Adapter, Modules
+from pcb_peft.deltas.delta import Dense, LowRank, Rescaled
 from pcb_peft.formats import Entry
-from pcb_peft.recipe import read_recipe
+from pcb_peft.recipes.recipe import read_recipe
 from pcb_peft.spaces import in_parts
-from pcb_peft.statistics import TaskVectors
+from pcb_peft.tasks.blocks import stacked
+from pcb_peft.tasks.task_vectors import TaskVectors
 
 WEIGHTS = (1.5, -0.7)
 MAGNITUDE = "lora_magnitude_vector"

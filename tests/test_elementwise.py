@@ -15,14 +15,15 @@ from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pcb_peft import Adapter, get_method, list_methods, merge_adapters, noise, statistics
-from pcb_peft.adapter import Modules
-from pcb_peft.blocks import Block, products, stacked
-from pcb_peft.delta import Diagonal, LowRank
+from pcb_peft import Adapter, get_method, list_methods, merge_adapters
+from pcb_peft.adapters.adapter import Modules
+from pcb_peft.adapters.source import Source
+from pcb_peft.deltas.delta import Diagonal, LowRank
 from pcb_peft.errors import OptionError
 from pcb_peft.formats import Entry
-from pcb_peft.source import Source
-from pcb_peft.statistics import TaskVectors
+from pcb_peft.tasks import counter_rng, task_vectors
+from pcb_peft.tasks.blocks import Block, products, stacked
+from pcb_peft.tasks.task_vectors import TaskVectors
 
 Array = NDArray[np.float64]
 Masks = NDArray[np.float64]  # uniform numbers
@@ -192,7 +193,7 @@ def size(shapes: Sequence[tuple[int, int]] = SHAPES) -> int:
 
 
 def keys(tasks: int, block: int) -> tuple[int, ...]:
-    return tuple(noise.key(block, task) for task in range(tasks))
+    return tuple(counter_rng.key(block, task) for task in range(tasks))
 
 
 def blocks_of(
@@ -489,7 +490,7 @@ def test_threads_and_tiles_change_no_byte(name: str, monkeypatch: pytest.MonkeyP
     blocks = [Block(b.shape, b.weights, b.open, keys(tasks, i)) for i, b in enumerate(blocks)]
 
     def run(values: int, threads: int) -> Array:
-        monkeypatch.setattr(statistics, "TILE_VALUES", values)
+        monkeypatch.setattr(task_vectors, "TILE_VALUES", values)
         torch.set_num_threads(threads)
         return merged(name, blocks)
 
@@ -507,7 +508,7 @@ def test_threads_and_tiles_change_no_byte(name: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in GEOMETRIC])
 def test_single_precision_makes_the_same_choices(name: str, monkeypatch: pytest.MonkeyPatch):
     x, expected = normal(3), merge(name, normal(3))
-    monkeypatch.setattr(statistics, "DOUBLE_VALUES", 0)
+    monkeypatch.setattr(task_vectors, "DOUBLE_VALUES", 0)
     actual = merged(name, blocks_of(x.astype(np.float32).astype(np.float64), [1.0] * 3))
     assert actual.dtype == np.float32
     assert_array_equal(actual == 0, expected == 0)
@@ -712,13 +713,13 @@ def test_an_adapter_is_known_by_its_file_and_else_by_its_name():
 
 def test_each_adapter_module_and_block_has_masks_of_its_own(monkeypatch: pytest.MonkeyPatch):
     seen: set[int] = set()
-    original = noise.uniform
+    original = counter_rng.uniform
 
     def uniform(keys: Tensor, positions: Tensor) -> Tensor:
         seen.update(keys.tolist())
         return original(keys, positions)
 
-    monkeypatch.setattr(noise, "uniform", uniform)
+    monkeypatch.setattr(counter_rng, "uniform", uniform)
     for seed in (0, 1):
         deltas("dare_linear", pool(3), space="factor", seed=seed)
     assert len(seen) == 2 * 3 * 2 * 2  # seeds, adapters, modules, lora_A and lora_B
@@ -742,7 +743,7 @@ def test_dropped_products_are_the_same_in_any_tile(monkeypatch: pytest.MonkeyPat
     block = products(factors, [1.0] * 3)
     block = Block(block.shape, block.weights, block.open, keys(3, 0))
     expected = merged("dare_ties", [block])
-    monkeypatch.setattr(statistics, "TILE_VALUES", 500)
+    monkeypatch.setattr(task_vectors, "TILE_VALUES", 500)
     assert_array_equal(merged("dare_ties", [block]), expected)
 
 
@@ -765,8 +766,8 @@ def test_a_score_is_taken_once_of_each_tile_that_is_held(
         seen.append(tile.numel())
         return tile.abs()
 
-    monkeypatch.setattr(statistics, "TILE_VALUES", 12)
-    monkeypatch.setattr(statistics, "HELD_VALUES", held)
+    monkeypatch.setattr(task_vectors, "TILE_VALUES", 12)
+    monkeypatch.setattr(task_vectors, "HELD_VALUES", held)
     tasks = TaskVectors([stacked(torch.rand(2, 8, 3), (1, 1))], room=room)
     once = tasks.once(score)
     tasks.order_statistics(once, [1])

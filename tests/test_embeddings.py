@@ -14,11 +14,11 @@ from pcb_peft import (
     BaseModelError,
     MismatchError,
     OptionError,
-    cli,
     fold_adapter,
     load_adapter,
     merge_adapters,
 )
+from pcb_peft.commands import cli
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),

@@ -15,11 +15,11 @@ from pcb_peft import (
     list_calibrations,
     list_methods,
     merge,
-    source,
-    stand_in,
 )
+from pcb_peft.adapters import source
 from pcb_peft.calibrations import Calibration
-from pcb_peft.cli import main
+from pcb_peft.commands.cli import main
+from pcb_peft.dry_run import probes
 from pcb_peft.formats.checkpoint import SafetensorsFile
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]  # of two layers: (16, 16), (8, 16), (16, 24)
@@ -204,7 +204,7 @@ def test_every_calibration_has_a_cost(adapters, when, monkeypatch):
         return calibrated(calibration, *arguments)
 
     monkeypatch.setattr(Calibration, "__call__", moved)
-    monkeypatch.setattr(stand_in.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(probes.time, "perf_counter", lambda: now)
     plain = estimate_merge(recipe(adapters, space="core", scope="module", method="linear"))
     for name in list_calibrations(when):
         words = recipe(

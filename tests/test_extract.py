@@ -12,10 +12,10 @@ from pcb_peft import (
     MismatchError,
     OptionError,
     UnsupportedError,
-    cli,
     extract_adapter,
     merge_adapters,
 )
+from pcb_peft.commands import cli
 
 MODELS = ["mlp", "odd", "llama", "gpt2", "bert"]
 FILE = "model.safetensors"

@@ -14,11 +14,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from pcb_peft.base_model import open_base_model
-from pcb_peft.delta import Dense, Diagonal, LowRank
+from pcb_peft.base.model import open_base_model
+from pcb_peft.deltas.delta import Dense, Diagonal, LowRank
+from pcb_peft.deltas.layout import CONV1D, LINEAR
 from pcb_peft.errors import BaseModelError, MismatchError, OutputError
-from pcb_peft.fold import fold_deltas
-from pcb_peft.layout import CONV1D, LINEAR
+from pcb_peft.writing.fold import fold_deltas
 
 # PEFT 0.21 asks transformers 5.23 for it
 

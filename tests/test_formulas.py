@@ -14,10 +14,11 @@ import transcriptions
 from numpy.testing import assert_allclose
 from safetensors.torch import load_file
 
-from pcb_peft import load_adapter, merge_adapters, selection, statistics
-from pcb_peft.adapter import Adapter, Modules
-from pcb_peft.delta import LowRank
+from pcb_peft import load_adapter, merge_adapters
+from pcb_peft.adapters.adapter import Adapter, Modules
+from pcb_peft.deltas.delta import LowRank
 from pcb_peft.formats import Entry
+from pcb_peft.tasks import order_statistics, task_vectors
 
 FORMULAS = {  # name: method, its options, the transcription
     "pcb reference": ("pcb", {"formula": "reference"}, transcriptions.pcb_reference),
@@ -310,7 +311,7 @@ SOME = {"a": (60, 40), "b": (30, 70), "c": (20, 45)}
 
 @every_formula
 def test_more_values_than_a_sample_holds(name):
-    assert sum(rows * cols for rows, cols in MANY.values()) > statistics.SAMPLE_VALUES
+    assert sum(rows * cols for rows, cols in MANY.values()) > task_vectors.SAMPLE_VALUES
     weights = (1.0, 0.6)
     pool = factors(2, MANY, rank=3)
     merged, formula = merge(pool, name, 0.15, weights)
@@ -323,10 +324,10 @@ def test_more_values_than_a_sample_holds(name):
 def test_samples_tiles_and_brackets_of_any_size_give_the_same(
     monkeypatch, name, sample, kept, held
 ):
-    monkeypatch.setattr(statistics, "HELD_VALUES", held)
-    monkeypatch.setattr(statistics, "SAMPLE_VALUES", sample)
-    monkeypatch.setattr(statistics, "TILE_VALUES", 500)
-    monkeypatch.setattr(selection, "KEPT_VALUES", kept)
+    monkeypatch.setattr(task_vectors, "HELD_VALUES", held)
+    monkeypatch.setattr(task_vectors, "SAMPLE_VALUES", sample)
+    monkeypatch.setattr(task_vectors, "TILE_VALUES", 500)
+    monkeypatch.setattr(order_statistics, "KEPT_VALUES", kept)
     density, weights = TASKS["fractional weights"]
     pool = factors(3, SOME, rank=2)
     merged, formula = merge(pool, name, density, weights)
@@ -358,7 +359,7 @@ def test_in_float32(monkeypatch, name, shapes):
     A product of rank r has errors of about √r · 6e-8 of the largest, a score of a few times as much. Such an entry may
     be kept or not, and then τ_m has τ_i or 0 there (the weight of an entry with a single owner cancels).
     """
-    monkeypatch.setattr(statistics, "DOUBLE_VALUES", 0)
+    monkeypatch.setattr(task_vectors, "DOUBLE_VALUES", 0)
     density, weights = 0.15, (1.0, 0.6)
     pool = factors(2, shapes, rank=3)
     stacks = dense(pool, shapes)
@@ -554,7 +555,7 @@ def test_identical_adapters_agree_on_what_one_of_them_would_keep(name, density):
 @every_formula
 def test_a_hundred_adapters(monkeypatch, name, double):
     """E¹⁰⁰ is beyond float32, and e⁻¹⁰⁰ far below the 1e-12 that stands for no share at all."""
-    monkeypatch.setattr(statistics, "DOUBLE_VALUES", double)
+    monkeypatch.setattr(task_vectors, "DOUBLE_VALUES", double)
     shapes = {"a": (12, 11)}
     pool = factors(100, shapes, whole=True)
     merged, formula = merge(pool, name, 0.3, np.full(100, 0.5))

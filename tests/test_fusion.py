@@ -9,20 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from pcb_peft import fusion, statistics
-from pcb_peft.blocks import products
 from pcb_peft.methods import get_method
-from pcb_peft.statistics import TaskVectors
+from pcb_peft.tasks import compiling, task_vectors
+from pcb_peft.tasks.blocks import products
+from pcb_peft.tasks.task_vectors import TaskVectors
 
 CPU = torch.device("cpu")
-COMPILES = pytest.mark.skipif(fusion.obstacle(CPU) is not None, reason="no compiler works here")
+COMPILES = pytest.mark.skipif(compiling.obstacle(CPU) is not None, reason="no compiler works here")
 
 
 @pytest.fixture(autouse=True)
 def _large_scopes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As if the few values of a test were many."""
-    monkeypatch.setattr(statistics, "DOUBLE_VALUES", 0)
-    monkeypatch.setattr(fusion, "WORTH_VALUES", 0)
+    monkeypatch.setattr(task_vectors, "DOUBLE_VALUES", 0)
+    monkeypatch.setattr(compiling, "WORTH_VALUES", 0)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -61,7 +61,7 @@ CASES: list[tuple[str, dict[str, object]]] = [
 def test_compiled_values_are_those_of_plain_torch(name, options, monkeypatch):
     assert scope().compiled
     compiled = merged(name, **options)
-    monkeypatch.setattr(fusion, "WORTH_VALUES", 1 << 60)
+    monkeypatch.setattr(compiling, "WORTH_VALUES", 1 << 60)
     assert not scope().compiled
     plain = merged(name, **options)
     assert (compiled != 0).eq(plain != 0).all()
@@ -73,7 +73,7 @@ def test_compiled_values_are_those_of_plain_torch(name, options, monkeypatch):
 def test_compiled_values_do_not_depend_on_tiles_and_threads(monkeypatch):
     expected = merged("pcb", density=0.3)
     for tile, threads in ((3 * 67, 1), (3 * 67 * 5, 2), (3 * 67 * 17, 1)):
-        monkeypatch.setattr(statistics, "TILE_VALUES", tile)
+        monkeypatch.setattr(task_vectors, "TILE_VALUES", tile)
         torch.set_num_threads(threads)
         assert merged("pcb", density=0.3).equal(expected)
 
@@ -84,7 +84,7 @@ def test_what_is_compiled_is_compiled_once():
     """Whatever the lengths of tiles, and the threads that meet it for the first time."""
     code = (
         "import torch; from pcb_peft import fusion, statistics; from pcb_peft.methods import get_method\n"
-        "from pcb_peft.blocks import products; from pcb_peft.statistics import TaskVectors\n"
+        "from pcb_peft.tasks.blocks import products; from pcb_peft.tasks.task_vectors import TaskVectors\n"
         "torch.set_num_threads(2); fusion.WORTH_VALUES = 0\n"
         "statistics.DOUBLE_VALUES, statistics.SAMPLE_VALUES, statistics.TILE_VALUES = 0, 500, 1000\n"
         "blocks = [products([(torch.rand(n, 2), torch.rand(2, 67))] * 3, (1, 1, 1)) for n in (41, 130)]\n"
@@ -100,9 +100,9 @@ def test_what_is_compiled_is_compiled_once():
 def test_what_takes_less_time_than_compiling_is_not_compiled(monkeypatch):
     monkeypatch.undo()
     assert not scope().compiled
-    assert not fusion.worth(tasks=4, size=1 << 29)
-    assert fusion.worth(tasks=4, size=1 << 30)
-    assert not fusion.worth(tasks=1000, size=1 << 30)
+    assert not compiling.worth(tasks=4, size=1 << 29)
+    assert compiling.worth(tasks=4, size=1 << 30)
+    assert not compiling.worth(tasks=1000, size=1 << 30)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_what_takes_less_time_than_compiling_is_not_compiled(monkeypatch):
 def test_without_a_compiler_the_arithmetic_is_plain_torch(variables, reason, tmp_path):
     code = (
         "import torch; from pcb_peft import fusion; fusion.WORTH_VALUES = 0\n"
-        "from pcb_peft.blocks import stacked; from pcb_peft.statistics import TaskVectors\n"
+        "from pcb_peft.tasks.blocks import stacked; from pcb_peft.tasks.task_vectors import TaskVectors\n"
         "tasks = TaskVectors([stacked(torch.ones(2, 3, 4), (1, 1))]); print(tasks.compiled, tasks.obstacle)"
     )
     environment = {**os.environ, **variables, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}

@@ -16,10 +16,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pcb_peft import Statistics, list_methods, list_spaces, merge_adapters, statistics
-from pcb_peft.adapter import Adapter, Modules
-from pcb_peft.delta import LowRank
+from pcb_peft import Statistics, list_methods, list_spaces, merge_adapters
+from pcb_peft.adapters.adapter import Adapter, Modules
+from pcb_peft.deltas.delta import LowRank
 from pcb_peft.formats import Entry
+from pcb_peft.tasks import task_vectors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,9 +268,9 @@ def threads(count):
 
 @every_case
 def test_another_call_gives_the_same_bytes_whatever_tiles_threads_and_memory(case, monkeypatch):
-    monkeypatch.setattr(statistics, "TILE_VALUES", 90)
-    monkeypatch.setattr(statistics, "SAMPLE_VALUES", 150)
-    monkeypatch.setattr(statistics, "HELD_VALUES", 0)
+    monkeypatch.setattr(task_vectors, "TILE_VALUES", 90)
+    monkeypatch.setattr(task_vectors, "SAMPLE_VALUES", 150)
+    monkeypatch.setattr(task_vectors, "HELD_VALUES", 0)
     with threads(2):
         found = result(case, pool(), max_memory=0)
     assert all(found[module].tobytes() == x.tobytes() for module, x in usual(case).items())

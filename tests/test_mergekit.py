@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from pcb_peft import Adapter, merge_adapters
-from pcb_peft.adapter import Modules
-from pcb_peft.delta import Dense
+from pcb_peft.adapters.adapter import Modules
+from pcb_peft.deltas.delta import Dense
 from pcb_peft.formats import Entry
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "mergekit.safetensors")

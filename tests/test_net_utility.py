@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from pcb_peft import OptionError, merge_adapters
-from pcb_peft.adapter import Adapter, Modules
-from pcb_peft.delta import LowRank
+from pcb_peft.adapters.adapter import Adapter, Modules
+from pcb_peft.deltas.delta import LowRank
 from pcb_peft.formats import Entry
 
 LORA = peft.LoraConfig(r=4, target_modules="all-linear")

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from pcb_peft import noise, statistics
-from pcb_peft.blocks import Block, products, stacked
-from pcb_peft.statistics import TaskVectors
+from pcb_peft.tasks import counter_rng, task_vectors
+from pcb_peft.tasks.blocks import Block, products, stacked
+from pcb_peft.tasks.task_vectors import TaskVectors
 
 SEEDED = {  # the first outputs of SplitMix64, as its implementations in many languages are tested with
     0: (0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F),
     1234567: (6457827717110365317, 3203168211198807973, 9817491932198370423),
 }
-KEYS = (0, 1, 2, 3, -1, 2**63 - 1, -(2**63), noise.key(0, "a", "b", 0))
+KEYS = (0, 1, 2, 3, -1, 2**63 - 1, -(2**63), counter_rng.key(0, "a", "b", 0))
 
 
 def splitmix64(seed: int, count: int) -> list[int]:
@@ -33,7 +33,7 @@ def splitmix64(seed: int, count: int) -> list[int]:
 
 
 def uniform(keys: tuple[int, ...], positions: Tensor) -> Tensor:
-    return noise.uniform(torch.tensor(keys), positions)
+    return counter_rng.uniform(torch.tensor(keys), positions)
 
 
 def stream(key: int, count: int) -> np.ndarray:
@@ -108,10 +108,10 @@ def test_keys_differ_wherever_a_part_does_and_never_change():
         for module in ("m", "n")
         for block in (0, 1)
     ]
-    assert len({noise.key(*each) for each in parts}) == len(parts)
-    assert noise.key("ab", "c") != noise.key("a", "bc")
-    assert noise.key(1) != noise.key("1")
-    assert noise.key(0, "adapter", "model.layers.0.q_proj", 0) == -3154262575073544249
+    assert len({counter_rng.key(*each) for each in parts}) == len(parts)
+    assert counter_rng.key("ab", "c") != counter_rng.key("a", "bc")
+    assert counter_rng.key(1) != counter_rng.key("1")
+    assert counter_rng.key(0, "adapter", "model.layers.0.q_proj", 0) == -3154262575073544249
 
 
 def keyed(block: Block, keys: tuple[int, ...]) -> Block:
@@ -131,7 +131,7 @@ def random_blocks() -> list[Block]:
     ]
     made.append(stacked(normal(3, 50, 60), (1, 1, 1)))
     return [
-        keyed(block, (noise.key(i), noise.key(i, 1), noise.key(i, 2)))
+        keyed(block, (counter_rng.key(i), counter_rng.key(i, 1), counter_rng.key(i, 2)))
         for i, block in enumerate(made)
     ]
 
@@ -158,7 +158,7 @@ def test_a_transformed_block_has_the_numbers_of_its_keys_and_places():
 
 def test_parts_of_a_block_have_the_same_numbers():
     for block in random_blocks():
-        part = statistics.transformed(block, noisy).open(torch.float64, torch.device("cpu"))
+        part = task_vectors.transformed(block, noisy).open(torch.float64, torch.device("cpu"))
         everything = part(slice(None), slice(None))
         rows, cols = torch.randperm(block.shape[1])[:20], torch.randperm(block.shape[2])[:7]
         assert torch.equal(part(rows, cols), everything[:, rows][:, :, cols])
@@ -170,7 +170,7 @@ def test_tiles_and_threads_change_nothing(
     values: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ):
     expected = whole(TaskVectors(random_blocks()).transformed(noisy))
-    monkeypatch.setattr(statistics, "TILE_VALUES", values)
+    monkeypatch.setattr(task_vectors, "TILE_VALUES", values)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -195,7 +195,7 @@ def test_order_statistics_of_transformed_task_vectors_are_exact(monkeypatch: pyt
     entries = (
         torch.cat([block.flatten(1) for block in whole(tasks)], dim=1).abs().sort(dim=1).values
     )
-    monkeypatch.setattr(statistics, "SAMPLE_VALUES", 2000)
+    monkeypatch.setattr(task_vectors, "SAMPLE_VALUES", 2000)
     indices = [0, tasks.size // 2, tasks.size * 9 // 10, tasks.size - 1]
     assert torch.equal(tasks.order_statistics(torch.abs, indices)[:, 0, 0], entries[:, indices])
 
@@ -216,7 +216,8 @@ def test_a_block_without_keys_says_so():
 def test_a_gpu_gives_the_same_numbers():
     keys, positions = torch.tensor(KEYS), torch.arange(1 << 16).view(256, 256)
     assert torch.equal(
-        noise.uniform(keys.cuda(), positions.cuda()).cpu(), noise.uniform(keys, positions)
+        counter_rng.uniform(keys.cuda(), positions.cuda()).cpu(),
+        counter_rng.uniform(keys, positions),
     )
 
 
@@ -224,7 +225,7 @@ def test_nothing_is_drawn_where_no_method_asks(monkeypatch: pytest.MonkeyPatch):
     def refuse(*_: Tensor) -> Tensor:
         raise AssertionError
 
-    monkeypatch.setattr(noise, "uniform", refuse)
+    monkeypatch.setattr(counter_rng, "uniform", refuse)
     drawn: Callable[[Tensor, Tensor], Tensor] = noisy
     tasks = TaskVectors(random_blocks())
     tasks.combine(lambda x, weights: (weights * x).sum(0)).block(0)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pcb_peft import output
 from pcb_peft.errors import OutputError
-from pcb_peft.output import GrowingFile, replace_directory
+from pcb_peft.writing import atomic
+from pcb_peft.writing.atomic import GrowingFile, replace_directory
 
 
 def write(target, text="new", *, overwrite=False):
@@ -142,7 +142,7 @@ def test_what_the_disk_says_while_a_file_grows_is_not_lost(tmp_path, monkeypatch
     def broken(_):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(output, "_SYNCED_AT_ONCE", 1)
+    monkeypatch.setattr(atomic, "_SYNCED_AT_ONCE", 1)
     monkeypatch.setattr(os, "fsync", broken)
     with (
         pytest.raises(OutputError, match="Input/output error"),

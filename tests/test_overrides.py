@@ -4,7 +4,7 @@ import peft
 import pytest
 
 from pcb_peft import OptionError, load_adapter, merge, merge_adapters, read_recipe
-from pcb_peft.overrides import at_depth, layer_of
+from pcb_peft.recipes.overrides import at_depth, layer_of
 
 LORA = peft.LoraConfig(r=3, target_modules="all-linear")
 QUERY, UP = "model.layers.{}.self_attn.q_proj", "model.layers.{}.mlp.up_proj"

@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pcb_peft import fold, output, pieces
-from pcb_peft.base_model import open_base_model
-from pcb_peft.delta import Dense, Diagonal, LowRank
+from pcb_peft.base.model import open_base_model
+from pcb_peft.deltas.delta import Dense, Diagonal, LowRank
+from pcb_peft.deltas.linalg import row_slices
 from pcb_peft.errors import BaseModelError, MismatchError, OutputError
-from pcb_peft.fold import fold_deltas
-from pcb_peft.linalg import row_slices
-from pcb_peft.threads import side_by_side
+from pcb_peft.runtime.threads import side_by_side
+from pcb_peft.writing import atomic, chunks, fold
+from pcb_peft.writing.fold import fold_deltas
 
 SHAPES = {"wide": (70, 900), "high": (515, 64), "row": (1, 33), "plain": (64, 64), "scaled": (9, 5)}
 
@@ -44,7 +44,7 @@ def deltas():
 @pytest.fixture
 def small_pieces(monkeypatch):
     monkeypatch.setattr(fold, "PIECE_VALUES", 1000)
-    monkeypatch.setattr(pieces, "_PIECE_BYTES", 1000)
+    monkeypatch.setattr(chunks, "_PIECE_BYTES", 1000)
 
 
 @pytest.fixture(params=[1, 2, 5])
@@ -149,7 +149,7 @@ def test_a_disk_that_fails_behind_the_writer_leaves_the_old_output(tmp_path, mon
             raise failures.pop()
         sync(descriptor)
 
-    monkeypatch.setattr(output, "_SYNCED_AT_ONCE", 1000)
+    monkeypatch.setattr(atomic, "_SYNCED_AT_ONCE", 1000)
     monkeypatch.setattr(os, "fsync", fails_once)
     with pytest.raises(OutputError, match=r"cannot be written: Input/output error"):
         folds()

@@ -8,14 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pcb_peft import (
-    AdapterError,
-    OptionError,
-    UnsupportedError,
-    cli,
-    load_adapter,
-    merge_adapters,
-)
+from pcb_peft import AdapterError, OptionError, UnsupportedError, load_adapter, merge_adapters
+from pcb_peft.commands import cli
 
 FILE, PREFIX = "pytorch_lora_weights.safetensors", "base_model.model."
 TARGETS = {  # component: its LoRA's targets, by their paths in diffusers

@@ -12,7 +12,7 @@ from pathlib import Path
 import peft
 import pytest
 
-from pcb_peft.processes import ALONE, Processes, all_processes, current
+from pcb_peft.runtime.processes import ALONE, Processes, all_processes, current
 
 HERE = Path(__file__).parent
 CASES = {

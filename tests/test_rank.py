@@ -7,11 +7,12 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 
-from pcb_peft import OptionError, rank
-from pcb_peft.delta import Core, Dense, LowRank
-from pcb_peft.layout import CONV1D, LINEAR
-from pcb_peft.linalg import Basis, column_signs, leading_svd, spanned, svd
-from pcb_peft.rank import balanced, check_rank, decompose, truncate
+from pcb_peft import OptionError
+from pcb_peft.deltas import rank
+from pcb_peft.deltas.delta import Core, Dense, LowRank
+from pcb_peft.deltas.layout import CONV1D, LINEAR
+from pcb_peft.deltas.linalg import Basis, column_signs, leading_svd, spanned, svd
+from pcb_peft.deltas.rank import balanced, check_rank, decompose, truncate
 
 DTYPES = {torch.float32: 2e-6, torch.float64: 1e-12}  # and how exact a decomposition is
 SHAPES = [(1, 1), (1, 9), (9, 1), (12, 12), (40, 12), (12, 40), (30, 20), (20, 30)]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pcb_peft import OptionError, merge_adapters
-from pcb_peft.resources import number_of_bytes, working_device
+from pcb_peft.runtime.resources import number_of_bytes, working_device
 
 BYTES = {0: 0, 4096: 4096, "7": 7, "1K": 1024, "1.5M": 3 << 19, "2gib": 2 << 30, " 3 GB": 3 << 30}
 

@@ -22,8 +22,8 @@ from pcb_peft import (
     load_adapter,
     merge_adapters,
 )
-from pcb_peft.adapter import Modules
-from pcb_peft.delta import LowRank
+from pcb_peft.adapters.adapter import Modules
+from pcb_peft.deltas.delta import LowRank
 from pcb_peft.formats import Entry
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

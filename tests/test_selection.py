@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
-from pcb_peft import selection
+from pcb_peft.tasks import order_statistics
 
 PATIENCE = 60  # passes, however the sample misleads
 
@@ -30,7 +30,7 @@ class Stream:
 def check(values, sample, indices, width=1499):
     """Finds what stands at the indices, exactly; returns the number of passes."""
     stream = Stream(values, width)
-    found = selection.order_statistics(
+    found = order_statistics.order_statistics(
         torch.as_tensor(sample), values.shape[1], indices, stream.sweep
     )
     assert_array_equal(found.numpy(), np.sort(values, axis=1)[:, indices])
@@ -88,7 +88,7 @@ def test_values_that_do_not_fit_cost_passes_and_never_the_answer(
     monkeypatch, stream, sample, kept, passes
 ):
     """24√(n/4) of n kept values, two thirds of them if n is 300, are what the next pass looks at."""
-    monkeypatch.setattr(selection, "KEPT_VALUES", kept)
+    monkeypatch.setattr(order_statistics, "KEPT_VALUES", kept)
     row = STREAMS[stream]
     assert check(row[None], SAMPLES[sample](row, 100)[None], PLACES) <= passes
 
@@ -104,15 +104,15 @@ def arrays_in(thing):
 
 
 def test_a_bracket_does_not_hold_on_to_the_tiles_from_which_it_keeps_a_part(monkeypatch):
-    monkeypatch.setattr(selection, "KEPT_VALUES", 1000)
+    monkeypatch.setattr(order_statistics, "KEPT_VALUES", 1000)
     held = []
-    add = selection.Bracket.add
+    add = order_statistics.Bracket.add
 
     def measured(bracket, part):
         add(bracket, part)
         held.append(sum({id(array): array.nbytes for array in arrays_in(bracket)}.values()))
 
-    monkeypatch.setattr(selection.Bracket, "add", measured)
+    monkeypatch.setattr(order_statistics.Bracket, "add", measured)
     check(rng.normal(size=(1, 50_000)), np.zeros((1, 1)), [25_000], width=100)
     assert 8 * 500 < max(held) <= 3 * 8 * 1100  # a buffer that grows has some room to spare
 
@@ -152,14 +152,14 @@ def test_a_million_values(dtype):
 def test_a_bracket_keeps_what_lies_in_it_ends_included_and_counts_what_lies_below():
     """Below 2: 1, 0, 1. From 2 to 5: 2, 5, 3, 4, 4, 5, 2. Above: 9, 9."""
     values = torch.tensor([1.0, 0, 2, 5, 3, 9, 4, 4, 5, 2, 1, 9])
-    below, inside, kept = selection.partition(values, 2.0, 5.0)
+    below, inside, kept = order_statistics.partition(values, 2.0, 5.0)
     assert (below, inside, sorted(kept.tolist())) == (3, 7, [2, 2, 3, 4, 4, 5, 5])
-    assert selection.partition(values, -np.inf, 1.0)[:2] == (0, 3)
-    assert selection.partition(values, 5.0, np.inf)[:2] == (8, 4)
+    assert order_statistics.partition(values, -np.inf, 1.0)[:2] == (0, 3)
+    assert order_statistics.partition(values, 5.0, np.inf)[:2] == (8, 4)
 
 
 def test_a_bracket_of_one_value_counts_it_and_keeps_nothing():
-    below, inside, kept = selection.partition(torch.tensor([1.0, 2, 2, 3]), 2.0, 2.0)
+    below, inside, kept = order_statistics.partition(torch.tensor([1.0, 2, 2, 3]), 2.0, 2.0)
     assert (below, inside, len(kept)) == (1, 2, 0)
 
 
@@ -167,7 +167,7 @@ def test_a_bracket_of_one_value_counts_it_and_keeps_nothing():
 def test_a_bracket_reaches_twelve_standard_errors_to_both_sides(quantile):
     """Of n sampled values the q-th is off by √(n q (1 − q)) places, and by one at the ends."""
     n = 100_000
-    low, high = selection.narrowed(torch.arange(float(n)), quantile, -np.inf, np.inf)
+    low, high = order_statistics.narrowed(torch.arange(float(n)), quantile, -np.inf, np.inf)
     center, margin = quantile * (n - 1), 12 * max(1, np.sqrt(n * quantile * (1 - quantile)))
     assert low == (np.floor(center - margin) if center >= margin else -np.inf)
     assert high == (np.ceil(center + margin) if center + margin <= n - 1 else np.inf)
@@ -182,7 +182,9 @@ def test_values_that_are_no_numbers_are_not_searched_for_ever(index):
     row[0, np.arange(1000) % 100 > 0] = rng.normal(size=990)
     stream = Stream(row, 100)
     with contextlib.suppress(ValueError):
-        selection.order_statistics(torch.as_tensor(row[:, 1:20]), 1000, [index], stream.sweep)
+        order_statistics.order_statistics(
+            torch.as_tensor(row[:, 1:20]), 1000, [index], stream.sweep
+        )
 
 
 numbers = st.one_of(

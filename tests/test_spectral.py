@@ -8,11 +8,11 @@ import torch
 from numpy.testing import assert_allclose
 
 from pcb_peft import Adapter, get_method, list_methods, merge_adapters
-from pcb_peft.adapter import Modules
-from pcb_peft.blocks import stacked
-from pcb_peft.delta import LowRank
+from pcb_peft.adapters.adapter import Modules
+from pcb_peft.deltas.delta import LowRank
 from pcb_peft.formats import Entry
-from pcb_peft.statistics import TaskVectors
+from pcb_peft.tasks.blocks import stacked
+from pcb_peft.tasks.task_vectors import TaskVectors
 
 Matrix = np.ndarray
 Pair = tuple[Matrix, Matrix]  # lora_B (out, r) and lora_A (r, in)

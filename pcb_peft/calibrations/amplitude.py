@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from pcb_peft.calibrations.registry import after
-from pcb_peft.delta import MATRICES, Delta, Diagonal
-from pcb_peft.options import Range
+from pcb_peft.deltas.delta import MATRICES, Delta, Diagonal
+from pcb_peft.plugins.options import Range
 
 
 def _squares(merged: Delta, deltas: Sequence[Delta]) -> Tensor:

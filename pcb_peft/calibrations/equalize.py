@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from pcb_peft.calibrations.registry import before
-from pcb_peft.delta import MATRICES, Delta, Diagonal
-from pcb_peft.options import Range
+from pcb_peft.deltas.delta import MATRICES, Delta, Diagonal
+from pcb_peft.plugins.options import Range
 
 
 @before("equalize", paper="arXiv:2606.03723", accepts=(*MATRICES, Diagonal))

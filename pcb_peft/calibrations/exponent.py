@@ -5,9 +5,9 @@ from typing import Annotated, TypeAlias
 
 from pcb_peft.calibrations.registry import after, before
 from pcb_peft.calibrations.spectral import assembled
-from pcb_peft.delta import MATRICES, Delta
-from pcb_peft.options import Range
-from pcb_peft.rank import triplets
+from pcb_peft.deltas.delta import MATRICES, Delta
+from pcb_peft.deltas.rank import triplets
+from pcb_peft.plugins.options import Range
 
 PAPER = "arXiv:2502.04959"
 

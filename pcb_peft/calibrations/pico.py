@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from pcb_peft.calibrations.registry import before
-from pcb_peft.delta import MATRICES, Delta, LowRank
-from pcb_peft.linalg import svd
+from pcb_peft.deltas.delta import MATRICES, Delta, LowRank
+from pcb_peft.deltas.linalg import svd
 
 Factors: TypeAlias = tuple[Tensor, Tensor]
 """(out, r) and (r, in), float64, whose product is ΔW."""

@@ -12,9 +12,9 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
-from pcb_peft.delta import Delta
+from pcb_peft.deltas.delta import Delta
 from pcb_peft.errors import OptionError
-from pcb_peft.options import Option, bind, did_you_mean, options_of
+from pcb_peft.plugins.options import Option, bind, did_you_mean, options_of
 
 When: TypeAlias = Literal["before", "after"]
 Kinds: TypeAlias = tuple[type[Delta], ...]

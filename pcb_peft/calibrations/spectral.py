@@ -2,8 +2,8 @@
 
 import torch
 
-from pcb_peft.delta import Core, Delta
-from pcb_peft.linalg import Basis, Svd
+from pcb_peft.deltas.delta import Core, Delta
+from pcb_peft.deltas.linalg import Basis, Svd
 
 
 def assembled(like: Delta, triplets: Svd) -> Core:

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from pcb_peft.calibrations.registry import after
 from pcb_peft.calibrations.spectral import assembled
-from pcb_peft.delta import MATRICES, Delta
-from pcb_peft.linalg import Svd
-from pcb_peft.options import Range
-from pcb_peft.rank import triplets
+from pcb_peft.deltas.delta import MATRICES, Delta
+from pcb_peft.deltas.linalg import Svd
+from pcb_peft.deltas.rank import triplets
+from pcb_peft.plugins.options import Range
 
 
 @after("svc", paper="arXiv:2602.05536", accepts=MATRICES)

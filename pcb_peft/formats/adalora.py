@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pcb_peft.delta import LowRank
+from pcb_peft.deltas.delta import LowRank
 from pcb_peft.formats.registry import Entry, register
 from pcb_peft.formats.tuner import Parts, tuner
 

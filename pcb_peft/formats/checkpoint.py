@@ -9,8 +9,8 @@ import safetensors
 import torch
 from torch import Tensor
 
+from pcb_peft.deltas.linalg import all_finite
 from pcb_peft.errors import AdapterError, OptionError
-from pcb_peft.linalg import all_finite
 
 CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"

@@ -2,7 +2,7 @@
 
 import torch
 
-from pcb_peft.delta import LowRank
+from pcb_peft.deltas.delta import LowRank
 from pcb_peft.formats.registry import Entry, register
 from pcb_peft.formats.tuner import Parts, tuner
 

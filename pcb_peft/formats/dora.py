@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from pcb_peft.delta import LowRank, Rescaled
+from pcb_peft.deltas.delta import LowRank, Rescaled
 from pcb_peft.errors import UnsupportedError
 from pcb_peft.formats.registry import PREFIX, Written
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pcb_peft.deltas.replacements import Head, Rows, word_of, words_of
 from pcb_peft.errors import AdapterError, UnsupportedError
 from pcb_peft.formats.checkpoint import Tensors, Without
 from pcb_peft.formats.registry import PREFIX, Format, Written, finite, module_of
-from pcb_peft.replaced import Head, Rows, word_of, words_of
 
 ROWS = "trainable_tokens_delta"  # PEFT's name for rows that take the place of others; they are no delta
 

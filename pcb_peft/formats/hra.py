@@ -2,7 +2,7 @@
 
 import torch
 
-from pcb_peft.delta import LowRank
+from pcb_peft.deltas.delta import LowRank
 from pcb_peft.formats.checkpoint import Tensors
 from pcb_peft.formats.peft_layer import WHY, Tuner, entries_by_peft, opened
 from pcb_peft.formats.registry import Base, Config, Contents, Entry, Format, register

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from pcb_peft.delta import Diagonal
+from pcb_peft.deltas.delta import Diagonal
+from pcb_peft.deltas.layout import CONV1D, LINEAR, Layout
 from pcb_peft.errors import UnsupportedError
 from pcb_peft.formats.checkpoint import Tensors
 from pcb_peft.formats.registry import (
@@ -22,7 +23,6 @@ from pcb_peft.formats.registry import (
     register,
     saved_parameters,
 )
-from pcb_peft.layout import CONV1D, LINEAR, Layout
 
 L = ".ia3_l"
 

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
+from pcb_peft.deltas.layout import LINEAR, Layout
 from pcb_peft.errors import AdapterError
 from pcb_peft.formats.lora_parts import pattern_value
 from pcb_peft.formats.tuner import Parts
-from pcb_peft.layout import LINEAR, Layout
 
 DEFAULT = 8  # PEFT's r and alpha, where the configuration leaves them out
 

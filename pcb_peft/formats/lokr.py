@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pcb_peft.delta import Dense
+from pcb_peft.deltas.delta import Dense
 from pcb_peft.formats.kernels import kernel_layout, lycoris_scaling, product, tucker
 from pcb_peft.formats.registry import Entry, register
 from pcb_peft.formats.tuner import Parts, tuner

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pcb_peft.delta import Delta, LowRank, Rescaled
+from pcb_peft.deltas.delta import Delta, LowRank, Rescaled
+from pcb_peft.deltas.layout import CONV1D, Layout
+from pcb_peft.deltas.replacements import Parameter
 from pcb_peft.errors import UnsupportedError
 from pcb_peft.formats.checkpoint import Tensors
 from pcb_peft.formats.dora import direction, rescaled, with_magnitudes
@@ -43,8 +45,6 @@ from pcb_peft.formats.registry import (
     saved_parameters,
     without_base,
 )
-from pcb_peft.layout import CONV1D, Layout
-from pcb_peft.replaced import Parameter
 
 TOKENS = "token_adapter."
 OUTPUTS = ("lm_head", "embed_out", "decoder", "output", "output_layer")

@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pcb_peft.delta import LowRank
+from pcb_peft.deltas.delta import LowRank
+from pcb_peft.deltas.layout import CONV1D, LINEAR
 from pcb_peft.errors import AdapterError, UnsupportedError
 from pcb_peft.formats.checkpoint import Tensors
 from pcb_peft.formats.lora_parts import DEFAULT, Parts, pattern_value, scaling_of
 from pcb_peft.formats.registry import PREFIX, Base, Config, Entry, finite
-from pcb_peft.layout import CONV1D, LINEAR
 
 ORDER = ("gate_up_proj", "down_proj")  # in which transformers' experts hold them
 AS_IT_IS, NEVER_AS_IT_IS = (0, 19, 1), (0, 19, 0)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pcb_peft.deltas.layout import CONV1D, EMBEDDING, LINEAR, Layout
 from pcb_peft.errors import AdapterError, UnsupportedError
 from pcb_peft.formats.checkpoint import Tensors
 from pcb_peft.formats.registry import PREFIX, Config, finite, module_of
-from pcb_peft.layout import CONV1D, EMBEDDING, LINEAR, Layout
 
 OPTIONAL = {  # part that only some LoRAs have: the field of the configuration that says so
     "lora_magnitude_vector": "use_dora",

@@ -6,10 +6,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pcb_peft.delta import LowRank
+from pcb_peft.deltas.delta import LowRank
+from pcb_peft.deltas.linalg import svd
 from pcb_peft.errors import UnsupportedError
 from pcb_peft.formats.registry import Config
-from pcb_peft.linalg import svd
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from pcb_peft.delta import LowRank
+from pcb_peft.deltas.delta import LowRank
 from pcb_peft.formats.checkpoint import Tensors
 from pcb_peft.formats.peft_layer import Tuner, entries_by_peft
 from pcb_peft.formats.registry import Base, Config, Contents, Entry, Format, register

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pcb_peft.delta import Delta, Dense
+from pcb_peft.deltas.delta import Delta, Dense
+from pcb_peft.deltas.layout import Layout
 from pcb_peft.errors import AdapterError, UnsupportedError
 from pcb_peft.formats.registry import (
     PREFIX,
@@ -25,7 +26,6 @@ from pcb_peft.formats.registry import (
     checked,
 )
 from pcb_peft.formats.tuner import Parts
-from pcb_peft.layout import Layout
 
 if TYPE_CHECKING:
     from peft import PeftConfig

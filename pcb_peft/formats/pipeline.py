@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pcb_peft.delta import LowRank
+from pcb_peft.deltas.delta import LowRank
+from pcb_peft.deltas.layout import LINEAR, Layout
 from pcb_peft.errors import AdapterError, UnsupportedError
 from pcb_peft.formats.checkpoint import PIPELINE, Tensors
 from pcb_peft.formats.lora_parts import pattern_value
@@ -29,7 +30,6 @@ from pcb_peft.formats.registry import (
     is_vector,
     register,
 )
-from pcb_peft.layout import LINEAR, Layout
 
 PARTS = {  # what ends the name of lora_A, of lora_B, and of alpha; the first that fits
     "A": r"\.(lora_down|lora_A|lora\.down|lora_linear_layer\.down)\.weight|_lora\.down\.weight",

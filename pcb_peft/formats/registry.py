@@ -15,7 +15,10 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from pcb_peft.delta import Delta, Dense, LowRank, Rescaled
+from pcb_peft.deltas.delta import Delta, Dense, LowRank, Rescaled
+from pcb_peft.deltas.layout import LINEAR, Layout
+from pcb_peft.deltas.linalg import all_finite
+from pcb_peft.deltas.replacements import Parameter, Rows
 from pcb_peft.errors import (
     AdapterError,
     BaseModelError,
@@ -24,10 +27,7 @@ from pcb_peft.errors import (
     UnsupportedError,
 )
 from pcb_peft.formats.checkpoint import SAFETENSORS, Tensors
-from pcb_peft.layout import LINEAR, Layout
-from pcb_peft.linalg import all_finite
-from pcb_peft.replaced import Parameter, Rows
-from pcb_peft.threads import one_thread
+from pcb_peft.runtime.threads import one_thread
 
 PREFIX = "base_model.model."
 AUTOMATIC_HEADS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"]}

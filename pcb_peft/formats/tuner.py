@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
+from pcb_peft.deltas.layout import CONV1D, LINEAR, Layout
 from pcb_peft.errors import AdapterError, BaseModelError
 from pcb_peft.formats.checkpoint import Tensors
 from pcb_peft.formats.registry import (
@@ -24,7 +25,6 @@ from pcb_peft.formats.registry import (
     saved_parameters,
     without_base,
 )
-from pcb_peft.layout import CONV1D, LINEAR, Layout
 
 SHARED = "base_model."
 

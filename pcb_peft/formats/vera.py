@@ -1,6 +1,6 @@
 """VeRA: one pair of random matrices for all modules, and two trained vectors for each."""
 
-from pcb_peft.delta import LowRank
+from pcb_peft.deltas.delta import LowRank
 from pcb_peft.formats.checkpoint import Tensors
 from pcb_peft.formats.peft_layer import Tuner, entries_by_peft
 from pcb_peft.formats.registry import Base, Config, Contents, Entry, Format, register

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from pcb_peft.methods.registry import merge_method
 from pcb_peft.methods.verbs import above_zero, number_kept
-from pcb_peft.options import Density, Range
-from pcb_peft.statistics import Merged, TaskVectors
+from pcb_peft.plugins.options import Density, Range
+from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 
 @merge_method("breadcrumbs", paper="arXiv:2312.06795", scope="module")

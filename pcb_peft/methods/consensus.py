@@ -5,8 +5,8 @@ from typing import Annotated
 from torch import Tensor
 
 from pcb_peft.methods.registry import merge_method
-from pcb_peft.options import Range
-from pcb_peft.statistics import Merged, TaskVectors
+from pcb_peft.plugins.options import Range
+from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 
 @merge_method("consensus", paper="arXiv:2405.07813", scope="module", keeps_one=True)

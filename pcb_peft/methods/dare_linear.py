@@ -2,8 +2,8 @@
 
 from pcb_peft.methods.registry import merge_method
 from pcb_peft.methods.verbs import drop_at_random
-from pcb_peft.options import Density
-from pcb_peft.statistics import Merged, TaskVectors
+from pcb_peft.plugins.options import Density
+from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 
 @merge_method("dare_linear", paper="arXiv:2311.03099", scope="module")

@@ -4,8 +4,8 @@ from torch import Tensor
 
 from pcb_peft.methods.registry import merge_method
 from pcb_peft.methods.verbs import drop_at_random, elected, mean_of
-from pcb_peft.options import Density
-from pcb_peft.statistics import Merged, TaskVectors
+from pcb_peft.plugins.options import Density
+from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 
 @merge_method("dare_ties", paper="arXiv:2311.03099", scope="module")

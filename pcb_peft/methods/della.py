@@ -7,8 +7,8 @@ from torch import Tensor
 
 from pcb_peft.methods.registry import merge_method
 from pcb_peft.methods.verbs import elected, mean_of
-from pcb_peft.options import Density, Range
-from pcb_peft.statistics import Merged, TaskVectors
+from pcb_peft.plugins.options import Density, Range
+from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 
 @merge_method("della", paper="arXiv:2406.11617", scope="module")

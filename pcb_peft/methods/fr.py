@@ -7,8 +7,8 @@ from torch import Tensor
 
 from pcb_peft.methods.registry import merge_method
 from pcb_peft.methods.spectral import merge_matrices
-from pcb_peft.options import Range
-from pcb_peft.statistics import Merged, TaskVectors
+from pcb_peft.plugins.options import Range
+from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 
 @merge_method(

@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from pcb_peft.linalg import significant
+from pcb_peft.deltas.linalg import significant
 from pcb_peft.methods.registry import merge_method
 from pcb_peft.methods.spectral import merge_matrices
-from pcb_peft.statistics import Merged, TaskVectors
+from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 
 @merge_method("iso_c", paper="arXiv:2502.04959", scope="module", keeps_one=True, matrices=True)

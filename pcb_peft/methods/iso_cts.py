@@ -4,11 +4,11 @@ from typing import Annotated
 
 from torch import Tensor
 
-from pcb_peft.linalg import Svd, joined, orthonormalized, significant
+from pcb_peft.deltas.linalg import Svd, joined, orthonormalized, significant
 from pcb_peft.methods.registry import merge_method
 from pcb_peft.methods.spectral import merge_matrices
-from pcb_peft.options import Range
-from pcb_peft.statistics import Merged, TaskVectors
+from pcb_peft.plugins.options import Range
+from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 
 @merge_method("iso_cts", paper="arXiv:2502.04959", scope="module", keeps_one=True, matrices=True)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pcb_peft.methods.registry import merge_method
 from pcb_peft.methods.verbs import average_on_sphere, unit
-from pcb_peft.statistics import Merged, TaskVectors
+from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 ITERATIONS = 100
 CONVERGED = 1e-12  # radians

@@ -1,7 +1,7 @@
 """Task arithmetic."""
 
 from pcb_peft.methods.registry import merge_method
-from pcb_peft.statistics import Merged, TaskVectors
+from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 
 @merge_method("linear", paper="arXiv:2212.04089", scope="module", keeps_one=True)

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from pcb_peft.methods.registry import merge_method
 from pcb_peft.methods.verbs import combination, lengths_and_cosines
-from pcb_peft.statistics import Merged, TaskVectors
+from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 
 @merge_method("model_stock", paper="arXiv:2403.19522", scope="module", keeps_one=True)

@@ -2,7 +2,7 @@
 
 from pcb_peft.methods.registry import merge_method
 from pcb_peft.methods.verbs import average_on_sphere, unit
-from pcb_peft.statistics import Merged, TaskVectors
+from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 
 @merge_method("multislerp", paper="goddard.blog", scope="module", keeps_one=True)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pcb_peft.methods.registry import merge_method
-from pcb_peft.options import Density, Tail
-from pcb_peft.statistics import Merged, TaskVectors
+from pcb_peft.plugins.options import Density, Tail
+from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 Cross = Callable[[Tensor, Tensor], Iterable[Tensor]]
 """How the tasks see each other: (τ, signed and min–max normalised τ), each (T, r, c), to T times (r, c)."""

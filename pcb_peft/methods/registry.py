@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from pcb_peft.errors import OptionError
-from pcb_peft.options import Option, did_you_mean, options_of
-from pcb_peft.statistics import Merged, TaskVectors
+from pcb_peft.plugins.options import Option, did_you_mean, options_of
+from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 _SHELF: dict[str, "MergeMethod"] = {}
 

@@ -6,10 +6,10 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from pcb_peft.blocks import Index, View
 from pcb_peft.methods.registry import merge_method
-from pcb_peft.options import Range
-from pcb_peft.statistics import Merged, TaskVectors
+from pcb_peft.plugins.options import Range
+from pcb_peft.tasks.blocks import Index, View
+from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 SMALL = 1e-6  # of the variance of an input: less is left of it by the others only by rounding
 

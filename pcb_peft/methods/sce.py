@@ -4,8 +4,8 @@ from torch import Tensor
 
 from pcb_peft.methods.registry import merge_method
 from pcb_peft.methods.verbs import elected, number_kept, shares_of
-from pcb_peft.options import Density
-from pcb_peft.statistics import Merged, TaskVectors
+from pcb_peft.plugins.options import Density
+from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 
 @merge_method("sce", paper="arXiv:2408.07990", scope="module", keeps_one=True)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from pcb_peft.statistics import Merged, TaskVectors
+from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 
 def merge_matrices(tasks: TaskVectors, merge: Callable[[Tensor], Tensor]) -> Merged:

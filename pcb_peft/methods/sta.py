@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pcb_peft.blocks import Index, View
 from pcb_peft.methods.registry import merge_method
 from pcb_peft.methods.verbs import least_kept
-from pcb_peft.options import Density
-from pcb_peft.statistics import Merged, TaskVectors
+from pcb_peft.plugins.options import Density
+from pcb_peft.tasks.blocks import Index, View
+from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 
 @merge_method("sta", paper="arXiv:2411.16139", space="core", scope="module", data="gradient")

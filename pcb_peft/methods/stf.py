@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from pcb_peft.linalg import ROUNDING, joined, significant
+from pcb_peft.deltas.linalg import ROUNDING, joined, significant
 from pcb_peft.methods.registry import merge_method
 from pcb_peft.methods.spectral import merge_matrices
-from pcb_peft.statistics import Merged, TaskVectors
+from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 
 @merge_method("stf", paper="arXiv:2502.10698", scope="module", keeps_one=True, matrices=True)

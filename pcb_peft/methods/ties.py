@@ -4,8 +4,8 @@ from torch import Tensor
 
 from pcb_peft.methods.registry import merge_method
 from pcb_peft.methods.verbs import elected, least_kept, mean_of
-from pcb_peft.options import Density
-from pcb_peft.statistics import Merged, TaskVectors
+from pcb_peft.plugins.options import Density
+from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 
 @merge_method("ties", paper="arXiv:2306.01708")

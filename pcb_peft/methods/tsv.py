@@ -4,11 +4,11 @@ import math
 
 from torch import Tensor
 
-from pcb_peft.linalg import Svd, joined, orthonormalized, significant
+from pcb_peft.deltas.linalg import Svd, joined, orthonormalized, significant
 from pcb_peft.methods.registry import merge_method
 from pcb_peft.methods.spectral import merge_matrices
-from pcb_peft.options import Density
-from pcb_peft.statistics import Merged, TaskVectors
+from pcb_peft.plugins.options import Density
+from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 
 @merge_method("tsv", paper="arXiv:2412.00081", scope="module", keeps_one=True, matrices=True)

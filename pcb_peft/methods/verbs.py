@@ -6,7 +6,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from pcb_peft.statistics import Merged, TaskVectors
+from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 Direction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Cosines (T, T) between unit vectors and shares (T,) that add up to 1, to the coefficients (T,) of a unit vector."""

@@ -5,11 +5,11 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from pcb_peft.linalg import significant
+from pcb_peft.deltas.linalg import significant
 from pcb_peft.methods.registry import merge_method
 from pcb_peft.methods.spectral import merge_matrices
-from pcb_peft.options import Range
-from pcb_peft.statistics import Merged, TaskVectors
+from pcb_peft.plugins.options import Range
+from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 
 @merge_method("wudi", paper="arXiv:2503.08099", scope="module", keeps_one=True, matrices=True)

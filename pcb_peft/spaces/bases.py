@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pcb_peft.linalg import Basis, spanned
+from pcb_peft.deltas.linalg import Basis, spanned
 
 NOISE = 1e-10  # a direction with less than this part of the largest singular value is rounding
 SQUARED = 1e-9  # where the smallest eigenvalue is a larger part of the largest, rounding leaves it as it is

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from pcb_peft.blocks import stacked
-from pcb_peft.delta import MATRICES, Core, Delta
+from pcb_peft.deltas.delta import MATRICES, Core, Delta
 from pcb_peft.spaces.bases import shared_bases
 from pcb_peft.spaces.registry import Projection, space
+from pcb_peft.tasks.blocks import stacked
 
 
 @space("core", accepts=MATRICES, lossless=True, shows=("gradient",))

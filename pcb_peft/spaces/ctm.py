@@ -6,12 +6,12 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from pcb_peft.blocks import stacked
-from pcb_peft.delta import MATRICES, Core, Delta
-from pcb_peft.linalg import svd
-from pcb_peft.options import Range
+from pcb_peft.deltas.delta import MATRICES, Core, Delta
+from pcb_peft.deltas.linalg import svd
+from pcb_peft.plugins.options import Range
 from pcb_peft.spaces.bases import shared_bases, signs
 from pcb_peft.spaces.registry import Projection, space
+from pcb_peft.tasks.blocks import stacked
 
 SETTLED = 1e-8  # the bases are found when they retain no more than this part more than before
 

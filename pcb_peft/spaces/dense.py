@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from pcb_peft.blocks import products
-from pcb_peft.delta import MATRICES, Delta, Dense
+from pcb_peft.deltas.delta import MATRICES, Delta, Dense
 from pcb_peft.spaces.registry import Projection, space
+from pcb_peft.tasks.blocks import products
 
 
 @space("dense", accepts=MATRICES, lossless=False, shows=("gram", "gradient"))

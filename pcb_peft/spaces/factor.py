@@ -7,10 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pcb_peft.blocks import stacked
-from pcb_peft.delta import Delta, LowRank, Rescaled
-from pcb_peft.rank import balanced
+from pcb_peft.deltas.delta import Delta, LowRank, Rescaled
+from pcb_peft.deltas.rank import balanced
 from pcb_peft.spaces.registry import Projection, space
+from pcb_peft.tasks.blocks import stacked
 
 
 def _as_trained(delta: Delta) -> tuple[Tensor, Tensor]:

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pcb_peft.blocks import products
-from pcb_peft.delta import MATRICES, Delta, LowRank
+from pcb_peft.deltas.delta import MATRICES, Delta, LowRank
 from pcb_peft.spaces.bases import shared_bases
 from pcb_peft.spaces.registry import Projection, space
+from pcb_peft.tasks.blocks import products
 
 
 @space("knots", accepts=MATRICES, lossless=True, shows=("gram", "gradient"))

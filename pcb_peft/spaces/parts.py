@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pcb_peft.blocks import stacked
-from pcb_peft.delta import Delta, Rescaled
-from pcb_peft.rank import added_part
+from pcb_peft.deltas.delta import Delta, Rescaled
+from pcb_peft.deltas.rank import added_part
 from pcb_peft.spaces.registry import Encode, Projection
+from pcb_peft.tasks.blocks import stacked
 
 
 def in_parts(encode: Encode) -> Encode:

@@ -11,10 +11,10 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from pcb_peft.blocks import Block
-from pcb_peft.delta import Delta
+from pcb_peft.deltas.delta import Delta
 from pcb_peft.errors import OptionError
-from pcb_peft.options import Option, did_you_mean, options_of
+from pcb_peft.plugins.options import Option, did_you_mean, options_of
+from pcb_peft.tasks.blocks import Block
 
 Encode: TypeAlias = Callable[..., "Projection"]
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pcb_peft.blocks import stacked
-from pcb_peft.delta import Delta, Diagonal
+from pcb_peft.deltas.delta import Delta, Diagonal
 from pcb_peft.spaces.registry import Projection, space
+from pcb_peft.tasks.blocks import stacked
 
 
 @space("vector", accepts=(Diagonal,), lossless=True)

@@ -1,0 +1,83 @@
+"""Adapters, as they are read from directories, from the Hub and from live models."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pcb_peft.adapters.adapter import Adapter, read_adapter
+from pcb_peft.adapters.source import Source, files_of_model, open_files
+from pcb_peft.base.model import BaseModel, lazy_base
+from pcb_peft.formats.registry import Base
+from pcb_peft.runtime.threads import in_order
+
+
+def load_adapter(
+    source: str | Path | Source | tuple[Any, str] | Adapter,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    base_model: str | Path | BaseModel | Base = None,
+    hashed: bool = True,
+) -> Adapter:
+    """Reads an adapter that PEFT saved. Its tensors are read when they are asked for; no base model is needed.
+
+    Args:
+        source: A directory, a hub id, or (PeftModel, adapter name).
+        revision: Of the hub repository.
+        subfolder: In the directory or the repository.
+        base_model: Path or hub id; opened only where a delta depends on W (DoRA, PiSSA, trained biases …).
+        hashed: Read the whole file once for its hash, by which recipes and random masks know the adapter.
+
+    Raises:
+        AdapterError: There is no adapter, or its files are damaged.
+        UnsupportedError: It holds what cannot be read; the message names it.
+    """
+    base = base_model if callable(base_model) else lazy_base(base_model)
+    if isinstance(source, str | Path):
+        source = Source(str(source), revision, subfolder)
+    return _opened(source, hashed=hashed)(base)
+
+
+def load_adapters(
+    sources: Sequence[str | Path | Source | tuple[Any, str] | Adapter],
+    *,
+    base_model: Base,
+    hashed: bool = True,
+) -> list[Adapter]:
+    """Several adapters, whose files are read side by side; arguments and errors are `load_adapter`'s."""
+    given = [Source(str(one)) if isinstance(one, str | Path) else one for one in sources]
+    opened = in_order(functools.partial(_opened, hashed=hashed), given)
+    return [parse(base_model) for parse in opened]
+
+
+def _opened(
+    source: Source | tuple[Any, str] | Adapter, *, hashed: bool
+) -> Callable[[Base], Adapter]:
+    """What reads an adapter, whose files are open, and hashed, by now."""
+    if isinstance(source, Adapter):
+        return lambda _: source
+    if isinstance(source, tuple):
+        model, name = source
+        return functools.partial(read_adapter, name, None, files_of_model(model, name))
+    files = open_files(source, hashed=hashed)
+    hashes = {"sha256": files.sha256, "config_sha256": files.config_sha256}
+    return functools.partial(
+        read_adapter, source.name, dataclasses.replace(source, **hashes), files
+    )
+
+
+def fold_adapter(
+    adapter: str | Path | Source | tuple[Any, str] | Adapter,
+    base_model: str | Path,
+    output: str | Path,
+    *,
+    tied: str | None = None,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> None:
+    """Writes the base model with an adapter folded into its weights; as `load_adapter(adapter).fold(...)`."""
+    known = isinstance(adapter, Source) and adapter.sha256 is not None
+    loaded = load_adapter(adapter, base_model=base_model, hashed=known)
+    loaded.fold(base_model, output, tied=tied, overwrite=overwrite, progress=progress)

@@ -1,0 +1,181 @@
+"""Where adapters come from: a directory, the Hub, or a live PeftModel; and what is written down to find them again."""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pcb_peft.deltas.replacements import HEADS
+from pcb_peft.errors import AdapterError
+from pcb_peft.formats.checkpoint import (
+    CONFIG,
+    PICKLE,
+    PIPELINE,
+    SAFETENSORS,
+    SafetensorsFile,
+    Tensors,
+    TensorsInMemory,
+    open_tensors,
+    pipeline_config,
+    read_config,
+)
+
+IN_MEMORY = "in memory: "
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Source:
+    """Where one adapter is.
+
+    Attributes:
+        path: A directory or a hub id; `IN_MEMORY` and a name, where there are no files.
+        revision: Of the hub repository.
+        subfolder: In the directory or the repository.
+        sha256: Of the tensors' file, when it was read.
+        config_sha256: Of the configuration's file.
+    """
+
+    path: str
+    revision: str | None = None
+    subfolder: str | None = None
+    sha256: str | None = None
+    config_sha256: str | None = None
+
+    @property
+    def name(self) -> str:
+        """A short name, without the way to it."""
+        name = Path(self.subfolder or self.path).resolve().name
+        return name.removesuffix(".safetensors") or "adapter"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Files:
+    """An adapter's configuration and tensors, and the hashes of what they were read from.
+
+    A merged adapter has heads beside it: those of its sources, by name.
+    """
+
+    config: Mapping[str, Any]
+    tensors: Tensors
+    sha256: str | None = None
+    config_sha256: str | None = None
+    heads: Mapping[str, Tensors] = dataclasses.field(default_factory=dict[str, Tensors])
+
+
+def open_files(source: Source, *, hashed: bool = True) -> Files:
+    """The files of an adapter in a directory or on the Hub.
+
+    Raises:
+        AdapterError: There is no adapter there, or it is another one than the hash says.
+    """
+    if source.path.startswith(IN_MEMORY):
+        raise AdapterError(
+            f"{source.path} is no file: the recipe was written of a merge of adapters in memory; save that adapter, "
+            "and write its directory into the recipe"
+        )
+    directory = _local(source) or _downloaded(source)
+    if (file := _pipeline_file(directory)) is not None:
+        tensors = SafetensorsFile(file)
+        return Files(
+            pipeline_config(tensors), tensors, _tensors_digest(source, file, hashed=hashed)
+        )
+    if not (directory / CONFIG).is_file():
+        raise AdapterError(f"{directory} holds no {CONFIG}{_nearby(directory)}")
+    weights = (directory / name for name in (SAFETENSORS, PICKLE))
+    digest = _tensors_digest(source, next(filter(Path.is_file, weights), None), hashed=hashed)
+    configured = hashlib.sha256((directory / CONFIG).read_bytes()).hexdigest()
+    _refuse_other(source, "configuration", configured, "config_sha256", source.config_sha256)
+    heads = {
+        path.stem: SafetensorsFile(path)
+        for path in sorted(directory.glob(f"{HEADS}/*.safetensors"))
+    }
+    config, tensors = read_config(directory / CONFIG), open_tensors(directory)
+    return Files(config, tensors, digest, configured, heads)
+
+
+def _tensors_digest(source: Source, file: Path | None, *, hashed: bool) -> str | None:
+    digest = source.sha256 if file is None or not hashed else _digest(file)
+    _refuse_other(source, "tensors", digest, "sha256", source.sha256)
+    return digest
+
+
+def _refuse_other(
+    source: Source, what: str, digest: str | None, key: str, stated: str | None
+) -> None:
+    if stated not in (None, digest):
+        raise AdapterError(
+            f"{source.path} has changed: the SHA-256 of its {what} is {digest}, the recipe says {stated}; "
+            f"restore the adapter, or take {key} out of the recipe to merge what is there now"
+        )
+
+
+def _pipeline_file(place: Path) -> Path | None:
+    """The LoRA of a diffusion pipeline, where a place is such a file, or a directory that holds one alone."""
+    if place.is_file():
+        return place
+    alone = (place / PIPELINE).is_file() and not (place / CONFIG).is_file()
+    return place / PIPELINE if alone else None
+
+
+def files_of_model(model: Any, adapter_name: str) -> Files:
+    """What `PeftModel.save_pretrained` would write for one adapter of a live model.
+
+    Raises:
+        AdapterError: The model has no adapter of that name.
+    """
+    from peft import get_peft_model_state_dict
+
+    if adapter_name not in getattr(model, "peft_config", {}):
+        known = ", ".join(getattr(model, "peft_config", {})) or "none (is it a PeftModel?)"
+        raise AdapterError(f"the model has no adapter {adapter_name!r}; its adapters are {known}")
+    config = model.peft_config[adapter_name].to_dict()
+    config["peft_type"] = str(getattr(config["peft_type"], "value", config["peft_type"]))
+    config["task_type"] = getattr(config.get("task_type"), "value", config.get("task_type"))
+    if config.get("base_model_name_or_path") is None:
+        config["base_model_name_or_path"] = getattr(model.get_base_model(), "name_or_path", None)
+    tensors = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    return Files(config, TensorsInMemory(tensors, f"adapter {adapter_name!r}"))
+
+
+def _local(source: Source) -> Path | None:
+    directory = Path(source.path).expanduser()
+    if directory.is_file() and directory.suffix == ".safetensors":
+        return directory
+    if not directory.is_dir():
+        return None
+    return directory / source.subfolder if source.subfolder else directory
+
+
+def _downloaded(source: Source) -> Path:
+    """The adapter's directory in the Hub's cache."""
+    from huggingface_hub import snapshot_download
+
+    prefix = f"{source.subfolder}/" if source.subfolder else ""
+    names = (CONFIG, SAFETENSORS, PICKLE, PIPELINE, f"{HEADS}/*.safetensors")
+    wanted = [prefix + name for name in names]
+    try:
+        root = snapshot_download(source.path, revision=source.revision, allow_patterns=wanted)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        here = "" if Path(source.path).is_absolute() else f" (paths begin in {Path.cwd()})"
+        raise AdapterError(
+            f"{source.path} is neither a directory nor a hub repository that can be reached{here}: {reason}"
+        ) from error
+    return Path(root) / prefix
+
+
+def _nearby(directory: Path) -> str:
+    """A hint: where under the directory there are adapters."""
+    if not directory.is_dir():
+        return ": no such directory"
+    found = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG}"))
+    return f"; there are adapters in its subfolders {', '.join(found)}" if found else ""
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""A base checkpoint: its files, its architecture, its tensors."""

@@ -1,0 +1,1 @@
+"""Texts, and statistics of an adapter's task collected from them."""

@@ -1,0 +1,188 @@
+"""The rank of what leaves: optimal truncation of a delta, and the energy that it retains."""
+
+import dataclasses
+import functools
+import math
+import re
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from pcb_peft.deltas.delta import Core, Delta, Dense, LowRank, Rescaled
+from pcb_peft.deltas.linalg import Basis, Svd, column_signs, leading_svd, significant, spanned, svd
+from pcb_peft.errors import OptionError
+from pcb_peft.runtime.threads import one_thread
+
+Rank: TypeAlias = int | float | str | None
+"""An integer, a fraction of the energy to retain, "budget:N" or "utility:N" (of all modules together), "full" (dense),
+or None: lossless where the space allows it."""
+
+BUDGET = re.compile(r"(budget|utility):([1-9]\d*)")
+
+EXACT_SIZE = 512  # a matrix that has at most so many rows or columns is decomposed in full
+FIRST_GUESS = (
+    32  # how many singular triplets of a large matrix are tried first for a fraction of the energy
+)
+NOISE = {torch.float64: 1e-12, torch.float32: 1e-6}  # the part of the largest σ that is rounding
+
+
+def check_rank(rank: object) -> Rank:
+    """The rank, if it is one.
+
+    Raises:
+        OptionError: It is not.
+    """
+    if rank is None or rank == "full" or (isinstance(rank, str) and BUDGET.fullmatch(rank)):
+        return rank  # type: ignore[return-value]
+    if (type(rank) is int and rank >= 1) or (type(rank) is float and 0 < rank < 1):
+        return rank
+    raise OptionError(
+        f"rank is {rank!r}; it must be an integer from 1, an energy fraction in (0, 1), 'budget:N' (ranks of all "
+        "modules together, by energy), 'utility:N' (likewise, by net utility), 'full' (dense, for folding), or None "
+        "(lossless where the space allows it)"
+    )
+
+
+def budget_of(rank: object, kind: str = "budget") -> int | None:
+    """N of "budget:N", or of another kind of budget; None for any other rank."""
+    found = BUDGET.fullmatch(rank) if isinstance(rank, str) else None
+    return int(found[2]) if found and found[1] == kind else None
+
+
+@one_thread()
+def truncate(delta: Delta, rank: int | float | None) -> tuple[LowRank, float]:
+    """The closest delta of lower rank (Eckart and Young), with balanced factors.
+
+    Args:
+        delta: Low-rank, core or dense.
+        rank: At most so many, or as few as retain this fraction of the energy; None drops nothing but rounding.
+
+    Returns:
+        The truncated delta, float32, and the retained fraction of ‖ΔW‖²_F.
+    """
+    left, middle, right = decompose(delta)
+    total = float(middle.double().square().sum())
+    u, s, vh = _leading(middle, rank, total)
+    energy = min(1.0, float(s.double().square().sum()) / total) if total > 0 else 1.0
+    lora_A, lora_B = _across(right, s.sqrt()[:, None] * vh), _lift(left, u * s.sqrt())
+    return LowRank(lora_A.float(), lora_B.float(), layout=delta.layout), energy
+
+
+def truncate_added(delta: Rescaled, rank: int | float | None) -> tuple[Delta, float]:
+    """The closest delta with the same gain whose low-rank part has a lower rank.
+
+    Args:
+        delta: What is truncated.
+        rank: As `truncate` has it. A fraction is one of the energy of the whole ΔW, and so is what is returned.
+
+    Returns:
+        The truncated delta, and 1 − ‖lost‖²_F / ‖ΔW‖²_F; 0 where more is lost than ΔW has.
+    """
+    delta = delta.factored()
+    if rank is None and isinstance(delta.added, LowRank):
+        return delta, 1.0
+    if isinstance(rank, float):
+        share = 1 - (1 - rank) * _share(delta)
+        rank = share if share > 0 else 1
+    added, energy = truncate(delta.added, rank)
+    return rejoined(delta, added), retained(delta, energy)
+
+
+def added_part(delta: Delta) -> Delta:
+    """The part of a delta that has a rank: what it adds to W beside rescaling it, or all of it."""
+    return delta.added if isinstance(delta, Rescaled) else delta
+
+
+def rejoined(delta: Delta, added: LowRank) -> Delta:
+    """The delta with another such part."""
+    return dataclasses.replace(delta, added=added) if isinstance(delta, Rescaled) else added
+
+
+def retained(delta: Delta, energy: float) -> float:
+    """The energy that the delta retains if that part retains `energy` of its own."""
+    if energy == 1 or not isinstance(delta, Rescaled):
+        return energy
+    return max(0.0, 1 - (1 - energy) / _share(delta))
+
+
+def _share(delta: Rescaled) -> float:
+    """‖ΔW‖² by that of its low-rank part."""
+    part = delta.added.norm() ** 2
+    return delta.norm() ** 2 / part if part else math.inf
+
+
+def balanced(delta: Delta) -> tuple[Tensor, Tensor]:
+    """lora_A = √ΣVᵀ and lora_B = U√Σ, float64, each column of U signed so that its largest entry is positive.
+
+    Whatever pair (BG, G⁻¹A) stood for the adapter, this is what comes out.
+    """
+    left, middle, right = decompose(delta)
+    u, s, vh = svd(middle)
+    u, vh = _lift(left, u), _across(right, vh)
+    signs, root = column_signs(u), s.sqrt()
+    return (root * signs)[:, None] * vh, u * (root * signs)
+
+
+@functools.singledispatch
+def decompose(delta: Delta) -> tuple[Basis | None, Tensor, Basis | None]:
+    """ΔW = left @ middle @ rightᵀ; None stands for the identity."""
+    return None, delta.matrix(), None
+
+
+@decompose.register
+def _(delta: LowRank) -> tuple[Basis, Tensor, Basis]:
+    left, left_parts = spanned(delta.lora_B.double() * delta.scaling)
+    right, right_parts = spanned(delta.lora_A.double().T)
+    return left, left_parts @ right_parts.T, right
+
+
+@decompose.register
+def _(delta: Core) -> tuple[Basis, Tensor, Basis]:
+    return delta.left, delta.core.double(), delta.right
+
+
+@decompose.register
+def _(delta: Dense) -> tuple[None, Tensor, None]:
+    return None, delta.values, None
+
+
+def triplets(delta: Delta) -> Svd:
+    """(out, r), (r,) and (r, in), float64, for the numerical rank r of ΔW."""
+    left, middle, right = decompose(delta)
+    u, s, vh = significant(middle.double())
+    return _lift(left, u), s, _across(right, vh)
+
+
+def _lift(basis: Basis | None, columns: Tensor) -> Tensor:
+    return columns if basis is None else basis @ columns
+
+
+def _across(basis: Basis | None, rows: Tensor) -> Tensor:
+    return rows if basis is None else basis.across(rows)
+
+
+def _leading(matrix: Tensor, rank: int | float | None, total: float) -> Svd:
+    """The singular triplets that a rank asks for."""
+    u, s, vh = _enough(matrix, rank, total)
+    count = max(1, min(_count(s, rank, total), int((s > NOISE[s.dtype] * s[0]).sum())))
+    return u[:, :count], s[:count], vh[:count]
+
+
+def _enough(matrix: Tensor, rank: int | float | None, total: float) -> Svd:
+    """The leading triplets, at least as many as the rank asks for: a few of a large matrix, or else all."""
+    smaller = min(matrix.shape)
+    count = rank if isinstance(rank, int) else FIRST_GUESS
+    while rank is not None and smaller > EXACT_SIZE and count < smaller // 4:
+        triplets = leading_svd(matrix.float(), count)
+        if isinstance(rank, int) or float(triplets[1].double().square().sum()) >= rank * total:
+            return triplets
+        count *= 2
+    return svd(matrix)
+
+
+def _count(s: Tensor, rank: int | float | None, total: float) -> int:
+    """How many of the singular values a rank asks for."""
+    if isinstance(rank, float):
+        return int((s.double().square().cumsum(0) < rank * total).sum()) + 1
+    return len(s) if rank is None else rank

@@ -1,0 +1,53 @@
+"""A total rank, shared out over the modules so that the whole loses the least energy."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pcb_peft.deltas.delta import Delta, LowRank
+from pcb_peft.deltas.rank import truncate
+from pcb_peft.errors import OptionError
+
+
+def within_budget(deltas: Mapping[str, Delta], total: int) -> dict[str, tuple[LowRank, float]]:
+    """Each delta truncated to its share of the budget, and the energy that it retains.
+
+    Every module keeps its leading direction; the rest of the budget goes to the largest singular values of all modules
+    together, which is the least loss of Σ‖ΔW‖²_F that the budget allows.
+
+    Raises:
+        OptionError: There are more modules than ranks.
+    """
+    if total < len(deltas):
+        raise OptionError(
+            f"rank is a budget of {total}, but there are {len(deltas)} modules: give at least one each"
+        )
+    balanced = {module: truncate(delta, None) for module, delta in deltas.items()}
+    spectra = {module: _spectrum(delta) for module, (delta, _) in balanced.items()}
+    ranks = shared_out(spectra, total)
+    return {
+        module: _cut(delta, spectra[module], ranks[module], energy)
+        for module, (delta, energy) in balanced.items()
+    }
+
+
+def shared_out(spectra: Mapping[str, Tensor], total: int) -> dict[str, int]:
+    """How many of each module's singular values (in descending order) are among those that are kept."""
+    ranks = dict.fromkeys(spectra, 1)
+    others = [(-float(s), module) for module, values in spectra.items() for s in values[1:]]
+    for _, module in sorted(others)[: total - len(ranks)]:
+        ranks[module] += 1
+    return ranks
+
+
+def _spectrum(delta: LowRank) -> Tensor:
+    """The singular values of a delta with balanced factors."""
+    return delta.lora_B.double().norm(dim=0) * delta.lora_A.double().norm(dim=1)
+
+
+def _cut(delta: LowRank, spectrum: Tensor, rank: int, energy: float) -> tuple[LowRank, float]:
+    whole, left = spectrum.square().sum(), spectrum[:rank].square().sum()
+    retained = energy * float(torch.where(whole > 0, left / whole, 1.0))
+    lora_A, lora_B = delta.lora_A[:rank].contiguous(), delta.lora_B[:, :rank].contiguous()
+    return LowRank(lora_A, lora_B, layout=delta.layout), retained

@@ -1,0 +1,1 @@
+"""What a merge would take: time, memory, size of the output."""

@@ -1,0 +1,123 @@
+"""How many bytes a merge writes, from the shapes of what it leaves."""
+
+import dataclasses
+import math
+from collections.abc import Collection, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.base.model import BaseModel, parted
+from pcb_peft.deltas.replacements import Head, Parameter
+from pcb_peft.merging.heads import Settled
+
+FLOAT = torch.float32.itemsize  # of magnitudes, and of what stands beside the weights
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Left:
+    """What a merge leaves of a module.
+
+    Attributes:
+        shape: (out, in).
+        rank: At most so much; None for a vector.
+        rescales: Whether W is rescaled, too.
+        stacked: Whether it is one of several matrices that are stored as one.
+    """
+
+    shape: tuple[int, int]
+    rank: int | None
+    rescales: bool = False
+    stacked: bool = False
+
+    @property
+    def vector(self) -> bool:
+        return self.rank is None or self.shape[1] == 1
+
+
+def adapter_bytes(left: Collection[Left], dtype: torch.dtype, *, rank_pattern: bool) -> int:
+    """Of deltas as an adapter: the factors have one rank if each has not its own, and all rescale W if one does."""
+    matrices = [one for one in left if not one.vector]
+    highest = max((one.rank or 0 for one in matrices), default=0)
+    values = sum(math.prod(one.shape) for one in left if one.vector)
+    for one in matrices:
+        own = rank_pattern and not one.stacked
+        values += ((one.rank or 0) if own else highest) * sum(one.shape)
+    rescales = any(one.rescales for one in matrices)
+    magnitudes = sum(one.shape[0] for one in matrices) if rescales else 0
+    return values * dtype.itemsize + magnitudes * FLOAT
+
+
+def head_bytes(settled: Settled, dtype: torch.dtype) -> int:
+    """Of what is replaced, in the adapter and in the files beside it."""
+    head = settled.head
+    rows = [*head.rows.values(), *(head.rows[of] for of in head.copies.values())]
+    values = sum(some.load().numel() for some in rows) + _values(head.parameters.values())
+    return values * dtype.itemsize + _kept_bytes(settled)
+
+
+def folded_bytes(base: BaseModel, settled: Settled, modules: Iterable[str], tied: str) -> int:
+    """Of the base model with the merge in it.
+
+    Args:
+        base: The base model.
+        settled: What is replaced.
+        modules: Those that change.
+        tied: What becomes of tied weights; one that is untied is stored twice.
+    """
+    sizes = {name: span.end - span.begin for name, span in base.spans.items()}
+    total = sum(sizes.values()) + _kept_bytes(settled)
+    head = settled.head
+    weights = {f"{module}.weight" for module in (*modules, *head.rows)} | head.parameters.keys()
+    for name, new in head.parameters.items():
+        stored = next(filter(None, map(base.find, (name, *base.tied(name)))), None)
+        if stored is None:
+            total += _values([new]) * FLOAT
+            weights.discard(name)
+        else:
+            total += _grown(sizes[stored], base.spans[stored].shape, new.shape)
+    if tied == "untie":
+        ends = {base.parameter(*parted(n)) for n in weights if base.tied(n)}
+        total += sum(sizes[name] for name in ends)
+    return total
+
+
+def unread(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """The same adapters, as far as headers tell: no two replace a parameter by the same values."""
+    return [
+        dataclasses.replace(
+            adapter,
+            head=_unread(adapter.head),
+            heads={name: _unread(head) for name, head in adapter.heads.items()},
+        )
+        for adapter in adapters
+    ]
+
+
+def _unread(head: Head) -> Head:
+    parameters = {name: _other(new.shape) for name, new in head.parameters.items()}
+    return dataclasses.replace(head, parameters=parameters)
+
+
+def _other(shape: tuple[int, ...]) -> Parameter:
+    """A parameter that equals no other, and takes no memory."""
+
+    def load() -> Tensor:
+        return torch.full((), math.nan).expand(shape)
+
+    return Parameter(shape, load)
+
+
+def _kept_bytes(settled: Settled) -> int:
+    """Of the files that stand beside the weights."""
+    return FLOAT * sum(_values(head.parameters.values()) for head in settled.kept.values())
+
+
+def _values(parameters: Iterable[Parameter]) -> int:
+    return sum(math.prod(new.shape) for new in parameters)
+
+
+def _grown(size: int, old: tuple[int, ...], new: tuple[int, ...]) -> int:
+    """By how many bytes a tensor grows that gets another shape."""
+    return size // math.prod(old) * math.prod(new) - size

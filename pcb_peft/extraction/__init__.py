@@ -1,0 +1,1 @@
+"""A fine-tuned checkpoint less its base model, as an adapter."""

@@ -1,0 +1,1 @@
+"""The merge: check, plan, compete, finish, report."""

@@ -1,0 +1,159 @@
+"""Do adapters fit each other? Checked before a tensor is read."""
+
+import copy
+import itertools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.base.model import BaseModel
+from pcb_peft.deltas.delta import Delta, Diagonal, Rescaled
+from pcb_peft.errors import MismatchError
+from pcb_peft.formats import Entry
+
+SAME = "only adapters of one base model and of one kind can be merged"
+SIDES = "an (IA)³ scales the input of its feedforward_modules and the output of others: all must scale the same side"
+_NUMBER = re.compile(r"\.\d+\.")
+
+
+class Alignment:
+    """Adapters side by side: for every module that one of them touches, the delta of each.
+
+    Attributes:
+        adapters: In the caller's order.
+        modules: Module path to the first entry there is for it, which stands for its kind and shape.
+    """
+
+    def __init__(self, adapters: Sequence[Adapter]) -> None:
+        """Raises MismatchError where two adapters hold different kinds or shapes for a module."""
+        self.adapters = adapters
+        self.modules: dict[str, Entry] = {}
+        owners: dict[str, Adapter] = {}
+        for adapter in adapters:
+            for module, entry in adapter.modules.entries.items():
+                first = self.modules.setdefault(module, entry)
+                _check_pair(module, (owners.setdefault(module, adapter), first), (adapter, entry))
+        self.modules = dict(sorted(self.modules.items()))
+
+    @property
+    def kinds(self) -> set[type[Delta]]:
+        return {
+            entry.kind for adapter in self.adapters for entry in adapter.modules.entries.values()
+        }
+
+    def only(self, modules: Iterable[str]) -> "Alignment":
+        """The same adapters, on those of the modules that they touch."""
+        some = copy.copy(self)
+        some.modules = {m: self.modules[m] for m in modules if m in self.modules}
+        return some
+
+    def deltas(self, module: str) -> list[Delta]:
+        """One per adapter; a zero for those that do not touch the module."""
+        present = {i: a.modules[module] for i, a in enumerate(self.adapters) if module in a.modules}
+        template = next(iter(present.values()))
+        return [present.get(i, template.zero()) for i in range(len(self.adapters))]
+
+    def total_rank(self, module: str, *, in_parts: bool = False) -> int:
+        """R = Σ r_t over the adapters that touch the module; a dense delta counts in full.
+
+        So does one that has a low-rank part, unless it is taken `in_parts`.
+        """
+        entries = [a.modules.entries[module] for a in self.adapters if module in a.modules]
+        whole = () if in_parts else (Rescaled,)
+        return sum(min(e.shape) if e.rank is None or e.kind in whole else e.rank for e in entries)
+
+
+def _check_pair(module: str, one: tuple[Adapter, Entry], other: tuple[Adapter, Entry]) -> None:
+    (first, first_entry), (second, second_entry) = one, other
+    one_multiplies = (first_entry.kind is Diagonal) != (second_entry.kind is Diagonal)
+    if one_multiplies or first_entry.shape != second_entry.shape:
+        raise MismatchError(
+            f"{module}: {first.name} holds a {first_entry.kind.__name__} of shape {first_entry.shape}, "
+            f"{second.name} a {second_entry.kind.__name__} of shape {second_entry.shape}; "
+            + (SIDES if first_entry.kind is second_entry.kind is Diagonal else SAME)
+        )
+
+
+def refuse_other_names(adapters: Sequence[Adapter], base: Callable[[], BaseModel] | None) -> None:
+    """Refuses adapters of two classes of one model, whose paths begin at different modules.
+
+    Where PEFT looks for ``model.layers.0.mlp``, it does not load ``layers.0.mlp``, nor does it say so.
+
+    Raises:
+        MismatchError: Two adapters share no list of layers, but would if the paths of one were longer; and the base
+            model, if one was given, does not have both.
+    """
+    for one, other in itertools.permutations(adapters, 2):
+        short, long = _lists(one), _lists(other)
+        if short.keys() & long.keys():
+            continue
+        for path in long:
+            for end in filter(lambda end: path.endswith(f".{end}"), short):
+                module = short[end]
+                longer = f"{path.removesuffix(end)}{module}"
+                if base is None or base().in_memory(module) == base().in_memory(longer):
+                    raise MismatchError(
+                        f"{one.name} calls a module {module} that {other.name} would call {longer}: they were trained "
+                        "on different classes of one model (AutoModel and AutoModelForCausalLM, say), and PEFT would "
+                        "load only one of them; save both from the same class"
+                    )
+
+
+def _lists(adapter: Adapter) -> dict[str, str]:
+    """The lists of layers that an adapter touches: path to a module in it."""
+    found = {m: _NUMBER.search(m) for m in sorted(adapter.modules.entries, reverse=True)}
+    return {m[: number.start()]: m for m, number in found.items() if number}  # of each the first
+
+
+class CommonBase(NamedTuple):
+    """The base model of several adapters.
+
+    Attributes:
+        name: Path or hub id, as far as it is known.
+        revision: Of it, if all adapters name the same.
+        notes: On what was taken for the same.
+    """
+
+    name: str | None
+    revision: str | None
+    notes: Sequence[str] = ()
+
+
+def common_base(adapters: Sequence[Adapter], stated: str | None) -> CommonBase:
+    """The base model of all adapters.
+
+    Names that end alike count as one model: a directory and a hub id, or copies in several places. What the caller
+    states is not compared.
+
+    Raises:
+        MismatchError: They name different ones.
+    """
+    named = [adapter for adapter in adapters if adapter.base_model]
+    bases: Mapping[str, Adapter] = {
+        _last(str(adapter.base_model)): adapter for adapter in reversed(named)
+    }
+    if stated is None and len(bases) > 1:
+        raise MismatchError(
+            "the adapters have different base models: "
+            + ", ".join(f"{adapter.name} has {adapter.base_model}" for adapter in named)
+            + "; if they are the same model under several names, state it: base_model=…, --base-model …"
+        )
+    if stated is not None or not named:
+        return CommonBase(stated, None)
+    hub = next((a for a in named if not str(a.base_model).startswith(("/", "."))), named[0])
+    revisions = {adapter.revision for adapter in named}
+    revision = revisions.pop() if len(revisions) == 1 else None
+    notes: list[str] = []
+    if len(spelled := {str(adapter.base_model) for adapter in named}) > 1:
+        notes.append(
+            f"{', '.join(sorted(spelled))} are taken for one base model: the names end alike"
+        )
+    if revisions:
+        words = ", ".join(sorted(str(revision) for revision in revisions))
+        notes.append(f"the base model's revision is left open: the adapters name {words}")
+    return CommonBase(hub.base_model, revision, notes)
+
+
+def _last(path: str) -> str:
+    return path.rstrip("/").rsplit("/", 1)[-1].lower()

@@ -1,0 +1,90 @@
+"""The result of a merge: an adapter that knows how it was made."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Container, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.base.model import BaseModel
+from pcb_peft.deltas.delta import Rescaled
+from pcb_peft.formats import Entry
+from pcb_peft.formats.registry import Weights
+from pcb_peft.merging.report import Report
+from pcb_peft.recipes.recipe import FILE_NAME, Recipe, in_words
+from pcb_peft.runtime.processes import current, union
+from pcb_peft.writing.model_card import model_card, public_name
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class MergedAdapter(Adapter):
+    """A merged adapter.
+
+    Attributes:
+        recipe: Everything that is needed to make it again.
+        report: What was decided and what it cost.
+    """
+
+    recipe: Recipe
+    report: Report
+
+    def _whole_biases(self) -> Mapping[str, Callable[[], Tensor]]:
+        entries = self.modules.entries
+        biases = {name: entry for name, entry in entries.items() if name.endswith(".bias")}
+        changed = {name.removesuffix(".bias") for name in biases}
+        rest = entries.keys() - biases.keys()
+        rescaled = any(entries[name].kind is Rescaled for name in rest)
+        held = changed == rest and not rescaled  # a LoRA changes all biases or none, a DoRA none
+        if not rest or held or self.base is None:
+            return {}
+        return {name: functools.partial(_whole, name, e, self.base) for name, e in biases.items()}
+
+    def fold(
+        self,
+        base_model: str | Path | BaseModel,
+        output: str | Path,
+        *,
+        tied: str | None = None,
+        overwrite: bool = False,
+        progress: bool | None = None,
+    ) -> None:
+        super().fold(base_model, output, tied=tied, overwrite=overwrite, progress=progress)
+        lines = union(current().gathered(self.report.modules))
+        self.report.modules = {module: lines[module] for module in self.modules if module in lines}
+
+    def _companions(self, without: Container[str] | None = None) -> dict[str, bytes]:
+        return {FILE_NAME: self.recipe.to_yaml().encode(), **super()._companions(without)}
+
+    def _card(self, peft_type: str) -> str:
+        recipe, report = self.recipe, self.report
+        sources = [
+            (public_name(source.path) or source.name, weight)
+            for source, weight in zip(recipe.adapters, recipe.weights or (), strict=True)
+        ]
+        settings = {
+            "method": recipe.method,
+            "space": recipe.space,
+            "scope": recipe.scope,
+            **{
+                when: in_words(some)
+                for when, some in (("before", recipe.before), ("after", recipe.after))
+                if some
+            },
+            **{name: value for name, value in recipe.options.items() if value is not None},
+            "retained energy": f"{report.energy:.4f}",
+        }
+        return model_card(
+            title=f"{len(sources)} adapters merged with {recipe.method}",
+            base_model=self.base_model,
+            task_type=self.task_type,
+            tags=[peft_type.lower(), "transformers"],
+            sources=sources,
+            settings=list(settings.items()),
+        )
+
+
+def _whole(name: str, entry: Entry, base: Callable[[], Weights]) -> Tensor:
+    """A bias with its change."""
+    return base().weight(name).float() + entry.load().delta()

@@ -1,0 +1,1 @@
+"""Atomic outputs: directories, shards, folded checkpoints, model cards."""
