@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pcb_peft import Statistics, collect_statistics, get_method, merge_adapters
+from pcb_peft import TaskStatistics, collect_statistics, get_method, merge_adapters
 from pcb_peft.commands import demo
 from pcb_peft.errors import PcbPeftError
 from pcb_peft.recipes.peft_aliases import method_of
@@ -135,13 +135,13 @@ class Bench:
             return self._multiplied(merged)
         return {f"{module}.weight": merged.delta(module) for module in merged.modules}
 
-    def _statistics(self, setting: Setting) -> dict[str, list[Statistics]]:
+    def _statistics(self, setting: Setting) -> dict[str, list[TaskStatistics]]:
         """What a method that needs data wants to know of each adapter, collected on its training texts."""
         kind = get_method(method_of(str(setting.options["method"]))).data
         return {"statistics": self._collected(kind)} if kind else {}
 
     @functools.cache  # noqa: B019  (one bench per process)
-    def _collected(self, kind: str) -> list[Statistics]:
+    def _collected(self, kind: str) -> list[TaskStatistics]:
         return [
             collect_statistics(
                 task.adapter,

@@ -11,7 +11,7 @@ from pcb_peft.adapters.loading import fold_adapter, load_adapter
 from pcb_peft.adapters.source import Source
 from pcb_peft.calibrations import list_calibrations
 from pcb_peft.data.collect import collect_statistics
-from pcb_peft.data.statistics_file import Statistics, open_statistics
+from pcb_peft.data.statistics_file import TaskStatistics, open_statistics
 from pcb_peft.dry_run.estimate import Estimate, estimate_merge
 from pcb_peft.errors import (
     AdapterError,
@@ -49,7 +49,7 @@ __all__ = [
     "Recipe",
     "Report",
     "Source",
-    "Statistics",
+    "TaskStatistics",
     "UnsupportedError",
     "__version__",
     "add_weighted_adapter",

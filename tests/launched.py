@@ -19,7 +19,7 @@ def fail(how):
     def failing(tasks):
         """Fail."""
         tasks.order_statistics(abs, [0])
-        pids = current().gathered(os.getpid())
+        pids = current().all_gather(os.getpid())
         exec(how.get(str(RANK), ""), {"pids": pids})
         tasks.extremes(abs)
         return tasks.combine(lambda x, weights: (weights * x).sum(0))

@@ -9,13 +9,13 @@ import torch
 from numpy.testing import assert_allclose
 
 from pcb_peft import Adapter, OptionError, merge_adapters, read_recipe
-from pcb_peft.adapters.adapter import Modules
+from pcb_peft.adapters.adapter import DeltaMapping
 from pcb_peft.calibrations import get_calibration, list_calibrations
 from pcb_peft.commands.cli import main
 from pcb_peft.deltas.delta import Core, Delta, Dense, Diagonal, LowRank
 from pcb_peft.deltas.layout import CONV1D
 from pcb_peft.deltas.linalg import Basis
-from pcb_peft.formats import Entry
+from pcb_peft.formats import LazyDelta
 from pcb_peft.merging.engine import merge
 from pcb_peft.recipes.recipe import Recipe, in_words
 
@@ -131,8 +131,8 @@ def adapter(name: str, modules: dict[str, Pair]) -> Adapter:
     entries = {}
     for module, pair in modules.items():
         some = delta(pair, torch.float32)
-        entries[module] = Entry(LowRank, some.shape, lambda some=some: some, rank=some.rank)
-    return Adapter(name=name, modules=Modules(entries))
+        entries[module] = LazyDelta(LowRank, some.shape, lambda some=some: some, rank=some.rank)
+    return Adapter(name=name, modules=DeltaMapping(entries))
 
 
 def adapters(pairs: Sequence[Pair]) -> list[Adapter]:
@@ -340,8 +340,8 @@ def test_a_composition_is_its_pieces_by_hand(method: str, space: str):
     for i, some in enumerate(bent):
         left, right = some.factors()
         some = LowRank(right.float(), left.float())
-        entry = Entry(LowRank, some.shape, lambda some=some: some, rank=some.rank)
-        between.append(Adapter(name=f"task{i}", modules=Modules({"m": entry})))
+        entry = LazyDelta(LowRank, some.shape, lambda some=some: some, rank=some.rank)
+        between.append(Adapter(name=f"task{i}", modules=DeltaMapping({"m": entry})))
     middle = Dense(merge_adapters(between, weights=weights, **given).delta("m").double())
     own = [some.scaled(weight) for some, weight in zip(deltas, weights, strict=True)]
     wanted = AFTER["norm"].function(AFTER["svc"].function(middle, own), own, strength=1.2)
@@ -376,8 +376,8 @@ def test_conv1d_stays_conv1d():
     for i, pair in enumerate(pairs):
         some = delta(pair, torch.float32)
         some = LowRank(some.lora_A, some.lora_B, layout=CONV1D)
-        entry = Entry(LowRank, some.shape, lambda some=some: some, rank=some.rank)
-        flipped.append(Adapter(name=f"task{i}", modules=Modules({"m": entry})))
+        entry = LazyDelta(LowRank, some.shape, lambda some=some: some, rank=some.rank)
+        flipped.append(Adapter(name=f"task{i}", modules=DeltaMapping({"m": entry})))
     given = {"before": list(BEFORE), "after": list(AFTER)}
     found = merge_adapters(flipped, method="linear", **given).delta("m").numpy()
     assert distance(found.T, merged(pairs, **given)) < 1e-5
@@ -436,8 +436,8 @@ def test_a_mistake_is_named(steps: dict, message: str):
 
 
 def test_what_needs_directions_refuses_vectors():
-    entry = Entry(Diagonal, (3, 1), lambda: Diagonal(torch.tensor([1.0, 2.0, 3.0])))
-    some = [Adapter(name=name, modules=Modules({"m": entry})) for name in "ab"]
+    entry = LazyDelta(Diagonal, (3, 1), lambda: Diagonal(torch.tensor([1.0, 2.0, 3.0])))
+    some = [Adapter(name=name, modules=DeltaMapping({"m": entry})) for name in "ab"]
     with pytest.raises(OptionError, match="svc cannot take these adapters"):
         merge_adapters(some, method="linear", after="svc")
     merge_adapters(some, method="linear", before="equalize", after=["norm", "amplitude"])

@@ -164,7 +164,7 @@ def test_methods_lists_what_there_is(run):
     assert words >= {*list_methods(), *list_spaces()}
     lines = [" ".join(line.split()) for line in out.splitlines()]
     for name, method in list_methods().items():
-        facts = (name, method.space, method.scope, method.data or "none", method.paper)
+        facts = (name, method.space, method.scope, method.needs_statistic or "none", method.paper)
         assert " ".join([*facts, method.summary]) in lines
         assert f"{name} {method.measured or 'not measured here'} {method.good_at}" in lines
 

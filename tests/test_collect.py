@@ -21,7 +21,7 @@ from pcb_peft import (
     MismatchError,
     OptionError,
     OutputError,
-    Statistics,
+    TaskStatistics,
     UnsupportedError,
     collect_statistics,
     load_adapter,
@@ -362,7 +362,7 @@ def test_an_adapter_that_is_alone_is_what_it_was(workshop):
 def in_memory(kind, values):
     """Statistics that somebody vouches for."""
     shapes = {module: tuple(value.shape) for module, value in values.items()}
-    return Statistics(kind, shapes, values.__getitem__)
+    return TaskStatistics(kind, shapes, values.__getitem__)
 
 
 def test_equal_inputs_give_the_mean(workshop):

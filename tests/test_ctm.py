@@ -8,9 +8,9 @@ import torch
 from numpy.testing import assert_allclose
 
 from pcb_peft import Adapter, list_methods, merge_adapters
-from pcb_peft.adapters.adapter import Modules
+from pcb_peft.adapters.adapter import DeltaMapping
 from pcb_peft.deltas.delta import LowRank
-from pcb_peft.formats import Entry
+from pcb_peft.formats import LazyDelta
 from pcb_peft.spaces import get_space
 
 pytestmark = pytest.mark.filterwarnings("ignore:the merged adapter retains")
@@ -60,9 +60,10 @@ def delta(pair: Pair) -> LowRank:
 
 def adapters(pairs: Sequence[Pair]) -> list[Adapter]:
     some = [delta(pair) for pair in pairs]
-    entries = [Entry(LowRank, d.shape, lambda d=d: d, rank=d.rank) for d in some]
+    entries = [LazyDelta(LowRank, d.shape, lambda d=d: d, rank=d.rank) for d in some]
     return [
-        Adapter(name=f"task{i}", modules=Modules({"m": entry})) for i, entry in enumerate(entries)
+        Adapter(name=f"task{i}", modules=DeltaMapping({"m": entry}))
+        for i, entry in enumerate(entries)
     ]
 
 
@@ -115,9 +116,11 @@ def test_iterating_retains_more():
 
 
 @pytest.mark.parametrize("basis_rank", [1, 3, 5])
-@pytest.mark.parametrize("method", [m.name for m in list_methods().values() if not m.data])
+@pytest.mark.parametrize(
+    "method", [m.name for m in list_methods().values() if not m.needs_statistic]
+)
 def test_every_method_leaves_an_adapter_of_that_rank(method: str, basis_rank: int):
-    some = adapters(PAIRS[: list_methods()[method].takes])
+    some = adapters(PAIRS[: list_methods()[method].arity])
     found = merge_adapters(some, method=method, space="ctm", basis_rank=basis_rank)
     assert found.modules["m"].rank <= basis_rank
     assert np.isfinite(found.delta("m").numpy()).all()

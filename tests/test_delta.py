@@ -60,7 +60,7 @@ MULTIPLICATIVE = {
         l_out.bfloat16().double()[:, None] * W.double(),
     ),
 }
-additive = pytest.mark.parametrize(("delta", "dense"), ADDITIVE.values(), ids=ADDITIVE)
+ia3_as_additive = pytest.mark.parametrize(("delta", "dense"), ADDITIVE.values(), ids=ADDITIVE)
 multiplicative = pytest.mark.parametrize(
     ("delta", "changed"), MULTIPLICATIVE.values(), ids=MULTIPLICATIVE
 )
@@ -89,7 +89,7 @@ def tensors(delta):
     return [value for value in values if isinstance(value, torch.Tensor)]
 
 
-@additive
+@ia3_as_additive
 def test_the_matrix_is_the_change_in_float32_and_of_its_shape(delta, dense):
     matrix = delta.matrix()
     assert matrix.dtype == torch.float32
@@ -97,7 +97,7 @@ def test_the_matrix_is_the_change_in_float32_and_of_its_shape(delta, dense):
     near(matrix, dense)
 
 
-@additive
+@ia3_as_additive
 def test_the_factors_multiply_to_the_change_in_float64(delta, dense):
     left, right = delta.factors()
     assert left.dtype == right.dtype == torch.float64
@@ -116,7 +116,7 @@ def test_the_factors_of_a_low_rank_delta_are_exact_to_float64():
     assert torch.equal(left @ right, 0.5 * B.double() @ (0.5 * A.double()))
 
 
-@additive
+@ia3_as_additive
 def test_the_norm_is_that_of_the_change(delta, dense):
     assert delta.norm() == pytest.approx(float(dense.norm()), rel=1e-6)
 
@@ -127,7 +127,7 @@ def test_the_norm_of_a_diagonal_is_its_distance_from_one(delta, changed):
     assert delta.norm() == pytest.approx(float((delta.l.double() - 1).norm()), rel=1e-12)
 
 
-@additive
+@ia3_as_additive
 @pytest.mark.parametrize("weight", [2.0, -0.5, 0.0, 1.0])
 def test_a_scaled_change_is_that_many_times_as_large(delta, dense, weight):
     scaled = delta.scaled(weight)
@@ -160,7 +160,7 @@ def test_zero_changes_nothing_and_is_of_the_same_kind_and_shape(delta, flip):
     assert dataclasses.asdict(zero).get("feedforward") == getattr(delta, "feedforward", None)
 
 
-@additive
+@ia3_as_additive
 @flips
 def test_the_delta_is_added_to_the_weight_as_it_is_stored(delta, dense, flip):
     weight = stored(random(*dense.shape, seed=9), flip)
@@ -225,7 +225,7 @@ def test_nothing_is_modified(delta, flip):
     assert all(map(torch.equal, held, copies))
 
 
-@additive
+@ia3_as_additive
 def test_a_change_that_is_added_leaves_the_bias_alone(delta, dense):
     bias = random(dense.shape[0])
     assert torch.equal(delta.apply_to_bias(bias), bias)

@@ -21,9 +21,9 @@ from pcb_peft import (
     load_adapter,
     merge_adapters,
 )
-from pcb_peft.adapters.adapter import Adapter, Modules
+from pcb_peft.adapters.adapter import Adapter, DeltaMapping
 from pcb_peft.deltas.delta import Dense, LowRank, Rescaled
-from pcb_peft.formats import Entry
+from pcb_peft.formats import LazyDelta
 from pcb_peft.recipes.recipe import read_recipe
 from pcb_peft.spaces import in_parts
 from pcb_peft.tasks.blocks import stacked
@@ -349,16 +349,16 @@ def test_what_a_smaller_basis_loses_is_a_part_of_the_whole():
     assert projection.energy == pytest.approx(1 - lost / sum(d.norm() ** 2 for d in deltas))
 
 
-def put_together(adapter):
+def as_dense(adapter):
     """The same adapter as matrices."""
     entries = {
-        module: Entry(Dense, entry.shape, lambda entry=entry: Dense(entry.load().matrix()))
+        module: LazyDelta(Dense, entry.shape, lambda entry=entry: Dense(entry.load().matrix()))
         for module, entry in adapter.modules.entries.items()
     }
-    return Adapter(name=adapter.name, modules=Modules(entries))
+    return Adapter(name=adapter.name, modules=DeltaMapping(entries))
 
 
-MATRICES = sorted(name for name, method in list_methods().items() if method.matrices)
+MATRICES = sorted(name for name, method in list_methods().items() if method.whole_matrix)
 
 
 @pytest.mark.parametrize("method", MATRICES)
@@ -366,7 +366,7 @@ def test_a_method_of_matrices_sees_the_matrix(workshop, doras, method):
     paths, base = doras
     adapters = [load_adapter(path, base_model=base) for path in paths]
     merged = merge_adapters(adapters, method)
-    wanted = merge_adapters([put_together(adapter) for adapter in adapters], method)
+    wanted = merge_adapters([as_dense(adapter) for adapter in adapters], method)
     assert any("as a LoRA" in note for note in merged.report.notes)
     for module in wanted.modules:
         workshop.assert_close(merged.delta(module), wanted.delta(module), 1e-5, module)
@@ -384,10 +384,10 @@ def test_every_method_says_whether_it_merges_matrices():
             return Noticing(super().transformed(transform).blocks)
 
     for name, method in list_methods().items():
-        if method.data is None:
+        if method.needs_statistic is None:
             noticed = []
             method(Noticing([block]))
-            assert noticed == [method.matrices], name
+            assert noticed == [method.whole_matrix], name
 
 
 def test_dense_space_leaves_a_lora_as_ever(workshop, doras, tmp_path):
@@ -422,7 +422,7 @@ def test_calibrations_see_the_whole_change(workshop, doras, steps, kept, tmp_pat
     paths, base = doras
     adapters = [load_adapter(path, base_model=base) for path in paths]
     merged = merge_adapters(adapters, "linear", **steps)
-    wanted = merge_adapters([put_together(adapter) for adapter in adapters], "linear", **steps)
+    wanted = merge_adapters([as_dense(adapter) for adapter in adapters], "linear", **steps)
     for module in wanted.modules:
         workshop.assert_close(merged.delta(module), wanted.delta(module), 1e-5, module)
     merged.save_pretrained(tmp_path / "out")

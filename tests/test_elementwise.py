@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pcb_peft import Adapter, get_method, list_methods, merge_adapters
-from pcb_peft.adapters.adapter import Modules
+from pcb_peft.adapters.adapter import DeltaMapping
 from pcb_peft.adapters.source import Source
 from pcb_peft.deltas.delta import Diagonal, LowRank
 from pcb_peft.errors import OptionError
-from pcb_peft.formats import Entry
+from pcb_peft.formats import LazyDelta
 from pcb_peft.tasks import counter_rng, task_vectors
 from pcb_peft.tasks.blocks import Block, products, stacked
 from pcb_peft.tasks.task_vectors import TaskVectors
@@ -565,7 +565,7 @@ def test_slerp_takes_two_and_says_so_before_a_tensor_is_read(tasks: int, rank: s
     def unread() -> LowRank:
         raise AssertionError("a tensor was read")
 
-    unreadable = Modules({"layer.0": Entry(LowRank, (9, 12), unread, 2)})
+    unreadable = DeltaMapping({"layer.0": LazyDelta(LowRank, (9, 12), unread, 2)})
     adapters = [dataclasses.replace(some, modules=unreadable) for some in pool(tasks)]
     override = {"modules": "*", "method": "slerp"}
     for arguments in ({"method": "slerp"}, {"method": "linear", "overrides": [override]}):
@@ -611,20 +611,20 @@ def lora(name: str, seed: int, modules: Sequence[str] = ("layer.0", "layer.1")) 
     common = torch.Generator().manual_seed(0)
     generator = torch.Generator().manual_seed(seed + 1)
 
-    def entry(rank: int) -> Entry:
+    def entry(rank: int) -> LazyDelta:
         lora_A = torch.randn(rank, 12, generator=generator)
         lora_B = torch.randn(9, rank, generator=generator)
         lora_A[0] = 2 * torch.randn(12, generator=common)
         lora_B[:, 0] = torch.randn(9, generator=common)
-        return Entry(LowRank, (9, 12), lambda: LowRank(lora_A, lora_B, 0.5), rank)
+        return LazyDelta(LowRank, (9, 12), lambda: LowRank(lora_A, lora_B, 0.5), rank)
 
-    return Adapter(name=name, modules=Modules({module: entry(2 + seed) for module in modules}))
+    return Adapter(name=name, modules=DeltaMapping({module: entry(2 + seed) for module in modules}))
 
 
 def ia3(name: str, seed: int) -> Adapter:
     values = 1 + torch.randn(20, generator=torch.Generator().manual_seed(seed))
-    entry = Entry(Diagonal, (20, 1), lambda: Diagonal(values))
-    return Adapter(name=name, modules=Modules({"layer.0": entry}))
+    entry = LazyDelta(Diagonal, (20, 1), lambda: Diagonal(values))
+    return Adapter(name=name, modules=DeltaMapping({"layer.0": entry}))
 
 
 def pool(tasks: int) -> list[Adapter]:
@@ -642,7 +642,7 @@ def delta_of(delta: Any) -> Tensor:
 
 
 def count_for(method: str) -> int:
-    return list_methods()[method].takes or 3
+    return list_methods()[method].arity or 3
 
 
 SPACES = ("dense", "core", "knots", "factor")
@@ -769,7 +769,7 @@ def test_a_score_is_taken_once_of_each_tile_that_is_held(
     monkeypatch.setattr(task_vectors, "TILE_VALUES", 12)
     monkeypatch.setattr(task_vectors, "HELD_VALUES", held)
     tasks = TaskVectors([stacked(torch.rand(2, 8, 3), (1, 1))], room=room)
-    once = tasks.once(score)
+    once = tasks.cached_per_tile(score)
     tasks.order_statistics(once, [1])
     tasks.combine(lambda x, weights: (x * weights * once(x)).sum(0)).block(0)
     assert len(seen) == calls

@@ -159,7 +159,9 @@ def test_what_the_merge_refuses_is_refused_from_the_headers(workshop, message):
         estimate_merge(recipe(paths, **words), fold=fold)
 
 
-@pytest.mark.parametrize("method", [m.name for m in list_methods().values() if m.data is None])
+@pytest.mark.parametrize(
+    "method", [m.name for m in list_methods().values() if m.needs_statistic is None]
+)
 def test_every_method_has_a_cost(adapters, method):
     assert estimate_merge(recipe(adapters, method=method)).passes >= 1
 

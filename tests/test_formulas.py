@@ -15,9 +15,9 @@ from numpy.testing import assert_allclose
 from safetensors.torch import load_file
 
 from pcb_peft import load_adapter, merge_adapters
-from pcb_peft.adapters.adapter import Adapter, Modules
+from pcb_peft.adapters.adapter import Adapter, DeltaMapping
 from pcb_peft.deltas.delta import LowRank
-from pcb_peft.formats import Entry
+from pcb_peft.formats import LazyDelta
 from pcb_peft.tasks import order_statistics, task_vectors
 
 FORMULAS = {  # name: method, its options, the transcription
@@ -79,12 +79,12 @@ def factors(tasks, shapes=SHAPES, *, rank=1, whole=False):
 
 def adapter(name, deltas):
     entries = {
-        module: Entry(
+        module: LazyDelta(
             type(delta), delta.shape, lambda d=delta: d, rank=getattr(delta, "rank", None)
         )
         for module, delta in deltas.items()
     }
-    return Adapter(name=name, modules=Modules(entries))
+    return Adapter(name=name, modules=DeltaMapping(entries))
 
 
 def adapters(pool):

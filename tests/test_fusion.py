@@ -15,7 +15,9 @@ from pcb_peft.tasks.blocks import products
 from pcb_peft.tasks.task_vectors import TaskVectors
 
 CPU = torch.device("cpu")
-COMPILES = pytest.mark.skipif(compiling.obstacle(CPU) is not None, reason="no compiler works here")
+COMPILES = pytest.mark.skipif(
+    compiling.why_not_compiled(CPU) is not None, reason="no compiler works here"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -100,9 +102,9 @@ def test_what_is_compiled_is_compiled_once():
 def test_what_takes_less_time_than_compiling_is_not_compiled(monkeypatch):
     monkeypatch.undo()
     assert not scope().compiled
-    assert not compiling.worth(tasks=4, size=1 << 29)
-    assert compiling.worth(tasks=4, size=1 << 30)
-    assert not compiling.worth(tasks=1000, size=1 << 30)
+    assert not compiling.worth_compiling(tasks=4, size=1 << 29)
+    assert compiling.worth_compiling(tasks=4, size=1 << 30)
+    assert not compiling.worth_compiling(tasks=1000, size=1 << 30)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +118,7 @@ def test_without_a_compiler_the_arithmetic_is_plain_torch(variables, reason, tmp
     code = (
         "import torch; from pcb_peft import fusion; fusion.WORTH_VALUES = 0\n"
         "from pcb_peft.tasks.blocks import stacked; from pcb_peft.tasks.task_vectors import TaskVectors\n"
-        "tasks = TaskVectors([stacked(torch.ones(2, 3, 4), (1, 1))]); print(tasks.compiled, tasks.obstacle)"
+        "tasks = TaskVectors([stacked(torch.ones(2, 3, 4), (1, 1))]); print(tasks.compiled, tasks.why_not_compiled)"
     )
     environment = {**os.environ, **variables, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     run = subprocess.run(

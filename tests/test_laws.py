@@ -16,10 +16,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pcb_peft import Statistics, list_methods, list_spaces, merge_adapters
-from pcb_peft.adapters.adapter import Adapter, Modules
+from pcb_peft import TaskStatistics, list_methods, list_spaces, merge_adapters
+from pcb_peft.adapters.adapter import Adapter, DeltaMapping
 from pcb_peft.deltas.delta import LowRank
-from pcb_peft.formats import Entry
+from pcb_peft.formats import LazyDelta
 from pcb_peft.tasks import task_vectors
 
 
@@ -57,9 +57,9 @@ CASES = [
     for (method, own), (space, others), scope in itertools.product(
         variants(list_methods()), variants(LOW_RANK), ("global", "module")
     )
-    if list_methods()[method].data in (None, *LOW_RANK[space].shows)
+    if list_methods()[method].needs_statistic in (None, *LOW_RANK[space].statistics)
 ]
-WITHOUT_DATA = [name for name, method in list_methods().items() if method.data is None]
+WITHOUT_DATA = [name for name, method in list_methods().items() if method.needs_statistic is None]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 SHAPES = {"a": (14, 10), "b": (8, 11), "c": (6, 7)}
@@ -69,7 +69,7 @@ NAMES = "xyz"
 
 def number_of_adapters(method):
     """Three, or as many as the method takes."""
-    return list_methods()[method].takes or 3
+    return list_methods()[method].arity or 3
 
 
 @functools.cache
@@ -102,8 +102,8 @@ def made(adapters, names=NAMES):
         entries = {}
         for module, (lora_B, lora_A, scaling) in modules.items():
             delta = LowRank(torch.as_tensor(lora_A), torch.as_tensor(lora_B), scaling)
-            entries[module] = Entry(LowRank, delta.shape, lambda d=delta: d, rank=delta.rank)
-        result.append(Adapter(name=name, modules=Modules(entries)))
+            entries[module] = LazyDelta(LowRank, delta.shape, lambda d=delta: d, rank=delta.rank)
+        result.append(Adapter(name=name, modules=DeltaMapping(entries)))
     return result
 
 
@@ -115,13 +115,13 @@ def measured(kind, modules, name):
         x = torch.as_tensor(rng.normal(size=(len(lora_B) + 30, lora_A.shape[1])))
         found[module] = (x.T @ x if kind == "gram" else x[: len(lora_B)]).float()
     shapes = {module: tuple(values.shape) for module, values in found.items()}
-    return Statistics(kind, shapes, found.__getitem__)
+    return TaskStatistics(kind, shapes, found.__getitem__)
 
 
 def merge(case, adapters, weights, names=NAMES, rank="full", **options):
     """The merged adapter."""
     options = {**dict(case.options), **options}
-    if kind := list_methods()[case.method].data:
+    if kind := list_methods()[case.method].needs_statistic:
         options["statistics"] = [
             measured(kind, x, name) for x, name in zip(adapters, names, strict=False)
         ]
@@ -328,7 +328,7 @@ def test_whatever_comes_in_what_comes_out_is_finite_and_the_input_is_not_touched
             assert np.array_equal(modules[module][1], lora_A)
 
 
-KEEP_ONE = [case for case in CASES if list_methods()[case.method].keeps_one]
+KEEP_ONE = [case for case in CASES if list_methods()[case.method].identity_on_one]
 DENSITIES = [
     case
     for case in CASES

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from pcb_peft import Adapter, merge_adapters
-from pcb_peft.adapters.adapter import Modules
+from pcb_peft.adapters.adapter import DeltaMapping
 from pcb_peft.deltas.delta import Dense
-from pcb_peft.formats import Entry
+from pcb_peft.formats import LazyDelta
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "mergekit.safetensors")
 WEIGHTS = (0.5, 1.5, -0.7)
@@ -36,8 +36,8 @@ def vectors(case):
 
 
 def adapter(name, values):
-    entry = Entry(Dense, tuple(values.shape), lambda: Dense(values))
-    return Adapter(name=name, modules=Modules({"layer": entry}))
+    entry = LazyDelta(Dense, tuple(values.shape), lambda: Dense(values))
+    return Adapter(name=name, modules=DeltaMapping({"layer": entry}))
 
 
 def test_every_golden_tensor_is_compared():

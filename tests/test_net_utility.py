@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from pcb_peft import OptionError, merge_adapters
-from pcb_peft.adapters.adapter import Adapter, Modules
+from pcb_peft.adapters.adapter import Adapter, DeltaMapping
 from pcb_peft.deltas.delta import LowRank
-from pcb_peft.formats import Entry
+from pcb_peft.formats import LazyDelta
 
 LORA = peft.LoraConfig(r=4, target_modules="all-linear")
 WEIGHTS = (1.0, -0.5, 2.0)
@@ -59,8 +59,8 @@ def made(*pairs):
     adapters = []
     for name, (lora_B, lora_A) in zip("xyz", pairs, strict=False):
         delta = LowRank(torch.tensor(lora_A), torch.tensor(lora_B))
-        entry = Entry(LowRank, delta.shape, lambda d=delta: d, rank=delta.rank)
-        adapters.append(Adapter(name=name, modules=Modules({"m": entry})))
+        entry = LazyDelta(LowRank, delta.shape, lambda d=delta: d, rank=delta.rank)
+        adapters.append(Adapter(name=name, modules=DeltaMapping({"m": entry})))
     return adapters
 
 

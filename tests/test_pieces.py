@@ -43,7 +43,7 @@ def deltas():
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(fold, "PIECE_VALUES", 1000)
+    monkeypatch.setattr(fold, "CHUNK_VALUES", 1000)
     monkeypatch.setattr(chunks, "_PIECE_BYTES", 1000)
 
 

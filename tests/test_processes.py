@@ -306,8 +306,8 @@ def test_one_process_is_alone():
     assert current() is ALONE
     with all_processes() as processes:
         assert processes is ALONE
-        assert processes.reduced(3, sum) == 3
-        assert processes.united({"a": 1}) == {"a": 1}
+        assert processes.reduce(3, sum) == 3
+        assert processes.gather_dict({"a": 1}) == {"a": 1}
 
 
 def test_an_error_of_one_process_is_raised_as_it_is():

@@ -162,7 +162,9 @@ def test_a_recipe_of_another_version_is_noted(adapters):
 
 
 @pytest.mark.filterwarnings("ignore:the merged adapter retains")
-@pytest.mark.parametrize("method", [m.name for m in list_methods().values() if not m.data])
+@pytest.mark.parametrize(
+    "method", [m.name for m in list_methods().values() if not m.needs_statistic]
+)
 def test_every_method_gives_the_same_bytes_again(adapters, tmp_path, method):
     assert_made_again(merge_adapters(adapters, method, [1, 0.7], seed=3), tmp_path)
 

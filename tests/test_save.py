@@ -22,9 +22,9 @@ from pcb_peft import (
     load_adapter,
     merge_adapters,
 )
-from pcb_peft.adapters.adapter import Modules
+from pcb_peft.adapters.adapter import DeltaMapping
 from pcb_peft.deltas.delta import LowRank
-from pcb_peft.formats import Entry
+from pcb_peft.formats import LazyDelta
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -620,10 +620,10 @@ def test_factors_that_share_memory_are_saved_one_by_one(workshop, tmp_path):
     both, rows = torch.rand(3, 4), torch.rand(6, 3)
     deltas = {"a": LowRank(both, rows[:3]), "b": LowRank(both, rows[3:])}
     entries = {
-        name: Entry(LowRank, delta.shape, lambda delta=delta: delta, rank=3)
+        name: LazyDelta(LowRank, delta.shape, lambda delta=delta: delta, rank=3)
         for name, delta in deltas.items()
     }
-    dataclasses.replace(adapter, modules=Modules(entries)).save_pretrained(tmp_path / "out")
+    dataclasses.replace(adapter, modules=DeltaMapping(entries)).save_pretrained(tmp_path / "out")
     tensors = load_file(tmp_path / "out" / WEIGHTS)
     for name, delta in deltas.items():
         assert torch.equal(tensors[f"base_model.model.{name}.lora_A.weight"], delta.lora_A)

@@ -167,7 +167,7 @@ def test_a_bracket_of_one_value_counts_it_and_keeps_nothing():
 def test_a_bracket_reaches_twelve_standard_errors_to_both_sides(quantile):
     """Of n sampled values the q-th is off by √(n q (1 − q)) places, and by one at the ends."""
     n = 100_000
-    low, high = order_statistics.narrowed(torch.arange(float(n)), quantile, -np.inf, np.inf)
+    low, high = order_statistics.narrow_bracket(torch.arange(float(n)), quantile, -np.inf, np.inf)
     center, margin = quantile * (n - 1), 12 * max(1, np.sqrt(n * quantile * (1 - quantile)))
     assert low == (np.floor(center - margin) if center >= margin else -np.inf)
     assert high == (np.ceil(center + margin) if center + margin <= n - 1 else np.inf)

@@ -8,9 +8,9 @@ import torch
 from numpy.testing import assert_allclose
 
 from pcb_peft import Adapter, get_method, list_methods, merge_adapters
-from pcb_peft.adapters.adapter import Modules
+from pcb_peft.adapters.adapter import DeltaMapping
 from pcb_peft.deltas.delta import LowRank
-from pcb_peft.formats import Entry
+from pcb_peft.formats import LazyDelta
 from pcb_peft.tasks.blocks import stacked
 from pcb_peft.tasks.task_vectors import TaskVectors
 
@@ -176,8 +176,10 @@ def adapter(name: str, modules: dict[str, Pair]) -> Adapter:
     entries = {}
     for module, (lora_B, lora_A) in modules.items():
         delta = LowRank(torch.as_tensor(lora_A).float(), torch.as_tensor(lora_B).float())
-        entries[module] = Entry(LowRank, delta.shape, lambda delta=delta: delta, rank=delta.rank)
-    return Adapter(name=name, modules=Modules(entries))
+        entries[module] = LazyDelta(
+            LowRank, delta.shape, lambda delta=delta: delta, rank=delta.rank
+        )
+    return Adapter(name=name, modules=DeltaMapping(entries))
 
 
 def regauged(pairs: Sequence[Pair], seed: int = 5) -> list[Pair]:
@@ -273,7 +275,7 @@ def test_weights_scale_the_task_vectors_first(method: str):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_it_keeps_one(method: str):
-    assert list_methods()[method].keeps_one
+    assert list_methods()[method].identity_on_one
     pair = low_rank(4)
     found = merge_adapters(adapters(pair), method=method).delta("m").numpy()
     assert distance(found, dense(pair)[0]) < 1e-6

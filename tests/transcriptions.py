@@ -53,8 +53,8 @@ def linear(x: Array, weights: Array) -> Array:
 def ties(x: Array, weights: Array, density: float) -> Array:
     """Mean of the v_t with sign(v_t) = sign(sum_s v_s), v_t = trim(w_t x_t); 0 where none has."""
     trimmed = np.stack([trim(row, density) for row in weights[:, None] * x])
-    elected = np.sign(trimmed.sum(axis=0))
-    agrees = (np.sign(trimmed) == elected) & (trimmed != 0)
+    majority_sign_mask = np.sign(trimmed.sum(axis=0))
+    agrees = (np.sign(trimmed) == majority_sign_mask) & (trimmed != 0)
     return np.where(agrees, trimmed, 0.0).sum(axis=0) / np.maximum(agrees.sum(axis=0), 1)
 
 

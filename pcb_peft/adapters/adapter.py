@@ -11,12 +11,19 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from pcb_peft.adapters.source import Files, Source
+from pcb_peft.adapters.source import OpenedAdapter, Source
 from pcb_peft.base.model import BaseModel, lazy_base, open_base_model
 from pcb_peft.deltas.delta import Delta, LowRank
-from pcb_peft.deltas.replacements import HEADS, TIES, Head, Parameter, head_files, words_of
+from pcb_peft.deltas.replacements import (
+    HEADS,
+    TIES,
+    Parameter,
+    Replacements,
+    head_files,
+    modules_to_save_keys,
+)
 from pcb_peft.errors import AdapterError, OptionError, PcbPeftError, UnsupportedError
-from pcb_peft.formats import Entry, Written, format_for, format_named, format_of
+from pcb_peft.formats import AdapterFiles, LazyDelta, format_for, format_named, format_of
 from pcb_peft.formats.checkpoint import CONFIG, Tensors, apart, check_dtype, refuse_overflow
 from pcb_peft.formats.heads import with_biases, without_copies, write_head
 from pcb_peft.formats.registry import AUTOMATIC_HEADS, PREFIX, Base, finite, refuse_pipelines
@@ -28,10 +35,10 @@ from pcb_peft.writing.fold import fitted, fold_deltas
 from pcb_peft.writing.model_card import model_card, public_name
 
 
-class Modules(Mapping[str, Delta]):
+class DeltaMapping(Mapping[str, Delta]):
     """Module path to delta; a delta is read, or computed, each time it is asked for, and not kept."""
 
-    def __init__(self, entries: Mapping[str, Entry]) -> None:
+    def __init__(self, entries: Mapping[str, LazyDelta]) -> None:
         self.entries = dict(sorted(entries.items()))
 
     def __getitem__(self, module: str) -> Delta:
@@ -68,16 +75,16 @@ class Adapter:
     """
 
     name: str
-    modules: Modules
+    modules: DeltaMapping
     source: Source | None = None
-    files: Files | None = None
+    files: OpenedAdapter | None = None
     base: Base = None
     base_model: str | None = None
     revision: str | None = None
     task_type: str | None = None
     tied: str = TIES[0]
-    head: Head = dataclasses.field(default_factory=Head)
-    heads: Mapping[str, Head] = dataclasses.field(default_factory=dict[str, Head])
+    head: Replacements = dataclasses.field(default_factory=Replacements)
+    heads: Mapping[str, Replacements] = dataclasses.field(default_factory=dict[str, Replacements])
 
     def on(self, base: Base) -> "Adapter":
         """The same adapter, read beside its base model, for deltas that depend on W."""
@@ -134,9 +141,9 @@ class Adapter:
             OptionError: The dtype cannot hold the values, or is none of weights; no ranks for a `rank_pattern`.
             OutputError: The directory cannot be written.
         """
-        if current().first:
+        if current().is_main:
             self._save(Path(directory), dtype, rank_pattern, overwrite, format)
-        current().agree()
+        current().barrier()
 
     def _save(
         self, directory: Path, dtype: torch.dtype, rank_pattern: bool, overwrite: bool, form: str
@@ -156,7 +163,7 @@ class Adapter:
         *,
         rank_pattern: bool = False,
         format: str = "peft",  # noqa: A002
-    ) -> Written:
+    ) -> AdapterFiles:
         """The adapter as PEFT stores it: configuration and tensors. Arguments and errors are `save_pretrained`'s."""
         check_dtype(dtype)
         biases = self._whole_biases()
@@ -176,19 +183,19 @@ class Adapter:
         if rank_pattern and (None in ranks or not ranks):
             raise OptionError(f"rank_pattern: {self.name} has no ranks; leave it out")
         options = {"rank_pattern": True} if rank_pattern else {}
-        written = Written({}, {})
+        written = AdapterFiles({}, {})
         if kinds:
-            written = format_.write(dict(Modules(entries)), dtype, **options)  # type: ignore[misc]
+            written = format_.write(dict(DeltaMapping(entries)), dtype, **options)  # type: ignore[misc]
         written = with_biases(written, biases, entries, dtype)
         head = write_head(self.head, entries.keys(), format_, dtype)
         config = self._identity(format_.peft_type) | written.config | head.config
         tensors = apart(written.tensors | head.tensors)
         refuse_overflow(tensors)
-        return Written(config, tensors)
+        return AdapterFiles(config, tensors)
 
     def _written_as(
         self, name: str, kind: type[Delta] | None, dtype: torch.dtype, *, rank_pattern: bool
-    ) -> Written:
+    ) -> AdapterFiles:
         """The adapter as others than PEFT store it."""
         format_ = format_named(name)
         if kind is not LowRank or self.head.parameters or self._whole_biases():
@@ -247,7 +254,7 @@ class Adapter:
             modules,
             base,
             output,
-            replaced=Head((), held, {**self.head.rows, **copies}),
+            replaced=Replacements((), held, {**self.head.rows, **copies}),
             tied=tied,
             extra_files=self._companions(without=held),
             overwrite=overwrite,
@@ -289,7 +296,7 @@ class Adapter:
         )
 
 
-def read_adapter(name: str, source: Source | None, files: Files, base: Base) -> Adapter:
+def read_adapter(name: str, source: Source | None, files: OpenedAdapter, base: Base) -> Adapter:
     """The adapter that is in files.
 
     Raises:
@@ -314,21 +321,26 @@ def read_adapter(name: str, source: Source | None, files: Files, base: Base) -> 
     words = config.get("modules_to_save") or []
     return Adapter(
         name=name,
-        modules=Modules(contents.modules),
+        modules=DeltaMapping(contents.modules),
         source=source,
         files=files,
         base=base,
         base_model=config.get("base_model_name_or_path") or None,
         revision=config.get("revision"),
         task_type=config.get("task_type"),
-        head=Head(words_of(contents.saved, words), contents.saved, contents.rows, contents.copies),
+        head=Replacements(
+            modules_to_save_keys(contents.saved, words),
+            contents.saved,
+            contents.rows,
+            contents.copies,
+        ),
         heads={
             kept: _kept(f"{where}/{HEADS}/{kept}", tensors) for kept, tensors in files.heads.items()
         },
     )
 
 
-def _kept(where: str, tensors: Tensors) -> Head:
+def _kept(where: str, tensors: Tensors) -> Replacements:
     """What stands in a file beside a merged adapter: the head of one of its sources."""
     try:
         parameters = {
@@ -337,4 +349,4 @@ def _kept(where: str, tensors: Tensors) -> Head:
         }
     except KeyError as error:
         raise AdapterError(f"{where} holds numbers of type {error}: they are no weights") from error
-    return Head(words_of(parameters, ()), parameters)
+    return Replacements(modules_to_save_keys(parameters, ()), parameters)

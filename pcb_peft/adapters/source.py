@@ -50,7 +50,7 @@ class Source:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Files:
+class OpenedAdapter:
     """An adapter's configuration and tensors, and the hashes of what they were read from.
 
     A merged adapter has heads beside it: those of its sources, by name.
@@ -63,7 +63,7 @@ class Files:
     heads: Mapping[str, Tensors] = dataclasses.field(default_factory=dict[str, Tensors])
 
 
-def open_files(source: Source, *, hashed: bool = True) -> Files:
+def open_files(source: Source, *, hashed: bool = True) -> OpenedAdapter:
     """The files of an adapter in a directory or on the Hub.
 
     Raises:
@@ -77,7 +77,7 @@ def open_files(source: Source, *, hashed: bool = True) -> Files:
     directory = _local(source) or _downloaded(source)
     if (file := _pipeline_file(directory)) is not None:
         tensors = SafetensorsFile(file)
-        return Files(
+        return OpenedAdapter(
             pipeline_config(tensors), tensors, _tensors_digest(source, file, hashed=hashed)
         )
     if not (directory / CONFIG).is_file():
@@ -91,7 +91,7 @@ def open_files(source: Source, *, hashed: bool = True) -> Files:
         for path in sorted(directory.glob(f"{HEADS}/*.safetensors"))
     }
     config, tensors = read_config(directory / CONFIG), open_tensors(directory)
-    return Files(config, tensors, digest, configured, heads)
+    return OpenedAdapter(config, tensors, digest, configured, heads)
 
 
 def _tensors_digest(source: Source, file: Path | None, *, hashed: bool) -> str | None:
@@ -118,7 +118,7 @@ def _pipeline_file(place: Path) -> Path | None:
     return place / PIPELINE if alone else None
 
 
-def files_of_model(model: Any, adapter_name: str) -> Files:
+def files_of_model(model: Any, adapter_name: str) -> OpenedAdapter:
     """What `PeftModel.save_pretrained` would write for one adapter of a live model.
 
     Raises:
@@ -135,7 +135,7 @@ def files_of_model(model: Any, adapter_name: str) -> Files:
     if config.get("base_model_name_or_path") is None:
         config["base_model_name_or_path"] = getattr(model.get_base_model(), "name_or_path", None)
     tensors = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    return Files(config, TensorsInMemory(tensors, f"adapter {adapter_name!r}"))
+    return OpenedAdapter(config, TensorsInMemory(tensors, f"adapter {adapter_name!r}"))
 
 
 def _local(source: Source) -> Path | None:

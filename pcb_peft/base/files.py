@@ -31,7 +31,7 @@ _QUANTISED = re.compile(
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Span:
+class TensorInfo:
     """Where a tensor lies: bytes `begin` to `end` of the checkpoint's file `file`; `dtype` is safetensors' word."""
 
     file: str
@@ -111,13 +111,13 @@ def _object(content: Any, what: str) -> dict[str, Any]:
     return content  # pyright: ignore[reportUnknownVariableType]
 
 
-def read_spans(directory: Path, files: Iterable[str]) -> dict[str, Span]:
+def read_spans(directory: Path, files: Iterable[str]) -> dict[str, TensorInfo]:
     """Where the tensors of some files lie.
 
     Raises:
         BaseModelError: A file is damaged, or a tensor is in two.
     """
-    spans: dict[str, Span] = {}
+    spans: dict[str, TensorInfo] = {}
     for file in files:
         own = _spans_in(directory, file)
         if twice := min(own.keys() & spans.keys(), default=None):
@@ -129,7 +129,7 @@ def read_spans(directory: Path, files: Iterable[str]) -> dict[str, Span]:
     return spans
 
 
-def _spans_in(directory: Path, file: str) -> dict[str, Span]:
+def _spans_in(directory: Path, file: str) -> dict[str, TensorInfo]:
     """Where the tensors of a file lie."""
     path = directory / file
     try:
@@ -144,12 +144,14 @@ def _spans_in(directory: Path, file: str) -> dict[str, Span]:
     return {name: _span(file, start, entry) for name, entry in header.items()}
 
 
-def _span(file: str, start: int, entry: Mapping[str, Any]) -> Span:
+def _span(file: str, start: int, entry: Mapping[str, Any]) -> TensorInfo:
     begin, end = entry["data_offsets"]
-    return Span(file, start + begin, start + end, tuple(entry["shape"]), entry["dtype"])
+    return TensorInfo(file, start + begin, start + end, tuple(entry["shape"]), entry["dtype"])
 
 
-def refuse_quantised(config: Mapping[str, Any], spans: Mapping[str, Span], source: str) -> None:
+def refuse_quantised(
+    config: Mapping[str, Any], spans: Mapping[str, TensorInfo], source: str
+) -> None:
     """Raises BaseModelError for weights to which nothing can be added."""
     tensor = next(filter(_QUANTISED.search, spans), None)
     if not (tensor or config.get("quantization_config")):

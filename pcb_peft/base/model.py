@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pcb_peft.base.architecture import Skeleton, build_skeleton
 from pcb_peft.base.files import (
     SINGLE_FILE,
-    Span,
+    TensorInfo,
     download,
     read_index,
     read_json,
@@ -27,7 +27,7 @@ from pcb_peft.errors import BaseModelError, MismatchError
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Place:
+class WeightSlice:
     """Where a weight, or some rows of it, lies.
 
     Attributes:
@@ -106,7 +106,7 @@ class BaseModel:
     source: str
     directory: Path
     config: Mapping[str, Any]
-    spans: Mapping[str, Span]
+    spans: Mapping[str, TensorInfo]
 
     @property
     def residual(self) -> bool:
@@ -142,24 +142,24 @@ class BaseModel:
             raise self._not_found(module, kind)
         return name
 
-    def places(self, module: str) -> tuple[Place, ...]:
+    def places(self, module: str) -> tuple[WeightSlice, ...]:
         """Where a module's weight lies, from its first rows to its last; raises what `parameter` raises.
 
         An expert (``mlp.experts.gate_up_proj.3``) is part of a stack, or lies in files of its own.
         """
         stack, _, number = module.rpartition(".")
         if not number.isdecimal() or self.find(f"{module}.weight"):
-            return (Place(self.parameter(module)),)
+            return (WeightSlice(self.parameter(module)),)
         name, index = self.find(stack), int(number)
         if name is not None and index < self.spans[name].shape[0]:
-            return (Place(name, index),)
+            return (WeightSlice(name, index),)
         matrices = self._sources.get(self._skeleton.known(stack) or "", [])
         if index >= len(matrices):
             raise self._not_found(module, "weight")
         heights = [self.spans[name].shape[0] for name in matrices[index]]
         ends = list(itertools.accumulate(heights))
         return tuple(
-            Place(name, rows=(end - height, end))
+            WeightSlice(name, rows=(end - height, end))
             for name, height, end in zip(matrices[index], heights, ends, strict=True)
         )
 
@@ -336,7 +336,7 @@ class BaseModel:
         )
 
 
-def parted(name: str) -> tuple[str, str]:
+def split_parameter_name(name: str) -> tuple[str, str]:
     """The module and the kind that `parameter` takes, of a name that has both in one."""
     module, _, kind = name.rpartition(".")
     return module, kind

@@ -21,7 +21,7 @@ Kinds: TypeAlias = tuple[type[Delta], ...]
 Survey: TypeAlias = Callable[[Delta, Sequence[Delta]], Tensor]
 Function: TypeAlias = Callable[..., Any]
 
-_SHELVES: dict[When, dict[str, "Calibration"]] = {"before": {}, "after": {}}
+_REGISTRIES: dict[When, dict[str, "Calibration"]] = {"before": {}, "after": {}}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def before(name: str, *, paper: str, accepts: Kinds) -> Callable[[Function], Fun
     """Puts a function on the shelf of what is done to adapters; the arguments are `Calibration`'s."""
 
     def register(function: Function) -> Function:
-        _SHELVES["before"][name] = Calibration(name, function, paper, accepts)
+        _REGISTRIES["before"][name] = Calibration(name, function, paper, accepts)
         return function
 
     return register
@@ -74,7 +74,7 @@ def after(
     """Puts a function on the shelf of what is done to the merged delta; the arguments are `Calibration`'s."""
 
     def register(function: Function) -> Function:
-        _SHELVES["after"][name] = Calibration(name, function, paper, accepts, survey)
+        _REGISTRIES["after"][name] = Calibration(name, function, paper, accepts, survey)
         return function
 
     return register
@@ -82,7 +82,7 @@ def after(
 
 def list_calibrations(when: When) -> dict[str, Calibration]:
     """Those that come before a merge, or after it, by name."""
-    return dict(sorted(_SHELVES[when].items()))
+    return dict(sorted(_REGISTRIES[when].items()))
 
 
 def get_calibration(when: When, name: str) -> Calibration:
@@ -91,7 +91,7 @@ def get_calibration(when: When, name: str) -> Calibration:
     Raises:
         OptionError: There is none.
     """
-    shelf = _SHELVES[when]
+    shelf = _REGISTRIES[when]
     if name not in shelf:
         known = ", ".join(sorted(shelf))
         raise OptionError(

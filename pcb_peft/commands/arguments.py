@@ -14,14 +14,14 @@ from pcb_peft.plugins.options import Option
 from pcb_peft.runtime.resources import number_of_bytes, working_device
 
 
-def a_bool(text: str) -> bool:
+def parse_bool(text: str) -> bool:
     """True or false."""
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text.lower() == "true"
 
 
-def a_rank(text: str) -> Rank:
+def parse_rank(text: str) -> Rank:
     """An integer, a fraction, or a word."""
     if text == "none":
         return None
@@ -31,7 +31,7 @@ def a_rank(text: str) -> Rank:
         return text
 
 
-def a_step(text: str) -> dict[str, dict[str, Any]]:
+def parse_step(text: str) -> dict[str, dict[str, Any]]:
     """``exponent:power=0.5`` is {"exponent": {"power": 0.5}}; several options are separated by commas."""
     name, _, options = text.partition(":")
     pairs = (option.partition("=") for option in options.split(",") if option)
@@ -41,13 +41,13 @@ def a_step(text: str) -> dict[str, dict[str, Any]]:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME:OPTION=VALUE") from error
 
 
-def a_bytes(text: str) -> int:
+def parse_bytes(text: str) -> int:
     """1G, 512M, 64K or a number."""
     with _refused():
         return number_of_bytes(text)
 
 
-def a_device(text: str) -> torch.device:
+def parse_device(text: str) -> torch.device:
     """A device that can be computed on here."""
     with _refused():
         return working_device(text)
@@ -62,6 +62,6 @@ def _refused() -> Generator[None]:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def flag(option: Option) -> str:
+def flag_of(option: Option) -> str:
     """The word for an option."""
     return "--" + option.name.replace("_", "-")

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Sequence
 
 from pcb_peft.calibrations import Calibration, When, list_calibrations
-from pcb_peft.commands.arguments import flag
+from pcb_peft.commands.arguments import flag_of
 from pcb_peft.methods import MergeMethod, get_method, list_methods
 from pcb_peft.spaces import Space, get_space, list_spaces
 
@@ -16,19 +16,22 @@ noise. From a checkout: python benchmarks/quality.py --bfloat16 METHOD (docs/met
 """
 
 
-def print_shelf(name: str | None) -> None:
+def print_catalog(name: str | None) -> None:
     """Prints the merge methods, the spaces and the calibrations, or explains one of them."""
     if name is not None:
         for known in _named(name):
             print(inspect.getdoc(known.function))
             print("\nOptions:")
             for option in known.options.values():
-                print(f"  {flag(option)}  {option.allowed}; default {option.default}")
+                print(f"  {flag_of(option)}  {option.allowed}; default {option.default}")
         return
     methods = list_methods().values()
     _print_table(
         ("method", "space", "scope", "data", "paper", "what it does"),
-        [(m.name, m.space, m.scope, m.data or "none", m.paper, m.summary) for m in methods],
+        [
+            (m.name, m.space, m.scope, m.needs_statistic or "none", m.paper, m.summary)
+            for m in methods
+        ],
     )
     _print_table(
         ("method", "measured", "good at"),

@@ -14,8 +14,15 @@ import torch
 from pcb_peft.adapters.loading import fold_adapter
 from pcb_peft.adapters.source import Source
 from pcb_peft.calibrations import list_calibrations
-from pcb_peft.commands.arguments import a_bool, a_bytes, a_device, a_rank, a_step, flag
-from pcb_peft.commands.catalog import WHEN, print_shelf
+from pcb_peft.commands.arguments import (
+    flag_of,
+    parse_bool,
+    parse_bytes,
+    parse_device,
+    parse_rank,
+    parse_step,
+)
+from pcb_peft.commands.catalog import WHEN, print_catalog
 from pcb_peft.commands.demo import POOLS, run_demo
 from pcb_peft.data.collect import DEFAULT_MEMORY as COLLECT_MEMORY
 from pcb_peft.data.collect import collect_statistics
@@ -25,12 +32,12 @@ from pcb_peft.dry_run.estimate import estimate_merge
 from pcb_peft.errors import OptionError, PcbPeftError
 from pcb_peft.extraction.extract import extract_adapter
 from pcb_peft.merging.engine import DEFAULT_MEMORY, merge
-from pcb_peft.merging.finish import check_leaving
+from pcb_peft.merging.finish import check_writable
 from pcb_peft.merging.report import Report
 from pcb_peft.merging.result import MergedAdapter
 from pcb_peft.methods import get_method, list_methods
 from pcb_peft.plugins.options import Option
-from pcb_peft.recipes.peft_aliases import SPELLINGS, method_of
+from pcb_peft.recipes.peft_aliases import PEFT_ALIASES, method_of
 from pcb_peft.recipes.recipe import Recipe, read_recipe
 from pcb_peft.runtime.processes import Processes, joined, stoppable
 from pcb_peft.spaces import get_space, list_spaces
@@ -60,13 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; 0 if it did what it should, 2 after an error message, more after a signal."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     with warnings.catch_warnings(), stoppable() as came, joined() as processes:
-        warnings.showwarning = _show_warning if processes.first else _show_nothing
+        warnings.showwarning = _show_warning if processes.is_main else _show_nothing
         try:
             parsed = _parser(words).parse_args(words)
             with _quiet(processes), processes.together():
                 parsed.run(parsed)
         except PcbPeftError as error:
-            if processes.first:
+            if processes.is_main:
                 print(f"error: {error}", file=sys.stderr)
             return 2
         except (KeyboardInterrupt, SystemExit):
@@ -81,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _quiet(processes: Processes) -> contextlib.AbstractContextManager[object]:
     """One process prints, the others do not."""
     return (
-        contextlib.nullcontext() if processes.first else contextlib.redirect_stdout(io.StringIO())
+        contextlib.nullcontext() if processes.is_main else contextlib.redirect_stdout(io.StringIO())
     )
 
 
@@ -99,7 +106,7 @@ def merge_command(parsed: argparse.Namespace) -> None:
         print(found)
         return
     check_target(parsed.output, overwrite=parsed.overwrite)
-    check_leaving(recipe, fold=parsed.fold)
+    check_writable(recipe, fold=parsed.fold)
     merged = merge(recipe, device=parsed.device, max_memory=parsed.max_memory)
     if parsed.fold:
         merged.fold(str(recipe.base_model), parsed.output, overwrite=parsed.overwrite)
@@ -167,7 +174,7 @@ def extract_command(parsed: argparse.Namespace) -> None:
 
 def methods_command(parsed: argparse.Namespace) -> None:
     """List the merge methods, the spaces and the calibrations, or explain one of them."""
-    print_shelf(parsed.name)
+    print_catalog(parsed.name)
 
 
 def demo_command(parsed: argparse.Namespace) -> None:
@@ -196,7 +203,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     extract.add_argument("finetuned", help="directory or hub id of a transformers checkpoint")
     extract.add_argument("--base-model", required=True, help="what it was trained from, likewise")
     extract.add_argument(
-        "--rank", type=a_rank, required=True, help="integer, or fraction of the energy to keep"
+        "--rank", type=parse_rank, required=True, help="integer, or fraction of the energy to keep"
     )
     extract.add_argument(
         "--leave-out", nargs="+", default=(), metavar="GLOB", help="parameters not to extract"
@@ -237,7 +244,8 @@ def _add_output_arguments(parser: argparse.ArgumentParser, *, required: bool = T
 
 def _add_collect_arguments(parser: argparse.ArgumentParser) -> None:
     users = {
-        kind: ", ".join(m.name for m in list_methods().values() if m.data == kind) for kind in KINDS
+        kind: ", ".join(m.name for m in list_methods().values() if m.needs_statistic == kind)
+        for kind in KINDS
     }
     parser.add_argument("adapter", help="directory or hub id")
     parser.add_argument("--base-model", required=True, help="directory or hub id")
@@ -257,7 +265,7 @@ def _add_collect_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, help="texts, evenly spread over the file")
     parser.add_argument(
         "--max-memory",
-        type=a_bytes,
+        type=parse_bytes,
         default=COLLECT_MEMORY,
         help="of sums held at once, such as 1G",
     )
@@ -282,15 +290,20 @@ def _add_merge_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) 
     parser.add_argument(
         "--fold", action="store_true", help="write the base model with the merge folded in"
     )
-    parser.add_argument("--device", type=a_device, help="where tiles are computed, such as cuda")
     parser.add_argument(
-        "--max-memory", type=a_bytes, default=DEFAULT_MEMORY, help="held between passes, such as 1G"
+        "--device", type=parse_device, help="where tiles are computed, such as cuda"
+    )
+    parser.add_argument(
+        "--max-memory",
+        type=parse_bytes,
+        default=DEFAULT_MEMORY,
+        help="held between passes, such as 1G",
     )
 
     _add_recipe_arguments(parser.add_argument_group("the recipe"))
     for title, option in _chosen_options(words):
         parser.add_argument(
-            flag(option),
+            flag_of(option),
             dest=f"option.{option.name}",
             type=_kind(option),
             metavar=option.kind.__name__.upper(),
@@ -301,13 +314,15 @@ def _add_merge_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) 
 
 
 def _add_recipe_arguments(recipe: Any) -> None:
-    recipe.add_argument("--method", help=f"{', '.join([*list_methods(), *SPELLINGS])}; default pcb")
+    recipe.add_argument(
+        "--method", help=f"{', '.join([*list_methods(), *PEFT_ALIASES])}; default pcb"
+    )
     recipe.add_argument("--weights", nargs="+", type=float, help="one per adapter; default 1")
     recipe.add_argument("--space", help=f"auto, {', '.join(list_spaces())}; default auto")
     recipe.add_argument("--scope", help="auto, global, module; default auto")
     recipe.add_argument(
         "--rank",
-        type=a_rank,
+        type=parse_rank,
         help="integer, energy fraction, budget:N, utility:N, or full; default: lossless",
     )
     for when, what in zip(WHEN, ("adapters", "merge"), strict=True):
@@ -315,7 +330,7 @@ def _add_recipe_arguments(recipe: Any) -> None:
         recipe.add_argument(
             f"--{when}",
             nargs="+",
-            type=a_step,
+            type=parse_step,
             metavar="STEP",
             help=f"calibrations of the {what}: {names}; with an option: NAME:OPTION=VALUE",
         )
@@ -388,7 +403,7 @@ def _highest_rank(report: Report) -> str:
 
 def _kind(option: Option) -> Callable[[str], Any]:
     if option.kind is bool:
-        return a_bool
+        return parse_bool
     return option.kind
 
 

@@ -20,7 +20,7 @@ from pcb_peft.adapters.source import Source
 from pcb_peft.data.batches import Data, batches_of
 from pcb_peft.data.statistics_file import (
     KINDS,
-    Statistics,
+    TaskStatistics,
     check_file,
     open_statistics,
     save_statistics,
@@ -51,7 +51,7 @@ def collect_statistics(  # noqa: PLR0913  (every choice, by name)
     max_memory: int | str = DEFAULT_MEMORY,
     overwrite: bool = False,
     progress: bool | None = None,
-) -> Statistics:
+) -> TaskStatistics:
     """Measures what a method needs to know of an adapter, and writes it into a file.
 
     The data are read once for as many modules as `max_memory` holds the sums of, then again for the next ones.
@@ -122,7 +122,7 @@ class _Measure:
     accelerator: Any
     track: Track
 
-    def statistics(self, adapter: Adapter, max_memory: int) -> Statistics:
+    def statistics(self, adapter: Adapter, max_memory: int) -> TaskStatistics:
         """The sums of all processes, divided by their count; as many modules at a time as the memory allows."""
         entries = adapter.modules.entries
         shapes = {module: KINDS[self.kind](entry.shape) for module, entry in entries.items()}
@@ -137,7 +137,7 @@ class _Measure:
                 )
             means |= {m: (self._total(value) / count).float().cpu() for m, value in sums.items()}
         digest = adapter.source.sha256 if adapter.source else None
-        return Statistics(self.kind, shapes, means.__getitem__, count, digest)
+        return TaskStatistics(self.kind, shapes, means.__getitem__, count, digest)
 
     def _total(self, value: Tensor) -> Tensor:
         return self.accelerator.reduce(value.to(self.accelerator.device), "sum")

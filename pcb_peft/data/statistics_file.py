@@ -27,11 +27,11 @@ with the adapter in the model; "gradient": ∂L/∂W there, of the mean loss."""
 
 FORMAT = "pcb_peft statistics 1"
 
-Given: TypeAlias = "str | Path | Source | Statistics"
+StatisticsLike: TypeAlias = "str | Path | Source | TaskStatistics"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Statistics:
+class TaskStatistics:
     """One statistic of one adapter; a tensor is read when it is asked for.
 
     Attributes:
@@ -60,7 +60,7 @@ class Statistics:
         return self.load(module) if module in self.shapes else torch.zeros(KINDS[self.kind](shape))
 
 
-def save_statistics(statistics: Statistics, path: Path, *, overwrite: bool = False) -> None:
+def save_statistics(statistics: TaskStatistics, path: Path, *, overwrite: bool = False) -> None:
     """Writes the file, whole or not at all.
 
     Raises:
@@ -95,13 +95,13 @@ def check_file(path: Path, *, overwrite: bool) -> None:
         )
 
 
-def open_statistics(given: Given) -> Statistics:
+def open_statistics(given: StatisticsLike) -> TaskStatistics:
     """The statistics in a file.
 
     Raises:
         AdapterError: It holds none, or others than the hash says.
     """
-    if isinstance(given, Statistics):
+    if isinstance(given, TaskStatistics):
         return given
     source = given if isinstance(given, Source) else Source(str(given))
     path = Path(source.path).expanduser()
@@ -127,7 +127,7 @@ def open_statistics(given: Given) -> Statistics:
         with safe_open(path, framework="pt") as file:  # pyright: ignore[reportUnknownVariableType]
             return file.get_tensor(module)
 
-    return Statistics(
+    return TaskStatistics(
         metadata["kind"],
         shapes,
         load,
@@ -137,7 +137,7 @@ def open_statistics(given: Given) -> Statistics:
     )
 
 
-def check_statistics(statistics: Sequence[Statistics], adapters: Sequence[Adapter]) -> None:
+def check_statistics(statistics: Sequence[TaskStatistics], adapters: Sequence[Adapter]) -> None:
     """Whether there is one for each adapter, of one kind, that was taken of that adapter.
 
     Raises:

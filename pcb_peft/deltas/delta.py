@@ -268,17 +268,17 @@ class Rescaled(Delta):
         gain = torch.zeros_like(self.gain)
         return dataclasses.replace(self, gain=gain, added=self.added.zero())
 
-    def quotient(self) -> Tensor:
+    def inverse_scale(self) -> Tensor:
         """1 / (1 + gain) (out,); 0 for the rows of W that are multiplied by 0."""
         factor = 1 + self.gain
         return torch.where(factor.abs() < VANISHED, 0, 1 / factor)
 
-    def factored(self) -> "Rescaled":
+    def without_zero_rows(self) -> "Rescaled":
         """The same change as W' = diag(1 + gain) (W + …) can hold it: a row of W that is multiplied by 0 stays 0.
 
         Where something is added to such a row, it is also what takes the row out of W, and its rank rises by one.
         """
-        vanished = (self.quotient() == 0).nonzero().flatten()
+        vanished = (self.inverse_scale() == 0).nonzero().flatten()
         if not len(vanished):
             return self
         left, right = self.added.factors()

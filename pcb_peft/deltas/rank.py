@@ -69,7 +69,7 @@ def truncate(delta: Delta, rank: int | float | None) -> tuple[LowRank, float]:
     return LowRank(lora_A.float(), lora_B.float(), layout=delta.layout), energy
 
 
-def truncate_added(delta: Rescaled, rank: int | float | None) -> tuple[Delta, float]:
+def truncate_low_rank_part(delta: Rescaled, rank: int | float | None) -> tuple[Delta, float]:
     """The closest delta with the same gain whose low-rank part has a lower rank.
 
     Args:
@@ -79,27 +79,27 @@ def truncate_added(delta: Rescaled, rank: int | float | None) -> tuple[Delta, fl
     Returns:
         The truncated delta, and 1 − ‖lost‖²_F / ‖ΔW‖²_F; 0 where more is lost than ΔW has.
     """
-    delta = delta.factored()
+    delta = delta.without_zero_rows()
     if rank is None and isinstance(delta.added, LowRank):
         return delta, 1.0
     if isinstance(rank, float):
         share = 1 - (1 - rank) * _share(delta)
         rank = share if share > 0 else 1
     added, energy = truncate(delta.added, rank)
-    return rejoined(delta, added), retained(delta, energy)
+    return with_low_rank_part(delta, added), energy_of_whole(delta, energy)
 
 
-def added_part(delta: Delta) -> Delta:
+def low_rank_part(delta: Delta) -> Delta:
     """The part of a delta that has a rank: what it adds to W beside rescaling it, or all of it."""
     return delta.added if isinstance(delta, Rescaled) else delta
 
 
-def rejoined(delta: Delta, added: LowRank) -> Delta:
+def with_low_rank_part(delta: Delta, added: LowRank) -> Delta:
     """The delta with another such part."""
     return dataclasses.replace(delta, added=added) if isinstance(delta, Rescaled) else added
 
 
-def retained(delta: Delta, energy: float) -> float:
+def energy_of_whole(delta: Delta, energy: float) -> float:
     """The energy that the delta retains if that part retains `energy` of its own."""
     if energy == 1 or not isinstance(delta, Rescaled):
         return energy

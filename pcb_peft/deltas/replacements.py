@@ -46,7 +46,7 @@ class Rows:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Head:
+class Replacements:
     """What an adapter replaces; most often a classification head.
 
     Attributes:
@@ -64,12 +64,12 @@ class Head:
     def __bool__(self) -> bool:
         return bool(self.parameters or self.rows)
 
-    def only(self, names: Container[str]) -> "Head":
+    def only(self, names: Container[str]) -> "Replacements":
         """Some of its parameters, without rows."""
         some = {name: values for name, values in self.parameters.items() if name in names}
-        return Head(words_of(some, self.modules), some)
+        return Replacements(modules_to_save_keys(some, self.modules), some)
 
-    def without(self, names: Container[str]) -> "Head":
+    def without(self, names: Container[str]) -> "Replacements":
         """The other parameters, without rows."""
         return self.only({name for name in self.parameters if name not in names})
 
@@ -77,7 +77,7 @@ class Head:
         """The parameters that PEFT saves together, by the word that says so."""
         groups: dict[str, set[str]] = {}
         for name in self.parameters:
-            groups.setdefault(word_of(name, self.modules), set()).add(name)
+            groups.setdefault(modules_to_save_key(name, self.modules), set()).add(name)
         return groups
 
     def read(self) -> dict[str, Tensor]:
@@ -85,7 +85,7 @@ class Head:
         return {name: values() for name, values in self.parameters.items()}
 
 
-def word_of(parameter: str, words: Iterable[str]) -> str:
+def modules_to_save_key(parameter: str, words: Iterable[str]) -> str:
     """The word by which PEFT is told to save a parameter: it ends the path of a module around it.
 
     The path of the parameter's own module, where none of the words does.
@@ -95,13 +95,13 @@ def word_of(parameter: str, words: Iterable[str]) -> str:
     return next((w for w in words if any(m.endswith(w) for m in around)), around[-1])
 
 
-def words_of(parameters: Iterable[str], words: Collection[str]) -> tuple[str, ...]:
+def modules_to_save_keys(parameters: Iterable[str], words: Collection[str]) -> tuple[str, ...]:
     """The words by which PEFT is told to save parameters."""
-    needed = {word_of(name, words) for name in parameters}
+    needed = {modules_to_save_key(name, words) for name in parameters}
     return tuple(w for w in words if w in needed) + tuple(sorted(needed.difference(words)))
 
 
-def head_files(heads: Mapping[str, Head]) -> dict[str, bytes]:
+def head_files(heads: Mapping[str, Replacements]) -> dict[str, bytes]:
     """One file per adapter that has a head: ``model.load_state_dict(load_file(...), strict=False)`` loads it."""
     return {
         f"{HEADS}/{name}.safetensors": safetensors.torch.save(

@@ -17,16 +17,21 @@ from pcb_peft.adapters.loading import load_adapters
 from pcb_peft.base.model import lazy_base
 from pcb_peft.data.statistics_file import open_statistics
 from pcb_peft.dry_run.module_cost import ModuleCost, module_costs, modules_at_once
-from pcb_peft.dry_run.output_size import adapter_bytes, folded_bytes, head_bytes, unread
-from pcb_peft.dry_run.probes import least
-from pcb_peft.merging.compatibility import Alignment, common_base
-from pcb_peft.merging.dora_or_lora import leaving_as_one
-from pcb_peft.merging.engine import DEFAULT_MEMORY, gathered
-from pcb_peft.merging.finish import check_leaving
-from pcb_peft.merging.heads import settle
+from pcb_peft.dry_run.output_size import (
+    adapter_bytes,
+    folded_bytes,
+    head_bytes,
+    with_unreadable_heads,
+)
+from pcb_peft.dry_run.probes import best_of
+from pcb_peft.merging.compatibility import AdapterSet, common_base
+from pcb_peft.merging.dora_or_lora import fall_back_to_lora
+from pcb_peft.merging.engine import DEFAULT_MEMORY, load_and_resolve
+from pcb_peft.merging.finish import check_writable
+from pcb_peft.merging.heads import merge_heads
 from pcb_peft.merging.plan import Setting, calibrations_of, plan
 from pcb_peft.methods import get_method
-from pcb_peft.recipes.peft_aliases import method_of, spelled_out
+from pcb_peft.recipes.peft_aliases import method_of, resolve_peft_alias
 from pcb_peft.recipes.recipe import Recipe
 from pcb_peft.runtime.resources import number_of_bytes
 from pcb_peft.tasks.order_statistics import KEPT_IN_ALL, KEPT_VALUES, MARGIN
@@ -89,18 +94,18 @@ def estimate_merge(
     Raises:
         PcbPeftError: As they do, where that can be known from the headers.
     """
-    check_leaving(recipe, fold=fold)
+    check_writable(recipe, fold=fold)
     base, room = lazy_base(recipe.base_model), number_of_bytes(max_memory)
     given = load_adapters(recipe.adapters, base_model=base, hashed=False)
-    adapters, _ = leaving_as_one(gathered(recipe, given, base), base)
+    adapters, _ = fall_back_to_lora(load_and_resolve(recipe, given, base), base)
     common_base(adapters, recipe.base_model)  # refuses different ones
-    alignment = Alignment(adapters)
+    alignment = AdapterSet(adapters)
     method = get_method(method_of(recipe.method))
     measured = next(map(open_statistics, recipe.statistics), None)
     kind = measured.kind if measured else None
-    recipe, settings = plan(spelled_out(recipe, adapters), method, alignment, kind)
+    recipe, settings = plan(resolve_peft_alias(recipe, adapters), method, alignment, kind)
     recipe, before, after = calibrations_of(recipe, alignment)
-    settled = settle(unread(adapters), recipe.weights or (), recipe.heads)
+    merged_heads = merge_heads(with_unreadable_heads(adapters), recipe.weights or (), recipe.heads)
     costs = [
         cost
         for setting in settings
@@ -113,9 +118,9 @@ def estimate_merge(
     result = adapter_bytes(left, torch.float32, rank_pattern=True)
     written = adapter_bytes(left, dtype, rank_pattern=rank_pattern)
     copied = 0 if fold or written == result else written
-    written += head_bytes(settled, dtype)
+    written += head_bytes(merged_heads, dtype)
     if fold and base:
-        written = folded_bytes(base(), settled, alignment.modules, recipe.tied)
+        written = folded_bytes(base(), merged_heads, alignment.modules, recipe.tied)
     return Estimate(
         modules=len(alignment.modules),
         values=sum(cost.values for cost in costs),
@@ -147,10 +152,10 @@ def _stored_bytes(adapter: Adapter) -> int:
 def _hash_seconds() -> float:
     """Per byte."""
     content = bytes(1 << 22)
-    return least(lambda: hashlib.sha256(content))[0] / len(content)
+    return best_of(lambda: hashlib.sha256(content))[0] / len(content)
 
 
-def _statistics_bytes(alignment: Alignment, setting: Setting, costs: Sequence[ModuleCost]) -> int:
+def _statistics_bytes(alignment: AdapterSet, setting: Setting, costs: Sequence[ModuleCost]) -> int:
     """Of the tiles in work, of those that are held with a score, of a sample, and of the values that brackets keep."""
     tasks = len(alignment.adapters)
     scope, held = sum(cost.values for cost in costs), max(cost.held for cost in costs)

@@ -10,10 +10,10 @@ import torch
 from pcb_peft.calibrations import Calibration, prepared
 from pcb_peft.deltas.delta import Delta, Dense, Diagonal, LowRank, Rescaled
 from pcb_peft.deltas.linalg import GROUP
-from pcb_peft.deltas.rank import Rank, added_part, budget_of, truncate
-from pcb_peft.dry_run.output_size import Left
-from pcb_peft.dry_run.probes import Kinds, Shape, StandIn, least, stand_ins, timed
-from pcb_peft.merging.compatibility import Alignment
+from pcb_peft.deltas.rank import Rank, budget_of, low_rank_part, truncate
+from pcb_peft.dry_run.output_size import OutputShape
+from pcb_peft.dry_run.probes import Kinds, Probe, Shape, best_of, probes_of, timed
+from pcb_peft.merging.compatibility import AdapterSet
 from pcb_peft.merging.plan import Setting
 from pcb_peft.spaces import Projection
 from pcb_peft.tasks import compiling
@@ -41,7 +41,7 @@ class ModuleCost:
     seconds: float
     values: int
     passes: int
-    left: Left
+    left: OutputShape
     working: int
     kept: int
     encode: float
@@ -50,7 +50,7 @@ class ModuleCost:
 
 
 def module_costs(
-    alignment: Alignment,
+    alignment: AdapterSet,
     setting: Setting,
     rank: Rank,
     before: Sequence[Calibration],
@@ -63,7 +63,7 @@ def module_costs(
     shapes = [alignment.modules[module].shape for module in setting.modules]
     for module, shape in zip(setting.modules, shapes, strict=True):
         kinds = _kinds(alignment, module, in_parts=setting.in_parts)
-        small, large = stand_ins(kinds, shape, lossless=setting.space.lossless)
+        small, large = probes_of(kinds, shape, low_rank_output=setting.space.low_rank_output)
         keys.append((kinds, small, large))
         if keys[-1] not in pairs:
             weights = [float(w) if isinstance(w, int | float) else 1.0 for w in setting.weights]
@@ -86,20 +86,20 @@ def module_costs(
 def modules_at_once(setting: Setting) -> int:
     """How many modules are merged side by side."""
     threads = torch.get_num_threads()
-    return min(threads, len(setting.modules)) if setting.space.lossless else 1
+    return min(threads, len(setting.modules)) if setting.space.low_rank_output else 1
 
 
 def _limited(
-    left: Left,
-    alignment: Alignment,
+    left: OutputShape,
+    alignment: AdapterSet,
     module: str,
     setting: Setting,
     rank: Rank,
     after: Sequence[Calibration],
-) -> Left:
+) -> OutputShape:
     """What is left of a module, of no higher rank than there can be."""
     limits = [budget_of(rank, kind) for kind in ("budget", "utility")]
-    if isinstance(rank, float) and not setting.space.lossless:
+    if isinstance(rank, float) and not setting.space.low_rank_output:
         limits.append(left.rank)
     elif not after:
         limits.append(alignment.total_rank(module, in_parts=setting.in_parts))
@@ -107,7 +107,7 @@ def _limited(
     return dataclasses.replace(left, rank=most, stacked=alignment.modules[module].stacked)
 
 
-def _kinds(alignment: Alignment, module: str, *, in_parts: bool) -> Kinds:
+def _kinds(alignment: AdapterSet, module: str, *, in_parts: bool) -> Kinds:
     """What rescales W counts as dense where it does not compete in parts."""
     template = alignment.modules[module]
     found = [adapter.modules.entries.get(module) for adapter in alignment.adapters]
@@ -148,9 +148,9 @@ class _Pair:
         def encode(deltas: Sequence[Delta], weights: Sequence[float]) -> Projection:
             return setting.encode(prepared(deltas, before), weights)
 
-        self.ones = [StandIn(encode, weights, kinds, shape, copies) for shape in shapes]
+        self.ones = [Probe(encode, weights, kinds, shape, copies) for shape in shapes]
         self.compiling = 0.0  # seconds
-        self._merged: dict[_Way, list[tuple[float, float, int, Left]]] = {}
+        self._merged: dict[_Way, list[tuple[float, float, int, OutputShape]]] = {}
 
     def values(self, shape: Shape) -> int:
         """In the blocks of a module of that shape."""
@@ -166,13 +166,13 @@ class _Pair:
     def cost(self, shape: Shape, scope: int, room: float) -> ModuleCost:
         """Of a module of that shape, in a scope of so many values that has so much room."""
         tasks, wide = len(self.kinds), sum(shape)
-        compiled = compiling.worth(tasks, scope) and not compiling.obstacle(CPU)
+        compiled = compiling.worth_compiling(tasks, scope) and not compiling.why_not_compiled(CPU)
         held = held_bytes(tasks, scope, room)
         way = _Way(dtype_of(tasks, scope), compiled, held > 0, scope > SAMPLE_VALUES)
         if way not in self._merged:
             self._merged[way] = [self._run(one, way) for one in self.ones]
         runs, values = self._merged[way], self.values(shape)
-        dense = not self.setting.space.lossless
+        dense = not self.setting.space.low_rank_output
         area = math.prod(shape) if dense else wide
         sizes = [one.shape for one in self.ones]
         areas = [math.prod(small) if dense else sum(small) for small in sizes]
@@ -194,7 +194,7 @@ class _Pair:
             tile=GROUP * tasks * max(cols for _, cols in self._blocks(shape)),
         )
 
-    def _run(self, one: StandIn, way: _Way) -> tuple[float, float, int, Left]:
+    def _run(self, one: Probe, way: _Way) -> tuple[float, float, int, OutputShape]:
         """Seconds to compete and to depart, passes, and what leaves."""
         blocks = one.projection.blocks
         scopes = [blocks] if self._kept else [[block] for block in blocks]
@@ -216,31 +216,31 @@ class _Pair:
             return len(swept) // len(scopes) + 1, results
 
         first = timed(compete)[0] if way.compiled else 0.0
-        competing, (passes, results) = least(compete, self._copies)
+        competing, (passes, results) = best_of(compete, self._copies)
         self.compiling = max(self.compiling, first - competing)
         delta = one.projection.decode(results)
-        departing, left = least(lambda: self._left(self._calibrated(delta, one)), self._copies)
+        departing, left = best_of(lambda: self._left(self._calibrated(delta, one)), self._copies)
         repeats = 1 + self._surveys / (passes if self._kept else 1)
         return competing * repeats, departing, passes, left
 
-    def _calibrated(self, delta: Delta, one: StandIn) -> Delta:
+    def _calibrated(self, delta: Delta, one: Probe) -> Delta:
         for calibration in self.after:
             survey = calibration.survey
             whole = (survey(delta, one.deltas),) if survey else ()
             delta = calibration(delta, one.deltas, *whole)
         return delta
 
-    def _left(self, delta: Delta) -> Left:
+    def _left(self, delta: Delta) -> OutputShape:
         """What becomes of a delta; of at most that rank where only the data knows."""
         if self.rank == "full" or isinstance(delta, Diagonal):
-            return Left(delta.shape, None)
+            return OutputShape(delta.shape, None)
         rescales = isinstance(delta, Rescaled)
         rank = self.rank if isinstance(self.rank, int) else None
-        if rank is None and not self.setting.space.lossless:
+        if rank is None and not self.setting.space.low_rank_output:
             rank = self.total_rank
         if isinstance(delta, LowRank) and rank is None:
-            return Left(delta.shape, delta.rank)
-        return Left(delta.shape, truncate(added_part(delta), rank)[0].rank, rescales)
+            return OutputShape(delta.shape, delta.rank)
+        return OutputShape(delta.shape, truncate(low_rank_part(delta), rank)[0].rank, rescales)
 
 
 def _line(sizes: Sequence[int], seconds: Sequence[float], size: int) -> float:

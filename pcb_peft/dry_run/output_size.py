@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from pcb_peft.adapters.adapter import Adapter
-from pcb_peft.base.model import BaseModel, parted
-from pcb_peft.deltas.replacements import Head, Parameter
-from pcb_peft.merging.heads import Settled
+from pcb_peft.base.model import BaseModel, split_parameter_name
+from pcb_peft.deltas.replacements import Parameter, Replacements
+from pcb_peft.merging.heads import MergedHeads
 
 FLOAT = torch.float32.itemsize  # of magnitudes, and of what stands beside the weights
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Left:
+class OutputShape:
     """What a merge leaves of a module.
 
     Attributes:
@@ -36,7 +36,7 @@ class Left:
         return self.rank is None or self.shape[1] == 1
 
 
-def adapter_bytes(left: Collection[Left], dtype: torch.dtype, *, rank_pattern: bool) -> int:
+def adapter_bytes(left: Collection[OutputShape], dtype: torch.dtype, *, rank_pattern: bool) -> int:
     """Of deltas as an adapter: the factors have one rank if each has not its own, and all rescale W if one does."""
     matrices = [one for one in left if not one.vector]
     highest = max((one.rank or 0 for one in matrices), default=0)
@@ -49,15 +49,17 @@ def adapter_bytes(left: Collection[Left], dtype: torch.dtype, *, rank_pattern: b
     return values * dtype.itemsize + magnitudes * FLOAT
 
 
-def head_bytes(settled: Settled, dtype: torch.dtype) -> int:
+def head_bytes(merged_heads: MergedHeads, dtype: torch.dtype) -> int:
     """Of what is replaced, in the adapter and in the files beside it."""
-    head = settled.head
+    head = merged_heads.head
     rows = [*head.rows.values(), *(head.rows[of] for of in head.copies.values())]
     values = sum(some.load().numel() for some in rows) + _values(head.parameters.values())
-    return values * dtype.itemsize + _kept_bytes(settled)
+    return values * dtype.itemsize + _kept_bytes(merged_heads)
 
 
-def folded_bytes(base: BaseModel, settled: Settled, modules: Iterable[str], tied: str) -> int:
+def folded_bytes(
+    base: BaseModel, merged_heads: MergedHeads, modules: Iterable[str], tied: str
+) -> int:
     """Of the base model with the merge in it.
 
     Args:
@@ -67,8 +69,8 @@ def folded_bytes(base: BaseModel, settled: Settled, modules: Iterable[str], tied
         tied: What becomes of tied weights; one that is untied is stored twice.
     """
     sizes = {name: span.end - span.begin for name, span in base.spans.items()}
-    total = sum(sizes.values()) + _kept_bytes(settled)
-    head = settled.head
+    total = sum(sizes.values()) + _kept_bytes(merged_heads)
+    head = merged_heads.head
     weights = {f"{module}.weight" for module in (*modules, *head.rows)} | head.parameters.keys()
     for name, new in head.parameters.items():
         stored = next(filter(None, map(base.find, (name, *base.tied(name)))), None)
@@ -78,12 +80,12 @@ def folded_bytes(base: BaseModel, settled: Settled, modules: Iterable[str], tied
         else:
             total += _grown(sizes[stored], base.spans[stored].shape, new.shape)
     if tied == "untie":
-        ends = {base.parameter(*parted(n)) for n in weights if base.tied(n)}
+        ends = {base.parameter(*split_parameter_name(n)) for n in weights if base.tied(n)}
         total += sum(sizes[name] for name in ends)
     return total
 
 
-def unread(adapters: Sequence[Adapter]) -> list[Adapter]:
+def with_unreadable_heads(adapters: Sequence[Adapter]) -> list[Adapter]:
     """The same adapters, as far as headers tell: no two replace a parameter by the same values."""
     return [
         dataclasses.replace(
@@ -95,7 +97,7 @@ def unread(adapters: Sequence[Adapter]) -> list[Adapter]:
     ]
 
 
-def _unread(head: Head) -> Head:
+def _unread(head: Replacements) -> Replacements:
     parameters = {name: _other(new.shape) for name, new in head.parameters.items()}
     return dataclasses.replace(head, parameters=parameters)
 
@@ -109,9 +111,9 @@ def _other(shape: tuple[int, ...]) -> Parameter:
     return Parameter(shape, load)
 
 
-def _kept_bytes(settled: Settled) -> int:
+def _kept_bytes(merged_heads: MergedHeads) -> int:
     """Of the files that stand beside the weights."""
-    return FLOAT * sum(_values(head.parameters.values()) for head in settled.kept.values())
+    return FLOAT * sum(_values(head.parameters.values()) for head in merged_heads.kept.values())
 
 
 def _values(parameters: Iterable[Parameter]) -> int:

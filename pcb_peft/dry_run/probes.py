@@ -24,17 +24,17 @@ AGREEING = 1.1  # times as long as the fastest
 GROWTH = 3  # how many times as many rows the larger one has
 
 
-def stand_ins(kinds: Kinds, shape: Shape, *, lossless: bool) -> tuple[Shape, Shape]:
+def probes_of(kinds: Kinds, shape: Shape, *, low_rank_output: bool) -> tuple[Shape, Shape]:
     """Two smaller shapes, in which rows, columns and ranks are still told from each other."""
     side = math.isqrt(STAND_IN_VALUES // len(kinds))
     side = max(LEAST_SIDE, min(side, MOST_SIDE))
-    if lossless:
+    if low_rank_output:
         side = max(side, 2 * sum(rank for _, rank in kinds))
     rows, cols = min(shape[0], side), min(shape[1], side - 16)
     return (rows, cols), (min(shape[0], GROWTH * rows), cols)
 
 
-class StandIn:
+class Probe:
     """One random module in its space.
 
     Attributes:
@@ -55,7 +55,7 @@ class StandIn:
         self.shape = shape
         self.deltas = [_random(kind, rank, shape, seed) for seed, (kind, rank) in enumerate(kinds)]
         with one_thread():
-            self.seconds, projection = least(lambda: encode(self.deltas, weights), copies)
+            self.seconds, projection = best_of(lambda: encode(self.deltas, weights), copies)
         keys = tuple(range(len(kinds)))
         blocks = tuple(dataclasses.replace(block, keys=keys) for block in projection.blocks)
         self.projection = dataclasses.replace(projection, blocks=blocks)
@@ -85,7 +85,7 @@ def timed(function: Callable[[], Result], copies: int = 1) -> tuple[float, Resul
     return (time.perf_counter() - started) / copies, result
 
 
-def least(function: Callable[[], Result], copies: int = 1) -> tuple[float, Result]:
+def best_of(function: Callable[[], Result], copies: int = 1) -> tuple[float, Result]:
     """As `timed`, the fastest of several times, until two agree: what else the machine does only adds."""
     fastest: list[float] = []
     while True:

@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pcb_peft.adapters.adapter import Adapter, Modules
+from pcb_peft.adapters.adapter import Adapter, DeltaMapping
 from pcb_peft.adapters.source import Source
 from pcb_peft.base.model import BaseModel, open_base_model
 from pcb_peft.deltas.delta import Dense, LowRank
 from pcb_peft.deltas.rank import check_rank, truncate
-from pcb_peft.deltas.replacements import Head, Parameter
+from pcb_peft.deltas.replacements import Parameter, Replacements
 from pcb_peft.errors import AdapterError, MismatchError, OptionError, UnsupportedError
-from pcb_peft.formats import Entry
-from pcb_peft.formats.registry import change_of_vector
+from pcb_peft.formats import LazyDelta
+from pcb_peft.formats.registry import vector_delta
 from pcb_peft.merging.report import ModuleReport, Report
 from pcb_peft.runtime.progress import Track, tracker
 
@@ -98,7 +98,7 @@ def extract_adapter(
     report.seconds = time.perf_counter() - started
     return ExtractedAdapter(
         name=Source(tuned.source).name,
-        modules=Modules(entries),
+        modules=DeltaMapping(entries),
         base_model=base.source,
         head=head,
         report=report,
@@ -194,7 +194,7 @@ def _module(parameter: str) -> str:
     return parameter.removesuffix(".weight")
 
 
-def _entry(tuned: BaseModel, base: BaseModel, name: str, before: str) -> Entry:
+def _entry(tuned: BaseModel, base: BaseModel, name: str, before: str) -> LazyDelta:
     """The change of one parameter."""
 
     def change() -> Tensor:
@@ -202,16 +202,18 @@ def _entry(tuned: BaseModel, base: BaseModel, name: str, before: str) -> Entry:
 
     shape = base.spans[before].shape
     if len(shape) == 1:
-        return Entry(LowRank, (shape[0], 1), lambda: change_of_vector(change()), 1)
+        return LazyDelta(LowRank, (shape[0], 1), lambda: vector_delta(change()), 1)
     layout = base.layout(_module(name), (1, 1))
-    return Entry(
+    return LazyDelta(
         Dense,
         layout.matrix_shape(shape),
         lambda: Dense(layout.matrix(change()).contiguous(), layout=layout),
     )
 
 
-def _head(tuned: BaseModel, base: BaseModel, comparison: _Comparison, modules: set[str]) -> Head:
+def _head(
+    tuned: BaseModel, base: BaseModel, comparison: _Comparison, modules: set[str]
+) -> Replacements:
     """Modules that are stored whole, with all their parameters; those that are left out as the base has them."""
 
     def load(name: str) -> Tensor:
@@ -219,7 +221,7 @@ def _head(tuned: BaseModel, base: BaseModel, comparison: _Comparison, modules: s
         return (base.tensor(before) if before else tuned.tensor(tuned.parameters[name])).float()
 
     names = [name for name in tuned.parameters if name.rpartition(".")[0] in modules]
-    return Head(
+    return Replacements(
         tuple(sorted(modules)),
         {
             name: Parameter(
@@ -231,16 +233,16 @@ def _head(tuned: BaseModel, base: BaseModel, comparison: _Comparison, modules: s
 
 
 def _as_lora(
-    entries: Mapping[str, Entry], rank: int | float, base: BaseModel, report: Report
-) -> dict[str, Entry]:
+    entries: Mapping[str, LazyDelta], rank: int | float, base: BaseModel, report: Report
+) -> dict[str, LazyDelta]:
     """The changes of matrices at this rank."""
-    lora: dict[str, Entry] = {}
+    lora: dict[str, LazyDelta] = {}
     for module, entry in entries.items():
         if entry.kind is not Dense:
             continue
         _refuse_what_no_lora_holds(module, base)
         delta, energy = truncate(entry.load(), rank)
-        lora[module] = Entry(LowRank, entry.shape, lambda delta=delta: delta, rank=delta.rank)
+        lora[module] = LazyDelta(LowRank, entry.shape, lambda delta=delta: delta, rank=delta.rank)
         report.modules[module] = ModuleReport(
             entry.shape, delta.rank, energy, delta.norm(), kept={}, conflicts=0.0
         )

@@ -4,11 +4,11 @@ import importlib
 import pkgutil
 
 from pcb_peft.formats.registry import (
+    AdapterContents,
+    AdapterFiles,
     Base,
-    Contents,
-    Entry,
     Format,
-    Written,
+    LazyDelta,
     format_for,
     format_named,
     format_of,
@@ -18,11 +18,11 @@ for _module in pkgutil.iter_modules(__path__, __name__ + "."):
     importlib.import_module(_module.name)
 
 __all__ = [
+    "AdapterContents",
+    "AdapterFiles",
     "Base",
-    "Contents",
-    "Entry",
     "Format",
-    "Written",
+    "LazyDelta",
     "format_for",
     "format_named",
     "format_of",

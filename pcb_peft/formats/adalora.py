@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 from pcb_peft.deltas.delta import LowRank
-from pcb_peft.formats.registry import Entry, register
+from pcb_peft.formats.registry import LazyDelta, register
 from pcb_peft.formats.tuner import Parts, tuner
 
 TINY = 1e-5  # PEFT's, against a division by zero
 
 
-def entry(parts: Parts) -> Entry:
+def entry(parts: Parts) -> LazyDelta:
     """One module's change; of convolutions the factors are those of the flattened kernel.
 
     Source: Zhang et al. 2023, arXiv:2303.10512, equation 3. The scaling is alpha over the initial rank, in PEFT,
@@ -25,7 +25,7 @@ def entry(parts: Parts) -> Entry:
         layout = parts.layout((height, width))
         return LowRank(_at_least_one(lora_A), _at_least_one(lora_B.T).T, scaling, layout=layout)
 
-    return Entry(LowRank, (height, width), load, max(1, rank))
+    return LazyDelta(LowRank, (height, width), load, max(1, rank))
 
 
 def _at_least_one(rows: Tensor) -> Tensor:

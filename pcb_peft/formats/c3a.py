@@ -3,11 +3,11 @@
 import torch
 
 from pcb_peft.deltas.delta import Dense
-from pcb_peft.formats.registry import Entry, register
+from pcb_peft.formats.registry import LazyDelta, register
 from pcb_peft.formats.tuner import Parts, tuner
 
 
-def entry(parts: Parts) -> Entry:
+def entry(parts: Parts) -> LazyDelta:
     """One module's change: block (i, j) holds c[(q − p) mod b] / in at (p, q), c = kernel[i, j].
 
     Source: Chen et al. 2024, arXiv:2407.19342, section 3; the division by `in` is PEFT's.
@@ -21,7 +21,7 @@ def entry(parts: Parts) -> Entry:
         values = blocks.transpose(1, 2).reshape(shape) / shape[1]
         return Dense(values, layout=parts.layout(shape))
 
-    return Entry(Dense, shape, load)
+    return LazyDelta(Dense, shape, load)
 
 
 register(tuner("C3A", "c3a_", entry))

@@ -3,13 +3,13 @@
 import torch
 
 from pcb_peft.deltas.delta import LowRank
-from pcb_peft.formats.registry import Entry, register
+from pcb_peft.formats.registry import LazyDelta, register
 from pcb_peft.formats.tuner import Parts, tuner
 
 SMALLEST = 1e-4  # of a norm that is divided by, in PEFT
 
 
-def entry(parts: Parts) -> Entry:
+def entry(parts: Parts) -> LazyDelta:
     """One module's change: B diag(λ / (r ‖a_i‖ ‖b_i‖)) A, its columns times the norms that W had at first.
 
     Source: Bini et al. 2025, arXiv:2503.18225, equation 8; PEFT scales the columns by W's, not the whole by ‖W‖_F.
@@ -24,7 +24,7 @@ def entry(parts: Parts) -> Entry:
         columns = parts.read("delora_w_norm", width)
         return LowRank(lora_A * columns, lora_B * gain, layout=parts.layout((height, width)))
 
-    return Entry(LowRank, (height, width), load, rank)
+    return LazyDelta(LowRank, (height, width), load, rank)
 
 
 register(tuner("DELORA", "delora_", entry))

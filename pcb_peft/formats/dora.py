@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pcb_peft.deltas.delta import LowRank, Rescaled
 from pcb_peft.errors import UnsupportedError
-from pcb_peft.formats.registry import PREFIX, Written
+from pcb_peft.formats.registry import PREFIX, AdapterFiles
 
 ROUNDING = 1e-7  # the part of the largest norm that is zero in float32
 
@@ -37,10 +37,12 @@ def rescaled(
 def direction(delta: Rescaled) -> LowRank:
     """What is added to W before its rows are rescaled: diag(1 / (1 + gain)) times what is added to it at last."""
     left, right = delta.added.factors()
-    return LowRank(right.float(), (left * delta.quotient()[:, None]).float(), layout=delta.layout)
+    return LowRank(
+        right.float(), (left * delta.inverse_scale()[:, None]).float(), layout=delta.layout
+    )
 
 
-def with_magnitudes(written: Written, deltas: Mapping[str, Rescaled]) -> Written:
+def with_magnitudes(written: AdapterFiles, deltas: Mapping[str, Rescaled]) -> AdapterFiles:
     """The same file contents, of which the factors become those of a DoRA.
 
     m is (1 + gain) ‖V‖ for the V that the tensors make as they are rounded. It stays float32: rounded, it would change
@@ -48,7 +50,7 @@ def with_magnitudes(written: Written, deltas: Mapping[str, Rescaled]) -> Written
 
     Args:
         written: The `direction` of each delta, as a LoRA of scaling 1.
-        deltas: By module, without a row of W that is multiplied by 0 (`Rescaled.factored`).
+        deltas: By module, without a row of W that is multiplied by 0 (`Rescaled.without_zero_rows`).
 
     Raises:
         UnsupportedError: A row of V is zero, by whose norm PEFT would divide.

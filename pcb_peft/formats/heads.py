@@ -8,17 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pcb_peft.deltas.replacements import Head, Rows, word_of, words_of
+from pcb_peft.deltas.replacements import (
+    Replacements,
+    Rows,
+    modules_to_save_key,
+    modules_to_save_keys,
+)
 from pcb_peft.errors import AdapterError, UnsupportedError
 from pcb_peft.formats.checkpoint import Tensors, Without
-from pcb_peft.formats.registry import PREFIX, Format, Written, finite, module_of
+from pcb_peft.formats.registry import PREFIX, AdapterFiles, Format, finite, module_of
 
 ROWS = "trainable_tokens_delta"  # PEFT's name for rows that take the place of others; they are no delta
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RowsRead:
-    """The rows among an adapter's tensors; see `Head` for `rows` and `copies`."""
+    """The rows among an adapter's tensors; see `Replacements` for `rows` and `copies`."""
 
     rows: dict[str, Rows]
     copies: dict[str, str]
@@ -97,7 +102,9 @@ def _rows(tensors: Tensors, name: str, indices: Sequence[int] | None) -> Rows:
     return Rows(tuple(stated), functools.partial(finite, tensors, name))
 
 
-def write_head(head: Head, deltas: Collection[str], format_: Format, dtype: torch.dtype) -> Written:
+def write_head(
+    head: Replacements, deltas: Collection[str], format_: Format, dtype: torch.dtype
+) -> AdapterFiles:
     """What an adapter replaces, as PEFT stores it beside deltas of a format.
 
     Args:
@@ -134,16 +141,20 @@ def write_head(head: Head, deltas: Collection[str], format_: Format, dtype: torc
         between |= dict.fromkeys([*head.rows, *head.copies], f"{store.part}base_layer.")
     tensors |= {_key(name, between): values().to(dtype) for name, values in head.parameters.items()}
     alone = [name for name in head.parameters if name.rpartition(".")[0] not in between]
-    words = words_of(alone, head.modules)
-    torn = [n for n in head.parameters if n not in alone and word_of(n, head.modules) in words]
+    words = modules_to_save_keys(alone, head.modules)
+    torn = [
+        n
+        for n in head.parameters
+        if n not in alone and modules_to_save_key(n, head.modules) in words
+    ]
     if torn:
         raise UnsupportedError(
-            f"{torn[0]} has a delta and is part of {word_of(torn[0], head.modules)}, which an adapter replaces as a "
-            "whole (modules_to_save), and PEFT holds one of the two: fold the adapter into the base model"
+            f"{torn[0]} has a delta and is part of {modules_to_save_key(torn[0], head.modules)}, which an adapter "
+            "replaces as a whole (modules_to_save), and PEFT holds one of the two: fold the adapter into the base model"
         )
     if alone:
         config["modules_to_save"] = list(words)
-    return Written(config, tensors)
+    return AdapterFiles(config, tensors)
 
 
 def _key(parameter: str, between: Mapping[str, str]) -> str:
@@ -158,11 +169,11 @@ def matching(module: str, targets: Container[str]) -> bool:
 
 
 def with_biases(
-    written: Written,
+    written: AdapterFiles,
     biases: Mapping[str, Callable[[], Tensor]],
     owners: Container[str],
     dtype: torch.dtype,
-) -> Written:
+) -> AdapterFiles:
     """The same file contents, and whole biases of the base model, as they are trained (PEFT's `bias`).
 
     Args:

@@ -5,13 +5,13 @@ import torch
 from pcb_peft.deltas.delta import LowRank
 from pcb_peft.formats.checkpoint import Tensors
 from pcb_peft.formats.peft_layer import WHY, Tuner, entries_by_peft, opened
-from pcb_peft.formats.registry import Base, Config, Contents, Entry, Format, register
+from pcb_peft.formats.registry import AdapterContents, Base, Config, Format, LazyDelta, register
 from pcb_peft.formats.tuner import Parts, contents
 
 TUNER = Tuner("hra_")
 
 
-def read(config: Config, tensors: Tensors, base: Base) -> Contents:
+def read(config: Config, tensors: Tensors, base: Base) -> AdapterContents:
     """The changes of an HRA checkpoint.
 
     Raises:
@@ -20,7 +20,7 @@ def read(config: Config, tensors: Tensors, base: Base) -> Contents:
     return contents(config, tensors, base, TUNER.prefix, entries)
 
 
-def entries(parts: Parts) -> dict[str, Entry]:
+def entries(parts: Parts) -> dict[str, LazyDelta]:
     """One module's change: W Π (I − 2 u uᵀ) − W, u the normalised columns of hra_u (in, r); a LoRA of rank r.
 
     Source: Yuan et al. 2024, arXiv:2405.17484, equation 5. With `apply_GS`, PEFT's own layer makes the u orthogonal.
@@ -40,7 +40,7 @@ def entries(parts: Parts) -> dict[str, Entry]:
             weight = weight + columns[-1][:, None] * u
         return LowRank(lora_A.float(), torch.stack(columns, 1).float(), layout=layout)
 
-    return {parts.module: Entry(LowRank, shape, load, rank)}
+    return {parts.module: LazyDelta(LowRank, shape, load, rank)}
 
 
 register(Format("HRA", read))

@@ -12,12 +12,12 @@ from pcb_peft.errors import UnsupportedError
 from pcb_peft.formats.checkpoint import Tensors
 from pcb_peft.formats.registry import (
     PREFIX,
+    AdapterContents,
+    AdapterFiles,
     Base,
     Config,
-    Contents,
-    Entry,
     Format,
-    Written,
+    LazyDelta,
     finite,
     module_of,
     register,
@@ -27,7 +27,7 @@ from pcb_peft.formats.registry import (
 L = ".ia3_l"
 
 
-def read(config: Config, tensors: Tensors, base: Base) -> Contents:
+def read(config: Config, tensors: Tensors, base: Base) -> AdapterContents:
     """The scalings of an (IA)³ checkpoint.
 
     Raises:
@@ -38,10 +38,10 @@ def read(config: Config, tensors: Tensors, base: Base) -> Contents:
     keys = [name for name in names if name.endswith(L)]
     entries = {module_of(key.removesuffix(L)): _entry(config, tensors, key) for key in keys}
     rest = [name for name in names if not name.endswith(L)]
-    return Contents(entries, saved_parameters(tensors, rest))
+    return AdapterContents(entries, saved_parameters(tensors, rest))
 
 
-def _entry(config: Config, tensors: Tensors, key: str) -> Entry:
+def _entry(config: Config, tensors: Tensors, key: str) -> LazyDelta:
     shape = tensors.shape(key)
     if len(shape) < 2 or max(shape) != math.prod(shape):
         raise UnsupportedError(
@@ -56,7 +56,7 @@ def _entry(config: Config, tensors: Tensors, key: str) -> Entry:
     def load() -> Diagonal:
         return Diagonal(finite(tensors, key).flatten(), feedforward, layout=layout)
 
-    return Entry(Diagonal, (1, size) if feedforward else (size, 1), load)
+    return LazyDelta(Diagonal, (1, size) if feedforward else (size, 1), load)
 
 
 def _is_feedforward(config: Config, key: str) -> bool:
@@ -67,7 +67,7 @@ def _is_feedforward(config: Config, key: str) -> bool:
     return module.endswith(tuple(stated))
 
 
-def write(modules: Mapping[str, Diagonal], dtype: torch.dtype) -> Written:
+def write(modules: Mapping[str, Diagonal], dtype: torch.dtype) -> AdapterFiles:
     """The deltas as an (IA)³ checkpoint."""
     tensors = {
         PREFIX + module + L: delta.l.reshape(_stored_shape(delta)).to(dtype)
@@ -79,7 +79,7 @@ def write(modules: Mapping[str, Diagonal], dtype: torch.dtype) -> Written:
         "fan_in_fan_out": any(delta.layout.transposed for delta in modules.values()),
         "init_ia3_weights": True,
     }
-    return Written(config, tensors)
+    return AdapterFiles(config, tensors)
 
 
 def _stored_shape(delta: Diagonal) -> tuple[int, ...]:

@@ -3,11 +3,11 @@
 from pcb_peft.errors import UnsupportedError
 from pcb_peft.formats.checkpoint import Tensors
 from pcb_peft.formats.registry import (
+    AdapterContents,
     Base,
     Config,
-    Contents,
-    Entry,
     Format,
+    LazyDelta,
     module_of,
     register,
     saved_parameters,
@@ -18,7 +18,7 @@ INFIX = ".ln_tuning_layers."
 WHY = "its norms are stored whole, and the change is known only beside the base's own"
 
 
-def read(config: Config, tensors: Tensors, base: Base) -> Contents:
+def read(config: Config, tensors: Tensors, base: Base) -> AdapterContents:
     """The changes of an LN-Tuning checkpoint.
 
     Raises:
@@ -26,7 +26,7 @@ def read(config: Config, tensors: Tensors, base: Base) -> Contents:
     """
     del config
     names = tensors.names()
-    entries: dict[str, Entry] = {}
+    entries: dict[str, LazyDelta] = {}
     for name in filter(lambda name: INFIX in name, names):
         shape = tensors.shape(name)
         if len(shape) != 1:
@@ -39,7 +39,7 @@ def read(config: Config, tensors: Tensors, base: Base) -> Contents:
         module = module if parameter == "weight" else f"{module}.{parameter}"
         entries[module] = vector_entry(tensors, name, module, base, WHY)
     rest = [name for name in names if INFIX not in name]
-    return Contents(entries, saved_parameters(tensors, rest))
+    return AdapterContents(entries, saved_parameters(tensors, rest))
 
 
 register(Format("LN_TUNING", read))

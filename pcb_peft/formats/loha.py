@@ -6,11 +6,11 @@ from torch import Tensor
 
 from pcb_peft.deltas.delta import Dense
 from pcb_peft.formats.kernels import kernel_layout, lycoris_scaling, product, tucker
-from pcb_peft.formats.registry import Entry, register
+from pcb_peft.formats.registry import LazyDelta, register
 from pcb_peft.formats.tuner import Parts, tuner
 
 
-def entry(parts: Parts) -> Entry:
+def entry(parts: Parts) -> LazyDelta:
     """One module's change: scaling · (w1_a w1_b) ∘ (w2_a w2_b), of convolutions with a core t1, t2 in each.
 
     Source: Hyeon-Woo et al. 2022 (FedPara), arXiv:2108.06098, propositions 1 and 3.
@@ -26,7 +26,7 @@ def entry(parts: Parts) -> Entry:
         values = (scaling * first * second).reshape(shape)
         return Dense(values, layout=kernel_layout(parts, shape, kernel))
 
-    return Entry(Dense, shape, load)
+    return LazyDelta(Dense, shape, load)
 
 
 def _product(parts: Parts, number: str, *shapes: tuple[int, ...]) -> Tensor:

@@ -6,11 +6,11 @@ from torch import Tensor
 
 from pcb_peft.deltas.delta import Dense
 from pcb_peft.formats.kernels import kernel_layout, lycoris_scaling, product, tucker
-from pcb_peft.formats.registry import Entry, register
+from pcb_peft.formats.registry import LazyDelta, register
 from pcb_peft.formats.tuner import Parts, tuner
 
 
-def entry(parts: Parts) -> Entry:
+def entry(parts: Parts) -> LazyDelta:
     """One module's change: scaling · w1 ⊗ w2, with w2 (out, in, *kernel) of a convolution.
 
     Source: Yeh et al. 2024 (LyCORIS), arXiv:2309.14859, section 3.3. On a Conv1d, PEFT multiplies w1 (a, b) with w2
@@ -28,7 +28,7 @@ def entry(parts: Parts) -> Entry:
         values = scaling * torch.from_numpy(product)
         return Dense(values.reshape(shape), layout=kernel_layout(parts, shape, kernel))
 
-    return Entry(Dense, shape, load)
+    return LazyDelta(Dense, shape, load)
 
 
 def _shape(parts: Parts, name: str) -> torch.Size:

@@ -25,24 +25,24 @@ from pcb_peft.formats.lora_parts import (
     stored,
     target_of,
 )
-from pcb_peft.formats.lora_variants import Taken, taken_from, without
+from pcb_peft.formats.lora_variants import InitResidual, taken_from, without
 from pcb_peft.formats.registry import (
     PREFIX,
+    AdapterContents,
+    AdapterFiles,
     Base,
     Config,
-    Contents,
-    Entry,
     Format,
+    LazyDelta,
     RowStore,
-    Written,
+    as_dense,
     base_weight,
     bias_entries,
-    change_of_vector,
     finite,
     is_vector,
-    put_together,
     register,
     saved_parameters,
+    vector_delta,
     without_base,
 )
 
@@ -57,7 +57,7 @@ UNSUPPORTED = {  # what would change ΔW, and is not read: configuration field t
 }
 
 
-def read(config: Config, tensors: Tensors, base: Base) -> Contents:
+def read(config: Config, tensors: Tensors, base: Base) -> AdapterContents:
     """The deltas of a LoRA checkpoint.
 
     Raises:
@@ -83,7 +83,7 @@ def read(config: Config, tensors: Tensors, base: Base) -> Contents:
         )
         if "lora_B.bias" in parts.names:
             entries[f"{parts.module}.bias"] = _bias(tensors, parts.names["lora_B.bias"], scaling)
-    return Contents(entries | biases, saved, read_.rows, read_.copies)
+    return AdapterContents(entries | biases, saved, read_.rows, read_.copies)
 
 
 def _rows_stated(config: Config, module: str) -> Sequence[int] | None:
@@ -106,8 +106,8 @@ def _weight(
     parts: Parts,
     factors: Factors,
     scaling: float,
-    taken: Taken | None,
-) -> Entry:
+    taken: InitResidual | None,
+) -> LazyDelta:
     """What the adapter does to a module's weight: the base's, or the one that it brings along."""
 
     def plain() -> LowRank:
@@ -118,7 +118,7 @@ def _weight(
 
     magnitude = parts.names.get("lora_magnitude_vector")
     if taken is None and magnitude is None:
-        return Entry(LowRank, factors.shape, plain, factors.rank)
+        return LazyDelta(LowRank, factors.shape, plain, factors.rank)
     reasons = [taken.reason] if taken else []
     reasons += ["DoRA rescales W + BA by its norm"] if magnitude else []
     why = ", and ".join(reasons)
@@ -137,22 +137,22 @@ def _weight(
 
     kind = LowRank if magnitude is None else Rescaled
     missing = without_base(parts.module, why) if base is None else ""
-    entry = Entry(kind, factors.shape, load, (2 if taken else 1) * factors.rank, missing)
-    return put_together(entry) if isinstance(base, Parameter) else entry
+    entry = LazyDelta(kind, factors.shape, load, (2 if taken else 1) * factors.rank, missing)
+    return as_dense(entry) if isinstance(base, Parameter) else entry
 
 
-def _bias(tensors: Tensors, name: str, scaling: float) -> Entry:
+def _bias(tensors: Tensors, name: str, scaling: float) -> LazyDelta:
     """What `lora_bias` adds to a bias."""
 
     def load() -> LowRank:
-        return change_of_vector(finite(tensors, name) * scaling)
+        return vector_delta(finite(tensors, name) * scaling)
 
-    return Entry(LowRank, (tensors.shape(name)[0], 1), load, 1)
+    return LazyDelta(LowRank, (tensors.shape(name)[0], 1), load, 1)
 
 
 def write(
     modules: Mapping[str, LowRank | Rescaled], dtype: torch.dtype, *, rank_pattern: bool = False
-) -> Written:
+) -> AdapterFiles:
     """The deltas as a LoRA checkpoint whose scaling is 1 everywhere; as a DoRA, if they rescale W.
 
     Args:
@@ -163,13 +163,15 @@ def write(
     Raises:
         UnsupportedError: A bias changes whose weight does not.
     """
-    held = {name: d.factored() for name, d in modules.items() if isinstance(d, Rescaled)}
+    held = {name: d.without_zero_rows() for name, d in modules.items() if isinstance(d, Rescaled)}
     plain = {name: d for name, d in modules.items() if isinstance(d, LowRank)}
     plain |= {name: direction(delta) for name, delta in held.items()}
     return with_magnitudes(_factors(plain, dtype, rank_pattern=rank_pattern), held)
 
 
-def _factors(modules: Mapping[str, LowRank], dtype: torch.dtype, *, rank_pattern: bool) -> Written:
+def _factors(
+    modules: Mapping[str, LowRank], dtype: torch.dtype, *, rank_pattern: bool
+) -> AdapterFiles:
     """The deltas as a LoRA checkpoint; arguments and errors are `write`'s."""
     biases = {name: delta for name, delta in modules.items() if is_vector(delta)}
     weights = {name: delta for name, delta in modules.items() if name not in biases}
@@ -204,7 +206,7 @@ def _factors(modules: Mapping[str, LowRank], dtype: torch.dtype, *, rank_pattern
         config["lora_bias"] = True
     if rank_pattern and ranks:
         config |= {"rank_pattern": ranks, "alpha_pattern": ranks}
-    return Written(config, tensors)
+    return AdapterFiles(config, tensors)
 
 
 def _biases(

@@ -28,7 +28,7 @@ from pcb_peft.deltas.layout import CONV1D, LINEAR
 from pcb_peft.errors import AdapterError, UnsupportedError
 from pcb_peft.formats.checkpoint import Tensors
 from pcb_peft.formats.lora_parts import DEFAULT, Parts, pattern_value, scaling_of
-from pcb_peft.formats.registry import PREFIX, Base, Config, Entry, finite
+from pcb_peft.formats.registry import PREFIX, Base, Config, LazyDelta, finite
 
 ORDER = ("gate_up_proj", "down_proj")  # in which transformers' experts hold them
 AS_IT_IS, NEVER_AS_IT_IS = (0, 19, 1), (0, 19, 0)
@@ -55,7 +55,7 @@ class Stack:
 
 def read_experts(
     config: Config, tensors: Tensors, base: Base, modules: Sequence[Parts]
-) -> tuple[dict[str, Entry], list[Parts]]:
+) -> tuple[dict[str, LazyDelta], list[Parts]]:
     """The deltas of targeted parameters, and the modules that are none.
 
     Raises:
@@ -66,7 +66,7 @@ def read_experts(
     for parts in modules:
         if any(_holds(parts.path, target) for target in targets):
             wrapped.setdefault(parts.path, []).append(parts)
-    entries: dict[str, Entry] = {}
+    entries: dict[str, LazyDelta] = {}
 
     @functools.lru_cache(maxsize=2)  # experts of one stack are asked for one after the other
     def load(name: str) -> Tensor:
@@ -186,7 +186,7 @@ def _flipped_alone(config: Config, stack: Stack, sizes: tuple[int, int]) -> bool
 
 def _entries(
     config: Config, tensors: Tensors, stack: Stack, flipped: bool, load: Callable[[str], Tensor]
-) -> dict[str, Entry]:
+) -> dict[str, LazyDelta]:
     """One entry per expert."""
     key_A, key_B = stack.parts.names["lora_A"], stack.parts.names["lora_B"]
     inputs, outputs = tensors.shape(key_A)[1], tensors.shape(key_B)[0]
@@ -204,8 +204,8 @@ def _entries(
         layout = layout if plain else dataclasses.replace(layout, expert=index)
         return LowRank(lora_A, lora_B, scaling, layout=layout)
 
-    def entry(index: int) -> Entry:
-        return Entry(LowRank, shape, lambda: expert(index), rank, stacked=not plain)
+    def entry(index: int) -> LazyDelta:
+        return LazyDelta(LowRank, shape, lambda: expert(index), rank, stacked=not plain)
 
     if plain and not stack.name.endswith(".weight"):
         raise UnsupportedError(

@@ -13,7 +13,7 @@ from pcb_peft.formats.registry import Config
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Taken:
+class InitResidual:
     """What PEFT takes out of W when it makes or loads an adapter.
 
     Attributes:
@@ -50,7 +50,7 @@ def _kasa(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
     return u[:, -rank:] * s[-rank:], vh[-rank:]
 
 
-def taken_from(config: Config) -> Taken | None:
+def taken_from(config: Config) -> InitResidual | None:
     """What PEFT takes out of W with this configuration; None for a plain initialisation.
 
     Raises:
@@ -63,11 +63,11 @@ def taken_from(config: Config) -> Taken | None:
             f"not tell, so the change of the original model is not known; convert the adapter with PEFT's {CONVERSION}"
         )
     if config.get("kasa_config"):
-        return Taken("KaSA takes the smallest singular triplets out of W", _kasa)
+        return InitResidual("KaSA takes the smallest singular triplets out of W", _kasa)
     if init.startswith("pissa"):
-        return Taken("PiSSA takes the largest singular triplets out of W", _pissa)
+        return InitResidual("PiSSA takes the largest singular triplets out of W", _pissa)
     if init.startswith("olora"):
-        return Taken("OLoRA takes a part of the QR decomposition out of W", _olora)
+        return InitResidual("OLoRA takes a part of the QR decomposition out of W", _olora)
     if init not in PLAIN:
         raise UnsupportedError(
             f"init_lora_weights = {init!r} is not known, and may take something out of W; convert the adapter with "

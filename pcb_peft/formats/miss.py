@@ -7,13 +7,13 @@ import torch
 from pcb_peft.deltas.delta import LowRank
 from pcb_peft.formats.checkpoint import Tensors
 from pcb_peft.formats.peft_layer import Tuner, entries_by_peft
-from pcb_peft.formats.registry import Base, Config, Contents, Entry, Format, register
+from pcb_peft.formats.registry import AdapterContents, Base, Config, Format, LazyDelta, register
 from pcb_peft.formats.tuner import Parts, contents
 
 PREFIX = "miss_"
 
 
-def read(config: Config, tensors: Tensors, base: Base) -> Contents:
+def read(config: Config, tensors: Tensors, base: Base) -> AdapterContents:
     """The changes of a MiSS checkpoint.
 
     Raises:
@@ -24,7 +24,7 @@ def read(config: Config, tensors: Tensors, base: Base) -> Contents:
     return contents(config, tensors, base, PREFIX, entries)
 
 
-def repeated(parts: Parts) -> dict[str, Entry]:
+def repeated(parts: Parts) -> dict[str, LazyDelta]:
     """One module's change: Dᵀ [I I I …], D (r, out), the last I cut off where W ends; a LoRA of rank r.
 
     Source: Kang & Yin 2025, arXiv:2409.15371, section 3; "mini" repeats D along the outputs too.
@@ -38,7 +38,7 @@ def repeated(parts: Parts) -> dict[str, Entry]:
         lora_B = parts.read("miss_block", rank, length).repeat(1, shape[0] // length).T.contiguous()
         return LowRank(lora_A, lora_B, layout=parts.layout(shape))
 
-    return {parts.module: Entry(LowRank, shape, load, rank)}
+    return {parts.module: LazyDelta(LowRank, shape, load, rank)}
 
 
 register(Format("MISS", read))

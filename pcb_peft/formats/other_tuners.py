@@ -4,7 +4,7 @@ import functools
 
 from pcb_peft.formats.checkpoint import Tensors
 from pcb_peft.formats.peft_layer import Tuner, entries_by_peft
-from pcb_peft.formats.registry import Base, Config, Contents, Format, register
+from pcb_peft.formats.registry import AdapterContents, Base, Config, Format, register
 from pcb_peft.formats.tuner import contents
 
 TUNERS = {
@@ -30,7 +30,7 @@ TUNERS = {
 }
 
 
-def read(tuner: Tuner, config: Config, tensors: Tensors, base: Base) -> Contents:
+def read(tuner: Tuner, config: Config, tensors: Tensors, base: Base) -> AdapterContents:
     """The changes of an adapter, as PEFT's own layers make them.
 
     Raises:

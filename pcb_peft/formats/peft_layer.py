@@ -20,10 +20,10 @@ from pcb_peft.errors import AdapterError, UnsupportedError
 from pcb_peft.formats.registry import (
     PREFIX,
     Config,
-    Entry,
+    LazyDelta,
     Weights,
-    change_of_vector,
     checked,
+    vector_delta,
 )
 from pcb_peft.formats.tuner import Parts
 
@@ -58,7 +58,7 @@ class Tuner:
     measures_all: bool = False
 
 
-def entries_by_peft(parts: Parts, tuner: Tuner) -> dict[str, Entry]:
+def entries_by_peft(parts: Parts, tuner: Tuner) -> dict[str, LazyDelta]:
     """The entries of one module.
 
     Raises:
@@ -66,12 +66,12 @@ def entries_by_peft(parts: Parts, tuner: Tuner) -> dict[str, Entry]:
     """
     shape = parts.base_shape(WHY)
     base = opened(parts)
-    entries: dict[str, Entry] = {}
+    entries: dict[str, LazyDelta] = {}
     if "weight" in tuner.changes:
-        entries[parts.module] = Entry(Dense, shape, lambda: _change(parts, tuner, "weight"))
+        entries[parts.module] = LazyDelta(Dense, shape, lambda: _change(parts, tuner, "weight"))
     if "bias" in tuner.changes and base.bias(parts.module) is not None:
-        bias = change_of_vector(torch.zeros(shape[0]))
-        entries[f"{parts.module}.bias"] = Entry(
+        bias = vector_delta(torch.zeros(shape[0]))
+        entries[f"{parts.module}.bias"] = LazyDelta(
             type(bias), bias.shape, lambda: _change(parts, tuner, "bias"), bias.rank
         )
     return entries
@@ -99,7 +99,7 @@ def _change(parts: Parts, tuner: Tuner, kind: str) -> Delta:
     after: nn.Module = target.get_base_layer()
     change = after.get_parameter(kind).detach() - before[kind]
     if kind == "bias":
-        return change_of_vector(change)
+        return vector_delta(change)
     layout = base.layout(module, parts.base_shape(WHY))
     return Dense(layout.matrix(change).contiguous(), layout=layout)
 

@@ -20,12 +20,12 @@ from pcb_peft.formats.checkpoint import PIPELINE, Tensors
 from pcb_peft.formats.lora_parts import pattern_value
 from pcb_peft.formats.lora_variants import taken_from
 from pcb_peft.formats.registry import (
+    AdapterContents,
+    AdapterFiles,
     Base,
     Config,
-    Contents,
-    Entry,
     Format,
-    Written,
+    LazyDelta,
     finite,
     is_vector,
     register,
@@ -51,7 +51,7 @@ WORD = (
 WORDS = re.compile(f"(?:{WORD})(?:_(?:{WORD}))*")
 
 
-def read(config: Config, tensors: Tensors, base: Base) -> Contents:
+def read(config: Config, tensors: Tensors, base: Base) -> AdapterContents:
     """The deltas of a file.
 
     Raises:
@@ -66,7 +66,7 @@ def read(config: Config, tensors: Tensors, base: Base) -> Contents:
             raise AdapterError(f"{module} has both {modules[module][part]} and {name}")
         modules[module][part] = name
     entries = {module: _entry(config, tensors, module, parts) for module, parts in modules.items()}
-    return Contents(entries, {})
+    return AdapterContents(entries, {})
 
 
 def _parsed(name: str) -> tuple[str, str]:
@@ -96,7 +96,7 @@ def _spelled_out(path: str) -> str:
     return path
 
 
-def _entry(config: Config, tensors: Tensors, module: str, parts: Mapping[str, str]) -> Entry:
+def _entry(config: Config, tensors: Tensors, module: str, parts: Mapping[str, str]) -> LazyDelta:
     if not {"A", "B"} <= parts.keys():
         raise AdapterError(f"{module} has {', '.join(parts.values())}; it must have both factors")
     shape_A, shape_B = (tensors.shape(parts[part]) for part in "AB")
@@ -114,7 +114,7 @@ def _entry(config: Config, tensors: Tensors, module: str, parts: Mapping[str, st
         scaling = float(finite(tensors, parts["alpha"])) / rank if "alpha" in parts else stated
         return LowRank(lora_A, lora_B, scaling, layout=layout)
 
-    return Entry(LowRank, (shape_B[0], math.prod(shape_A[1:])), load, rank)
+    return LazyDelta(LowRank, (shape_B[0], math.prod(shape_A[1:])), load, rank)
 
 
 def _scaling(config: Config, module: str, rank: int) -> float:
@@ -144,7 +144,7 @@ def _scaling(config: Config, module: str, rank: int) -> float:
 
 def write_diffusers(
     modules: Mapping[str, LowRank], dtype: torch.dtype, *, rank_pattern: bool = False
-) -> Written:
+) -> AdapterFiles:
     """The deltas as diffusers stores them: one rank for all unless `rank_pattern`, and scaling 1.
 
     Raises:
@@ -162,12 +162,12 @@ def write_diffusers(
     for module, delta in modules.items():
         down, up = _factors(module, delta, dtype, delta.rank if rank_pattern else highest)
         tensors |= {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}
-    return Written({}, tensors, PIPELINE)
+    return AdapterFiles({}, tensors, PIPELINE)
 
 
 def write_kohya(
     modules: Mapping[str, LowRank], dtype: torch.dtype, *, rank_pattern: bool = False
-) -> Written:
+) -> AdapterFiles:
     """The deltas as kohya's trainers store them, each at its own rank, which is its alpha too.
 
     Raises:
@@ -188,7 +188,7 @@ def write_kohya(
         down, up = _factors(module, delta, dtype, delta.rank)
         tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
         tensors[f"{name}.alpha"] = torch.tensor(float(delta.rank))
-    return Written({}, tensors, PIPELINE)
+    return AdapterFiles({}, tensors, PIPELINE)
 
 
 def _factors(module: str, delta: LowRank, dtype: torch.dtype, rank: int) -> tuple[Tensor, Tensor]:

@@ -78,7 +78,7 @@ Base: TypeAlias = Callable[[], Weights] | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Entry:
+class LazyDelta:
     """One module's delta, before its tensors are read.
 
     Attributes:
@@ -99,7 +99,7 @@ class Entry:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Contents:
+class AdapterContents:
     """All that an adapter holds.
 
     Attributes:
@@ -109,14 +109,14 @@ class Contents:
         copies: Module to the one that it was tied to, whose rows are stored for it too.
     """
 
-    modules: dict[str, Entry]
+    modules: dict[str, LazyDelta]
     saved: dict[str, Parameter]
     rows: dict[str, Rows] = dataclasses.field(default_factory=dict[str, Rows])
     copies: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Written:
+class AdapterFiles:
     """An adapter's file contents: configuration (none where there is no such file), and tensors with their file."""
 
     config: dict[str, Any]
@@ -152,18 +152,18 @@ class Format:
     """
 
     peft_type: str
-    read: Callable[[Config, Tensors, Base], Contents]
+    read: Callable[[Config, Tensors, Base], AdapterContents]
     kinds: tuple[type[Delta], ...] = ()
-    write: Callable[..., Written] | None = None
+    write: Callable[..., AdapterFiles] | None = None
     rows: RowStore | None = None
 
 
-_SHELF: dict[str, Format] = {}
+_REGISTRY: dict[str, Format] = {}
 
 
 def register(format_: Format) -> None:
     """Puts a format on the shelf."""
-    _SHELF[format_.peft_type] = format_
+    _REGISTRY[format_.peft_type] = format_
 
 
 def format_of(config: Config) -> Format:
@@ -173,13 +173,13 @@ def format_of(config: Config) -> Format:
         UnsupportedError: It is none of those that can be read.
     """
     peft_type = str(config["peft_type"])
-    if peft_type not in _SHELF:
-        known, reason = ", ".join(sorted(_SHELF)), REASONS.get(peft_type)
+    if peft_type not in _REGISTRY:
+        known, reason = ", ".join(sorted(_REGISTRY)), REASONS.get(peft_type)
         because = f": {reason}" if reason else ""
         raise UnsupportedError(
             f"peft_type {peft_type} is not supported{because}; supported are {known}"
         )
-    return _SHELF[peft_type]
+    return _REGISTRY[peft_type]
 
 
 def format_for(kind: type[Delta] | None) -> Format:
@@ -188,7 +188,7 @@ def format_for(kind: type[Delta] | None) -> Format:
     Raises:
         UnsupportedError: None does.
     """
-    for format_ in _SHELF.values():
+    for format_ in _REGISTRY.values():
         if kind in format_.kinds or (kind is None and not format_.kinds and format_.rows):
             return format_
     raise UnsupportedError(
@@ -203,7 +203,7 @@ def format_named(name: str) -> Format:
     Raises:
         OptionError: There is none.
     """
-    known = {key.lower(): f for key, f in _SHELF.items() if not f.kinds and f.write}
+    known = {key.lower(): f for key, f in _REGISTRY.items() if not f.kinds and f.write}
     if name not in known:
         raise OptionError(
             f"format is {name!r}; it must be peft, or one of {', '.join(sorted(known))}"
@@ -301,7 +301,7 @@ def without_base(module: str, why: str) -> str:
     return f"{module}: {why}"
 
 
-def put_together(entry: Entry) -> Entry:
+def as_dense(entry: LazyDelta) -> LazyDelta:
     """The same change: if it rescales W, as one matrix that does not follow another W."""
 
     def load() -> Dense:
@@ -313,7 +313,7 @@ def put_together(entry: Entry) -> Entry:
     return dataclasses.replace(entry, kind=Dense, load=load, rank=None)
 
 
-def change_of_vector(values: Tensor) -> LowRank:
+def vector_delta(values: Tensor) -> LowRank:
     """The change of a parameter (n,), such as a bias: a matrix (n, 1) of rank 1."""
     return LowRank(torch.ones(1, 1), values[:, None], layout=Layout(shape=tuple(values.shape)))
 
@@ -325,7 +325,7 @@ def is_vector(delta: Delta) -> bool:
 
 def bias_entries(
     config: Config, tensors: Tensors, names: Sequence[str], base: Base
-) -> tuple[dict[str, Entry], list[str]]:
+) -> tuple[dict[str, LazyDelta], list[str]]:
     """The trained biases of the base model (PEFT's `bias`) among `names`, as deltas; and the other names."""
     if config.get("bias", "none") == "none":
         return {}, list(names)
@@ -333,7 +333,7 @@ def bias_entries(
         *(config.get("modules_to_save") or []),
         *AUTOMATIC_HEADS.get(str(config.get("task_type")), []),
     ]
-    entries: dict[str, Entry] = {}
+    entries: dict[str, LazyDelta] = {}
     for name in names:
         parameter = _parameter(name)
         in_head = any(f".{head}." in f".{parameter}" for head in heads)
@@ -348,15 +348,15 @@ TRAINED_BIAS = (
 )
 
 
-def vector_entry(tensors: Tensors, name: str, parameter: str, base: Base, why: str) -> Entry:
+def vector_entry(tensors: Tensors, name: str, parameter: str, base: Base, why: str) -> LazyDelta:
     """The change of a vector (n,) of the base model whose new values the adapter holds, under `name`."""
     shape = (math.prod(tensors.shape(name)), 1)
 
     def load() -> LowRank:
         weight, _ = base_weight(base, parameter, shape, why)
-        return change_of_vector(finite(tensors, name) - weight[:, 0])
+        return vector_delta(finite(tensors, name) - weight[:, 0])
 
-    return Entry(LowRank, shape, load, 1, without_base(parameter, why) if base is None else "")
+    return LazyDelta(LowRank, shape, load, 1, without_base(parameter, why) if base is None else "")
 
 
 def _parameter(name: str) -> str:

@@ -8,9 +8,9 @@ from pcb_peft.errors import UnsupportedError
 from pcb_peft.formats.checkpoint import Tensors
 from pcb_peft.formats.heads import matching, read_rows
 from pcb_peft.formats.registry import (
+    AdapterContents,
     Base,
     Config,
-    Contents,
     Format,
     RowStore,
     register,
@@ -18,7 +18,7 @@ from pcb_peft.formats.registry import (
 )
 
 
-def read(config: Config, tensors: Tensors, base: Base) -> Contents:
+def read(config: Config, tensors: Tensors, base: Base) -> AdapterContents:
     """The rows of a TRAINABLE_TOKENS checkpoint."""
     del base
     targets = config.get("target_modules")
@@ -31,7 +31,7 @@ def read(config: Config, tensors: Tensors, base: Base) -> Contents:
         return config.get("token_indices") if hit else None
 
     read_ = read_rows(tensors, tensors.names(), "", indices_of)
-    return Contents({}, saved_parameters(tensors, read_.rest), read_.rows, read_.copies)
+    return AdapterContents({}, saved_parameters(tensors, read_.rest), read_.rows, read_.copies)
 
 
 def row_config(indices: Mapping[str, list[int]]) -> dict[str, Any]:

@@ -14,11 +14,11 @@ from pcb_peft.errors import AdapterError, BaseModelError
 from pcb_peft.formats.checkpoint import Tensors
 from pcb_peft.formats.registry import (
     PREFIX,
+    AdapterContents,
     Base,
     Config,
-    Contents,
-    Entry,
     Format,
+    LazyDelta,
     bias_entries,
     finite,
     module_of,
@@ -105,10 +105,10 @@ class Parts:
         return self.names[part]
 
 
-ReadEntries = Callable[[Parts], Mapping[str, Entry]]
+ReadEntries = Callable[[Parts], Mapping[str, LazyDelta]]
 
 
-def tuner(peft_type: str, prefix: str, entry: Callable[[Parts], Entry]) -> Format:
+def tuner(peft_type: str, prefix: str, entry: Callable[[Parts], LazyDelta]) -> Format:
     """The format of a tuner that changes weights.
 
     Args:
@@ -126,15 +126,15 @@ def tuner(peft_type: str, prefix: str, entry: Callable[[Parts], Entry]) -> Forma
 
 def contents(
     config: Config, tensors: Tensors, base: Base, prefix: str, entries_of: ReadEntries
-) -> Contents:
+) -> AdapterContents:
     """All that an adapter holds, by way of a function from the parts of one module to its entries."""
     modules, shared, rest = _by_module(tensors.names(), prefix)
-    entries: dict[str, Entry] = {}
+    entries: dict[str, LazyDelta] = {}
     for module, names in modules.items():
         parts = Parts(module, config, tensors, names | shared, base, list(modules))
         entries |= entries_of(parts)
     biases, rest = bias_entries(config, tensors, rest, base)
-    return Contents(entries | biases, saved_parameters(tensors, rest))
+    return AdapterContents(entries | biases, saved_parameters(tensors, rest))
 
 
 def _by_module(

@@ -3,13 +3,13 @@
 from pcb_peft.deltas.delta import LowRank
 from pcb_peft.formats.checkpoint import Tensors
 from pcb_peft.formats.peft_layer import Tuner, entries_by_peft
-from pcb_peft.formats.registry import Base, Config, Contents, Entry, Format, register
+from pcb_peft.formats.registry import AdapterContents, Base, Config, Format, LazyDelta, register
 from pcb_peft.formats.tuner import Parts, contents
 
 PREFIX = "vera_lambda_"
 
 
-def read(config: Config, tensors: Tensors, base: Base) -> Contents:
+def read(config: Config, tensors: Tensors, base: Base) -> AdapterContents:
     """The changes of a VeRA checkpoint.
 
     Raises:
@@ -18,7 +18,7 @@ def read(config: Config, tensors: Tensors, base: Base) -> Contents:
     return contents(config, tensors, base, PREFIX, entries)
 
 
-def entries(parts: Parts) -> dict[str, Entry]:
+def entries(parts: Parts) -> dict[str, LazyDelta]:
     """One module's change: diag(λ_b) B diag(λ_d) A, with as many columns of A and rows of B as W has.
 
     Source: Kopiczko et al. 2024, arXiv:2310.11454, equation 2. A and B that were not saved are drawn again by PEFT.
@@ -36,7 +36,7 @@ def entries(parts: Parts) -> dict[str, Entry]:
         lora_B = parts.read("vera_lambda_b", shape[0])[:, None] * lora_B
         return LowRank(lora_A, lora_B, layout=parts.layout(shape))
 
-    return {parts.module: Entry(LowRank, shape, load, rank)}
+    return {parts.module: LazyDelta(LowRank, shape, load, rank)}
 
 
 register(Format("VERA", read))

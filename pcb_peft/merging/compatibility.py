@@ -10,14 +10,14 @@ from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.base.model import BaseModel
 from pcb_peft.deltas.delta import Delta, Diagonal, Rescaled
 from pcb_peft.errors import MismatchError
-from pcb_peft.formats import Entry
+from pcb_peft.formats import LazyDelta
 
 SAME = "only adapters of one base model and of one kind can be merged"
 SIDES = "an (IA)³ scales the input of its feedforward_modules and the output of others: all must scale the same side"
 _NUMBER = re.compile(r"\.\d+\.")
 
 
-class Alignment:
+class AdapterSet:
     """Adapters side by side: for every module that one of them touches, the delta of each.
 
     Attributes:
@@ -28,7 +28,7 @@ class Alignment:
     def __init__(self, adapters: Sequence[Adapter]) -> None:
         """Raises MismatchError where two adapters hold different kinds or shapes for a module."""
         self.adapters = adapters
-        self.modules: dict[str, Entry] = {}
+        self.modules: dict[str, LazyDelta] = {}
         owners: dict[str, Adapter] = {}
         for adapter in adapters:
             for module, entry in adapter.modules.entries.items():
@@ -42,7 +42,7 @@ class Alignment:
             entry.kind for adapter in self.adapters for entry in adapter.modules.entries.values()
         }
 
-    def only(self, modules: Iterable[str]) -> "Alignment":
+    def only(self, modules: Iterable[str]) -> "AdapterSet":
         """The same adapters, on those of the modules that they touch."""
         some = copy.copy(self)
         some.modules = {m: self.modules[m] for m in modules if m in self.modules}
@@ -64,7 +64,9 @@ class Alignment:
         return sum(min(e.shape) if e.rank is None or e.kind in whole else e.rank for e in entries)
 
 
-def _check_pair(module: str, one: tuple[Adapter, Entry], other: tuple[Adapter, Entry]) -> None:
+def _check_pair(
+    module: str, one: tuple[Adapter, LazyDelta], other: tuple[Adapter, LazyDelta]
+) -> None:
     (first, first_entry), (second, second_entry) = one, other
     one_multiplies = (first_entry.kind is Diagonal) != (second_entry.kind is Diagonal)
     if one_multiplies or first_entry.shape != second_entry.shape:

@@ -8,13 +8,13 @@ import torch
 
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.deltas.delta import LowRank, Rescaled
-from pcb_peft.deltas.rank import added_part
+from pcb_peft.deltas.rank import low_rank_part
 from pcb_peft.errors import BaseModelError, MismatchError
-from pcb_peft.formats import Base, Entry
+from pcb_peft.formats import Base, LazyDelta
 from pcb_peft.formats.lora_parts import IN_PROJ
 from pcb_peft.formats.registry import Weights, base_weight
 from pcb_peft.merging.report import Report
-from pcb_peft.merging.resolve_base import summed
+from pcb_peft.merging.resolve_base import rescaling_as_dense
 
 WHY = "the merged adapter rescales W"
 WHOLE = (
@@ -23,7 +23,7 @@ WHOLE = (
 )
 
 
-def leaving_as_one(adapters: Sequence[Adapter], base: Base) -> tuple[list[Adapter], list[str]]:
+def fall_back_to_lora(adapters: Sequence[Adapter], base: Base) -> tuple[list[Adapter], list[str]]:
     """The same adapters, and a note for the report if what rescales W has become an addition to it.
 
     That is where one adapter in PEFT's form could not hold all that they change: a DoRA holds no experts, no joint
@@ -49,7 +49,7 @@ def leaving_as_one(adapters: Sequence[Adapter], base: Base) -> tuple[list[Adapte
                     f"{module} of {adapter.name} {obstacle}, which no DoRA holds: what rescales W is merged as what it "
                     "adds to W, and leaves as a LoRA"
                 )
-                return [summed(adapter) for adapter in adapters], [note]
+                return [rescaling_as_dense(adapter) for adapter in adapters], [note]
     return list(adapters), []
 
 
@@ -57,7 +57,7 @@ def _rescaling(*adapters: Adapter) -> bool:
     return any(entry.kind is Rescaled for a in adapters for entry in a.modules.entries.values())
 
 
-def _obstacle(module: str, entry: Entry, base: Base) -> str:
+def _obstacle(module: str, entry: LazyDelta, base: Base) -> str:
     """Why no DoRA holds a change, whatever else changes; empty where one does."""
     if entry.kind not in (LowRank, Rescaled):
         return f"is a {entry.kind.__name__} delta"
@@ -76,9 +76,9 @@ def _holds(base: Callable[[], Weights], module: str) -> bool:
         return False
 
 
-def on_one_base(
-    entries: Mapping[str, Entry], base: Base, adapters: Sequence[Adapter], report: Report
-) -> dict[str, Entry]:
+def lift_to_dora(
+    entries: Mapping[str, LazyDelta], base: Base, adapters: Sequence[Adapter], report: Report
+) -> dict[str, LazyDelta]:
     """The result of a merge; where it rescales some W, all matrices are rescaled, if only by 1.
 
     Where adapters rescale W and it does not, the report says so.
@@ -105,14 +105,14 @@ def on_one_base(
     }
 
 
-def _rescaled(module: str, entry: Entry, base: Callable[[], Weights]) -> Rescaled:
+def _rescaled(module: str, entry: LazyDelta, base: Callable[[], Weights]) -> Rescaled:
     """A delta on W of the base model."""
     delta = entry.load()
     layout = delta.layout if delta.layout.lookup else base().layout(module, entry.shape)
     none = torch.zeros(entry.shape[0], dtype=torch.float64)
     return Rescaled(
         delta.gain if isinstance(delta, Rescaled) else none,
-        added_part(delta),
+        low_rank_part(delta),
         lambda: base_weight(base, module, entry.shape, WHY, layout)[0],
         layout=layout,
     )

@@ -13,27 +13,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pcb_peft.adapters.adapter import Adapter, Modules
+from pcb_peft.adapters.adapter import Adapter, DeltaMapping
 from pcb_peft.adapters.loading import load_adapters
 from pcb_peft.adapters.source import IN_MEMORY, Source
 from pcb_peft.base.model import BaseModel, lazy_base
-from pcb_peft.data.statistics_file import Given, Statistics, check_statistics, open_statistics
+from pcb_peft.data.statistics_file import (
+    StatisticsLike,
+    TaskStatistics,
+    check_statistics,
+    open_statistics,
+)
 from pcb_peft.deltas.rank import Rank, budget_of
 from pcb_peft.errors import OptionError, ProcessError
-from pcb_peft.formats import Entry
-from pcb_peft.merging.compatibility import Alignment, common_base, refuse_other_names
-from pcb_peft.merging.compete import Competition, Produce
-from pcb_peft.merging.dora_or_lora import leaving_as_one, on_one_base
-from pcb_peft.merging.finish import Departure, at_their_shares
-from pcb_peft.merging.heads import settle
-from pcb_peft.merging.net_utility import most_useful
+from pcb_peft.formats import LazyDelta
+from pcb_peft.merging.compatibility import AdapterSet, common_base, refuse_other_names
+from pcb_peft.merging.dora_or_lora import fall_back_to_lora, lift_to_dora
+from pcb_peft.merging.finish import ModuleFinalizer, apply_rank_budget
+from pcb_peft.merging.heads import merge_heads
+from pcb_peft.merging.module_merger import MergeModule, ModuleMerger
+from pcb_peft.merging.net_utility import select_by_net_utility
 from pcb_peft.merging.plan import Setting, calibrations_of, plan
 from pcb_peft.merging.report import LOW_ENERGY, Report
-from pcb_peft.merging.resolve_base import chained, grounded
+from pcb_peft.merging.resolve_base import chain_on_base, resolve_against_base
 from pcb_peft.merging.result import MergedAdapter
 from pcb_peft.methods import MergeMethod, get_method
 from pcb_peft.recipes.overrides import Override, read_overrides, read_weights
-from pcb_peft.recipes.peft_aliases import method_of, spelled_out
+from pcb_peft.recipes.peft_aliases import method_of, resolve_peft_alias
 from pcb_peft.recipes.recipe import Recipe, Step, steps
 from pcb_peft.runtime.processes import Processes, current
 from pcb_peft.runtime.progress import Track, tracker
@@ -63,7 +68,7 @@ def merge_adapters(  # noqa: PLR0913  (every choice of a merge, by name)
     tied: str = "refuse",
     chain: bool = False,
     max_memory: int | str = DEFAULT_MEMORY,
-    statistics: Sequence[Given] = (),
+    statistics: Sequence[StatisticsLike] = (),
     **options: Any,
 ) -> MergedAdapter:
     """Merges adapters of one base model into one adapter.
@@ -77,7 +82,7 @@ def merge_adapters(  # noqa: PLR0913  (every choice of a merge, by name)
         scope: Of the statistics: "global", "module" (each weight alone) or "auto": the method's own.
         rank: Of the result: an integer; a fraction in (0, 1) of the energy to keep; "budget:N": N ranks, shared out by
             energy over all modules (save with ``rank_pattern=True``); "utility:N": the N directions of the adapters
-            that help their own task more than they disturb the others, chosen before the merge (`most_useful`);
+            that help their own task more than they disturb the others, chosen before the merge;
             "full": dense, for folding; None: lossless where the space allows it, else the sum of the adapters' ranks.
         base_model: Path or hub id; settles which base model it is where the adapters' names for it differ.
         device: Where tiles are computed; default: the CPU.
@@ -134,7 +139,7 @@ def merge(
     recipe: Recipe,
     adapters: Sequence[Adapter] | None = None,
     method: MergeMethod | None = None,
-    statistics: Sequence[Statistics] | None = None,
+    statistics: Sequence[TaskStatistics] | None = None,
     *,
     device: str | torch.device | None = None,
     progress: bool | None = None,
@@ -143,14 +148,14 @@ def merge(
     """Makes what a recipe describes; arguments and errors as those of `merge_adapters`."""
     started, base = time.perf_counter(), lazy_base(recipe.base_model)
     method, track = method or get_method(method_of(recipe.method)), tracker(progress)
-    adapters, notes = leaving_as_one(gathered(recipe, adapters, base), base)
+    adapters, notes = fall_back_to_lora(load_and_resolve(recipe, adapters, base), base)
     notes = [*_of_another_version(recipe), *notes]
-    recipe, measured = _with_sources(spelled_out(recipe, adapters), adapters, statistics)
-    alignment, common = Alignment(adapters), common_base(adapters, recipe.base_model)
+    recipe, measured = _with_sources(resolve_peft_alias(recipe, adapters), adapters, statistics)
+    alignment, common = AdapterSet(adapters), common_base(adapters, recipe.base_model)
     recipe, settings = plan(recipe, method, alignment, measured[0].kind if measured else None)
     recipe, before, after = calibrations_of(recipe, alignment)
-    settled = settle(adapters, recipe.weights or (), recipe.heads)
-    notes = [*settled.notes, *notes, *common.notes]
+    merged_heads = merge_heads(adapters, recipe.weights or (), recipe.heads)
+    notes = [*merged_heads.notes, *notes, *common.notes]
     report = Report(recipe.method, recipe.space, recipe.scope, notes=notes)
     left = _useful(alignment, settings, recipe.rank, report, track)
     compete = functools.partial(
@@ -162,22 +167,22 @@ def merge(
         before=before,
         after=after,
     )
-    entries: dict[str, Entry] = {}
+    entries: dict[str, LazyDelta] = {}
     for setting in settings:
         entries |= _entries(compete(setting, alignment, left, measured), setting, recipe, report)
-    entries = at_their_shares(on_one_base(entries, base, adapters, report), recipe.rank, report)
+    entries = apply_rank_budget(lift_to_dora(entries, base, adapters, report), recipe.rank, report)
     report.seconds = time.perf_counter() - started
     _warn_of_lost_energy(report)
     return MergedAdapter(
         name="merged",
-        modules=Modules(entries),
+        modules=DeltaMapping(entries),
         base=base,
         base_model=common.name,
         revision=common.revision,
         task_type=_common_task(adapters),
-        head=settled.head,
+        head=merged_heads.head,
         tied=recipe.tied,
-        heads=settled.kept,
+        heads=merged_heads.kept,
         recipe=recipe,
         report=report,
     )
@@ -185,19 +190,19 @@ def merge(
 
 def _competition(
     setting: Setting,
-    alignment: Alignment,
-    left: Alignment,
-    measured: Sequence[Statistics],
+    alignment: AdapterSet,
+    left: AdapterSet,
+    measured: Sequence[TaskStatistics],
     **common: Any,
-) -> Competition:
+) -> ModuleMerger:
     """Of the modules of a setting, as far as they are left."""
-    return Competition(
+    return ModuleMerger(
         left.only(setting.modules),
         setting.weights_in(alignment.modules),
         setting.encode,
         setting.decide,
         data=_data(setting.method, measured, alignment),
-        side_by_side=setting.space.lossless,
+        side_by_side=setting.space.low_rank_output,
         in_parts=setting.in_parts,
         **common,
     )
@@ -212,7 +217,7 @@ def _of_another_version(recipe: Recipe) -> list[str]:
     ]
 
 
-def gathered(
+def load_and_resolve(
     recipe: Recipe, adapters: Sequence[Adapter] | None, base: Callable[[], BaseModel] | None
 ) -> list[Adapter]:
     """The adapters, by different names, and read beside the base model where that is needed."""
@@ -221,13 +226,15 @@ def gathered(
     loaded = _named_apart(loaded)
     _refuse_other_files(loaded, current())
     refuse_other_names(loaded, base)
-    return grounded(chained(loaded, base) if recipe.chain else loaded, base, asked)
+    return resolve_against_base(
+        chain_on_base(loaded, base) if recipe.chain else loaded, base, asked
+    )
 
 
 def _refuse_other_files(adapters: Sequence[Adapter], processes: Processes) -> None:
     """Raises ProcessError where processes do not read the same adapters."""
     own = [(a.name, a.source and (a.source.sha256, a.source.config_sha256)) for a in adapters]
-    first, *others = processes.gathered(own)
+    first, *others = processes.all_gather(own)
     for rank, theirs in enumerate(others, 1):
         if theirs != first:
             names = ", ".join(sorted({name for name, _ in set(first) ^ set(theirs)}))
@@ -238,8 +245,8 @@ def _refuse_other_files(adapters: Sequence[Adapter], processes: Processes) -> No
 
 
 def _with_sources(
-    recipe: Recipe, adapters: Sequence[Adapter], given: Sequence[Statistics] | None
-) -> tuple[Recipe, Sequence[Statistics]]:
+    recipe: Recipe, adapters: Sequence[Adapter], given: Sequence[TaskStatistics] | None
+) -> tuple[Recipe, Sequence[TaskStatistics]]:
     """The recipe with the hashes of its adapters and statistics, and the statistics, checked.
 
     Raises:
@@ -253,54 +260,56 @@ def _with_sources(
     return dataclasses.replace(recipe, **sources), statistics
 
 
-def _sources(some: Sequence[Adapter] | Sequence[Statistics]) -> tuple[Source, ...]:
+def _sources(some: Sequence[Adapter] | Sequence[TaskStatistics]) -> tuple[Source, ...]:
     """Where they are; those that are in no file have a name only."""
     return tuple(one.source or Source(f"{IN_MEMORY}{one.name}") for one in some)
 
 
 def _data(
-    method: MergeMethod, statistics: Sequence[Statistics], alignment: Alignment
+    method: MergeMethod, statistics: Sequence[TaskStatistics], alignment: AdapterSet
 ) -> tuple[str, Callable[[str], Sequence[Tensor]]] | None:
     """What a competition hands to the method of what was measured."""
-    if method.data is None:
+    if method.needs_statistic is None:
         return None
 
     def read(module: str) -> Sequence[Tensor]:
         return [some.of(module, alignment.modules[module].shape) for some in statistics]
 
-    return method.data, read
+    return method.needs_statistic, read
 
 
 def _entries(
-    competition: Competition, setting: Setting, recipe: Recipe, report: Report
-) -> dict[str, Entry]:
+    competition: ModuleMerger, setting: Setting, recipe: Recipe, report: Report
+) -> dict[str, LazyDelta]:
     """The result of a competition, by module; nothing where there is none to decide on."""
     if not competition.alignment.modules:
         return {}
     produce = competition.calibrated(_contest(competition, setting, report))
     rank = None if isinstance(recipe.rank, str) and recipe.rank != "full" else recipe.rank
-    departure = Departure(competition.alignment, produce, rank, setting.space.lossless, report)
+    finalizer = ModuleFinalizer(
+        competition.alignment, produce, rank, setting.space.low_rank_output, report
+    )
     if rank == "full":
-        return {module: departure.later(module) for module in competition.alignment.modules}
-    own = dict(zip(competition.own, competition.each(departure.leave, "merge"), strict=True))
-    return departure.joined(own, competition.processes)
+        return {module: finalizer.lazy(module) for module in competition.alignment.modules}
+    own = dict(zip(competition.own, competition.each(finalizer.finalize, "merge"), strict=True))
+    return finalizer.gather(own, competition.processes)
 
 
-def _contest(competition: Competition, setting: Setting, report: Report) -> Produce:
+def _contest(competition: ModuleMerger, setting: Setting, report: Report) -> MergeModule:
     """The competition over the scope, or none where the method keeps an adapter that is alone."""
     adapters = competition.alignment.adapters
-    if len(adapters) == 1 and setting.method.keeps_one:
+    if len(adapters) == 1 and setting.method.identity_on_one:
         name = adapters[0].name
         report.note(f"{name} is alone: without a competitor it is only scaled by its weight")
-        return competition.none()
+        return competition.passthrough()
     if setting.scope == "module":
-        return competition.each_module()
-    return competition.whole_model(report.note)
+        return competition.per_module()
+    return competition.global_scope(report.note)
 
 
 def _useful(
-    alignment: Alignment, settings: Sequence[Setting], rank: Rank, report: Report, track: Track
-) -> Alignment:
+    alignment: AdapterSet, settings: Sequence[Setting], rank: Rank, report: Report, track: Track
+) -> AdapterSet:
     """The same adapters, or what a budget of net utility leaves of them.
 
     Raises:
@@ -312,7 +321,9 @@ def _useful(
     rules = {
         m: setting.weights_in(alignment.modules) for setting in settings for m in setting.modules
     }
-    left = Alignment(most_useful(alignment, lambda module: rules[module](module), total, track))
+    left = AdapterSet(
+        select_by_net_utility(alignment, lambda module: rules[module](module), total, track)
+    )
     ranks = {
         adapter.name: sum(e.rank or 0 for e in adapter.modules.entries.values())
         for adapter in left.adapters

@@ -8,47 +8,47 @@ from collections.abc import Mapping
 from pcb_peft.deltas.delta import Delta, Dense, Diagonal, LowRank, Rescaled
 from pcb_peft.deltas.rank import (
     Rank,
-    added_part,
     budget_of,
-    rejoined,
-    retained,
+    energy_of_whole,
+    low_rank_part,
     truncate,
-    truncate_added,
+    truncate_low_rank_part,
+    with_low_rank_part,
 )
 from pcb_peft.deltas.rank_budget import within_budget
 from pcb_peft.errors import OptionError
-from pcb_peft.formats import Entry, format_for
-from pcb_peft.merging.compatibility import Alignment
-from pcb_peft.merging.compete import Produce
+from pcb_peft.formats import LazyDelta, format_for
+from pcb_peft.merging.compatibility import AdapterSet
+from pcb_peft.merging.module_merger import MergeModule
 from pcb_peft.merging.report import ModuleReport, Report
 from pcb_peft.recipes.recipe import Recipe
 from pcb_peft.runtime.processes import Processes, current, union
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Departure:
+class ModuleFinalizer:
     """The last step of each module: its rank, its line in the report, its entry in the result."""
 
-    alignment: Alignment
-    produce: Produce
+    alignment: AdapterSet
+    produce: MergeModule
     rank: Rank
-    lossless: bool
+    low_rank_output: bool
     report: Report
 
-    def later(self, module: str) -> Entry:
+    def lazy(self, module: str) -> LazyDelta:
         """What is dense is computed when it is asked for, and not kept."""
-        return Entry(Dense, self.alignment.modules[module].shape, lambda: self.leave(module))
+        return LazyDelta(Dense, self.alignment.modules[module].shape, lambda: self.finalize(module))
 
-    def joined(self, own: Mapping[str, Delta], processes: Processes) -> dict[str, Entry]:
+    def gather(self, own: Mapping[str, Delta], processes: Processes) -> dict[str, LazyDelta]:
         """The result, of what each process made; the first holds all of it, the others make again what they lack."""
-        held, lines = processes.united(own), self.report.modules
+        held, lines = processes.gather_dict(own), self.report.modules
         known = {m: (type(delta), rank_of(delta), lines[m]) for m, delta in own.items()}
-        known = union(processes.gathered(known))
+        known = union(processes.all_gather(known))
 
         def load(module: str) -> Delta:
-            return held[module] if module in held else self.leave(module)
+            return held[module] if module in held else self.finalize(module)
 
-        entries: dict[str, Entry] = {}
+        entries: dict[str, LazyDelta] = {}
         for module, template in self.alignment.modules.items():
             lines.pop(module, None)  # in the order of modules, whichever was first
             kind, rank, lines[module] = known[module]
@@ -58,7 +58,7 @@ class Departure:
             )
         return entries
 
-    def leave(self, module: str) -> Delta:
+    def finalize(self, module: str) -> Delta:
         """The merged delta; its line goes into the report."""
         outcome = self.produce(module)
         delta, energy, norm = self._ranked(module, outcome.delta)
@@ -84,16 +84,18 @@ class Departure:
             delta = Dense(delta.matrix(), layout=delta.layout)
             return delta, 1.0, delta.norm()
         if isinstance(delta, Rescaled):
-            delta, energy = truncate_added(delta, self.rank)
+            delta, energy = truncate_low_rank_part(delta, self.rank)
             return delta, energy, delta.norm()
         if isinstance(delta, Diagonal) or (isinstance(delta, LowRank) and self.rank is None):
             return delta, 1.0, delta.norm()
-        summed = self.rank is None and not self.lossless
-        cut, energy = truncate(delta, self.alignment.total_rank(module) if summed else self.rank)
+        rescaling_as_dense = self.rank is None and not self.low_rank_output
+        cut, energy = truncate(
+            delta, self.alignment.total_rank(module) if rescaling_as_dense else self.rank
+        )
         return cut, energy, math.sqrt(energy) * delta.norm()
 
 
-def check_leaving(recipe: Recipe, *, fold: bool) -> None:
+def check_writable(recipe: Recipe, *, fold: bool) -> None:
     """Raises PcbPeftError where what a recipe makes cannot be written so."""
     if fold and recipe.base_model is None:
         raise OptionError(
@@ -103,20 +105,22 @@ def check_leaving(recipe: Recipe, *, fold: bool) -> None:
         format_for(Dense)
 
 
-def at_their_shares(entries: dict[str, Entry], rank: Rank, report: Report) -> dict[str, Entry]:
+def apply_rank_budget(
+    entries: dict[str, LazyDelta], rank: Rank, report: Report
+) -> dict[str, LazyDelta]:
     """The same entries, at their shares of a total rank if the rank is one."""
     budget = budget_of(rank)
     if budget is None:
         return entries
 
     def shared_out(_: object) -> dict[str, tuple[LowRank, float, float]]:
-        added = {module: added_part(entry.load()) for module, entry in entries.items()}
+        added = {module: low_rank_part(entry.load()) for module, entry in entries.items()}
         return {
-            module: (cut, *_retained(entries[module].load(), cut, energy))
+            module: (cut, *_energy_and_norm(entries[module].load(), cut, energy))
             for module, (cut, energy) in within_budget(added, budget).items()
         }
 
-    shares = current().reduced(None, shared_out)
+    shares = current().reduce(None, shared_out)
     for module, (cut, energy, norm) in shares.items():
         line = report.modules[module]
         report.modules[module] = dataclasses.replace(
@@ -130,17 +134,17 @@ def at_their_shares(entries: dict[str, Entry], rank: Rank, report: Report) -> di
     }
 
 
-def _cut(entry: Entry, cut: LowRank) -> Delta:
-    return rejoined(entry.load(), cut) if entry.kind is Rescaled else cut
+def _cut(entry: LazyDelta, cut: LowRank) -> Delta:
+    return with_low_rank_part(entry.load(), cut) if entry.kind is Rescaled else cut
 
 
-def _retained(delta: Delta, cut: LowRank, energy: float) -> tuple[float, float]:
+def _energy_and_norm(delta: Delta, cut: LowRank, energy: float) -> tuple[float, float]:
     """The energy that a delta retains if its low-rank part is cut, and retains `energy` of its own; and what norm."""
-    left = rejoined(delta, cut)
-    return retained(delta, energy), left.norm()
+    left = with_low_rank_part(delta, cut)
+    return energy_of_whole(delta, energy), left.norm()
 
 
 def rank_of(delta: Delta) -> int | None:
     """Of a low-rank delta, or of a delta's low-rank part."""
-    part = added_part(delta)
+    part = low_rank_part(delta)
     return part.rank if isinstance(part, LowRank) else None

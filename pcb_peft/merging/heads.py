@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from pcb_peft.adapters.adapter import Adapter
-from pcb_peft.deltas.replacements import Head, Parameter, Rows
+from pcb_peft.deltas.replacements import Parameter, Replacements, Rows
 from pcb_peft.errors import MismatchError, OptionError, UnsupportedError
 from pcb_peft.recipes.overrides import Weight, at_depth, layer_of
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Settled:
+class MergedHeads:
     """What is replaced in the end.
 
     Attributes:
@@ -24,13 +24,13 @@ class Settled:
         notes: What was decided, for the report.
     """
 
-    head: Head
-    kept: dict[str, Head]
+    head: Replacements
+    kept: dict[str, Replacements]
     notes: list[str]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Voice:
+class _HeadOwner:
     """One head, and whose it is.
 
     Attributes:
@@ -40,11 +40,11 @@ class _Voice:
     """
 
     name: str
-    head: Head
+    head: Replacements
     weight: Callable[[str], float] | None
 
 
-def settle(adapters: Sequence[Adapter], weights: Sequence[Weight], policy: str) -> Settled:
+def merge_heads(adapters: Sequence[Adapter], weights: Sequence[Weight], policy: str) -> MergedHeads:
     """What the result replaces, and what is kept beside it, by adapter.
 
     What only one adapter replaces, or all in the same way, to the bit, is part of the result. Parameters that PEFT
@@ -60,83 +60,85 @@ def settle(adapters: Sequence[Adapter], weights: Sequence[Weight], policy: str) 
         MismatchError: Parameters of different shapes have no average.
         OptionError: The weights of those who hold a parameter sum to 0.
     """
-    voices = _voices(adapters, weights)
-    if voices and policy == "refuse":
+    owners = _head_owners(adapters, weights)
+    if owners and policy == "refuse":
         raise UnsupportedError(
-            f"{', '.join(voice.name for voice in voices)} replace parameters of the base model (modules_to_save, token "
+            f"{', '.join(owner.name for owner in owners)} replace parameters of the base model (modules_to_save, token "
             "rows) and heads='refuse'; heads='keep-each' keeps them in a file per adapter"
         )
-    settled = Settled(Head(), {}, [])
-    for group in _groups(voices):
-        settled = _with_group(settled, voices, group, policy)
+    merged_heads = MergedHeads(Replacements(), {}, [])
+    for group in _groups(owners):
+        merged_heads = _with_group(merged_heads, owners, group, policy)
     rows: dict[str, Rows] = {}
-    for module in sorted({module for voice in voices for module in voice.head.rows}):
-        holders = [voice for voice in voices if module in voice.head.rows]
-        rows[module] = _rows(module, holders, policy, settled.notes)
-    copies = {copy: of for voice in voices for copy, of in voice.head.copies.items()}
+    for module in sorted({module for owner in owners for module in owner.head.rows}):
+        holders = [owner for owner in owners if module in owner.head.rows]
+        rows[module] = _rows(module, holders, policy, merged_heads.notes)
+    copies = {copy: of for owner in owners for copy, of in owner.head.copies.items()}
     return dataclasses.replace(
-        settled, head=dataclasses.replace(settled.head, rows=rows, copies=copies)
+        merged_heads, head=dataclasses.replace(merged_heads.head, rows=rows, copies=copies)
     )
 
 
-def _voices(adapters: Sequence[Adapter], weights: Sequence[Weight]) -> list[_Voice]:
+def _head_owners(adapters: Sequence[Adapter], weights: Sequence[Weight]) -> list[_HeadOwner]:
     layers = 1 + max((layer_of(m) or 0 for adapter in adapters for m in adapter.modules), default=0)
-    voices: list[_Voice] = []
+    owners: list[_HeadOwner] = []
     taken = {adapter.name for adapter in adapters}
     for index, adapter in enumerate(adapters):
 
         def weight(parameter: str, index: int = index) -> float:
             return at_depth(weights, parameter, layers)[index]
 
-        voices.append(_Voice(adapter.name, adapter.head, weight))
+        owners.append(_HeadOwner(adapter.name, adapter.head, weight))
         for part, head in adapter.heads.items():
             name = part
             while name in taken:
                 name = f"{adapter.name}-{name}"
             taken.add(name)
-            voices.append(_Voice(name, head, None))
-    return [voice for voice in voices if voice.head]
+            owners.append(_HeadOwner(name, head, None))
+    return [owner for owner in owners if owner.head]
 
 
-def _groups(voices: Sequence[_Voice]) -> list[set[str]]:
+def _groups(owners: Sequence[_HeadOwner]) -> list[set[str]]:
     """The parameters, those together that an adapter saves under one word."""
     groups: list[set[str]] = []
-    for voice in voices:
-        for group in voice.head.groups().values():
+    for owner in owners:
+        for group in owner.head.groups().values():
             apart = [other for other in groups if not other & group]
             groups = [*apart, group.union(*(other for other in groups if other & group))]
     return groups
 
 
 def _with_group(
-    settled: Settled, voices: Sequence[_Voice], group: set[str], policy: str
-) -> Settled:
+    merged_heads: MergedHeads, owners: Sequence[_HeadOwner], group: set[str], policy: str
+) -> MergedHeads:
     """What was settled before, and these parameters."""
-    holders = [v for v in voices if group & v.head.parameters.keys()]
-    heads = [voice.head.only(group) for voice in holders]
+    holders = [v for v in owners if group & v.head.parameters.keys()]
+    heads = [owner.head.only(group) for owner in holders]
     words = ", ".join(heads[0].modules)
-    names = ", ".join(voice.name for voice in holders)
+    names = ", ".join(owner.name for owner in holders)
     if len(holders) == 1 or _identical(heads):
-        return dataclasses.replace(settled, head=_joined(settled.head, heads[0]))
+        return dataclasses.replace(merged_heads, head=_joined(merged_heads.head, heads[0]))
     if policy == "keep-each":
         kept = {
-            voice.name: _joined(settled.kept.get(voice.name, Head()), head)
-            for voice, head in zip(holders, heads, strict=True)
+            owner.name: _joined(merged_heads.kept.get(owner.name, Replacements()), head)
+            for owner, head in zip(holders, heads, strict=True)
         }
         note = f"{words}: {names} keep their own"
-        return Settled(settled.head, settled.kept | kept, [*settled.notes, note])
+        return MergedHeads(merged_heads.head, merged_heads.kept | kept, [*merged_heads.notes, note])
     head = heads[0] if policy == "first" else _average(holders, heads)
     how = f"that of {holders[0].name}" if policy == "first" else "the weighted average"
     note = f"{words}: {how}, of {names}"
-    return Settled(_joined(settled.head, head), settled.kept, [*settled.notes, note])
+    return MergedHeads(
+        _joined(merged_heads.head, head), merged_heads.kept, [*merged_heads.notes, note]
+    )
 
 
-def _joined(one: Head, other: Head) -> Head:
+def _joined(one: Replacements, other: Replacements) -> Replacements:
     words = tuple(dict.fromkeys([*one.modules, *other.modules]))
-    return Head(words, {**one.parameters, **other.parameters})
+    return Replacements(words, {**one.parameters, **other.parameters})
 
 
-def _identical(heads: Sequence[Head]) -> bool:
+def _identical(heads: Sequence[Replacements]) -> bool:
     first, *others = heads
     return all(_shapes(other) == _shapes(first) for other in others) and all(
         torch.equal(values(), other.parameters[name]())
@@ -145,16 +147,16 @@ def _identical(heads: Sequence[Head]) -> bool:
     )
 
 
-def _shapes(head: Head) -> Mapping[str, tuple[int, ...]]:
+def _shapes(head: Replacements) -> Mapping[str, tuple[int, ...]]:
     return {name: values.shape for name, values in head.parameters.items()}
 
 
-def _average(holders: Sequence[_Voice], heads: Sequence[Head]) -> Head:
+def _average(holders: Sequence[_HeadOwner], heads: Sequence[Replacements]) -> Replacements:
     shapes = [_shapes(head) for head in heads]
-    for voice, other in zip(holders, shapes, strict=True):
+    for owner, other in zip(holders, shapes, strict=True):
         if other != shapes[0]:
             raise MismatchError(
-                f"heads='average': {holders[0].name} replaces {shapes[0]}, {voice.name} {other}; only parameters of "
+                f"heads='average': {holders[0].name} replaces {shapes[0]}, {owner.name} {other}; only parameters of "
                 "the same names and shapes have an average: heads='keep-each' or 'first'"
             )
     parameters = {
@@ -166,7 +168,7 @@ def _average(holders: Sequence[_Voice], heads: Sequence[Head]) -> Head:
         )
         for name, shape in shapes[0].items()
     }
-    return Head(heads[0].modules, parameters)
+    return Replacements(heads[0].modules, parameters)
 
 
 def _mean(loads: Sequence[Callable[[], Tensor]], shares: Sequence[float]) -> Tensor:
@@ -176,38 +178,38 @@ def _mean(loads: Sequence[Callable[[], Tensor]], shares: Sequence[float]) -> Ten
     return total.float()
 
 
-def _shares(holders: Sequence[_Voice], parameter: str) -> list[float]:
+def _shares(holders: Sequence[_HeadOwner], parameter: str) -> list[float]:
     """The weights of those who hold a parameter, divided by their sum."""
     weights: list[float] = []
-    for voice in holders:
-        if voice.weight is None:
+    for owner in holders:
+        if owner.weight is None:
             raise UnsupportedError(
-                f"heads='average': the head of {voice.name} is kept beside a merged adapter and has no weight of its "
+                f"heads='average': the head of {owner.name} is kept beside a merged adapter and has no weight of its "
                 "own; merge the original adapters, or take heads='keep-each' or 'first'"
             )
-        weights.append(voice.weight(parameter))
+        weights.append(owner.weight(parameter))
     total = math.fsum(weights)
     if abs(total) <= 1e-12 * math.fsum(map(abs, weights)):
         raise OptionError(
-            f"heads='average': the weights of {', '.join(voice.name for voice in holders)}, which replace {parameter}, "
+            f"heads='average': the weights of {', '.join(owner.name for owner in holders)}, which replace {parameter}, "
             "sum to 0, and there is no average; take other weights, or heads='keep-each' or 'first'"
         )
     return [weight / total for weight in weights]
 
 
-def _rows(module: str, holders: Sequence[_Voice], policy: str, notes: list[str]) -> Rows:
+def _rows(module: str, holders: Sequence[_HeadOwner], policy: str, notes: list[str]) -> Rows:
     """The union of all rows of a module's weight; notes which of them had to be decided."""
-    values = [voice.head.rows[module].load() for voice in holders]
-    widths = {voice.name: tensor.shape[1] for voice, tensor in zip(holders, values, strict=True)}
+    values = [owner.head.rows[module].load() for owner in holders]
+    widths = {owner.name: tensor.shape[1] for owner, tensor in zip(holders, values, strict=True)}
     if len(set(widths.values())) > 1:
         raise MismatchError(
             f"{module}: the rows that the adapters replace are as wide as {widths}; only adapters of one base model "
             "can be merged"
         )
-    found: dict[int, list[tuple[_Voice, Tensor]]] = {}
-    for voice, tensor in zip(holders, values, strict=True):
-        for index, row in zip(voice.head.rows[module].indices, tensor, strict=True):
-            found.setdefault(index, []).append((voice, row))
+    found: dict[int, list[tuple[_HeadOwner, Tensor]]] = {}
+    for owner, tensor in zip(holders, values, strict=True):
+        for index, row in zip(owner.head.rows[module].indices, tensor, strict=True):
+            found.setdefault(index, []).append((owner, row))
     indices = tuple(sorted(found))
     merged = torch.stack([_row(module, index, found[index], policy) for index in indices])
     disputed = [i for i in indices if any(not torch.equal(r, found[i][0][1]) for _, r in found[i])]
@@ -217,13 +219,13 @@ def _rows(module: str, holders: Sequence[_Voice], policy: str, notes: list[str])
     return Rows(indices, lambda: merged)
 
 
-def _row(module: str, index: int, held: Sequence[tuple[_Voice, Tensor]], policy: str) -> Tensor:
-    voices, rows = zip(*held, strict=True)
+def _row(module: str, index: int, held: Sequence[tuple[_HeadOwner, Tensor]], policy: str) -> Tensor:
+    owners, rows = zip(*held, strict=True)
     if policy == "first" or all(torch.equal(row, rows[0]) for row in rows):
         return rows[0]
     if policy == "average":
-        return _mean([lambda row=row: row for row in rows], _shares(voices, f"{module}.weight"))
+        return _mean([lambda row=row: row for row in rows], _shares(owners, f"{module}.weight"))
     raise UnsupportedError(
-        f"{module}: {', '.join(voice.name for voice in voices)} replace row {index} (a token's embedding) by different "
+        f"{module}: {', '.join(owner.name for owner in owners)} replace row {index} (a token's embedding) by different "
         "values, and an adapter has one for each: heads='average' or 'first', or train them on different tokens"
     )

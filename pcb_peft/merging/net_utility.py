@@ -8,11 +8,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from pcb_peft.adapters.adapter import Adapter, Modules
+from pcb_peft.adapters.adapter import Adapter, DeltaMapping
 from pcb_peft.deltas.delta import Delta, LowRank
 from pcb_peft.deltas.rank import triplets
-from pcb_peft.formats import Entry
-from pcb_peft.merging.compatibility import Alignment
+from pcb_peft.formats import LazyDelta
+from pcb_peft.merging.compatibility import AdapterSet
 from pcb_peft.runtime.progress import Track
 
 Responses: TypeAlias = Sequence[Tensor]
@@ -22,8 +22,8 @@ Choice: TypeAlias = Mapping[tuple[int, str], Sequence[int]]
 """From the number of an adapter and a module to those of its singular directions, in order, that are kept."""
 
 
-def most_useful(
-    alignment: Alignment,
+def select_by_net_utility(
+    alignment: AdapterSet,
     weights: Callable[[str], Sequence[float]],
     total: int,
     track: Track,
@@ -97,7 +97,7 @@ def _net(shares: Tensor, adapter: int) -> Tensor:
 
 def _cut(adapter: Adapter, number: int, chosen: Choice) -> Adapter:
     entries = {
-        module: Entry(
+        module: LazyDelta(
             LowRank,
             entry.shape,
             functools.partial(_kept, entry.load, chosen[number, module]),
@@ -106,7 +106,7 @@ def _cut(adapter: Adapter, number: int, chosen: Choice) -> Adapter:
         for module, entry in adapter.modules.entries.items()
         if (number, module) in chosen
     }
-    return dataclasses.replace(adapter, modules=Modules(entries))
+    return dataclasses.replace(adapter, modules=DeltaMapping(entries))
 
 
 def _kept(load: Callable[[], Delta], directions: Sequence[int]) -> LowRank:

@@ -8,7 +8,7 @@ from typing import Any
 from pcb_peft.calibrations import Calibration, bound
 from pcb_peft.deltas.delta import Delta, Diagonal
 from pcb_peft.errors import OptionError, UnsupportedError
-from pcb_peft.merging.compatibility import Alignment
+from pcb_peft.merging.compatibility import AdapterSet
 from pcb_peft.methods import MergeMethod, get_method, list_methods
 from pcb_peft.plugins.options import bind
 from pcb_peft.recipes.overrides import Override, Weight, at_depth, layer_of
@@ -48,7 +48,9 @@ class Setting:
     @property
     def in_parts(self) -> bool:
         """Whether the parts of a delta compete side by side: not where the method wants to see ΔW as a matrix."""
-        return self.space.lossless and not (self.method.matrices or self.method.data)
+        return self.space.low_rank_output and not (
+            self.method.whole_matrix or self.method.needs_statistic
+        )
 
     @property
     def encode(self) -> Callable[..., Projection]:
@@ -64,7 +66,7 @@ class Setting:
 
 
 def plan(
-    recipe: Recipe, method: MergeMethod, alignment: Alignment, data: str | None = None
+    recipe: Recipe, method: MergeMethod, alignment: AdapterSet, data: str | None = None
 ) -> tuple[Recipe, list[Setting]]:
     """The settings, each with its modules, and the recipe with every default written out.
 
@@ -100,7 +102,7 @@ def plan(
 
 
 def _shared_out(
-    base: Setting, overrides: Sequence[tuple[Override, Setting]], alignment: Alignment
+    base: Setting, overrides: Sequence[tuple[Override, Setting]], alignment: AdapterSet
 ) -> list[Setting]:
     """Each setting with its modules; the first override that matches a module has it."""
     owners: dict[str, Setting] = {}
@@ -122,7 +124,9 @@ def _shared_out(
     return [setting for setting in shares if setting.modules]
 
 
-def _overridden(recipe: Recipe, base: Setting, override: Override, alignment: Alignment) -> Setting:
+def _overridden(
+    recipe: Recipe, base: Setting, override: Override, alignment: AdapterSet
+) -> Setting:
     same = override.method in (None, base.method.name)
     method = base.method if same else get_method(str(override.method))
     inherited = {name: value for name, value in recipe.options.items() if same}
@@ -153,7 +157,7 @@ def _setting(
     scope: str,
     options: Mapping[str, Any],
     weights: tuple[Weight, ...],
-    alignment: Alignment,
+    alignment: AdapterSet,
 ) -> Setting:
     _check_count(method, len(alignment.adapters))
     space = _space_for(space_name, method, alignment.kinds)
@@ -164,30 +168,30 @@ def _setting(
 
 def _check_count(method: MergeMethod, count: int) -> None:
     """Raises OptionError where the method merges another number of adapters."""
-    if not method.can_take(count):
-        able = ", ".join(m.name for m in list_methods().values() if m.can_take(count))
+    if not method.accepts_count(count):
+        able = ", ".join(m.name for m in list_methods().values() if m.accepts_count(count))
         raise OptionError(
-            f"{method.name} takes {method.takes} adapters, and there are {count}; methods that can take these: {able}"
+            f"{method.name} takes {method.arity} adapters, and there are {count}; methods that can take these: {able}"
         )
 
 
 def _check_data(settings: Sequence[Setting], given: str | None) -> None:
     """Raises OptionError where a method lacks statistics, its space cannot show them, or nobody asks for them."""
     for setting in settings:
-        needed, name = setting.method.data, setting.method.name
+        needed, name = setting.method.needs_statistic, setting.method.name
         if needed is not None and needed != given:
             found = f"those given are of kind {given}" if given else "there are none"
             raise OptionError(
                 f"{name} needs statistics of kind {needed} of each adapter, and {found}: `pcb-peft collect ADAPTER "
                 f"--kind {needed} …` or collect_statistics() takes them, statistics=[…] or --statistics hands them over"
             )
-        if needed is not None and needed not in setting.space.shows:
-            able = ", ".join(s.name for s in list_spaces().values() if needed in s.shows)
+        if needed is not None and needed not in setting.space.statistics:
+            able = ", ".join(s.name for s in list_spaces().values() if needed in s.statistics)
             raise OptionError(
                 f"{name} cannot work in space {setting.space.name}, which does not show the {needed} of a module; it "
                 f"can in {able}, with LoRA adapters"
             )
-    if given and not any(setting.method.data for setting in settings):
+    if given and not any(setting.method.needs_statistic for setting in settings):
         raise OptionError(
             f"statistics of kind {given} are given, and method {settings[0].method.name} asks for none: leave them out"
         )
@@ -219,7 +223,7 @@ def _space_for(name: str, method: MergeMethod, kinds: set[type[Delta]]) -> Space
 
 
 def calibrations_of(
-    recipe: Recipe, alignment: Alignment
+    recipe: Recipe, alignment: AdapterSet
 ) -> tuple[Recipe, list[Calibration], list[Calibration]]:
     """The recipe with every default of its calibrations written out, and those before and after.
 

@@ -5,13 +5,13 @@ import functools
 import re
 from collections.abc import Callable, Sequence
 
-from pcb_peft.adapters.adapter import Adapter, Modules
+from pcb_peft.adapters.adapter import Adapter, DeltaMapping
 from pcb_peft.base.model import BaseModel
 from pcb_peft.deltas.delta import Dense, Diagonal, LowRank
-from pcb_peft.deltas.replacements import Head, Parameter
+from pcb_peft.deltas.replacements import Parameter, Replacements
 from pcb_peft.errors import BaseModelError
-from pcb_peft.formats import Entry
-from pcb_peft.formats.registry import change_of_vector, put_together
+from pcb_peft.formats import LazyDelta
+from pcb_peft.formats.registry import as_dense, vector_delta
 from pcb_peft.spaces import Space
 from pcb_peft.writing.fold import fitted, folded
 
@@ -19,7 +19,7 @@ ONE_BY_ONE = re.compile(r"\.experts\.\d+\.")  # the experts' names in transforme
 STACKED = re.compile(r"\.experts\.\w+\.\d+$")  # in transformers 5
 
 
-def grounded(
+def resolve_against_base(
     adapters: Sequence[Adapter],
     base: Callable[[], BaseModel] | None,
     space: Space | None = None,
@@ -49,8 +49,8 @@ def grounded(
         for adapter in adapters
     ]
     if mixed:
-        read = [additive(adapter, base()) for adapter in read]
-    return [one_by_one(adapter, base()) for adapter in read] if renamed else read
+        read = [ia3_as_additive(adapter, base()) for adapter in read]
+    return [unstack_experts(adapter, base()) for adapter in read] if renamed else read
 
 
 def _mixed_kinds(adapters: Sequence[Adapter], space: Space | None) -> str:
@@ -80,9 +80,9 @@ def _mixed_names(adapters: Sequence[Adapter]) -> str:
     )
 
 
-def one_by_one(adapter: Adapter, base: BaseModel) -> Adapter:
+def unstack_experts(adapter: Adapter, base: BaseModel) -> Adapter:
     """The same adapter, whose stacked experts go by the names that they have in the files."""
-    entries: dict[str, Entry] = {}
+    entries: dict[str, LazyDelta] = {}
     for module, entry in adapter.modules.entries.items():
         places = base.places(module) if STACKED.search(module) else ()
         if not places or places[0].index is not None:
@@ -91,22 +91,24 @@ def one_by_one(adapter: Adapter, base: BaseModel) -> Adapter:
         for place in places:
             name = place.parameter.removesuffix(".weight")
             start, end = place.rows or (0, entry.shape[0])
-            entries[name] = Entry(
+            entries[name] = LazyDelta(
                 LowRank,
                 (end - start, entry.shape[1]),
                 functools.partial(_rows, entry, start, end),
                 entry.rank,
             )
-    return dataclasses.replace(adapter, modules=Modules(entries))
+    return dataclasses.replace(adapter, modules=DeltaMapping(entries))
 
 
-def _rows(entry: Entry, start: int, end: int) -> LowRank:
+def _rows(entry: LazyDelta, start: int, end: int) -> LowRank:
     delta = entry.load()
     lora_B, lora_A = delta.factors()
     return LowRank(lora_A.float(), lora_B[start:end].float())
 
 
-def chained(adapters: Sequence[Adapter], base: Callable[[], BaseModel] | None) -> list[Adapter]:
+def chain_on_base(
+    adapters: Sequence[Adapter], base: Callable[[], BaseModel] | None
+) -> list[Adapter]:
     """The same adapters, each read on top of the base model with those before it in its weights.
 
     So they were trained: an adapter, then another one (preferences after instructions) on the model that the first had
@@ -129,8 +131,8 @@ def chained(adapters: Sequence[Adapter], base: Callable[[], BaseModel] | None) -
             )
         if below is not None and chain:
             read = adapter.on(below)
-            read = additive(read, below()) if Diagonal in kinds else read
-            adapter = dataclasses.replace(summed(read), files=None)
+            read = ia3_as_additive(read, below()) if Diagonal in kinds else read
+            adapter = dataclasses.replace(rescaling_as_dense(read), files=None)
         names = adapter.head.parameters
         chain = [dataclasses.replace(a, head=a.head.without(names)) for a in chain] + [adapter]
     return chain
@@ -148,15 +150,15 @@ def _with_all_of(
         model = base()
         for adapter in adapters:
             held = {name: new for name, new in adapter.head.parameters.items() if model.find(name)}
-            model = folded(adapter.modules, model, Head((), held, adapter.head.rows))
+            model = folded(adapter.modules, model, Replacements((), held, adapter.head.rows))
         return model
 
     return opened
 
 
-def additive(adapter: Adapter, base: BaseModel) -> Adapter:
+def ia3_as_additive(adapter: Adapter, base: BaseModel) -> Adapter:
     """The same adapter, whose multiplications of W are additions to it."""
-    entries: dict[str, Entry] = {}
+    entries: dict[str, LazyDelta] = {}
     for module, entry in adapter.modules.entries.items():
         if entry.kind is not Diagonal:
             entries[module] = entry
@@ -165,16 +167,16 @@ def additive(adapter: Adapter, base: BaseModel) -> Adapter:
         entries[module] = _product(module, entry, base, own)
         if base.bias_parameter(module) is not None and entry.shape[0] > 1:
             entries[f"{module}.bias"] = _bias_product(module, entry, base)
-    return dataclasses.replace(adapter, modules=Modules(entries))
+    return dataclasses.replace(adapter, modules=DeltaMapping(entries))
 
 
-def summed(adapter: Adapter) -> Adapter:
+def rescaling_as_dense(adapter: Adapter) -> Adapter:
     """The same adapter, of which what rescales W is one matrix that is added to it."""
-    entries = {module: put_together(e) for module, e in adapter.modules.entries.items()}
-    return dataclasses.replace(adapter, modules=Modules(entries))
+    entries = {module: as_dense(e) for module, e in adapter.modules.entries.items()}
+    return dataclasses.replace(adapter, modules=DeltaMapping(entries))
 
 
-def _product(module: str, entry: Entry, base: BaseModel, own: Parameter | None) -> Entry:
+def _product(module: str, entry: LazyDelta, base: BaseModel, own: Parameter | None) -> LazyDelta:
     """W∘(l − 1), with the W that the adapter brings along, if it does."""
     weight = own.shape if own else base.shape(module)
     layout = base.layout(module, entry.shape)
@@ -184,14 +186,14 @@ def _product(module: str, entry: Entry, base: BaseModel, own: Parameter | None) 
         values = own() if own else base.weight(module)
         return Dense(layout.matrix(delta.delta(values)), layout=layout)
 
-    return Entry(Dense, layout.matrix_shape(weight), load)
+    return LazyDelta(Dense, layout.matrix_shape(weight), load)
 
 
-def _bias_product(module: str, entry: Entry, base: BaseModel) -> Entry:
+def _bias_product(module: str, entry: LazyDelta, base: BaseModel) -> LazyDelta:
     """b∘(l − 1)."""
 
     def load() -> LowRank:
         bias = base.tensor(str(base.bias_parameter(module))).float()
-        return change_of_vector(entry.load().apply_to_bias(bias) - bias)
+        return vector_delta(entry.load().apply_to_bias(bias) - bias)
 
-    return Entry(LowRank, (entry.shape[0], 1), load, 1)
+    return LazyDelta(LowRank, (entry.shape[0], 1), load, 1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.base.model import BaseModel
 from pcb_peft.deltas.delta import Rescaled
-from pcb_peft.formats import Entry
+from pcb_peft.formats import LazyDelta
 from pcb_peft.formats.registry import Weights
 from pcb_peft.merging.report import Report
 from pcb_peft.recipes.recipe import FILE_NAME, Recipe, in_words
@@ -51,7 +51,7 @@ class MergedAdapter(Adapter):
         progress: bool | None = None,
     ) -> None:
         super().fold(base_model, output, tied=tied, overwrite=overwrite, progress=progress)
-        lines = union(current().gathered(self.report.modules))
+        lines = union(current().all_gather(self.report.modules))
         self.report.modules = {module: lines[module] for module in self.modules if module in lines}
 
     def _companions(self, without: Container[str] | None = None) -> dict[str, bytes]:
@@ -85,6 +85,6 @@ class MergedAdapter(Adapter):
         )
 
 
-def _whole(name: str, entry: Entry, base: Callable[[], Weights]) -> Tensor:
+def _whole(name: str, entry: LazyDelta, base: Callable[[], Weights]) -> Tensor:
     """A bias with its change."""
     return base().weight(name).float() + entry.load().delta()

@@ -5,8 +5,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from pcb_peft.methods.ops import clamp_positive, num_kept
 from pcb_peft.methods.registry import merge_method
-from pcb_peft.methods.verbs import above_zero, number_kept
 from pcb_peft.plugins.options import Density, Range
 from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
@@ -34,11 +34,11 @@ def breadcrumbs(
     Departure: entries that tie with the smallest or the largest kept one are kept. Without ties, of one weight in dense
     space, it is mergekit's `breadcrumbs` to rounding. (The authors' code masks each row of a weight for itself.)
     """
-    kept = number_kept(tasks, density)
+    kept = num_kept(tasks, density)
     outliers = min(int(gamma * tasks.size), tasks.size - kept)
     ends = [tasks.size - outliers - kept, tasks.size - outliers - 1]
     low, high = tasks.order_statistics(torch.abs, ends).unbind(-1)
-    low = above_zero(low)
+    low = clamp_positive(low)
 
     def merge(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         kept = (x.abs() >= low) & (x.abs() <= high)

@@ -9,7 +9,7 @@ from pcb_peft.plugins.options import Range
 from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 
-@merge_method("consensus", paper="arXiv:2405.07813", scope="module", keeps_one=True)
+@merge_method("consensus", paper="arXiv:2405.07813", scope="module", identity_on_one=True)
 def consensus(
     tasks: TaskVectors,
     *,

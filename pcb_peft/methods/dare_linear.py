@@ -1,7 +1,7 @@
 """DARE: drop and rescale, then task arithmetic."""
 
+from pcb_peft.methods.ops import drop_at_random
 from pcb_peft.methods.registry import merge_method
-from pcb_peft.methods.verbs import drop_at_random
 from pcb_peft.plugins.options import Density
 from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 

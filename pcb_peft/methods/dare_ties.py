@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
+from pcb_peft.methods.ops import drop_at_random, majority_sign_mask, masked_mean
 from pcb_peft.methods.registry import merge_method
-from pcb_peft.methods.verbs import drop_at_random, elected, mean_of
 from pcb_peft.plugins.options import Density
 from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
@@ -29,6 +29,6 @@ def dare_ties(tasks: TaskVectors, *, density: Density = 0.5, rescale: bool = Tru
 
     def merge(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         weighted = weights * x
-        return mean_of(weighted, elected(weighted)), x
+        return masked_mean(weighted, majority_sign_mask(weighted)), x
 
     return drop_at_random(tasks, density, rescale).combine(merge)

@@ -5,8 +5,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from pcb_peft.methods.ops import majority_sign_mask, masked_mean
 from pcb_peft.methods.registry import merge_method
-from pcb_peft.methods.verbs import elected, mean_of
 from pcb_peft.plugins.options import Density, Range
 from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
@@ -48,7 +48,7 @@ def della(
 
     def merge(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         weighted = weights * x
-        return mean_of(weighted, elected(weighted)), x
+        return masked_mean(weighted, majority_sign_mask(weighted)), x
 
     return tasks.transformed(drop).combine(merge)
 

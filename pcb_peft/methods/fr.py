@@ -12,7 +12,12 @@ from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 
 @merge_method(
-    "fr", paper="arXiv:2411.16815", space="dense", scope="module", keeps_one=True, matrices=True
+    "fr",
+    paper="arXiv:2411.16815",
+    space="dense",
+    scope="module",
+    identity_on_one=True,
+    whole_matrix=True,
 )
 def fr(tasks: TaskVectors, *, cutoff: Annotated[float, Range(0, 1)] = 0.1) -> Merged:
     """Take the low frequencies out of each ΔW, seen as an image, and add up the rest.

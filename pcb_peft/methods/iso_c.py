@@ -8,7 +8,9 @@ from pcb_peft.methods.spectral import merge_matrices
 from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 
-@merge_method("iso_c", paper="arXiv:2502.04959", scope="module", keeps_one=True, matrices=True)
+@merge_method(
+    "iso_c", paper="arXiv:2502.04959", scope="module", identity_on_one=True, whole_matrix=True
+)
 def iso_c(tasks: TaskVectors) -> Merged:
     """Sum the task vectors, then give all directions of the sum the same strength.
 

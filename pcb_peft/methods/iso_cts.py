@@ -11,7 +11,9 @@ from pcb_peft.plugins.options import Range
 from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 
-@merge_method("iso_cts", paper="arXiv:2502.04959", scope="module", keeps_one=True, matrices=True)
+@merge_method(
+    "iso_cts", paper="arXiv:2502.04959", scope="module", identity_on_one=True, whole_matrix=True
+)
 def iso_cts(tasks: TaskVectors, *, common: Annotated[float, Range(0, 1)] = 0.8) -> Merged:
     """Keep the strongest directions of the sum, replace the others by directions of the single tasks, flatten.
 

@@ -5,15 +5,15 @@ import math
 import torch
 from torch import Tensor
 
+from pcb_peft.methods.ops import average_on_sphere, normalize_direction
 from pcb_peft.methods.registry import merge_method
-from pcb_peft.methods.verbs import average_on_sphere, unit
 from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 ITERATIONS = 100
 CONVERGED = 1e-12  # radians
 
 
-@merge_method("karcher", paper="arXiv:2603.04972", scope="module", keeps_one=True)
+@merge_method("karcher", paper="arXiv:2603.04972", scope="module", identity_on_one=True)
 def karcher(tasks: TaskVectors) -> Merged:
     """Average the directions of the task vectors along the sphere, at their average length.
 
@@ -34,7 +34,7 @@ def karcher(tasks: TaskVectors) -> Merged:
 
 def riemannian_mean(cosines: Tensor, shares: Tensor) -> Tensor:
     """The fixed point; vectors are coefficients (T,) of the u_t."""
-    mean = unit(cosines, shares)
+    mean = normalize_direction(cosines, shares)
     for _ in range(ITERATIONS):
         along = (cosines @ mean).clamp(-1, 1)
         pull = shares / torch.sinc(torch.acos(along) / math.pi).clamp(min=1e-9)
@@ -42,5 +42,5 @@ def riemannian_mean(cosines: Tensor, shares: Tensor) -> Tensor:
         length = (step @ cosines @ step).clamp(min=0).sqrt()
         if length < CONVERGED:
             break
-        mean = unit(cosines, length.cos() * mean + length.sin() / length * step)
+        mean = normalize_direction(cosines, length.cos() * mean + length.sin() / length * step)
     return mean

@@ -4,7 +4,7 @@ from pcb_peft.methods.registry import merge_method
 from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 
-@merge_method("linear", paper="arXiv:2212.04089", scope="module", keeps_one=True)
+@merge_method("linear", paper="arXiv:2212.04089", scope="module", identity_on_one=True)
 def linear(tasks: TaskVectors) -> Merged:
     """The weighted sum of the task vectors: τ_m = Σ_t λ_t τ_t.
 

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
+from pcb_peft.methods.ops import magnitude_threshold
 from pcb_peft.methods.registry import merge_method
-from pcb_peft.methods.verbs import least_kept
 from pcb_peft.plugins.options import Density
 from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
@@ -23,7 +23,7 @@ def magnitude_prune(tasks: TaskVectors, *, density: Density = 0.5) -> Merged:
     (Yu et al. 2024). Departures: the threshold is taken over the scope and not per tensor, and entries that tie with
     the smallest kept one are kept. Without ties, and per tensor, the result is PEFT's to rounding.
     """
-    threshold = least_kept(tasks, density)
+    threshold = magnitude_threshold(tasks, density)
 
     def merge(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         kept = x.abs() >= threshold

@@ -2,12 +2,12 @@
 
 from torch import Tensor
 
+from pcb_peft.methods.ops import combination, lengths_and_cosines
 from pcb_peft.methods.registry import merge_method
-from pcb_peft.methods.verbs import combination, lengths_and_cosines
 from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 
-@merge_method("model_stock", paper="arXiv:2403.19522", scope="module", keeps_one=True)
+@merge_method("model_stock", paper="arXiv:2403.19522", scope="module", identity_on_one=True)
 def model_stock(tasks: TaskVectors) -> Merged:
     """Average the task vectors, and shrink the mean the more the wider their angles are.
 

@@ -1,11 +1,11 @@
 """Multi-SLERP: the mean direction."""
 
+from pcb_peft.methods.ops import average_on_sphere, normalize_direction
 from pcb_peft.methods.registry import merge_method
-from pcb_peft.methods.verbs import average_on_sphere, unit
 from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 
-@merge_method("multislerp", paper="goddard.blog", scope="module", keeps_one=True)
+@merge_method("multislerp", paper="goddard.blog", scope="module", identity_on_one=True)
 def multislerp(tasks: TaskVectors) -> Merged:
     """Average the directions of the task vectors, at their average length.
 
@@ -22,4 +22,4 @@ def multislerp(tasks: TaskVectors) -> Merged:
     step of `karcher`.) Departures: a negative λ turns its task vector around; the length goes with the mean |λ|; a zero
     task vector has no say.
     """
-    return average_on_sphere(tasks, unit)
+    return average_on_sphere(tasks, normalize_direction)

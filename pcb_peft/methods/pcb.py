@@ -59,7 +59,7 @@ FORMULAS: dict[str, tuple[float, Cross]] = {  # name: (winsorised tail, inter-ba
 }
 
 
-@merge_method("pcb", paper="arXiv:2410.02396", space="knots", scope="module", keeps_one=True)
+@merge_method("pcb", paper="arXiv:2410.02396", space="knots", scope="module", identity_on_one=True)
 def pcb(
     tasks: TaskVectors,
     *,
@@ -119,7 +119,7 @@ def pcb(
         rows = zip(normed, cross(x, normed), strict=True)
         return torch.stack([_intra(its, tasks.tasks).mul_(inter) for its, inter in rows])
 
-    scored = tasks.once(score)
+    scored = tasks.cached_per_tile(score)
     cut = [min(int(tasks.size * (1 - density)), tasks.size - 1), tasks.size - 1]
     threshold, top = tasks.order_statistics(scored, cut).unbind(-1)
     only_top = (threshold == top) & (top > 0)

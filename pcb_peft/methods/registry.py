@@ -14,7 +14,7 @@ from pcb_peft.errors import OptionError
 from pcb_peft.plugins.options import Option, did_you_mean, options_of
 from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
-_SHELF: dict[str, "MergeMethod"] = {}
+_REGISTRY: dict[str, "MergeMethod"] = {}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -38,14 +38,14 @@ class MergeMethod:
     paper: str
     space: str
     scope: str
-    keeps_one: bool = False
-    takes: int | None = None
-    data: str | None = None
-    matrices: bool = False
+    identity_on_one: bool = False
+    arity: int | None = None
+    needs_statistic: str | None = None
+    whole_matrix: bool = False
 
-    def can_take(self, count: int) -> bool:
+    def accepts_count(self, count: int) -> bool:
         """Whether it merges so many adapters."""
-        return self.takes in (None, count) or (count == 1 and self.keeps_one)
+        return self.arity in (None, count) or (count == 1 and self.identity_on_one)
 
     @property
     def options(self) -> dict[str, Option]:
@@ -82,16 +82,24 @@ def merge_method(
     paper: str,
     space: str = "core",
     scope: str = "global",
-    keeps_one: bool = False,
-    takes: int | None = None,
-    data: str | None = None,
-    matrices: bool = False,
+    identity_on_one: bool = False,
+    arity: int | None = None,
+    needs_statistic: str | None = None,
+    whole_matrix: bool = False,
 ) -> Callable[[Callable[..., Merged]], Callable[..., Merged]]:
     """Puts a function on the shelf; the function itself stays as it is. The arguments are `MergeMethod`'s."""
 
     def register(function: Callable[..., Merged]) -> Callable[..., Merged]:
-        _SHELF[name] = MergeMethod(
-            name, function, paper, space, scope, keeps_one, takes, data, matrices
+        _REGISTRY[name] = MergeMethod(
+            name,
+            function,
+            paper,
+            space,
+            scope,
+            identity_on_one,
+            arity,
+            needs_statistic,
+            whole_matrix,
         )
         return function
 
@@ -100,7 +108,7 @@ def merge_method(
 
 def list_methods() -> dict[str, MergeMethod]:
     """All merge methods, by name."""
-    return dict(sorted(_SHELF.items()))
+    return dict(sorted(_REGISTRY.items()))
 
 
 def get_method(method: str | MergeMethod) -> MergeMethod:
@@ -111,9 +119,9 @@ def get_method(method: str | MergeMethod) -> MergeMethod:
     """
     if isinstance(method, MergeMethod):
         return method
-    if method not in _SHELF:
+    if method not in _REGISTRY:
         known = ", ".join(list_methods())
         raise OptionError(
-            f"no merge method {method!r}{did_you_mean(method, _SHELF)}; there are {known}"
+            f"no merge method {method!r}{did_you_mean(method, _REGISTRY)}; there are {known}"
         )
-    return _SHELF[method]
+    return _REGISTRY[method]

@@ -19,8 +19,8 @@ SMALL = 1e-6  # of the variance of an input: less is left of it by the others on
     paper="arXiv:2212.09849",
     space="knots",
     scope="module",
-    keeps_one=True,
-    data="gram",
+    identity_on_one=True,
+    needs_statistic="gram",
 )
 def regmean(tasks: TaskVectors, *, alpha: Annotated[float, Range(0, 1)] = 0.9) -> Merged:
     """Answer each task's inputs as its own adapter answers them: least squares over the inputs of all tasks.
@@ -52,7 +52,7 @@ def regmean(tasks: TaskVectors, *, alpha: Annotated[float, Range(0, 1)] = 0.9) -
 
         return view
 
-    return tasks.informed(answer).combine(lambda x, weights: (weights * x).sum(0))
+    return tasks.with_task_statistics(answer).combine(lambda x, weights: (weights * x).sum(0))
 
 
 def inverse(gram: Tensor) -> Tensor:

@@ -11,7 +11,11 @@ from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 
 @merge_method(
-    "robust_merge", paper="arXiv:2502.17159", scope="module", keeps_one=True, matrices=True
+    "robust_merge",
+    paper="arXiv:2502.17159",
+    scope="module",
+    identity_on_one=True,
+    whole_matrix=True,
 )
 def robust_merge(tasks: TaskVectors, *, density: Density = 0.2) -> Merged:
     """Prune the factors of each task, scale what is left of each direction up, and balance the tasks.

@@ -2,13 +2,13 @@
 
 from torch import Tensor
 
+from pcb_peft.methods.ops import majority_sign_mask, normalized, num_kept
 from pcb_peft.methods.registry import merge_method
-from pcb_peft.methods.verbs import elected, number_kept, shares_of
 from pcb_peft.plugins.options import Density
 from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 
-@merge_method("sce", paper="arXiv:2408.07990", scope="module", keeps_one=True)
+@merge_method("sce", paper="arXiv:2408.07990", scope="module", identity_on_one=True)
 def sce(tasks: TaskVectors, *, density: Density = 0.1) -> Merged:
     """Select entries on which tasks differ, weigh tasks by their energy there, erase minority signs, add.
 
@@ -31,16 +31,16 @@ def sce(tasks: TaskVectors, *, density: Density = 0.1) -> Merged:
     def variance(x: Tensor) -> Tensor:
         return (x - x.mean(0)).square().sum(0, keepdim=True)
 
-    least = tasks.order_statistics(variance, [tasks.size - number_kept(tasks, density)])[..., 0]
+    least = tasks.order_statistics(variance, [tasks.size - num_kept(tasks, density)])[..., 0]
 
     def select(x: Tensor) -> Tensor:
         return x * (variance(x) >= least)
 
-    coefficients = shares_of(tasks.sums(lambda x: select(x).square()))
+    coefficients = normalized(tasks.sums(lambda x: select(x).square()))
 
     def merge(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         weighted = weights * select(x)
-        left = weighted * elected(weighted)
+        left = weighted * majority_sign_mask(weighted)
         return (coefficients * left).sum(0), left
 
     return tasks.combine(merge)

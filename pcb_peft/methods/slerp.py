@@ -5,13 +5,15 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from pcb_peft.methods.ops import average_on_sphere, normalize_direction
 from pcb_peft.methods.registry import merge_method
-from pcb_peft.methods.verbs import average_on_sphere, unit
 from pcb_peft.plugins.options import Range
 from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 
-@merge_method("slerp", paper="doi:10.1145/325334.325242", scope="module", keeps_one=True, takes=2)
+@merge_method(
+    "slerp", paper="doi:10.1145/325334.325242", scope="module", identity_on_one=True, arity=2
+)
 def slerp(tasks: TaskVectors, *, t: Annotated[float, Range(0, 1)] | None = None) -> Merged:
     """Turn one task vector towards another along the great circle.
 
@@ -36,4 +38,4 @@ def great_circle(cosines: Tensor, shares: Tensor) -> Tensor:
     """sin(share_t Ω) / sin Ω."""
     angle = torch.acos(cosines[0, 1])
     coefficients = torch.sin(shares * angle) / torch.sin(angle)
-    return unit(cosines, coefficients) if torch.sin(angle) > 1e-6 else shares
+    return normalize_direction(cosines, coefficients) if torch.sin(angle) > 1e-6 else shares

@@ -5,14 +5,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from pcb_peft.methods.ops import magnitude_threshold
 from pcb_peft.methods.registry import merge_method
-from pcb_peft.methods.verbs import least_kept
 from pcb_peft.plugins.options import Density
 from pcb_peft.tasks.blocks import Index, View
 from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 
-@merge_method("sta", paper="arXiv:2411.16139", space="core", scope="module", data="gradient")
+@merge_method(
+    "sta", paper="arXiv:2411.16139", space="core", scope="module", needs_statistic="gradient"
+)
 def sta(tasks: TaskVectors, *, density: Density = 0.5) -> Merged:
     """Keep of each task vector the entries that its own loss depends on most, then add: τ_m = Σ_t λ_t τ_t m_t.
 
@@ -32,13 +34,15 @@ def sta(tasks: TaskVectors, *, density: Density = 0.5) -> Merged:
     turn ΔW; `dense` has those of the paper. Entries that tie with the least important one that is kept are kept, those
     of importance 0 never.
     """
-    importance = tasks.informed(seen_with(lambda x, gradient: x * gradient))
-    threshold = least_kept(importance, density)
+    importance = tasks.with_task_statistics(seen_with(lambda x, gradient: x * gradient))
+    threshold = magnitude_threshold(importance, density)
 
     def select(x: Tensor, gradient: Tensor) -> Tensor:
         return x * ((x * gradient).abs() >= threshold)
 
-    return tasks.informed(seen_with(select)).combine(lambda x, weights: ((weights * x).sum(0), x))
+    return tasks.with_task_statistics(seen_with(select)).combine(
+        lambda x, weights: ((weights * x).sum(0), x)
+    )
 
 
 def seen_with(look: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Sequence[Tensor]], View]:

@@ -9,7 +9,9 @@ from pcb_peft.methods.spectral import merge_matrices
 from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 
-@merge_method("stf", paper="arXiv:2502.10698", scope="module", keeps_one=True, matrices=True)
+@merge_method(
+    "stf", paper="arXiv:2502.10698", scope="module", identity_on_one=True, whole_matrix=True
+)
 def stf(tasks: TaskVectors) -> Merged:
     """Superpose the tasks' singular features so that each keeps its response: u_kᵀ ΔW v_k = σ_k for all of them.
 

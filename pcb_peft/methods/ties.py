@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
+from pcb_peft.methods.ops import magnitude_threshold, majority_sign_mask, masked_mean
 from pcb_peft.methods.registry import merge_method
-from pcb_peft.methods.verbs import elected, least_kept, mean_of
 from pcb_peft.plugins.options import Density
 from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
@@ -24,11 +24,11 @@ def ties(tasks: TaskVectors, *, density: Density = 0.2) -> Merged:
     kept one are kept; an entry whose sum is 0 elects no sign and merges to 0 (the authors' code gives it the sign that
     most other entries have).
     """
-    threshold = least_kept(tasks, density)
+    threshold = magnitude_threshold(tasks, density)
 
     def merge(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         kept = x.abs() >= threshold
         trimmed = weights * x * kept
-        return mean_of(trimmed, elected(trimmed)), kept
+        return masked_mean(trimmed, majority_sign_mask(trimmed)), kept
 
     return tasks.combine(merge)

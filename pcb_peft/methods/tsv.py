@@ -11,7 +11,9 @@ from pcb_peft.plugins.options import Density
 from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 
-@merge_method("tsv", paper="arXiv:2412.00081", scope="module", keeps_one=True, matrices=True)
+@merge_method(
+    "tsv", paper="arXiv:2412.00081", scope="module", identity_on_one=True, whole_matrix=True
+)
 def tsv(tasks: TaskVectors, *, density: Density = 1.0) -> Merged:
     """Put all tasks' singular vectors side by side, make them orthonormal, and give them their singular values back.
 

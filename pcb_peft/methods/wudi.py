@@ -12,7 +12,9 @@ from pcb_peft.plugins.options import Range
 from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 
-@merge_method("wudi", paper="arXiv:2503.08099", scope="module", keeps_one=True, matrices=True)
+@merge_method(
+    "wudi", paper="arXiv:2503.08099", scope="module", identity_on_one=True, whole_matrix=True
+)
 def wudi(tasks: TaskVectors, *, ridge: Annotated[float, Range(0, 1e6)] = 0.0) -> Merged:
     """Disturb each task as little as possible on the inputs that its own task vector responds to.
 
@@ -33,8 +35,10 @@ def wudi(tasks: TaskVectors, *, ridge: Annotated[float, Range(0, 1e6)] = 0.0) ->
 
 
 def _merge(x: Tensor, ridge: float) -> Tensor:
-    unit = x / torch.linalg.matrix_norm(x)[:, None, None]
-    _, s, vh = significant(unit.flatten(0, 1))  # Σ_t G_t = V diag(s²) Vᵀ, and V spans all rows
-    x, unit = x @ vh.T, unit @ vh.T
-    target = (x @ (unit.mT @ unit) + ridge * x).sum(0)
+    normalize_direction = x / torch.linalg.matrix_norm(x)[:, None, None]
+    _, s, vh = significant(
+        normalize_direction.flatten(0, 1)
+    )  # Σ_t G_t = V diag(s²) Vᵀ, and V spans all rows
+    x, normalize_direction = x @ vh.T, normalize_direction @ vh.T
+    target = (x @ (normalize_direction.mT @ normalize_direction) + ridge * x).sum(0)
     return target / (s.square() + ridge) @ vh

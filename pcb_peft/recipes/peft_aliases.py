@@ -11,7 +11,7 @@ LARGEST = "largest"  # the rank of the adapter that has the highest, as PEFT's s
 
 DENSE = {"space": "dense", "scope": "module"}  # PEFT trims and drops each weight by itself
 
-SPELLINGS: dict[str, dict[str, Any]] = {
+PEFT_ALIASES: dict[str, dict[str, Any]] = {
     "cat": {"method": "linear", "space": "core"},
     "svd": {"method": "linear", "space": "core", "rank": LARGEST},
     "ties_svd": {"method": "ties", **DENSE, "rank": LARGEST},
@@ -25,12 +25,12 @@ the factors; here they are methods like any other, and work where they are told 
 
 def method_of(name: str) -> str:
     """The method behind one of PEFT's names; any other name as it is."""
-    return SPELLINGS.get(name, {}).get("method", name)
+    return PEFT_ALIASES.get(name, {}).get("method", name)
 
 
-def spelled_out(recipe: Recipe, adapters: Sequence[Adapter]) -> Recipe:
+def resolve_peft_alias(recipe: Recipe, adapters: Sequence[Adapter]) -> Recipe:
     """The recipe with PEFT's name for a method replaced by what it stands for; what the recipe says itself stands."""
-    meaning = dict(SPELLINGS.get(recipe.method, {}))
+    meaning = dict(PEFT_ALIASES.get(recipe.method, {}))
     if meaning.get("rank") == LARGEST:
         ranks = [
             entry.rank or 0 for adapter in adapters for entry in adapter.modules.entries.values()

@@ -44,15 +44,15 @@ class Processes:
 
     def __init__(self, rank: int = 0, size: int = 1, group: Any = None) -> None:
         self.rank, self.size = rank, size
-        self.stopped = self.lost = self._stuck = False
+        self.stopped = self.disconnected = self._stuck = False
         self._group = group
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether it is the one that writes and speaks."""
         return self.rank == 0
 
-    def share(self, items: Sequence[Item], cost: Callable[[Item], float]) -> list[Item]:
+    def partition(self, items: Sequence[Item], cost: Callable[[Item], float]) -> list[Item]:
         """Those of the items that are this process's to work on, in their order; each is one process's.
 
         The most expensive are given out first, each to the process that has the least to do.
@@ -66,42 +66,42 @@ class Processes:
                 own.add(place)
         return [item for place, item in enumerate(items) if place in own]
 
-    def reduced(self, value: Item, function: Callable[[list[Item]], Result]) -> Result:
+    def reduce(self, value: Item, function: Callable[[list[Item]], Result]) -> Result:
         """What `function` makes of the values of all processes, in the order of their ranks.
 
         It is called in the first process; all get the result. Every process must come here, or fail.
         """
         if self.size == 1:
             return function([value])
-        values = self.collected(value)
+        values = self.gather(value)
         result = [None if values is None else function(values)]
-        self.agree()
+        self.barrier()
         with self._talking():
             dist.broadcast_object_list(result, src=0, group=self._group)
         return result[0]  # type: ignore[return-value]
 
-    def gathered(self, value: Item) -> list[Item]:
+    def all_gather(self, value: Item) -> list[Item]:
         """The values of all processes, in the order of their ranks; everywhere."""
-        return self.reduced(value, list)
+        return self.reduce(value, list)
 
-    def collected(self, value: Item) -> list[Item] | None:
+    def gather(self, value: Item) -> list[Item] | None:
         """The values of all processes, in the first of them; None elsewhere."""
         if self.size == 1:
             return [value]
-        values: list[Any] | None = [None] * self.size if self.first else None
-        self.agree()
+        values: list[Any] | None = [None] * self.size if self.is_main else None
+        self.barrier()
         with self._talking():
             dist.gather_object(value, values, dst=0, group=self._group)
         return values
 
-    def united(self, own: Mapping[Key, Item]) -> dict[Key, Item]:
+    def gather_dict(self, own: Mapping[Key, Item]) -> dict[Key, Item]:
         """In the first process what all have, elsewhere its own; what is large comes one by one."""
         held, items = dict(own), list(own.items())
-        for start in range(max(self.gathered(len(items)))):
-            held.update(itertools.chain(*self.collected(items[start : start + 1]) or ()))
+        for start in range(max(self.all_gather(len(items)))):
+            held.update(itertools.chain(*self.gather(items[start : start + 1]) or ()))
         return held
 
-    def agree(self, failure: Exception | None = None) -> None:
+    def barrier(self, failure: Exception | None = None) -> None:
         """Waits until all processes are here, or have failed.
 
         Raises:
@@ -130,18 +130,18 @@ class Processes:
         """
         try:
             yield
-            self.agree()
+            self.barrier()
         except Exception as error:
-            if not (self.stopped or self.lost):
-                self.agree(error)
+            if not (self.stopped or self.disconnected):
+                self.barrier(error)
             raise
         except BaseException:
-            self.lost = True
+            self.disconnected = True
             raise
 
-    def part(self, *, destroy: bool) -> None:
+    def shutdown(self, *, destroy: bool) -> None:
         """Waits until all are here, or gone; then the connections may be destroyed."""
-        if not self.lost:
+        if not self.disconnected:
             with contextlib.suppress(RuntimeError):
                 self._meet()
         if destroy and not self._stuck:
@@ -171,7 +171,7 @@ class Processes:
         try:
             yield
         except RuntimeError as error:
-            self.lost = True
+            self.disconnected = True
             raise ProcessError(
                 f"process {self.rank} of {self.size}: another one ended without a word (interrupted, or killed for "
                 "memory?); see what the launcher says of it, and start fewer, or lower max_memory"
@@ -223,7 +223,7 @@ def joined() -> Generator[Processes]:
         yield processes
     finally:
         _processes.remove(processes)
-        processes.part(destroy=not theirs)
+        processes.shutdown(destroy=not theirs)
 
 
 @contextlib.contextmanager
@@ -240,7 +240,7 @@ def stoppable() -> Generator[list[signal.Signals]]:
         if not came:
             came.append(signal.Signals(number))
             since = time.monotonic()
-            current().lost = True
+            current().disconnected = True
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
     numbers = (signal.SIGINT, signal.SIGTERM)

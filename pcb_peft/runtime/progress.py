@@ -19,7 +19,7 @@ class Track(Protocol):
 
 def tracker(progress: bool | None) -> Track:
     """Bars on standard error: always, never, or (None) where a person looks at it; of one process."""
-    shown = (sys.stderr.isatty() if progress is None else progress) and current().first
+    shown = (sys.stderr.isatty() if progress is None else progress) and current().is_main
 
     def track(items: Iterable[Item], description: str) -> Iterable[Item]:
         return tqdm(items, description, leave=False) if shown else items

@@ -8,7 +8,7 @@ from pcb_peft.spaces.registry import Projection, space
 from pcb_peft.tasks.blocks import stacked
 
 
-@space("core", accepts=MATRICES, lossless=True, shows=("gradient",))
+@space("core", accepts=MATRICES, low_rank_output=True, statistics=("gradient",))
 def core(deltas: Sequence[Delta], weights: Sequence[float]) -> Projection:
     """Uᵀ ΔW_t V, at most R×R for R = Σ r_t, in left and right singular bases shared by all adapters.
 
@@ -22,5 +22,7 @@ def core(deltas: Sequence[Delta], weights: Sequence[float]) -> Projection:
     return Projection(
         (block,),
         lambda merged: Core(bases.left, merged[0], bases.right, layout=layout),
-        show={"gradient": lambda x: bases.right.coordinates(bases.left.coordinates(x).T).T},
+        project_statistic={
+            "gradient": lambda x: bases.right.coordinates(bases.left.coordinates(x).T).T
+        },
     )

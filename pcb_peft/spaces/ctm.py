@@ -13,10 +13,10 @@ from pcb_peft.spaces.bases import shared_bases, signs
 from pcb_peft.spaces.registry import Projection, space
 from pcb_peft.tasks.blocks import stacked
 
-SETTLED = 1e-8  # the bases are found when they retain no more than this part more than before
+CONVERGED = 1e-8  # the bases are found when they retain no more than this part more than before
 
 
-@space("ctm", accepts=MATRICES, lossless=True)
+@space("ctm", accepts=MATRICES, low_rank_output=True)
 def ctm(
     deltas: Sequence[Delta],
     weights: Sequence[float],
@@ -72,7 +72,7 @@ def _tucker(cores: Tensor, rank: int, iterations: int) -> tuple[Tensor, Tensor]:
         u = _leading(cores @ v, rank)
         v = _leading((u.T @ cores).mT, rank)
         before, held = held, (u.T @ cores @ v).square().sum()
-        if held - before <= SETTLED * held:
+        if held - before <= CONVERGED * held:
             break
     return u, v
 

@@ -7,7 +7,7 @@ from pcb_peft.spaces.registry import Projection, space
 from pcb_peft.tasks.blocks import products
 
 
-@space("dense", accepts=MATRICES, lossless=False, shows=("gram", "gradient"))
+@space("dense", accepts=MATRICES, low_rank_output=False, statistics=("gram", "gradient"))
 def dense(deltas: Sequence[Delta], weights: Sequence[float]) -> Projection:
     """The entries of ΔW, as in the papers; computed tile by tile and never held at once."""
     block = products([delta.factors() for delta in deltas], weights)
@@ -15,5 +15,5 @@ def dense(deltas: Sequence[Delta], weights: Sequence[float]) -> Projection:
     return Projection(
         (block,),
         lambda merged: Dense(merged[0], layout=layout),
-        show={"gram": lambda x: x, "gradient": lambda x: x},
+        project_statistic={"gram": lambda x: x, "gradient": lambda x: x},
     )

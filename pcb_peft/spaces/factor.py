@@ -25,7 +25,7 @@ GAUGES: dict[str, Callable[[Delta], tuple[Tensor, Tensor]]] = {
 }
 
 
-@space("factor", accepts=(LowRank, Rescaled), lossless=True)
+@space("factor", accepts=(LowRank, Rescaled), low_rank_output=True)
 def factor(
     deltas: Sequence[Delta],
     weights: Sequence[float],

@@ -11,7 +11,7 @@ from pcb_peft.spaces.registry import Projection, space
 from pcb_peft.tasks.blocks import products
 
 
-@space("knots", accepts=MATRICES, lossless=True, shows=("gram", "gradient"))
+@space("knots", accepts=MATRICES, low_rank_output=True, statistics=("gram", "gradient"))
 def knots(deltas: Sequence[Delta], weights: Sequence[float]) -> Projection:
     """Uᵀ ΔW_t, at most R×in for R = Σ r_t, with U the left singular vectors of [ΔW_1 … ΔW_T].
 
@@ -31,5 +31,5 @@ def knots(deltas: Sequence[Delta], weights: Sequence[float]) -> Projection:
         return LowRank(*factors, layout=layout)
 
     return Projection(
-        (block,), decode, show={"gram": lambda x: x, "gradient": lambda x: left.T @ x}
+        (block,), decode, project_statistic={"gram": lambda x: x, "gradient": lambda x: left.T @ x}
     )

@@ -18,7 +18,7 @@ from pcb_peft.tasks.blocks import Block
 
 Encode: TypeAlias = Callable[..., "Projection"]
 
-_SHELF: dict[str, "Space"] = {}
+_REGISTRY: dict[str, "Space"] = {}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -29,13 +29,13 @@ class Projection:
         blocks: One stack, or more where a delta has several parts.
         decode: From the merged blocks to the merged delta.
         energy: Fraction of Σ_t ‖λ_t ΔW_t‖²_F that the blocks hold.
-        show: By the name of a statistic: from what was measured to what it is in the coordinates of the one block.
+        project_statistic: Name of a statistic to the function that projects it into the coordinates of the one block.
     """
 
     blocks: tuple[Block, ...]
     decode: Callable[[Sequence[Tensor]], Delta]
     energy: float = 1.0
-    show: Mapping[str, Callable[[Tensor], Tensor]] = dataclasses.field(
+    project_statistic: Mapping[str, Callable[[Tensor], Tensor]] = dataclasses.field(
         default_factory=dict[str, Callable[[Tensor], Tensor]]
     )
 
@@ -50,14 +50,14 @@ class Space:
             the same shape, and their weights. (An adapter that does not touch the module brings a zero.)
         accepts: The kinds of delta that it can take.
         lossless: What it decodes has a low rank without any truncation.
-        shows: The statistics that its projections show.
+        statistics: The statistics that its projections show.
     """
 
     name: str
     function: Encode
     accepts: tuple[type[Delta], ...]
-    lossless: bool
-    shows: tuple[str, ...] = ()
+    low_rank_output: bool
+    statistics: tuple[str, ...] = ()
 
     @property
     def options(self) -> dict[str, Option]:
@@ -75,12 +75,16 @@ class Space:
 
 
 def space(
-    name: str, *, accepts: tuple[type[Delta], ...], lossless: bool, shows: tuple[str, ...] = ()
+    name: str,
+    *,
+    accepts: tuple[type[Delta], ...],
+    low_rank_output: bool,
+    statistics: tuple[str, ...] = (),
 ) -> Callable[[Encode], Encode]:
     """Puts a function on the shelf; the function itself stays as it is. The arguments are `Space`'s."""
 
     def register(function: Encode) -> Encode:
-        _SHELF[name] = Space(name, function, accepts, lossless, shows)
+        _REGISTRY[name] = Space(name, function, accepts, low_rank_output, statistics)
         return function
 
     return register
@@ -88,7 +92,7 @@ def space(
 
 def list_spaces() -> dict[str, Space]:
     """All spaces, by name."""
-    return dict(sorted(_SHELF.items()))
+    return dict(sorted(_REGISTRY.items()))
 
 
 def get_space(name: str) -> Space:
@@ -97,7 +101,7 @@ def get_space(name: str) -> Space:
     Raises:
         OptionError: There is none.
     """
-    if name not in _SHELF:
+    if name not in _REGISTRY:
         known = ", ".join(list_spaces())
-        raise OptionError(f"no space {name!r}{did_you_mean(name, _SHELF)}; there are {known}")
-    return _SHELF[name]
+        raise OptionError(f"no space {name!r}{did_you_mean(name, _REGISTRY)}; there are {known}")
+    return _REGISTRY[name]

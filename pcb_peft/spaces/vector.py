@@ -10,7 +10,7 @@ from pcb_peft.spaces.registry import Projection, space
 from pcb_peft.tasks.blocks import stacked
 
 
-@space("vector", accepts=(Diagonal,), lossless=True)
+@space("vector", accepts=(Diagonal,), low_rank_output=True)
 def vector(deltas: Sequence[Delta], weights: Sequence[float]) -> Projection:
     """The task vector l − 1 of an (IA)³ adapter: the merged l is 1 + Σ w (l − 1) for `linear`, never Σ w l."""
     first = deltas[0]

@@ -105,7 +105,7 @@ def transformed(block: Block, transform: Transform) -> Block:
     return dataclasses.replace(block, open=open_)
 
 
-def informed(block: Block, inform: Callable[[Sequence[Tensor]], View]) -> Block:
+def with_statistics_view(block: Block, inform: Callable[[Sequence[Tensor]], View]) -> Block:
     """The same block, seen as `inform` makes of its data, when it is asked for.
 
     Raises:

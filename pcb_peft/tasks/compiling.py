@@ -23,24 +23,24 @@ ON_CPU: dict[str, str | int | bool | Callable[..., Any]] = {
 }
 
 
-def worth(tasks: int, size: int) -> bool:
+def worth_compiling(tasks: int, size: int) -> bool:
     """Whether so many adapters of so many values take longer than compiling."""
     return tasks <= MOST_TASKS and tasks * size >= WORTH_VALUES
 
 
 @functools.cache
-def obstacle(device: torch.device) -> str | None:
+def why_not_compiled(device: torch.device) -> str | None:
     """Why nothing can be compiled for a device; None if it can."""
     try:
         with warnings.catch_warnings():  # torch's compiler still imports what torch deprecates
             warnings.simplefilter("ignore", DeprecationWarning)
-            _, compiled = fused(_probe, device)(torch.ones(64, device=device))
+            _, compiled = compile_tiles(_probe, device)(torch.ones(64, device=device))
     except (ImportError, OSError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}".strip().splitlines()[0]
     return None if compiled else "torch.compile is switched off"
 
 
-def fused(
+def compile_tiles(
     function: Callable[Arguments, Result], device: torch.device
 ) -> Callable[Arguments, Result]:
     """The same function, compiled for tiles of any size when it is first called; one call of torch stays what it is."""

@@ -68,7 +68,7 @@ class Bracket:
         self.below = sum(part.below for part in parts)
         self.inside = sum(part.inside for part in parts)
 
-    def settle(self) -> None:
+    def advance(self) -> None:
         """After a pass: reads the answer off the counts, or sets the bracket of the next pass."""
         position = self.index - self.below
         if position < 0:
@@ -85,7 +85,7 @@ class Bracket:
         else:
             self.least, self.most = self.low, self.high
             ordered, quantile = np.sort(self.kept.values), position / max(1, self.inside - 1)
-            low, high = narrowed(ordered, quantile, self.low, self.high)
+            low, high = narrow_bracket(ordered, quantile, self.low, self.high)
             if (low, high) == (self.low, self.high):  # of many equal values, say
                 low = high = float(ordered[round(quantile * (len(ordered) - 1))])
             self._restart(low, high)
@@ -128,7 +128,7 @@ class Extreme:
         """Takes in what was seen of other parts of the stream."""
         self.found = [value for part in (self, *others) for value in part.found]
 
-    def settle(self) -> None:
+    def advance(self) -> None:
         """After the pass: reads the answer off.
 
         Raises:
@@ -168,7 +168,7 @@ class Buffer:
         self._used = end
 
 
-def narrowed(
+def narrow_bracket(
     ordered: Tensor | NDArray[Any], quantile: float, low: float, high: float
 ) -> tuple[float, float]:
     """The part of [low, high] that holds a quantile of the values from which `ordered` was sampled, very probably."""
@@ -183,7 +183,7 @@ def narrowed(
 
 def partition(values: Tensor, low: float, high: float) -> Part:
     """How many values are below `low`, how many in [low, high], and which (none if the interval is a single value)."""
-    array = comparable(values)
+    array = as_numpy_on_cpu(values)
     inside = array <= high
     below = 0
     if low > -np.inf:
@@ -196,7 +196,7 @@ def partition(values: Tensor, low: float, high: float) -> Part:
     return below, len(kept), kept if isinstance(kept, np.ndarray) else kept.cpu().numpy()
 
 
-def comparable(values: Tensor) -> Any:
+def as_numpy_on_cpu(values: Tensor) -> Any:
     """Numpy compares and counts several times faster than torch does on a CPU; both speak the same operators.
 
     In a loop that is compiled only torch does.
@@ -206,25 +206,25 @@ def comparable(values: Tensor) -> Any:
 
 
 def count(mask: Any) -> Any:
-    """How many of the truth values that came of something `comparable` are true: a number, or a tensor of one."""
+    """How many of the truth values that came of something `as_numpy_on_cpu` are true: a number, or a tensor of one."""
     return np.count_nonzero(mask) if isinstance(mask, np.ndarray) else mask.sum(dtype=torch.int32)
 
 
-def search(ordered: Tensor, size: int, index: int, room: int) -> Search:
+def start_search(ordered: Tensor, size: int, index: int, room: int) -> Search:
     """How to look for the value at `index` of a stream of that size, of which `ordered` is a sample."""
     if index in (0, size - 1):
         return Extreme(torch.amax if index else torch.amin)
-    low, high = narrowed(ordered, index / (size - 1), -np.inf, np.inf)
+    low, high = narrow_bracket(ordered, index / (size - 1), -np.inf, np.inf)
     return Bracket(index, low, high, ordered.dtype, room)
 
 
-def settled(parts: Sequence[Sequence[Any]]) -> list[Search]:
+def reduce_searches(parts: Sequence[Sequence[Any]]) -> list[Search]:
     """The same searches in several parts of the streams, joined: what a pass has found."""
     searches: list[Search] = []
     for one, *others in zip(*parts, strict=True):
         if others:
             one.join(others)
-        one.settle()
+        one.advance()
         searches.append(one)
     return searches
 
@@ -236,7 +236,7 @@ def ascending(values: Tensor) -> Tensor:
     return torch.from_numpy(np.sort(values.numpy(), axis=1))
 
 
-def chosen(values: Tensor, indices: Sequence[int]) -> Tensor:
+def kth_values(values: Tensor, indices: Sequence[int]) -> Tensor:
     """What would stand at `indices` of each row, if it were sorted."""
     if values.device.type != "cpu":
         return ascending(values)[:, list(indices)]
@@ -272,11 +272,11 @@ def order_statistics(
         (streams, len(indices)), in the dtype of the sample.
     """
     if sample.shape[1] == size:
-        return chosen(sample, indices)
+        return kth_values(sample, indices)
     ordered = ascending(sample)
     places = [(stream, index) for stream in range(len(ordered)) for index in indices]
     room = min(KEPT_VALUES, KEPT_IN_ALL // len(places)) // processes.size
-    searches = [search(ordered[stream], size, index, room) for stream, index in places]
+    searches = [start_search(ordered[stream], size, index, room) for stream, index in places]
     while pending := [place for place, one in enumerate(searches) if one.value is None]:
         own = [searches[place] for place in pending]
 
@@ -289,7 +289,7 @@ def order_statistics(
         for parts in sweep(split):
             for one, part in zip(own, parts, strict=True):
                 one.add(part)
-        for place, one in zip(pending, processes.reduced(own, settled), strict=True):
+        for place, one in zip(pending, processes.reduce(own, reduce_searches), strict=True):
             searches[place] = one
     values = torch.tensor([one.value for one in searches], dtype=sample.dtype, device=sample.device)
     return values.unflatten(0, (len(ordered), len(indices)))

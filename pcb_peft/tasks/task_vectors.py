@@ -18,7 +18,7 @@ from pcb_peft.deltas.linalg import row_slices
 from pcb_peft.runtime.processes import ALONE, Processes, union
 from pcb_peft.runtime.threads import in_order, one_thread
 from pcb_peft.tasks import compiling, order_statistics
-from pcb_peft.tasks.blocks import Block, Transform, View, informed, transformed
+from pcb_peft.tasks.blocks import Block, Transform, View, transformed, with_statistics_view
 
 Score: TypeAlias = Callable[[Tensor], Tensor]
 """A tile (T, r, c) to (K, r, c), elementwise in r and c, for any K."""
@@ -89,10 +89,10 @@ class TaskVectors:
         self.size = sum(block.size for block in blocks)
         self.dtype = dtype_of(self.tasks, self.size)
         self.sample = sample_size(self.tasks, self.size)
-        worth = compiling.worth(self.tasks, self.size)
-        found = processes.gathered(compiling.obstacle(self.device)) if worth else []
-        self.obstacle = next(filter(None, found), None)
-        self.compiled = worth and self.obstacle is None
+        worth = compiling.worth_compiling(self.tasks, self.size)
+        found = processes.all_gather(compiling.why_not_compiled(self.device)) if worth else []
+        self.why_not_compiled = next(filter(None, found), None)
+        self.compiled = worth and self.why_not_compiled is None
         self.holds = bool(held_bytes(self.tasks, self.size, room)) and not self.compiled
         self._track, self._processes, self._room = track, processes, room
         self._own = range(len(blocks)) if own is None else own
@@ -104,7 +104,7 @@ class TaskVectors:
         Returns:
             (K, 1, 1, len(indices)): `[..., i]` broadcasts against a tile.
         """
-        fused = self.fused(score)
+        fused = self.compile(score)
 
         def sweep(
             split: Callable[[Tensor], list[order_statistics.Part]],
@@ -119,7 +119,7 @@ class TaskVectors:
 
     def extremes(self, score: Score) -> Tensor:
         """The smallest and the largest score of each row: (K, 1, 1, 2)."""
-        score = self.fused(score)
+        score = self.compile(score)
 
         def of_tile(tile: Tensor, _: int) -> Tensor:
             scores = score(tile)
@@ -129,12 +129,12 @@ class TaskVectors:
             return torch.stack([ends for part in parts for ends in part]).amin(0)
 
         ends = [ends.cpu() for _, ends in self._sweep(of_tile)]
-        low, high = self._processes.reduced(ends, least).to(self.device).unbind(-1)
+        low, high = self._processes.reduce(ends, least).to(self.device).unbind(-1)
         return torch.stack([low, -high], dim=-1)[:, None, None, :]
 
     def sums(self, score: Score) -> Tensor:
         """The sum of each row's scores, added in float64, row by row of a block, block by block: (K, 1, 1)."""
-        score, rows = self.fused(score), dict[int, list[Tensor]]()
+        score, rows = self.compile(score), dict[int, list[Tensor]]()
 
         def of_rows(tile: Tensor, index: int) -> Tensor:
             scores = score(tile).flatten(1).unflatten(1, (-1, self.blocks[index].shape[2]))
@@ -149,7 +149,7 @@ class TaskVectors:
 
         with one_thread():
             own = {index: torch.cat(parts, dim=1).sum(1) for index, parts in rows.items()}
-        return self._processes.reduced(own, total).to(self.device, self.dtype)[:, None, None]
+        return self._processes.reduce(own, total).to(self.device, self.dtype)[:, None, None]
 
     def transformed(self, transform: Transform) -> "TaskVectors":
         """These task vectors with every tile transformed, for all that is then asked of them.
@@ -167,9 +167,9 @@ class TaskVectors:
             room=self._room,
         )
 
-    def informed(self, inform: Callable[[Sequence[Tensor]], View]) -> "TaskVectors":
+    def with_task_statistics(self, inform: Callable[[Sequence[Tensor]], View]) -> "TaskVectors":
         """These task vectors as `inform` lets their tiles be seen, given a block's data, one matrix per adapter."""
-        blocks = [informed(block, inform) for block in self.blocks]
+        blocks = [with_statistics_view(block, inform) for block in self.blocks]
         return TaskVectors(blocks, device=self.device, track=self._track)
 
     def combine(
@@ -184,11 +184,11 @@ class TaskVectors:
         """
         return Merged(self, rule, whole, weigh)
 
-    def fused(self, function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    def compile(self, function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         """The function as it is called on tiles: compiled, or as it is."""
-        return compiling.fused(function, self.device) if self.compiled else function
+        return compiling.compile_tiles(function, self.device) if self.compiled else function
 
-    def once(self, score: Score) -> Score:
+    def cached_per_tile(self, score: Score) -> Score:
         """The score, which a tile that is held keeps as long as it lives: then nobody may write into its values."""
         known: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
 
@@ -241,7 +241,7 @@ class TaskVectors:
         """
         share = min(1.0, self.sample / self.size)
         if share == 1:
-            fused = self.fused(score)
+            fused = self.compile(score)
             own = list(self._sweep(lambda tile, _: fused(tile).flatten(1)))
         else:
             own = [(index, score(self._part(index, share)).flatten(1)) for index in self._own]
@@ -251,7 +251,7 @@ class TaskVectors:
             return torch.cat([scores for _, scores in every], dim=1)
 
         own = [(index, scores.cpu()) for index, scores in own]
-        return self._processes.reduced(own, joined).to(self.device)
+        return self._processes.reduce(own, joined).to(self.device)
 
     def _part(self, index: int, share: float) -> Tensor:
         """Some rows and columns of a block, drawn without regard to any other block."""
@@ -296,11 +296,11 @@ class Merged:
             merged = rule(tile, weights)
             merged, kept = merged if isinstance(merged, tuple) else (merged, ())
             counts = [
-                order_statistics.count(order_statistics.comparable(mask) != 0) for mask in kept
+                order_statistics.count(order_statistics.as_numpy_on_cpu(mask) != 0) for mask in kept
             ]
             return merged, counts, disagreements(tile)
 
-        self._merge = merge if whole else tasks.fused(merge)
+        self._merge = merge if whole else tasks.compile(merge)
 
     def block(self, index: int) -> tuple[Tensor, BlockCounts]:
         """The merged block (rows, cols) of that index, on the CPU, and what was counted on the way."""
@@ -325,5 +325,8 @@ class Merged:
 
 def disagreements(tile: Tensor) -> Any:
     """At how many entries of a tile (T, r, c) two adapters have opposite signs."""
-    low, high = order_statistics.comparable(tile.amin(0)), order_statistics.comparable(tile.amax(0))
+    low, high = (
+        order_statistics.as_numpy_on_cpu(tile.amin(0)),
+        order_statistics.as_numpy_on_cpu(tile.amax(0)),
+    )
     return order_statistics.count((low < 0) & (high > 0))

@@ -36,7 +36,7 @@ def replace_directory(target: Path, *, overwrite: bool) -> Generator[Path]:
         _make(temporary)
         yield temporary
         with _writing(target):
-            _settle(temporary)
+            _chmod_and_sync(temporary)
         check_target(target, overwrite=overwrite)
         _swap(temporary, target)
     finally:
@@ -52,17 +52,17 @@ def shared_directory(target: Path, processes: Processes, *, overwrite: bool) -> 
     """
     with contextlib.ExitStack() as stack:
         own = None
-        if processes.first:
+        if processes.is_main:
             own = stack.enter_context(replace_directory(target, overwrite=overwrite))
-        directory = processes.reduced(own, lambda paths: paths[0])
+        directory = processes.reduce(own, lambda paths: paths[0])
         if directory is None or not directory.is_dir():
             raise OutputError(
                 f"{directory} was made by the first process and is not seen by this one: "
                 "name a directory on a file system that all machines share"
             )
         yield directory
-        processes.agree()
-    processes.agree()
+        processes.barrier()
+    processes.barrier()
 
 
 class GrowingFile:
@@ -154,7 +154,7 @@ def _writing(path: Path) -> Generator[None]:
         ) from error
 
 
-def _settle(directory: Path) -> None:
+def _chmod_and_sync(directory: Path) -> None:
     """Gives all files below `directory` an ordinary mode, then makes them durable."""
     mode = directory.stat().st_mode & 0o666
     for folder, _, files in os.walk(directory, topdown=False):

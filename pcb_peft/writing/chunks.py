@@ -7,33 +7,33 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pcb_peft.base.files import FLOATS, Span
+from pcb_peft.base.files import FLOATS, TensorInfo
 from pcb_peft.deltas.delta import Delta
 from pcb_peft.deltas.linalg import all_finite
 from pcb_peft.errors import BaseModelError, MismatchError
 
-Piece = Callable[[], memoryview]
+Chunk = Callable[[], memoryview]
 """Makes the next bytes of the file."""
 
-PIECE_VALUES = 1 << 20  # of two bytes: about what a core's cache holds
-_PIECE_BYTES = 1 << 21
+CHUNK_VALUES = 1 << 20  # of two bytes: about what a core's cache holds
+_CHUNK_BYTES = 1 << 21
 
 
-def read(source: Path, span: Span) -> Tensor:
+def read(source: Path, span: TensorInfo) -> Tensor:
     """A tensor of floating-point numbers of another file, as a whole."""
     room = torch.empty(span.shape, dtype=FLOATS[span.dtype])
     _bytes_of(source, span.begin, room)
     return room
 
 
-def copied(source: Path, begin: int, end: int) -> Iterator[Piece]:
+def copied(source: Path, begin: int, end: int) -> Iterator[Chunk]:
     """Bytes `begin` to `end` of another file."""
-    for start in range(begin, end, _PIECE_BYTES):
-        room = torch.empty(min(end - start, _PIECE_BYTES), dtype=torch.uint8)
+    for start in range(begin, end, _CHUNK_BYTES):
+        room = torch.empty(min(end - start, _CHUNK_BYTES), dtype=torch.uint8)
         yield functools.partial(_bytes_of, source, start, room)
 
 
-def added(source: Path, span: Span, deltas: Sequence[Delta], name: str) -> Iterator[Piece]:
+def added(source: Path, span: TensorInfo, deltas: Sequence[Delta], name: str) -> Iterator[Chunk]:
     """A matrix of another file and what is added to it: the changes of its rows, from top to bottom."""
     begin = span.begin
     for delta in deltas:
@@ -43,12 +43,12 @@ def added(source: Path, span: Span, deltas: Sequence[Delta], name: str) -> Itera
         begin += room.nbytes
 
 
-def whole(values: Tensor, name: str) -> Iterator[Piece]:
+def whole(values: Tensor, name: str) -> Iterator[Chunk]:
     """Values that are there already."""
     refuse_infinite(values, name)
     content = _as_bytes(values)
-    for start in range(0, len(content), _PIECE_BYTES):
-        yield functools.partial(content.__getitem__, slice(start, start + _PIECE_BYTES))
+    for start in range(0, len(content), _CHUNK_BYTES):
+        yield functools.partial(content.__getitem__, slice(start, start + _CHUNK_BYTES))
 
 
 def refuse_infinite(values: Tensor, name: str) -> None:

@@ -13,18 +13,23 @@ import torch
 from torch import Tensor
 
 from pcb_peft.base.files import FLOATS, INDEX_FILE, SINGLE_FILE
-from pcb_peft.base.model import BaseModel, Place, parted
+from pcb_peft.base.model import BaseModel, WeightSlice, split_parameter_name
 from pcb_peft.deltas.delta import Delta, Dense, Diagonal
 from pcb_peft.deltas.linalg import row_slices
-from pcb_peft.deltas.replacements import Head, Parameter, Rows
+from pcb_peft.deltas.replacements import Parameter, Replacements, Rows
 from pcb_peft.errors import BaseModelError, MismatchError, OutputError
 from pcb_peft.runtime.processes import current
 from pcb_peft.runtime.progress import Track, tracker
 from pcb_peft.runtime.threads import side_by_side
 from pcb_peft.writing.atomic import GrowingFile, shared_directory
-from pcb_peft.writing.chunks import PIECE_VALUES, Piece, added, copied, read, whole
-from pcb_peft.writing.shards import Edit, Rewrite, config_of, header_of, index_of
-from pcb_peft.writing.tied_weights import Change, check_untied, heights, untangled
+from pcb_peft.writing.chunks import CHUNK_VALUES, Chunk, added, copied, read, whole
+from pcb_peft.writing.shards import CheckpointEdit, TensorEdit, config_of, header_of, index_of
+from pcb_peft.writing.tied_weights import (
+    ParameterChange,
+    check_untied,
+    resolve_tied_edits,
+    vocab_resizes,
+)
 
 _MOST_WORKERS = 8  # one thread writes, and more than that many do not make what it can write
 _WEIGHTS = re.compile(
@@ -37,7 +42,7 @@ def fold_deltas(
     base: BaseModel,
     output: Path | str,
     *,
-    replaced: Head | None = None,
+    replaced: Replacements | None = None,
     tied: str = "refuse",
     extra_files: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
@@ -70,18 +75,18 @@ def fold_deltas(
     """
     output = Path(output)
     _refuse_overlap(output.resolve(), base.directory.resolve())
-    changes = _plan(deltas, base, replaced or Head())
-    rewrite = untangled(changes, base, tied)
-    resized, untied = heights(rewrite, base), tuple(rewrite.added)
+    changes = _plan(deltas, base, replaced or Replacements())
+    rewrite = resolve_tied_edits(changes, base, tied)
+    resized, untied = vocab_resizes(rewrite, base), tuple(rewrite.added)
     described = index_of(base, rewrite) | config_of(base, resized, untied=bool(untied))
     track = progress or tracker(progress=False)
     processes = current()
     with shared_directory(output, processes, overwrite=overwrite) as directory:
-        for file in processes.share(
+        for file in processes.partition(
             base.files, lambda name: (base.directory / name).stat().st_size
         ):
             _fold_shard(base, file, directory / file, rewrite, track)
-        if not processes.first:
+        if not processes.is_main:
             return
         for path in _other_files(base):
             shutil.copyfile(base.directory / path, _in_folder(directory / path))
@@ -101,7 +106,7 @@ class FoldedModel(BaseModel):
     """
 
     below: BaseModel
-    edits: Mapping[str, Edit]
+    edits: Mapping[str, TensorEdit]
 
     def tensor(self, parameter: str) -> Tensor:
         """A parameter's values with the deltas in them: float32 where there are any, and not rounded."""
@@ -109,13 +114,13 @@ class FoldedModel(BaseModel):
         return self.edits[parameter](values.float().clone()) if parameter in self.edits else values
 
 
-def folded(deltas: Mapping[str, Delta], base: BaseModel, replaced: Head) -> FoldedModel:
+def folded(deltas: Mapping[str, Delta], base: BaseModel, replaced: Replacements) -> FoldedModel:
     """The base model as `fold_deltas` would write it; arguments and errors are likewise.
 
     Raises:
         BaseModelError: Parameters would have other shapes, or `fold_deltas` raises it.
     """
-    rewrite = untangled(_plan(deltas, base, replaced), base, "refuse")
+    rewrite = resolve_tied_edits(_plan(deltas, base, replaced), base, "refuse")
     if rewrite.shapes:
         raise BaseModelError(
             f"{', '.join(rewrite.shapes)} would have other shapes than in {base.source}: fold, and "
@@ -125,7 +130,7 @@ def folded(deltas: Mapping[str, Delta], base: BaseModel, replaced: Head) -> Fold
 
 
 @dataclasses.dataclass(frozen=True)
-class Sum:
+class AddDeltas:
     """The edit of a parameter to which deltas are added.
 
     Attributes:
@@ -134,7 +139,7 @@ class Sum:
     """
 
     delta: Callable[[str], Delta]
-    modules: Mapping[Place, str]
+    modules: Mapping[WeightSlice, str]
 
     def __call__(self, values: Tensor) -> Tensor:
         """A parameter's values with the changes of the modules that lie there, in place."""
@@ -163,9 +168,13 @@ def _refuse_overlap(output: Path, base: Path) -> None:
         )
 
 
-def _plan(deltas: Mapping[str, Delta], base: BaseModel, head: Head) -> dict[str, Change]:
+def _plan(
+    deltas: Mapping[str, Delta], base: BaseModel, head: Replacements
+) -> dict[str, ParameterChange]:
     """Parameter in memory → what becomes of its values; no delta is looked at yet."""
-    whole = {base.in_memory(*parted(name)): new for name, new in head.parameters.items()}
+    whole = {
+        base.in_memory(*split_parameter_name(name)): new for name, new in head.parameters.items()
+    }
     some = {base.in_memory(module): rows for module, rows in head.rows.items()}
     edits = _delta_edits(deltas, base, {name: new.shape for name, new in whole.items()})
     own = {*edits, *whole, *some}
@@ -174,19 +183,19 @@ def _plan(deltas: Mapping[str, Delta], base: BaseModel, head: Head) -> dict[str,
         some = dict.fromkeys(_others(base, base.inputs), some[base.inputs]) | some
     for name in sorted(whole.keys() & {*edits, *some}):
         whole = dict.fromkeys(_others(base, name), whole[name]) | whole
-    changes: dict[str, Change] = {}
+    changes: dict[str, ParameterChange] = {}
     for name in dict.fromkeys([*edits, *whole, *some]):
         new = whole.get(name)
         parameter = base.parameter(name)
         shape = new.shape if new else base.spans[parameter].shape
-        steps: tuple[Edit | None, ...] = (
+        steps: tuple[TensorEdit | None, ...] = (
             functools.partial(_in_place_of, new) if new else None,
             functools.partial(_with_rows, name, some[name]) if name in some else None,
             edits.get(name),
         )
         first, *rest = filter(None, steps)
         edit = functools.partial(_in_turn, (first, *rest)) if rest else first
-        changes[name] = Change(parameter, edit, shape, own=name in own)
+        changes[name] = ParameterChange(parameter, edit, shape, own=name in own)
     return changes
 
 
@@ -197,7 +206,7 @@ def _others(base: BaseModel, name: str) -> list[str]:
 
 def _delta_edits(
     deltas: Mapping[str, Delta], base: BaseModel, shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, Edit]:
+) -> dict[str, TensorEdit]:
     """Parameter in memory → what a delta makes of its values; `shapes` are those that are not the base's."""
     places = {module: base.places(module) for module in deltas}
     names = {
@@ -208,7 +217,7 @@ def _delta_edits(
     def delta(module: str) -> Delta:
         return fitted(deltas[module], module, base, shapes.get(names.get(module, "")))
 
-    taken: dict[str, dict[Place, str]] = {}
+    taken: dict[str, dict[WeightSlice, str]] = {}
     for module, own in places.items():
         for place in own:
             name = names.get(module, place.parameter)
@@ -217,7 +226,9 @@ def _delta_edits(
                 raise MismatchError(
                     f"{module} and {other} are two names for {name}; leave one of them out"
                 )
-    edits: dict[str, Edit] = {name: Sum(delta, modules) for name, modules in taken.items()}
+    edits: dict[str, TensorEdit] = {
+        name: AddDeltas(delta, modules) for name, modules in taken.items()
+    }
     for module in deltas:
         if base.bias_parameter(module) is not None:
             bias = base.in_memory(module, "bias")
@@ -231,7 +242,7 @@ def _in_place_of(new: Parameter, values: Tensor) -> Tensor:
     return new().to(values.dtype, copy=True)
 
 
-def _in_turn(steps: Sequence[Edit], values: Tensor) -> Tensor:
+def _in_turn(steps: Sequence[TensorEdit], values: Tensor) -> Tensor:
     for step in steps:
         values = step(values)
     return values
@@ -266,7 +277,9 @@ def fitted(
     )
 
 
-def _fold_shard(base: BaseModel, file: str, target: Path, rewrite: Rewrite, track: Track) -> None:
+def _fold_shard(
+    base: BaseModel, file: str, target: Path, rewrite: CheckpointEdit, track: Track
+) -> None:
     """Copies a shard, with the values of the edited parameters replaced on the way."""
     workers = min(torch.get_num_threads(), _MOST_WORKERS)
     pieces = side_by_side(lambda piece: piece(), _pieces(base, file, rewrite, track), workers)
@@ -276,7 +289,7 @@ def _fold_shard(base: BaseModel, file: str, target: Path, rewrite: Rewrite, trac
             writer.write(content)
 
 
-def _pieces(base: BaseModel, file: str, rewrite: Rewrite, track: Track) -> Iterator[Piece]:
+def _pieces(base: BaseModel, file: str, rewrite: CheckpointEdit, track: Track) -> Iterator[Chunk]:
     """What follows a shard's header."""
     source = base.directory / file
     here = (name for name in rewrite.edits if name in base.spans and base.spans[name].file == file)
@@ -293,7 +306,7 @@ def _pieces(base: BaseModel, file: str, rewrite: Rewrite, track: Track) -> Itera
         yield from _edited(base, name, origin, rewrite.edits[name])
 
 
-def _edited(base: BaseModel, name: str, origin: str, edit: Edit) -> Iterator[Piece]:
+def _edited(base: BaseModel, name: str, origin: str, edit: TensorEdit) -> Iterator[Chunk]:
     """A parameter that is made from the values of one in the files."""
     span = base.spans[origin]
     if span.dtype not in FLOATS:
@@ -301,7 +314,9 @@ def _edited(base: BaseModel, name: str, origin: str, edit: Edit) -> Iterator[Pie
             f"{base.source}: {origin} is stored as {base.tensor(origin).dtype}, to which nothing can be added; "
             "give the model in bfloat16, float16 or float32"
         )
-    split = edit.split(row_slices(span.shape, PIECE_VALUES)) if isinstance(edit, Sum) else None
+    split = (
+        edit.split(row_slices(span.shape, CHUNK_VALUES)) if isinstance(edit, AddDeltas) else None
+    )
     if split:
         return added(base.directory / span.file, span, split, name)
     return whole(edit(read(base.directory / span.file, span)), name)

@@ -11,12 +11,12 @@ from torch import Tensor
 from pcb_peft.base.files import INDEX_FILE
 from pcb_peft.base.model import BaseModel
 
-Edit = Callable[[Tensor], Tensor]
+TensorEdit = Callable[[Tensor], Tensor]
 """From a parameter's values, which it may change in place, to what takes their place."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Rewrite:
+class CheckpointEdit:
     """What becomes of the tensors of a checkpoint.
 
     Attributes:
@@ -25,7 +25,7 @@ class Rewrite:
         added: A new parameter to the one that it is made from; it goes into the same file.
     """
 
-    edits: dict[str, Edit]
+    edits: dict[str, TensorEdit]
     shapes: dict[str, tuple[int, ...]]
     added: dict[str, str]
 
@@ -39,7 +39,7 @@ class Rewrite:
         return {new: old for new, old in self.added.items() if base.spans[old].file == file}
 
 
-def header_of(base: BaseModel, file: str, rewrite: Rewrite) -> bytes:
+def header_of(base: BaseModel, file: str, rewrite: CheckpointEdit) -> bytes:
     """The first bytes of a shard, up to its values: to the byte as they were, if the shapes are."""
     with (base.directory / file).open("rb") as stream:
         length = stream.read(8)
@@ -62,7 +62,7 @@ def header_of(base: BaseModel, file: str, rewrite: Rewrite) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def index_of(base: BaseModel, rewrite: Rewrite) -> dict[str, bytes]:
+def index_of(base: BaseModel, rewrite: CheckpointEdit) -> dict[str, bytes]:
     """The index of the shards, by its name, where it changes."""
     changed = {**rewrite.shapes, **rewrite.added}
     path = base.directory / INDEX_FILE
@@ -103,7 +103,7 @@ def config_of(base: BaseModel, heights: Mapping[int, int], *, untied: bool) -> d
     return {"config.json": _text(config)}
 
 
-def _size(base: BaseModel, rewrite: Rewrite, parameter: str) -> int:
+def _size(base: BaseModel, rewrite: CheckpointEdit, parameter: str) -> int:
     """How many bytes a parameter takes in the end."""
     span = base.spans[rewrite.added.get(parameter, parameter)]
     if (shape := rewrite.shape(base, parameter)) == span.shape:

@@ -9,13 +9,13 @@ import torch
 from pcb_peft.base.architecture import build_skeleton
 from pcb_peft.base.model import BaseModel, tied_error
 from pcb_peft.errors import BaseModelError, MismatchError
-from pcb_peft.writing.shards import Edit, Rewrite
+from pcb_peft.writing.shards import CheckpointEdit, TensorEdit
 
 CLOSE = 1e-5  # two changes of tied weights that differ by less, relative to the larger, are one
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Change:
+class ParameterChange:
     """What becomes of a parameter in memory.
 
     Attributes:
@@ -26,12 +26,14 @@ class Change:
     """
 
     parameter: str
-    edit: Edit
+    edit: TensorEdit
     shape: tuple[int, ...]
     own: bool = True
 
 
-def untangled(changes: Mapping[str, Change], base: BaseModel, policy: str) -> Rewrite:
+def resolve_tied_edits(
+    changes: Mapping[str, ParameterChange], base: BaseModel, policy: str
+) -> CheckpointEdit:
     """What becomes of the tensors in the files; what is tied is changed once.
 
     Args:
@@ -43,7 +45,7 @@ def untangled(changes: Mapping[str, Change], base: BaseModel, policy: str) -> Re
     Raises:
         BaseModelError: It is refused, or not possible.
     """
-    rewrite = Rewrite({}, {}, {})
+    rewrite = CheckpointEdit({}, {}, {})
     settled: set[str] = set()
     for name, change in changes.items():
         ends = tuple(sorted({name, *base.tied(name)}))
@@ -51,12 +53,15 @@ def untangled(changes: Mapping[str, Change], base: BaseModel, policy: str) -> Re
             _put(rewrite, base, change.parameter, change)
         elif name not in settled:
             settled.update(ends)
-            _settle(rewrite, {end: changes.get(end) for end in ends}, base, policy)
+            _resolve_tied(rewrite, {end: changes.get(end) for end in ends}, base, policy)
     return rewrite
 
 
-def _settle(
-    rewrite: Rewrite, ends: Mapping[str, Change | None], base: BaseModel, policy: str
+def _resolve_tied(
+    rewrite: CheckpointEdit,
+    ends: Mapping[str, ParameterChange | None],
+    base: BaseModel,
+    policy: str,
 ) -> None:
     """Tied weights."""
     given = {end: change for end, change in ends.items() if change is not None}
@@ -69,7 +74,9 @@ def _settle(
         for parameter in stored:
             _put(rewrite, base, str(parameter), change)
     elif policy == "untie" and len(ends) == 2 and all(map(base.has, ends)):
-        old = Change(change.parameter, lambda values: values, base.spans[change.parameter].shape)
+        old = ParameterChange(
+            change.parameter, lambda values: values, base.spans[change.parameter].shape
+        )
         for end, new in ends.items():
             _put(rewrite, base, base.find(end) or end, new or old)
     else:
@@ -82,7 +89,7 @@ def _settle(
         )
 
 
-def _put(rewrite: Rewrite, base: BaseModel, parameter: str, change: Change) -> None:
+def _put(rewrite: CheckpointEdit, base: BaseModel, parameter: str, change: ParameterChange) -> None:
     rewrite.edits[parameter] = change.edit
     if parameter not in base.spans:
         rewrite.added[parameter] = change.parameter
@@ -90,7 +97,7 @@ def _put(rewrite: Rewrite, base: BaseModel, parameter: str, change: Change) -> N
         rewrite.shapes[parameter] = change.shape
 
 
-def _same(one: Change, other: Change, base: BaseModel) -> bool:
+def _same(one: ParameterChange, other: ParameterChange, base: BaseModel) -> bool:
     """Whether two changes of one weight are the same, but for rounding."""
     if one is other or one.shape != other.shape:
         return one is other
@@ -111,7 +118,7 @@ def check_untied(directory: Path, ends: Sequence[str]) -> None:
             )
 
 
-def heights(rewrite: Rewrite, base: BaseModel) -> dict[int, int]:
+def vocab_resizes(rewrite: CheckpointEdit, base: BaseModel) -> dict[int, int]:
     """The size of the vocabulary before and after, where it changes.
 
     Raises:

@@ -12,21 +12,21 @@ Direction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Cosines (T, T) between unit vectors and shares (T,) that add up to 1, to the coefficients (T,) of a unit vector."""
 
 
-def number_kept(tasks: TaskVectors, density: float) -> int:
+def num_kept(tasks: TaskVectors, density: float) -> int:
     """That fraction of the entries, rounded down, but at least one."""
     return max(1, int(density * tasks.size))
 
 
-def least_kept(tasks: TaskVectors, density: float) -> Tensor:
+def magnitude_threshold(tasks: TaskVectors, density: float) -> Tensor:
     """The magnitude from which on a task vector's entries are kept if it keeps its largest: (T, 1, 1).
 
     Never 0, so that no zero counts as kept, even where fewer other entries are left than the density asks for.
     """
-    index = tasks.size - number_kept(tasks, density)
-    return above_zero(tasks.order_statistics(torch.abs, [index])[..., 0])
+    index = tasks.size - num_kept(tasks, density)
+    return clamp_positive(tasks.order_statistics(torch.abs, [index])[..., 0])
 
 
-def above_zero(x: Tensor) -> Tensor:
+def clamp_positive(x: Tensor) -> Tensor:
     """At least the smallest positive number."""
     return x.clamp(min=torch.finfo(x.dtype).tiny)
 
@@ -37,19 +37,19 @@ def drop_at_random(tasks: TaskVectors, density: float, rescale: bool) -> TaskVec
     return tasks.transformed(lambda x, uniform: x * (uniform < density) * scale)
 
 
-def elected(x: Tensor) -> Tensor:
+def majority_sign_mask(x: Tensor) -> Tensor:
     """Which entries have the sign of their sum over the tasks: where that is 0, the zeros, which change no mean."""
     return x.sign() == x.sum(0).sign()
 
 
-def mean_of(x: Tensor, mask: Tensor) -> Tensor:
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """The mean, over the tasks, of the entries in the mask; 0 where there are none."""
     return (x * mask).sum(0) / mask.sum(0).clamp(min=1)
 
 
-def shares_of(x: Tensor) -> Tensor:
+def normalized(x: Tensor) -> Tensor:
     """x_t / Σ_t x_t, of numbers that are not negative; 0 if all are."""
-    return x / above_zero(x.sum(0))
+    return x / clamp_positive(x.sum(0))
 
 
 def combination(tasks: TaskVectors, coefficients: Callable[[Tensor], Tensor]) -> Merged:
@@ -83,7 +83,7 @@ def average_on_sphere(
 
     def coefficients(weights: Tensor) -> Tensor:
         masses, signs = weights.abs() * (lengths > 0), weights.sign()
-        parts = shares_of(masses if shares is None else shares * (masses > 0))
+        parts = normalized(masses if shares is None else shares * (masses > 0))
         length = (parts @ lengths) * masses.sum() / (masses > 0).sum().clamp(min=1)
         units = direction(cosines * signs * signs[:, None], parts)
         return length * units * signs * torch.where(lengths > 0, 1 / lengths, 0)
@@ -91,7 +91,7 @@ def average_on_sphere(
     return combination(tasks, coefficients)
 
 
-def unit(cosines: Tensor, coefficients: Tensor) -> Tensor:
+def normalize_direction(cosines: Tensor, coefficients: Tensor) -> Tensor:
     """The coefficients of the same direction at length 1; as they are where directions cancel and none is left."""
     length = (coefficients @ cosines @ coefficients).clamp(min=0).sqrt()
     return coefficients / length if length > 1e-6 else coefficients

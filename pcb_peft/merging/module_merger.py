@@ -12,7 +12,7 @@ from torch import Tensor
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.calibrations import Calibration, prepared
 from pcb_peft.deltas.delta import Delta
-from pcb_peft.merging.compatibility import Alignment
+from pcb_peft.merging.compatibility import AdapterSet
 from pcb_peft.runtime.processes import Processes, current, union
 from pcb_peft.runtime.progress import Track
 from pcb_peft.runtime.threads import in_order, one_thread
@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Outcome:
+class MergedModule:
     """What became of a module.
 
     Attributes:
@@ -39,12 +39,12 @@ class Outcome:
     energy: float = 1.0
 
 
-Produce: TypeAlias = Callable[[str], Outcome]
+MergeModule: TypeAlias = Callable[[str], MergedModule]
 """From a module to what became of it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Competition:
+class ModuleMerger:
     """What is needed to merge any module.
 
     Attributes:
@@ -64,7 +64,7 @@ class Competition:
         processes: Those that merge together.
     """
 
-    alignment: Alignment
+    alignment: AdapterSet
     weights: Callable[[str], Sequence[float]]
     encode: Callable[[Sequence[Delta], Sequence[float]], Projection]
     method: Callable[[TaskVectors], Merged]
@@ -83,7 +83,9 @@ class Competition:
     def own(self) -> Sequence[str]:
         """The modules that are this process's to merge."""
         modules = self.alignment.modules
-        return self.processes.share(list(modules), lambda module: math.prod(modules[module].shape))
+        return self.processes.partition(
+            list(modules), lambda module: math.prod(modules[module].shape)
+        )
 
     def each(self, function: Callable[[str], Result], description: str) -> Iterator[Result]:
         """What a function makes of each of this process's modules, in order; several at a time if they are small."""
@@ -91,19 +93,19 @@ class Competition:
         workers = max(1, most) if self.side_by_side else 1
         return in_order(function, self.track(self.own, description), workers)
 
-    def none(self) -> Produce:
+    def passthrough(self) -> MergeModule:
         """A single adapter: its deltas times its weight."""
 
-        def scale(module: str) -> Outcome:
+        def scale(module: str) -> MergedModule:
             (delta,), (weight,) = self._deltas(module), self.weights(module)
-            return Outcome(delta if weight == 1 else delta.scaled(weight))
+            return MergedModule(delta if weight == 1 else delta.scaled(weight))
 
         return scale
 
-    def each_module(self) -> Produce:
+    def per_module(self) -> MergeModule:
         """Scope "module": every block of every module is a competition of its own."""
 
-        def merge(module: str) -> Outcome:
+        def merge(module: str) -> MergedModule:
             projection = self._project(module)
             return _decoded(
                 projection,
@@ -115,7 +117,7 @@ class Competition:
 
         return merge
 
-    def whole_model(self, note: Callable[[str], None]) -> Produce:
+    def global_scope(self, note: Callable[[str], None]) -> MergeModule:
         """Scope "global": all blocks of all modules are one competition, whose statistics are taken here.
 
         Args:
@@ -127,7 +129,7 @@ class Competition:
             return [_closed(block) for block in projections(module).blocks]
 
         own = dict(zip(self.own, self.each(encode, "encode"), strict=True))
-        known = union(self.processes.gathered(own))
+        known = union(self.processes.all_gather(own))
         blocks: list[Block] = []
         places: dict[str, range] = {}
         for module in self.alignment.modules:
@@ -145,24 +147,26 @@ class Competition:
         merged = self.method(tasks)
         if merged.compiled:
             note("the arithmetic was compiled, which rounds exp and tanh in another way")
-        elif tasks.obstacle:
-            note(f"the arithmetic was not compiled and took the longer for it: {tasks.obstacle}")
+        elif tasks.why_not_compiled:
+            note(
+                f"the arithmetic was not compiled and took the longer for it: {tasks.why_not_compiled}"
+            )
 
-        def merge(module: str) -> Outcome:
+        def merge(module: str) -> MergedModule:
             return _decoded(projections(module), [merged.block(i) for i in places[module]])
 
         return merge
 
-    def calibrated(self, produce: Produce) -> Produce:
+    def calibrated(self, produce: MergeModule) -> MergeModule:
         """What `produce` makes, calibrated afterwards."""
         for calibration in self.after:
             produce = self._calibrated(produce, calibration)
         return produce
 
-    def _calibrated(self, produce: Produce, calibration: Calibration) -> Produce:
+    def _calibrated(self, produce: MergeModule, calibration: Calibration) -> MergeModule:
         whole = self._survey(produce, calibration)
 
-        def calibrate(module: str) -> Outcome:
+        def calibrate(module: str) -> MergedModule:
             outcome = produce(module)
             with one_thread():
                 delta = calibration(outcome.delta, self._weighted(module), *whole)
@@ -170,7 +174,7 @@ class Competition:
 
         return calibrate
 
-    def _survey(self, produce: Produce, calibration: Calibration) -> Sequence[Tensor]:
+    def _survey(self, produce: MergeModule, calibration: Calibration) -> Sequence[Tensor]:
         """What a calibration wants to know of the whole model, if anything."""
         if calibration.survey is None:
             return ()
@@ -185,7 +189,7 @@ class Competition:
             every = union(parts)
             return torch.stack([every[module] for module in self.alignment.modules]).sum(0)
 
-        return (self.processes.reduced(own, total),)
+        return (self.processes.reduce(own, total),)
 
     def _deltas(self, module: str) -> Sequence[Delta]:
         """What enters the competition."""
@@ -212,7 +216,7 @@ class Competition:
         """What was measured of the module, in the projection's coordinates; read when it is asked for."""
         if self.data is None:
             return None
-        (kind, read), show = self.data, projection.show
+        (kind, read), show = self.data, projection.project_statistic
         return lambda: [show[kind](values) for values in read(module)]
 
     def _keys(self, module: str, block: int) -> tuple[int, ...]:
@@ -226,9 +230,9 @@ class Competition:
         return 12 * rank * (rows + cols) + 8 * len(self.alignment.adapters) * rank * rank
 
 
-def _decoded(projection: Projection, results: Sequence[tuple[Tensor, BlockCounts]]) -> Outcome:
+def _decoded(projection: Projection, results: Sequence[tuple[Tensor, BlockCounts]]) -> MergedModule:
     delta = projection.decode([values for values, _ in results])
-    return Outcome(delta, [counts for _, counts in results], projection.energy)
+    return MergedModule(delta, [counts for _, counts in results], projection.energy)
 
 
 def _identity(adapter: Adapter) -> str:
