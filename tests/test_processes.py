@@ -223,9 +223,9 @@ def test_a_signal_ends_a_fold_with_one_line_and_nothing_is_left(
     tmp_path, adapters, base, count, number
 ):
     code = (
-        "import os, sys; from pcb_peft import cli, output\n"
+        "import os, sys; from pcb_peft.commands import cli; from pcb_peft.writing import atomic\n"
         f"if os.environ['RANK'] == '{count - 1}':\n"
-        f"    output.GrowingFile.write = lambda *_: os.kill(os.getpid(), {number:d})\n"
+        f"    atomic.GrowingFile.write = lambda *_: os.kill(os.getpid(), {number:d})\n"
         "sys.exit(cli.main())"
     )
     out = tmp_path / "below" / "out"
@@ -271,7 +271,7 @@ def test_processes_that_read_different_adapters_are_stopped(tmp_path, shared_wor
         workshop.adapter("mlp", config, "math", seed=1)
         workshop.adapter("mlp", config, "code", seed=2 + rank)
     code = (
-        "import os, sys; from pcb_peft import cli\n"
+        "import os, sys; from pcb_peft.commands import cli\n"
         f"os.chdir({str(tmp_path)!r} + '/' + os.environ['RANK']); sys.exit(cli.main())"
     )
     codes, _, errors = start(2, ["-c", code, "merge", "math", "code", "-o", tmp_path / "out"])
@@ -295,7 +295,7 @@ def test_the_error_of_all_is_said_once_and_without_a_number(tmp_path, adapters):
 @pytest.mark.parametrize("costs", [[], [1], [5, 1, 1, 1, 1, 1], [1.0] * 7])
 def test_items_are_shared_out_each_once_in_order_and_evenly(size, costs):
     items = list(range(len(costs)))
-    shares = [Processes(rank, size).share(items, costs.__getitem__) for rank in range(size)]
+    shares = [Processes(rank, size).partition(items, costs.__getitem__) for rank in range(size)]
     assert sorted(item for share in shares for item in share) == items
     assert all(share == sorted(share) for share in shares)
     loads = [sum(costs[item] for item in share) for share in shares]

@@ -85,10 +85,10 @@ def test_compiled_values_do_not_depend_on_tiles_and_threads(monkeypatch):
 def test_what_is_compiled_is_compiled_once():
     """Whatever the lengths of tiles, and the threads that meet it for the first time."""
     code = (
-        "import torch; from pcb_peft import fusion, statistics; from pcb_peft.methods import get_method\n"
+        "import torch; from pcb_peft.tasks import compiling, task_vectors; from pcb_peft.methods import get_method\n"
         "from pcb_peft.tasks.blocks import products; from pcb_peft.tasks.task_vectors import TaskVectors\n"
-        "torch.set_num_threads(2); fusion.WORTH_VALUES = 0\n"
-        "statistics.DOUBLE_VALUES, statistics.SAMPLE_VALUES, statistics.TILE_VALUES = 0, 500, 1000\n"
+        "torch.set_num_threads(2); compiling.WORTH_VALUES = 0\n"
+        "t = task_vectors; t.DOUBLE_VALUES, t.SAMPLE_VALUES, t.TILE_VALUES = 0, 500, 1000\n"
         "blocks = [products([(torch.rand(n, 2), torch.rand(2, 67))] * 3, (1, 1, 1)) for n in (41, 130)]\n"
         "get_method('pcb')(TaskVectors(blocks)).block(1)"
     )
@@ -116,7 +116,7 @@ def test_what_takes_less_time_than_compiling_is_not_compiled(monkeypatch):
 )
 def test_without_a_compiler_the_arithmetic_is_plain_torch(variables, reason, tmp_path):
     code = (
-        "import torch; from pcb_peft import fusion; fusion.WORTH_VALUES = 0\n"
+        "import torch; from pcb_peft.tasks import compiling; compiling.WORTH_VALUES = 0\n"
         "from pcb_peft.tasks.blocks import stacked; from pcb_peft.tasks.task_vectors import TaskVectors\n"
         "tasks = TaskVectors([stacked(torch.ones(2, 3, 4), (1, 1))]); print(tasks.compiled, tasks.why_not_compiled)"
     )

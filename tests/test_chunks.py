@@ -44,7 +44,7 @@ def deltas():
 @pytest.fixture
 def small_pieces(monkeypatch):
     monkeypatch.setattr(fold, "CHUNK_VALUES", 1000)
-    monkeypatch.setattr(chunks, "_PIECE_BYTES", 1000)
+    monkeypatch.setattr(chunks, "_CHUNK_BYTES", 1000)
 
 
 @pytest.fixture(params=[1, 2, 5])
