@@ -1,7 +1,4 @@
-"""One calibration per file, before or after a merge. A file put into this folder is on the shelf."""
-
-import importlib
-import pkgutil
+"""Calibrations before or after a merge, one per file. A file in this folder is registered by being imported."""
 
 from pcb_peft.calibrations.registry import (
     Calibration,
@@ -14,9 +11,9 @@ from pcb_peft.calibrations.registry import (
     list_calibrations,
     prepared,
 )
+from pcb_peft.plugins.registry import import_files
 
-for _module in pkgutil.iter_modules(__path__, __name__ + "."):
-    importlib.import_module(_module.name)
+import_files(__path__, __name__)
 
 __all__ = [
     "Calibration",

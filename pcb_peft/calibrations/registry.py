@@ -1,68 +1,63 @@
-"""What a calibration is, and the shelves on which they stand.
+"""Calibrations: changes to the deltas of a module before or after any merge, and where each is registered.
 
-A calibration changes deltas of one module, and goes with every method: adapters before they are merged, or the merged
-delta afterwards. Its keyword-only parameters are its options.
+One that comes before a merge changes the adapters; one that comes after it changes the merged delta. Its keyword-only
+parameters are its options.
 """
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from torch import Tensor
 
 from pcb_peft.deltas.delta import Delta
 from pcb_peft.errors import OptionError
-from pcb_peft.plugins.options import Option, bind, did_you_mean, options_of
+from pcb_peft.plugins.options import bind
+from pcb_peft.plugins.registry import Plugin, Registry
 
 When: TypeAlias = Literal["before", "after"]
 Kinds: TypeAlias = tuple[type[Delta], ...]
 Survey: TypeAlias = Callable[[Delta, Sequence[Delta]], Tensor]
-Function: TypeAlias = Callable[..., Any]
-
-_REGISTRIES: dict[When, dict[str, "Calibration"]] = {"before": {}, "after": {}}
+Before = TypeVar("Before", bound=Callable[..., Sequence[Delta]])
+After = TypeVar("After", bound=Callable[..., Delta])
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Calibration:
-    """A calibration and what the engine has to know of it.
+class Calibration(Plugin):
+    """A calibration and what the engine has to know about it.
 
     Attributes:
-        name: As recipes and the command line call it.
+        name: Its name in recipes and on the command line.
         function: Before a merge: ``function(deltas, **options) -> deltas``, the deltas of one module. After it:
-            ``function(merged, deltas, **options) -> merged``, with the deltas as they were before any calibration,
-            times their weights. An adapter that does not touch the module brings a zero.
-        paper: Where it was published.
-        accepts: The kinds of delta that it can take.
-        survey: Of one after a merge that looks at the whole model: what it wants to know of each module. The sum over
-            the modules is its third argument.
+            ``function(merged, deltas, **options) -> merged``, with the adapters' deltas as they were before any
+            calibration, times their weights. An adapter that does not touch the module has a zero delta.
+        paper: The publication, such as "arXiv:2602.05536".
+        accepts: The kinds of delta that it can change.
+        survey: For one that comes after a merge and looks at the whole model: the function that measures one module.
+            The sum over all modules is passed as its third argument.
     """
 
-    name: str
-    function: Function
     paper: str
     accepts: Kinds
     survey: Survey | None = None
-
-    @property
-    def options(self) -> dict[str, Option]:
-        return options_of(self.function)
-
-    @property
-    def summary(self) -> str:
-        """The first line of the function's docstring."""
-        return (inspect.getdoc(self.function) or "").split("\n", 1)[0]
 
     def __call__(self, *arguments: Any) -> Any:
         return self.function(*arguments)
 
 
-def before(name: str, *, paper: str, accepts: Kinds) -> Callable[[Function], Function]:
-    """Puts a function on the shelf of what is done to adapters; the arguments are `Calibration`'s."""
+_REGISTRIES: dict[When, Registry[Calibration]] = {
+    "before": Registry("calibration", entry_points="pcb_peft.calibrations", prefix="before: "),
+    "after": Registry("calibration", entry_points="pcb_peft.calibrations", prefix="after: "),
+}
 
-    def register(function: Function) -> Function:
-        _REGISTRIES["before"][name] = Calibration(name, function, paper, accepts)
+
+def before(name: str, *, paper: str, accepts: Kinds) -> Callable[[Before], Before]:
+    """Register a function as a calibration of the adapters before a merge; the arguments are `Calibration`'s."""
+
+    def register(function: Before) -> Before:
+        entry = Calibration(name, function, paper, accepts)
+        _REGISTRIES["before"].add(name, entry, defined_by=function)
         return function
 
     return register
@@ -70,53 +65,68 @@ def before(name: str, *, paper: str, accepts: Kinds) -> Callable[[Function], Fun
 
 def after(
     name: str, *, paper: str, accepts: Kinds, survey: Survey | None = None
-) -> Callable[[Function], Function]:
-    """Puts a function on the shelf of what is done to the merged delta; the arguments are `Calibration`'s."""
+) -> Callable[[After], After]:
+    """Register a function as a calibration of the merged delta; the arguments are `Calibration`'s."""
 
-    def register(function: Function) -> Function:
-        _REGISTRIES["after"][name] = Calibration(name, function, paper, accepts, survey)
+    def register(function: After) -> After:
+        entry = Calibration(name, function, paper, accepts, survey)
+        _REGISTRIES["after"].add(name, entry, defined_by=function)
         return function
 
     return register
 
 
 def list_calibrations(when: When) -> dict[str, Calibration]:
-    """Those that come before a merge, or after it, by name."""
-    return dict(sorted(_REGISTRIES[when].items()))
+    """Return the calibrations that come before, or after, a merge, by name.
+
+    Args:
+        when: "before" or "after".
+
+    Returns:
+        Names and calibrations.
+
+    Example:
+        >>> from pcb_peft import list_calibrations
+        >>> sorted(list_calibrations("before"))
+        ['equalize', 'exponent', 'pico']
+    """
+    return _REGISTRIES[when].list()
 
 
 def get_calibration(when: When, name: str) -> Calibration:
-    """The calibration of that name.
+    """Return the calibration of that name.
 
     Raises:
         OptionError: There is none.
     """
-    shelf = _REGISTRIES[when]
-    if name not in shelf:
-        known = ", ".join(sorted(shelf))
-        raise OptionError(
-            f"{when}: no calibration {name!r}{did_you_mean(name, shelf)}; there are {known}"
-        )
-    return shelf[name]
+    return _REGISTRIES[when].get(name)
 
 
 def bound(
     when: When, steps: Sequence[Mapping[str, Mapping[str, Any]]], kinds: set[type[Delta]]
 ) -> tuple[list[Calibration], tuple[dict[str, dict[str, Any]], ...]]:
-    """The calibrations that a recipe names, with their options bound, and the steps with every default written out.
+    """Bind the options of the calibrations that a recipe names.
+
+    Args:
+        when: "before" or "after".
+        steps: Names and options, in order.
+        kinds: The kinds of the adapters' deltas.
+
+    Returns:
+        The calibrations, ready to be called; and the steps with every default written out.
 
     Raises:
         OptionError: An unknown name, an option that is not allowed, or one that cannot take deltas of these kinds.
     """
     calibrations, complete = [], []
-    for name, given in ((name, given) for step in steps for name, given in step.items()):
+    for name, values in ((name, values) for step in steps for name, values in step.items()):
         calibration = get_calibration(when, name)
         if not kinds <= set(calibration.accepts):
-            taken = ", ".join(kind.__name__ for kind in calibration.accepts)
+            accepted = ", ".join(kind.__name__ for kind in calibration.accepts)
             raise OptionError(
-                f"{when}: {name} cannot take these adapters; it takes deltas of kind {taken}"
+                f"{when}: {name} cannot take these adapters; it takes deltas of kind {accepted}"
             )
-        options = bind(calibration.options, given, f"{when} {name}")
+        options = bind(calibration.options, values, f"{when} {name}")
         function = functools.partial(calibration.function, **options)
         calibrations.append(dataclasses.replace(calibration, function=function))
         complete.append({name: options})
@@ -124,7 +134,7 @@ def bound(
 
 
 def prepared(deltas: Sequence[Delta], steps: Sequence[Calibration]) -> Sequence[Delta]:
-    """The adapters' deltas of one module as they enter a merge, after these calibrations."""
+    """Return the adapters' deltas of one module after these calibrations, as they enter a merge."""
     for calibration in steps:
         deltas = calibration(deltas)
     return deltas

@@ -1,11 +1,8 @@
-"""One published algorithm per file. A file put into this folder is on the shelf."""
-
-import importlib
-import pkgutil
+"""Merge methods, one published algorithm per file. A file in this folder is registered by being imported."""
 
 from pcb_peft.methods.registry import MergeMethod, get_method, list_methods, merge_method
+from pcb_peft.plugins.registry import import_files
 
-for _module in pkgutil.iter_modules(__path__, __name__ + "."):
-    importlib.import_module(_module.name)
+import_files(__path__, __name__)
 
 __all__ = ["MergeMethod", "get_method", "list_methods", "merge_method"]

@@ -1,40 +1,40 @@
-"""What a merge method is, and the shelf on which they stand.
+"""Merge methods: a function from the task vectors of a scope to the merged ones, and where each is registered.
 
-A method is a function from the task vectors of a scope to the merged ones. Its keyword-only parameters are its options.
-Its docstring says what it does (first line), and, after ``Good at:`` and ``Measured:``, what for and on what evidence.
+A method's keyword-only parameters are its options. Its docstring has a first line that says what it does, and
+paragraphs ``Good at:``, ``Measured:`` and ``Source:``.
 """
 
 import dataclasses
-import inspect
-import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
-from pcb_peft.errors import OptionError
-from pcb_peft.plugins.options import Option, did_you_mean, options_of
+from pcb_peft.plugins.registry import Plugin, Registry
 from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
-_REGISTRY: dict[str, "MergeMethod"] = {}
+Function = TypeVar("Function", bound=Callable[..., Merged])
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class MergeMethod:
-    """A merge method and what the engine has to know of it.
+class MergeMethod(Plugin):
+    """A merge method and what the engine has to know about it.
 
     Attributes:
-        name: As recipes and the command line call it.
+        name: Its name in recipes and on the command line.
         function: ``function(tasks, **options) -> Merged``.
-        paper: Where it was published.
-        space: The space it works in unless the caller says otherwise.
-        scope: The scope likewise: "global" or "module".
-        keeps_one: A single adapter comes back as it is, times its weight.
-        takes: How many adapters it merges, apart from one that it keeps; None: any number.
-        data: What it has to know of each module beside the adapters, by the name of the statistic; None: nothing.
-        matrices: It merges the matrix of a module as a whole, not entry by entry.
+        paper: The publication, such as "arXiv:2306.01708".
+        space: The default space.
+        scope: The default scope: "global" or "module".
+        identity_on_one: Whether a single adapter comes back unchanged, times its weight.
+        arity: The number of adapters that it merges (besides one, if `identity_on_one`); None: any number.
+        needs_statistic: The task statistic that it needs of every adapter, such as "gram"; None: none.
+        whole_matrix: Whether it merges a module's matrix as a whole, not entry by entry.
+
+    Example:
+        >>> from pcb_peft import get_method
+        >>> get_method("ties").options["density"].default
+        0.2
     """
 
-    name: str
-    function: Callable[..., Merged]
     paper: str
     space: str
     scope: str
@@ -44,36 +44,24 @@ class MergeMethod:
     whole_matrix: bool = False
 
     def accepts_count(self, count: int) -> bool:
-        """Whether it merges so many adapters."""
+        """Return whether it merges this number of adapters."""
         return self.arity in (None, count) or (count == 1 and self.identity_on_one)
 
     @property
-    def options(self) -> dict[str, Option]:
-        return options_of(self.function)
-
-    @property
-    def summary(self) -> str:
-        """The first line of the function's docstring."""
-        return (inspect.getdoc(self.function) or "").split("\n", 1)[0]
-
-    @property
     def good_at(self) -> str:
-        """What one would take it for; empty where its docstring does not say so."""
-        return self._paragraph("Good at")
+        """The ``Good at:`` paragraph of the docstring: when to choose this method; empty if there is none."""
+        return self.paragraph("Good at")
 
     @property
     def measured(self) -> str:
-        """What it keeps of the tasks in ``docs/methods.md``; empty where nothing was measured."""
-        return self._paragraph("Measured")
-
-    def _paragraph(self, heading: str) -> str:
-        found = re.search(
-            rf"^{heading}: (.+(?:\n.+)*)", inspect.getdoc(self.function) or "", re.MULTILINE
-        )
-        return " ".join(found[1].split()) if found else ""
+        """The ``Measured:`` paragraph: scores from ``docs/methods.md``; empty if nothing was measured."""
+        return self.paragraph("Measured")
 
     def __call__(self, tasks: TaskVectors, **options: Any) -> Merged:
         return self.function(tasks, **options)
+
+
+_REGISTRY = Registry[MergeMethod]("merge method", entry_points="pcb_peft.methods")
 
 
 def merge_method(
@@ -86,42 +74,79 @@ def merge_method(
     arity: int | None = None,
     needs_statistic: str | None = None,
     whole_matrix: bool = False,
-) -> Callable[[Callable[..., Merged]], Callable[..., Merged]]:
-    """Puts a function on the shelf; the function itself stays as it is. The arguments are `MergeMethod`'s."""
+) -> Callable[[Function], Function]:
+    """Register a function as a merge method; the function itself stays as it is.
 
-    def register(function: Callable[..., Merged]) -> Callable[..., Merged]:
-        _REGISTRY[name] = MergeMethod(
-            name,
-            function,
-            paper,
-            space,
-            scope,
-            identity_on_one,
-            arity,
-            needs_statistic,
-            whole_matrix,
+    Args:
+        name: Its name in recipes and on the command line. A name that another method has is refused.
+        paper: The publication, such as "arXiv:2306.01708".
+        space: The default space.
+        scope: The default scope: "global" or "module".
+        identity_on_one: A single adapter comes back unchanged, times its weight.
+        arity: The number of adapters that it merges (besides one, if `identity_on_one`); None: any number.
+        needs_statistic: The task statistic that it needs of every adapter, such as "gram"; None: none.
+        whole_matrix: It merges a module's matrix as a whole, not entry by entry.
+
+    Returns:
+        A decorator for the function.
+
+    Raises:
+        OptionError: Another method has that name.
+
+    Example:
+        >>> from pcb_peft import list_methods, merge_method
+        >>> @merge_method("half_sum", paper="none")
+        ... def half_sum(tasks):
+        ...     '''Add half of every task vector.'''
+        ...     return tasks.combine(lambda x, weights: (weights * x).sum(0) / 2)
+        >>> list_methods()["half_sum"].summary
+        'Add half of every task vector.'
+    """
+
+    def register(function: Function) -> Function:
+        method = MergeMethod(
+            name=name,
+            function=function,
+            paper=paper,
+            space=space,
+            scope=scope,
+            identity_on_one=identity_on_one,
+            arity=arity,
+            needs_statistic=needs_statistic,
+            whole_matrix=whole_matrix,
         )
+        _REGISTRY.add(name, method, defined_by=function)
         return function
 
     return register
 
 
 def list_methods() -> dict[str, MergeMethod]:
-    """All merge methods, by name."""
-    return dict(sorted(_REGISTRY.items()))
+    """Return all merge methods by name.
+
+    Example:
+        >>> from pcb_peft import list_methods
+        >>> list_methods()["linear"].paper
+        'arXiv:2212.04089'
+    """
+    return _REGISTRY.list()
 
 
 def get_method(method: str | MergeMethod) -> MergeMethod:
-    """The method of that name.
+    """Return the method of a name; a `MergeMethod` is returned as it is.
+
+    Args:
+        method: A name from `list_methods()`, or a `MergeMethod`.
+
+    Returns:
+        The method.
 
     Raises:
-        OptionError: There is none.
+        OptionError: There is no method of that name.
+
+    Example:
+        >>> from pcb_peft import get_method
+        >>> get_method("ties").summary
+        'Trim each task vector, elect a sign per entry, average those that have it.'
     """
-    if isinstance(method, MergeMethod):
-        return method
-    if method not in _REGISTRY:
-        known = ", ".join(list_methods())
-        raise OptionError(
-            f"no merge method {method!r}{did_you_mean(method, _REGISTRY)}; there are {known}"
-        )
-    return _REGISTRY[method]
+    return method if isinstance(method, MergeMethod) else _REGISTRY.get(method)

@@ -116,9 +116,10 @@ def bind(options: Mapping[str, Option], values: Mapping[str, Any], owner: str) -
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """``; did you mean 'x'?``, or nothing."""
-    close = difflib.get_close_matches(word, list(words), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    """Return ``; did you mean 'x'?`` for the most similar of some words in any case, or nothing."""
+    by_lower_case = {known.casefold(): known for known in words}
+    close = difflib.get_close_matches(word.casefold(), by_lower_case, n=1)
+    return f"; did you mean {by_lower_case[close[0]]!r}?" if close else ""
 
 
 def _option(name: str, hint: Any, default: Any, explanation: str) -> Option:

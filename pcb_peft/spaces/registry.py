@@ -1,24 +1,21 @@
-"""What a space is, and the shelf on which they stand.
+"""Spaces: the coordinates in which adapters compete, and where each is registered.
 
-A space says in which coordinates adapters compete: it makes stacked blocks of the deltas of one module, and a delta of
-the merged blocks. Its keyword-only parameters are its options.
+A space makes stacked blocks of the deltas of one module, and a delta of the merged blocks. Its keyword-only parameters
+are its options.
 """
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor
 
 from pcb_peft.deltas.delta import Delta
-from pcb_peft.errors import OptionError
-from pcb_peft.plugins.options import Option, did_you_mean, options_of
+from pcb_peft.plugins.registry import Plugin, Registry
 from pcb_peft.tasks.blocks import Block
 
 Encode: TypeAlias = Callable[..., "Projection"]
-
-_REGISTRY: dict[str, "Space"] = {}
+Function = TypeVar("Function", bound=Encode)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -26,10 +23,10 @@ class Projection:
     """One module's deltas in the coordinates of a space.
 
     Attributes:
-        blocks: One stack, or more where a delta has several parts.
-        decode: From the merged blocks to the merged delta.
-        energy: Fraction of Σ_t ‖λ_t ΔW_t‖²_F that the blocks hold.
-        project_statistic: Name of a statistic to the function that projects it into the coordinates of the one block.
+        blocks: One stack of task vectors, or more where a delta has several parts.
+        decode: A function from the merged blocks to the merged delta.
+        energy: The fraction of Σ_t ‖λ_t ΔW_t‖²_F that the blocks hold.
+        project_statistic: For each task statistic by name, the function that projects it onto the one block.
     """
 
     blocks: tuple[Block, ...]
@@ -41,37 +38,30 @@ class Projection:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Space:
-    """A space and what the engine has to know of it.
+class Space(Plugin):
+    """A space and what the engine has to know about it.
 
     Attributes:
-        name: As recipes and the command line call it.
-        function: ``function(deltas, weights, **options) -> Projection``: the deltas of one module, at least one, all of
-            the same shape, and their weights. (An adapter that does not touch the module brings a zero.)
-        accepts: The kinds of delta that it can take.
-        lossless: What it decodes has a low rank without any truncation.
-        statistics: The statistics that its projections show.
+        name: Its name in recipes and on the command line.
+        function: ``function(deltas, weights, **options) -> Projection``, given the deltas of one module, at least one,
+            all of the same shape, and their weights. An adapter that does not touch the module has a zero delta.
+        accepts: The kinds of delta that it can encode.
+        low_rank_output: Whether every delta that it decodes has low rank, so that nothing has to be truncated after the
+            merge. Encoding may still lose energy: `Projection.energy` says how much it keeps.
+        statistics: The task statistics that its projections can project.
     """
 
-    name: str
-    function: Encode
     accepts: tuple[type[Delta], ...]
     low_rank_output: bool
     statistics: tuple[str, ...] = ()
-
-    @property
-    def options(self) -> dict[str, Option]:
-        return options_of(self.function)
-
-    @property
-    def summary(self) -> str:
-        """The first line of the function's docstring."""
-        return (inspect.getdoc(self.function) or "").split("\n", 1)[0]
 
     def __call__(
         self, deltas: Sequence[Delta], weights: Sequence[float], **options: Any
     ) -> Projection:
         return self.function(deltas, weights, **options)
+
+
+_REGISTRY = Registry[Space]("space", entry_points="pcb_peft.spaces")
 
 
 def space(
@@ -80,28 +70,35 @@ def space(
     accepts: tuple[type[Delta], ...],
     low_rank_output: bool,
     statistics: tuple[str, ...] = (),
-) -> Callable[[Encode], Encode]:
-    """Puts a function on the shelf; the function itself stays as it is. The arguments are `Space`'s."""
+) -> Callable[[Function], Function]:
+    """Register a function as a space; the function itself stays as it is.
 
-    def register(function: Encode) -> Encode:
-        _REGISTRY[name] = Space(name, function, accepts, low_rank_output, statistics)
+    The arguments are the attributes of `Space`. A name that another space has is refused with an OptionError.
+    """
+
+    def register(function: Function) -> Function:
+        entry = Space(name, function, accepts, low_rank_output, statistics)
+        _REGISTRY.add(name, entry, defined_by=function)
         return function
 
     return register
 
 
 def list_spaces() -> dict[str, Space]:
-    """All spaces, by name."""
-    return dict(sorted(_REGISTRY.items()))
+    """Return all spaces by name.
+
+    Example:
+        >>> from pcb_peft import list_spaces
+        >>> list_spaces()["dense"].low_rank_output
+        False
+    """
+    return _REGISTRY.list()
 
 
 def get_space(name: str) -> Space:
-    """The space of that name.
+    """Return the space of that name.
 
     Raises:
         OptionError: There is none.
     """
-    if name not in _REGISTRY:
-        known = ", ".join(list_spaces())
-        raise OptionError(f"no space {name!r}{did_you_mean(name, _REGISTRY)}; there are {known}")
-    return _REGISTRY[name]
+    return _REGISTRY.get(name)
