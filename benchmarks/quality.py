@@ -29,6 +29,7 @@ from torch import Tensor
 from pcb_peft import TaskStatistics, collect_statistics, get_method, merge_adapters
 from pcb_peft.commands import demo
 from pcb_peft.errors import PcbPeftError
+from pcb_peft.evaluation import classification
 from pcb_peft.recipes.peft_aliases import method_of
 
 SCALES = (0.3, 0.5, 0.7, 1.0, 1.3, 1.6, 2.2)
@@ -98,17 +99,24 @@ class Bench:
     """One model, the tasks' tokens, and what each adapter reaches alone."""
 
     def __init__(
-        self, tasks: list[demo.Task], base: Path, training: Path, *, bfloat16: bool = False
+        self,
+        tasks: list[classification.Task],
+        base: Path,
+        training: Path,
+        *,
+        bfloat16: bool = False,
     ) -> None:
         self.training = training
         self.tasks = tasks
         self.base = base
         self.bfloat16 = bfloat16
-        self.model: Model = demo.load_base(base)
-        tokenizer = demo.load_tokenizer(base)
-        self.batches = [demo.make_batches(tokenizer, task.texts) for task in tasks]
+        self.model: Model = classification.load_base(base)
+        tokenizer = classification.load_tokenizer(base)
+        self.batches = [classification.make_batches(tokenizer, task.texts) for task in tasks]
         self.own = [
-            self._accuracy(demo.load_with_peft(base, task.adapter, len(task.labels)), index)
+            self._accuracy(
+                classification.load_with_peft(base, task.adapter, len(task.labels)), index
+            )
             for index, task in enumerate(tasks)
         ]
 
@@ -137,7 +145,7 @@ class Bench:
 
     def _statistics(self, setting: Setting) -> dict[str, list[TaskStatistics]]:
         """What a method that needs data wants to know of each adapter, collected on its training texts."""
-        kind = get_method(method_of(str(setting.options["method"]))).data
+        kind = get_method(method_of(str(setting.options["method"]))).needs_statistic
         return {"statistics": self._collected(kind)} if kind else {}
 
     @functools.cache  # noqa: B019  (one bench per process)
@@ -149,8 +157,8 @@ class Bench:
                 self.training / f"{task.name}.jsonl",
                 kind=kind,
                 labels=task.labels,
-                batch_size=demo.BATCH_SIZE,
-                max_length=demo.MAX_LENGTH,
+                batch_size=classification.BATCH_SIZE,
+                max_length=classification.MAX_LENGTH,
             )
             for task in self.tasks
         ]
@@ -162,7 +170,7 @@ class Bench:
         """
         with tempfile.TemporaryDirectory() as folder:
             merged.save_pretrained(Path(folder) / "merged")
-            model = demo.load_with_peft(self.base, Path(folder) / "merged")
+            model = classification.load_with_peft(self.base, Path(folder) / "merged")
         before = dict(self.model.named_parameters())
         after = dict(model.merge_and_unload().base_model.named_parameters())
         prefix = self.model.base_model_prefix
@@ -174,7 +182,7 @@ class Bench:
 
     def _accuracy(self, model: Model, index: int) -> float:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):
-            pooled = demo.encode(model, self.batches[index])
+            pooled = classification.encode(model, self.batches[index])
         return self.tasks[index].accuracy(pooled.float())
 
 
@@ -266,7 +274,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Reads the command line, measures, prints the table."""
     options = _parser().parse_args(arguments)
     examples = demo.examples_folder()
-    tasks = demo.load_tasks(
+    tasks = classification.load_tasks(
         options.adapters or examples / "lora",
         options.data or Path(__file__).parent / "validation",
         options.split,

@@ -25,7 +25,7 @@ LEVELS = (
     {"adapters"},
     {"recipes", "data"},
     {"merging"},
-    {"extraction", "dry_run"},
+    {"extraction", "dry_run", "evaluation"},
     {"commands"},
     {"__init__", "__main__"},
 )

