@@ -6,33 +6,69 @@ merged = merge_adapters(["math-lora", "code-lora"], method="pcb")
 merged.save_pretrained("merged")
 """
 
-from pcb_peft.adapters.adapter import Adapter
-from pcb_peft.adapters.loading import fold_adapter, load_adapter
-from pcb_peft.adapters.source import Source
-from pcb_peft.calibrations import list_calibrations
-from pcb_peft.data.collect import collect_statistics
-from pcb_peft.data.statistics_file import TaskStatistics, open_statistics
-from pcb_peft.dry_run.estimate import Estimate, estimate_merge
-from pcb_peft.errors import (
-    AdapterError,
-    BaseModelError,
-    MismatchError,
-    OptionError,
-    OutputError,
-    PcbPeftError,
-    ProcessError,
-    UnsupportedError,
-)
-from pcb_peft.extraction.extract import extract_adapter
-from pcb_peft.merging.engine import merge, merge_adapters
-from pcb_peft.merging.into_model import add_weighted_adapter
-from pcb_peft.merging.report import Report
-from pcb_peft.merging.result import MergedAdapter
-from pcb_peft.methods import MergeMethod, get_method, list_methods, merge_method
-from pcb_peft.recipes.recipe import Recipe, read_recipe
-from pcb_peft.runtime.processes import all_processes
-from pcb_peft.spaces import list_spaces
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from pcb_peft.version import __version__
+
+if TYPE_CHECKING:
+    from pcb_peft.adapters.adapter import Adapter
+    from pcb_peft.adapters.loading import fold_adapter, load_adapter
+    from pcb_peft.adapters.source import Source
+    from pcb_peft.calibrations import list_calibrations
+    from pcb_peft.data.collect import collect_statistics
+    from pcb_peft.data.statistics_file import TaskStatistics, open_statistics
+    from pcb_peft.dry_run.estimate import Estimate, estimate_merge
+    from pcb_peft.errors import (
+        AdapterError,
+        BaseModelError,
+        MismatchError,
+        OptionError,
+        OutputError,
+        PcbPeftError,
+        ProcessError,
+        UnsupportedError,
+    )
+    from pcb_peft.extraction.extract import extract_adapter
+    from pcb_peft.merging.engine import merge, merge_adapters
+    from pcb_peft.merging.into_model import add_weighted_adapter
+    from pcb_peft.merging.report import Report
+    from pcb_peft.merging.result import MergedAdapter
+    from pcb_peft.methods import MergeMethod, get_method, list_methods, merge_method
+    from pcb_peft.recipes.recipe import Recipe, read_recipe
+    from pcb_peft.runtime.processes import all_processes
+    from pcb_peft.spaces import list_spaces
+
+# The same names for Python, by module: each is imported when it is first used, because torch takes seconds to import.
+_NAMES = {
+    "adapters.adapter": ("Adapter",),
+    "adapters.loading": ("fold_adapter", "load_adapter"),
+    "adapters.source": ("Source",),
+    "calibrations": ("list_calibrations",),
+    "data.collect": ("collect_statistics",),
+    "data.statistics_file": ("TaskStatistics", "open_statistics"),
+    "dry_run.estimate": ("Estimate", "estimate_merge"),
+    "errors": (
+        "AdapterError",
+        "BaseModelError",
+        "MismatchError",
+        "OptionError",
+        "OutputError",
+        "PcbPeftError",
+        "ProcessError",
+        "UnsupportedError",
+    ),
+    "extraction.extract": ("extract_adapter",),
+    "merging.engine": ("merge", "merge_adapters"),
+    "merging.into_model": ("add_weighted_adapter",),
+    "merging.report": ("Report",),
+    "merging.result": ("MergedAdapter",),
+    "methods": ("MergeMethod", "get_method", "list_methods", "merge_method"),
+    "recipes.recipe": ("Recipe", "read_recipe"),
+    "runtime.processes": ("all_processes",),
+    "spaces": ("list_spaces",),
+}
+_MODULES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "Adapter",
@@ -69,3 +105,16 @@ __all__ = [
     "open_statistics",
     "read_recipe",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -16,9 +16,6 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import torch
-import torch.distributed as dist
-
 from pcb_peft.errors import PcbPeftError, ProcessError
 
 Item = TypeVar("Item")
@@ -46,6 +43,13 @@ class Processes:
         self.rank, self.size = rank, size
         self.stopped = self.disconnected = self._stuck = False
         self._group = group
+
+    @property
+    def _dist(self) -> Any:
+        """torch.distributed, imported once there are processes that talk: one alone may not need torch at all."""
+        import torch.distributed
+
+        return torch.distributed
 
     @property
     def is_main(self) -> bool:
@@ -77,7 +81,7 @@ class Processes:
         result = [None if values is None else function(values)]
         self.barrier()
         with self._talking():
-            dist.broadcast_object_list(result, src=0, group=self._group)
+            self._dist.broadcast_object_list(result, src=0, group=self._group)
         return result[0]  # type: ignore[return-value]
 
     def all_gather(self, value: Item) -> list[Item]:
@@ -91,7 +95,7 @@ class Processes:
         values: list[Any] | None = [None] * self.size if self.is_main else None
         self.barrier()
         with self._talking():
-            dist.gather_object(value, values, dst=0, group=self._group)
+            self._dist.gather_object(value, values, dst=0, group=self._group)
         return values
 
     def gather_dict(self, own: Mapping[Key, Item]) -> dict[Key, Item]:
@@ -112,7 +116,7 @@ class Processes:
         told: list[tuple[type[PcbPeftError], str] | None] = [None] * self.size
         with self._talking():
             self._meet()
-            dist.all_gather_object(told, _told(failure), group=self._group)
+            self._dist.all_gather_object(told, _told(failure), group=self._group)
         failures = [(rank, *failed) for rank, failed in enumerate(told) if failed]
         if failures:
             self.stopped = True
@@ -145,14 +149,14 @@ class Processes:
             with contextlib.suppress(RuntimeError):
                 self._meet()
         if destroy and not self._stuck:
-            dist.destroy_process_group()
+            self._dist.destroy_process_group()
 
     def _meet(self) -> None:
         """Waits until all are here, as a signal can end it: what comes after that blocks, and takes no time."""
         pause = 1e-4
         try:
             self._stuck = True  # once it has called the others: nothing takes a barrier back
-            others: Any = dist.barrier(group=self._group, async_op=True)
+            others: Any = self._dist.barrier(group=self._group, async_op=True)
             while not others.is_completed():
                 time.sleep(pause)
                 pause = min(1.2 * pause, LONGEST_PAUSE)
@@ -212,6 +216,8 @@ def joined() -> Generator[Processes]:
     if current().size > 1 or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield current()
         return
+    import torch
+    import torch.distributed as dist
     from accelerate import PartialState  # type: ignore[import-untyped]
 
     theirs = dist.is_initialized()

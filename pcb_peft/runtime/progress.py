@@ -1,14 +1,24 @@
-"""Progress bars for people, silence for pipes."""
+"""Progress bars for people, silence for pipes.
 
+All bars of a process share one display on standard error. Its clock ticks also while one item takes long, and its
+estimate of the time left is averaged over the last half minute.
+"""
+
+import contextlib
+import importlib.util
 import sys
-from collections.abc import Iterable
-from typing import Protocol, TypeVar
-
-from tqdm import tqdm
+import threading
+from collections.abc import Generator, Iterable, Sized
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from pcb_peft.runtime.processes import current
 
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
 Item = TypeVar("Item")
+
+SECONDS_AVERAGED = 30  # by the estimate of the time left
 
 
 class Track(Protocol):
@@ -18,10 +28,105 @@ class Track(Protocol):
 
 
 def tracker(progress: bool | None) -> Track:
-    """Bars on standard error: always, never, or (None) where a person looks at it; of one process."""
-    shown = (sys.stderr.isatty() if progress is None else progress) and current().is_main
+    """Make a function that shows the progress of an iteration.
+
+    Args:
+        progress: Whether to show bars; None: where a person looks at them, in a terminal or a notebook.
+
+    Returns:
+        A `Track`. Without bars, and in every process but the first, it returns the items as they are.
+    """
+    visible = (_is_watched() if progress is None else progress) and current().is_main
 
     def track(items: Iterable[Item], description: str) -> Iterable[Item]:
-        return tqdm(items, description, leave=False) if shown else items
+        return _tracked(items, description) if visible else items
 
     return track
+
+
+@contextlib.contextmanager
+def phase(description: str, progress: bool | None = None) -> Generator[None]:
+    """Show a description and a clock while the block runs; bars inside of the block are shown below it."""
+    for _ in tracker(progress)(iter([None]), description):
+        yield
+
+
+def close() -> None:
+    """Remove the bars of an iteration that was interrupted, so that other text can be printed."""
+    _display.close()
+
+
+def _is_watched() -> bool:
+    notebook = "ipykernel" in sys.modules and importlib.util.find_spec("ipywidgets") is not None
+    return notebook or sys.stderr.isatty()
+
+
+def _tracked(items: Iterable[Item], description: str) -> Generator[Item]:
+    with _display.opened() as bars:
+        task = bars.add_task(description, total=len(items) if isinstance(items, Sized) else None)
+        try:
+            for item in items:
+                yield item
+                bars.advance(task)
+        finally:
+            bars.remove_task(task)
+
+
+class _Display:
+    """The bars on the screen: shown while at least one iteration is under way."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._bars: Progress | None = None
+
+    @contextlib.contextmanager
+    def opened(self) -> "Generator[Progress]":
+        """Show the bars while the block runs."""
+        with self._lock:
+            if self._bars is None:
+                self._bars = _new_bars()
+                self._bars.start()
+            self._users += 1
+            bars = self._bars
+        try:
+            yield bars
+        finally:
+            with self._lock:
+                self._users -= 1
+            if self._users == 0:
+                self.close()
+
+    def close(self) -> None:
+        with self._lock:
+            if self._bars is not None:
+                self._bars.stop()
+            self._bars = None
+
+
+def _new_bars() -> "Progress":
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left:", style="dim"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        speed_estimate_period=SECONDS_AVERAGED,
+        redirect_stdout=False,
+    )
+
+
+_display = _Display()
