@@ -183,9 +183,9 @@ def merge(
         head=merged_heads.head,
         tied=recipe.tied,
         heads=merged_heads.kept,
-        recipe=recipe,
+        recipe=dataclasses.replace(recipe, scale=1.0),
         report=report,
-    )
+    ).scaled(recipe.scale)
 
 
 def _competition(

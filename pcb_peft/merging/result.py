@@ -7,12 +7,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.adapters.adapter import Adapter, DeltaMapping
 from pcb_peft.base.model import BaseModel
-from pcb_peft.deltas.delta import Rescaled
+from pcb_peft.deltas.delta import Delta, Rescaled
 from pcb_peft.formats import LazyDelta
 from pcb_peft.formats.registry import Weights
-from pcb_peft.merging.report import Report
+from pcb_peft.merging.report import ModuleReport, Report
 from pcb_peft.recipes.recipe import FILE_NAME, Recipe, in_words
 from pcb_peft.runtime.processes import current, union
 from pcb_peft.writing.model_card import model_card, public_name
@@ -29,6 +29,28 @@ class MergedAdapter(Adapter):
 
     recipe: Recipe
     report: Report
+
+    def scaled(self, weight: float) -> "MergedAdapter":
+        scaled = super().scaled(weight)
+        if scaled is self:
+            return self
+        notes = [*self.report.notes, f"all deltas are multiplied by {weight:g}"]
+        lines = self.report.modules
+        report = dataclasses.replace(
+            self.report,
+            modules={m: _louder(line, weight) for m, line in lines.items()},
+            notes=notes,
+        )
+        entries = {
+            module: dataclasses.replace(
+                entry, load=functools.partial(_reported, entry, module, weight, lines, report)
+            )
+            for module, entry in scaled.modules.entries.items()
+        }
+        recipe = dataclasses.replace(self.recipe, scale=self.recipe.scale * weight)
+        return dataclasses.replace(
+            self, modules=DeltaMapping(entries), scale=scaled.scale, recipe=recipe, report=report
+        )
 
     def _whole_biases(self) -> Mapping[str, Callable[[], Tensor]]:
         entries = self.modules.entries
@@ -73,6 +95,7 @@ class MergedAdapter(Adapter):
                 if some
             },
             **{name: value for name, value in recipe.options.items() if value is not None},
+            **({} if recipe.scale == 1 else {"scale": recipe.scale}),
             "retained energy": f"{report.energy:.4f}",
         }
         return model_card(
@@ -83,6 +106,20 @@ class MergedAdapter(Adapter):
             sources=sources,
             settings=list(settings.items()),
         )
+
+
+def _louder(line: ModuleReport, weight: float) -> ModuleReport:
+    return dataclasses.replace(line, norm=abs(weight) * line.norm)
+
+
+def _reported(
+    entry: LazyDelta, module: str, weight: float, lines: Mapping[str, ModuleReport], report: Report
+) -> Delta:
+    """A scaled delta; its line goes into the report, because a dense merge writes its lines only now."""
+    delta = entry.load()
+    if module in lines:
+        report.modules[module] = _louder(lines[module], weight)
+    return delta
 
 
 def _whole(name: str, entry: LazyDelta, base: Callable[[], Weights]) -> Tensor:

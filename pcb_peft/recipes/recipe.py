@@ -20,6 +20,7 @@ _KINDS: dict[str, tuple[Any, str]] = {  # of the fields that nothing else checks
     "space": (str, "a name"),
     "options": (Mapping, "a mapping"),
     "base_model": (str | None, "a path or hub id"),
+    "scale": (int | float, "a number"),
     "chain": (bool, "true or false"),
     "seed": (int, "an integer"),
 }
@@ -42,6 +43,7 @@ class Recipe:
         space: Its name, or "auto": the method's own.
         scope: "global", "module", or "auto": the method's own.
         rank: As in `merge_adapters`.
+        scale: What the merged deltas are multiplied by at the end.
         options: Of the method and the space.
         overrides: What some modules do differently.
         before: Calibrations of the adapters.
@@ -61,6 +63,7 @@ class Recipe:
     space: str = "auto"
     scope: str = "auto"
     rank: Rank = None
+    scale: float = 1.0
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     overrides: tuple[Override, ...] = ()
     before: Steps = ()
@@ -108,6 +111,7 @@ class Recipe:
             for source, weight in zip(self.adapters, plain(self.weights or ()), strict=True)
         ]
         fields |= {"adapters": adapters, "options": dict(self.options)}
+        fields["scale"] = None if self.scale == 1 else self.scale
         files = [
             {key: value for key, value in dataclasses.asdict(file).items() if value is not None}
             for file in self.statistics

@@ -1,0 +1,57 @@
+"""The inner product of two deltas, from their factors where they have some."""
+
+import torch
+
+from pcb_peft.deltas.delta import Delta, Dense, Diagonal, Rescaled
+from pcb_peft.errors import MismatchError
+from pcb_peft.runtime.threads import one_thread
+
+
+@one_thread()
+def inner(first: Delta, second: Delta) -> float:
+    """Return ⟨ΔW₁, ΔW₂⟩, the sum over the entries of ΔW₁ ∘ ΔW₂.
+
+    Two low-rank deltas cost (out + in) r₁ r₂ operations: ⟨B₁A₁, B₂A₂⟩ is the sum of B₁ᵀB₂ ∘ A₁A₂ᵀ. Of two (IA)³
+    vectors it is ⟨l₁ − 1, l₂ − 1⟩, as their ΔW is not known without W. Everything is float64.
+
+    Args:
+        first: Of any kind.
+        second: Of the same shape.
+
+    Raises:
+        MismatchError: The shapes differ, or one is an (IA)³ vector and the other a matrix.
+        BaseModelError: One is a DoRA, and was read without its base model.
+
+    Example:
+        >>> import torch
+        >>> from pcb_peft.deltas.delta import LowRank
+        >>> delta = LowRank(lora_A=torch.ones(1, 3), lora_B=torch.ones(2, 1))
+        >>> inner(delta, delta.scaled(0.5))
+        3.0
+    """
+    if first.shape != second.shape or isinstance(first, Diagonal) != isinstance(second, Diagonal):
+        raise MismatchError(
+            f"two adapters change one weight in ways that cannot be compared: {_in_words(first)} and "
+            f"{_in_words(second)}; compare adapters of one base model, all (IA)³ or all LoRA"
+        )
+    if isinstance(first, Diagonal) and isinstance(second, Diagonal):
+        return float(torch.dot(first.l.double() - 1, second.l.double() - 1))
+    if _is_dense(first) and _is_dense(second):
+        return float((first.matrix().double() * second.matrix().double()).sum())
+    if _is_dense(first):
+        first, second = second, first
+    left, right = first.factors()
+    if _is_dense(second):
+        return float(((left.T @ second.matrix().double()) * right).sum())
+    other_left, other_right = second.factors()
+    return float(((left.T @ other_left) * (right @ other_right.T)).sum())
+
+
+def _is_dense(delta: Delta) -> bool:
+    """True if its factors are no smaller than ΔW."""
+    return isinstance(delta, Dense) or (isinstance(delta, Rescaled) and bool(delta.gain.any()))
+
+
+def _in_words(delta: Delta) -> str:
+    kind = "an (IA)³ vector" if isinstance(delta, Diagonal) else "a matrix"
+    return f"{kind} of shape {delta.shape}"
