@@ -15,6 +15,7 @@ from torch import Tensor
 from pcb_peft.adapters.source import OpenedAdapter, Source
 from pcb_peft.base.model import BaseModel, lazy_base, open_base_model
 from pcb_peft.deltas.delta import Delta, LowRank
+from pcb_peft.deltas.dtypes import parse_dtype
 from pcb_peft.deltas.replacements import (
     HEADS,
     TIES,
@@ -25,7 +26,7 @@ from pcb_peft.deltas.replacements import (
 )
 from pcb_peft.errors import AdapterError, OptionError, PcbPeftError, UnsupportedError
 from pcb_peft.formats import AdapterFiles, LazyDelta, format_for, format_named, format_of
-from pcb_peft.formats.checkpoint import CONFIG, Tensors, apart, check_dtype, refuse_overflow
+from pcb_peft.formats.checkpoint import CONFIG, Tensors, apart, refuse_overflow
 from pcb_peft.formats.heads import with_biases, without_copies, write_head
 from pcb_peft.formats.registry import AUTOMATIC_HEADS, PREFIX, Base, finite, refuse_pipelines
 from pcb_peft.plugins.options import did_you_mean
@@ -149,7 +150,7 @@ class Adapter:
         self,
         directory: str | Path,
         *,
-        dtype: torch.dtype = torch.float32,
+        dtype: str | torch.dtype = torch.float32,
         rank_pattern: bool = False,
         overwrite: bool = False,
         format: str = "peft",  # noqa: A002  (as it is called where people ask for it)
@@ -176,7 +177,12 @@ class Adapter:
         current().barrier()
 
     def _save(
-        self, directory: Path, dtype: torch.dtype, rank_pattern: bool, overwrite: bool, form: str
+        self,
+        directory: Path,
+        dtype: str | torch.dtype,
+        rank_pattern: bool,
+        overwrite: bool,
+        form: str,
     ) -> None:
         written = self.written(dtype, rank_pattern=rank_pattern, format=form)
         files = {"README.md": self._card(str(written.config.get("peft_type", "LORA"))).encode()}
@@ -189,13 +195,13 @@ class Adapter:
 
     def written(
         self,
-        dtype: torch.dtype = torch.float32,
+        dtype: str | torch.dtype = torch.float32,
         *,
         rank_pattern: bool = False,
         format: str = "peft",  # noqa: A002
     ) -> AdapterFiles:
         """The adapter as PEFT stores it: configuration and tensors. Arguments and errors are `save_pretrained`'s."""
-        check_dtype(dtype)
+        number_format = parse_dtype(dtype)
         biases = self._whole_biases()
         entries = {name: e for name, e in self.modules.entries.items() if name not in biases}
         kinds = {entry.kind for entry in entries.values()}
@@ -206,7 +212,7 @@ class Adapter:
             )
         kind = next(iter(kinds), None)
         if format != "peft":
-            return self._written_as(format, kind, dtype, rank_pattern=rank_pattern)
+            return self._written_as(format, kind, number_format, rank_pattern=rank_pattern)
         refuse_pipelines(entries)
         format_ = format_for(kind)
         ranks = [entry.rank for entry in entries.values()]
@@ -215,9 +221,9 @@ class Adapter:
         options = {"rank_pattern": True} if rank_pattern else {}
         written = AdapterFiles({}, {})
         if kinds:
-            written = format_.write(dict(DeltaMapping(entries)), dtype, **options)  # type: ignore[misc]
-        written = with_biases(written, biases, entries, dtype)
-        head = write_head(self.head, entries.keys(), format_, dtype)
+            written = format_.write(dict(DeltaMapping(entries)), number_format, **options)  # type: ignore[misc]
+        written = with_biases(written, biases, entries, number_format)
+        head = write_head(self.head, entries.keys(), format_, number_format)
         config = self._identity(format_.peft_type) | written.config | head.config
         tensors = apart(written.tensors | head.tensors)
         refuse_overflow(tensors)

@@ -9,6 +9,7 @@ import safetensors
 import torch
 from torch import Tensor
 
+from pcb_peft.deltas.dtypes import SAFETENSORS_FLOATS
 from pcb_peft.deltas.linalg import all_finite
 from pcb_peft.errors import AdapterError, OptionError
 
@@ -51,13 +52,10 @@ class SafetensorsFile:
         return tuple(self._file.get_slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        return _DTYPES[self._file.get_slice(name).get_dtype()]
+        return SAFETENSORS_FLOATS[self._file.get_slice(name).get_dtype()]
 
     def read(self, name: str) -> Tensor:
         return self._file.get_tensor(name)
-
-
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class TensorsInMemory:
@@ -127,13 +125,6 @@ def open_tensors(directory: Path) -> Tensors:
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise AdapterError(f"{path} holds something else than named tensors")
     return TensorsInMemory(tensors, str(path))
-
-
-def check_dtype(dtype: object) -> None:
-    """Raises OptionError where weights are not stored in a dtype."""
-    if dtype not in (allowed := (torch.float32, torch.bfloat16, torch.float16, torch.float64)):
-        words = ", ".join(map(str, allowed))
-        raise OptionError(f"dtype is {dtype!r}; it must be one of {words}")
 
 
 def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pcb_peft.base.files import FLOATS, TensorInfo
+from pcb_peft.base.files import TensorInfo
 from pcb_peft.deltas.delta import Delta
+from pcb_peft.deltas.dtypes import SAFETENSORS_FLOATS
 from pcb_peft.deltas.linalg import all_finite
 from pcb_peft.errors import BaseModelError, MismatchError
 
@@ -21,7 +22,7 @@ _CHUNK_BYTES = 1 << 21
 
 def read(source: Path, span: TensorInfo) -> Tensor:
     """A tensor of floating-point numbers of another file, as a whole."""
-    room = torch.empty(span.shape, dtype=FLOATS[span.dtype])
+    room = torch.empty(span.shape, dtype=SAFETENSORS_FLOATS[span.dtype])
     _bytes_of(source, span.begin, room)
     return room
 
@@ -38,7 +39,7 @@ def added(source: Path, span: TensorInfo, deltas: Sequence[Delta], name: str) ->
     begin = span.begin
     for delta in deltas:
         rows, cols = delta.shape
-        room = torch.empty(rows, cols, dtype=FLOATS[span.dtype])
+        room = torch.empty(rows, cols, dtype=SAFETENSORS_FLOATS[span.dtype])
         yield functools.partial(_sum, source, begin, room, delta, name)
         begin += room.nbytes
 

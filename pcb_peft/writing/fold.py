@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pcb_peft.base.files import FLOATS, INDEX_FILE, SINGLE_FILE
+from pcb_peft.base.files import INDEX_FILE, SINGLE_FILE
 from pcb_peft.base.model import BaseModel, WeightSlice, split_parameter_name
 from pcb_peft.deltas.delta import Delta, Dense, Diagonal
+from pcb_peft.deltas.dtypes import SAFETENSORS_FLOATS
 from pcb_peft.deltas.linalg import row_slices
 from pcb_peft.deltas.replacements import Parameter, Replacements, Rows
 from pcb_peft.errors import BaseModelError, MismatchError, OutputError
@@ -309,7 +310,7 @@ def _pieces(base: BaseModel, file: str, rewrite: CheckpointEdit, track: Track) -
 def _edited(base: BaseModel, name: str, origin: str, edit: TensorEdit) -> Iterator[Chunk]:
     """A parameter that is made from the values of one in the files."""
     span = base.spans[origin]
-    if span.dtype not in FLOATS:
+    if span.dtype not in SAFETENSORS_FLOATS:
         raise BaseModelError(
             f"{base.source}: {origin} is stored as {base.tensor(origin).dtype}, to which nothing can be added; "
             "give the model in bfloat16, float16 or float32"
