@@ -293,7 +293,7 @@ def test_a_base_of_an_older_naming_is_found_under_both_names(tmp_path):
     base = open_base_model(save_model(tmp_path / "base", model))
     today = "model.language_model.layers.1.self_attn.q_proj"
     old = "language_model.model.layers.1.self_attn.q_proj"
-    assert f"{old}.weight" in base.spans
+    assert f"{old}.weight" in base.tensors
     assert base.parameter(today) == base.parameter(old) == f"{old}.weight"
     in_memory = model.get_submodule(today).weight
     assert torch.equal(base.weight(today), in_memory)
@@ -363,7 +363,7 @@ def test_progress_is_told_what_changes_in_each_shard(tmp_path):
         return iter(items)
 
     fold_deltas({Q_PROJ: rank_one(64, 64)}, base, tmp_path / "out", progress=progress)
-    shard = base.spans[f"{Q_PROJ}.weight"].file
+    shard = base.tensors[f"{Q_PROJ}.weight"].file
     assert told == {file: [f"{Q_PROJ}.weight"] * (file == shard) for file in base.files}
 
 
@@ -445,7 +445,7 @@ def test_two_names_of_one_weight_are_refused(tmp_path):
 @pytest.mark.parametrize("module", ["lm_head", "model.embed_tokens"])
 def test_both_ends_of_tied_weights_are_refused(tmp_path, module):
     base = open_base_model(llama(tmp_path / "base", tie_word_embeddings=True))
-    assert "lm_head.weight" not in base.spans
+    assert "lm_head.weight" not in base.tensors
     with pytest.raises(BaseModelError, match=f"{module} is tied to the embeddings"):
         fold_deltas({module: rank_one(96, 64)}, base, tmp_path / "out")
 

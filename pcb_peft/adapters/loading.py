@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pcb_peft.adapters.adapter import Adapter, read_adapter
+from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.adapters.reading import read_adapter
 from pcb_peft.adapters.source import Source, files_of_model, open_files
 from pcb_peft.base.model import BaseModel, lazy_base
-from pcb_peft.formats.registry import Base
+from pcb_peft.formats.base_weights import Base
 from pcb_peft.runtime.threads import in_order
 
 

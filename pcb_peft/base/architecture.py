@@ -1,4 +1,4 @@
-"""What transformers knows about an architecture: its parameters, layers and ties, without their values."""
+"""An architecture as transformers builds it: its parameters, layers and ties, without their values."""
 
 import contextlib
 import dataclasses
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from pcb_peft.deltas.layout import held_by
+from pcb_peft.deltas.layout import ParameterForm, own_parameters_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Skeleton:
-    """What transformers knows about an architecture; empty where it does not know it.
+    """An architecture as transformers builds it; empty where transformers does not know it.
 
     Attributes:
-        parameters: The names of all parameters in memory.
-        layers: Module → layer, on the meta device.
-        tied: Parameter → the others that are the same tensor.
-        prefix: The module that is the bare model, ``bert`` in a ``BertForMaskedLM``.
-        inputs: The name of the input embeddings, if the model has some.
-        embeddings: The parameters of the input embeddings and of the output layer.
-        conversions: How names and tensors of a file become those in memory (transformers 5).
+        parameters: Names of all parameters in memory.
+        layers: Module to layer, on the meta device.
+        tied: Parameter to the other names of the same tensor.
+        prefix: Module that is the bare model, ``bert`` in a ``BertForMaskedLM``.
+        conversions: Transformers' own rules from names and tensors of files to those in memory (transformers 5).
+        input_embeddings: Name of the input embeddings; None if the model has none.
+        embeddings: Parameters of the input embeddings and of the output layer.
     """
 
     parameters: frozenset[str]
@@ -36,76 +36,79 @@ class Skeleton:
     tied: Mapping[str, tuple[str, ...]]
     prefix: str
     conversions: tuple[Any, ...]
-    inputs: str | None = None
+    input_embeddings: str | None = None
     embeddings: frozenset[str] = frozenset()
 
-    def known(self, name: str) -> str | None:
-        """`name` as this model has it: as it is, without its prefix, or with it."""
+    def in_model(self, name: str) -> str | None:
+        """Return a name as this model has it: as it is, without the prefix, or with it; None if it has none of them."""
         candidates = (name, name.removeprefix(f"{self.prefix}."), f"{self.prefix}.{name}")
         return next((name for name in candidates if name in self.parameters), None)
 
-    def renamed(self, name: str) -> str:
-        """The name in memory of a parameter of a file; `name` itself if there is none."""
-        return self.known(self._convert(name)[0]) or self.known(name) or name
+    def in_memory(self, name: str) -> str:
+        """Return the name in memory of a parameter of a file; the same name if there is none."""
+        return self.in_model(self._convert(name)[0]) or self.in_model(name) or name
 
-    def converts(self, name: str) -> bool:
-        """Whether the values of a parameter of a file are computed with when it is loaded."""
-        renamed, computation, _ = self._convert(name)
-        return computation is not None and self.known(renamed) is not None
+    def is_converted(self, name: str) -> bool:
+        """Return whether the values of a parameter of a file are fused, split or permuted when it is loaded."""
+        in_memory, computation, _ = self._convert(name)
+        return computation is not None and self.in_model(in_memory) is not None
 
     def layer(self, module: str) -> nn.Module | None:
-        """The layer of a module, or None where the model has none of that name."""
-        known = self.known(f"{module}.weight")
-        return None if known is None else self.layers.get(known.removesuffix(".weight"))
+        """Return the layer of a module, or None where the model has none of that name."""
+        weight = self.in_model(f"{module}.weight")
+        return None if weight is None else self.layers.get(weight.removesuffix(".weight"))
 
-    def held(self, module: str) -> dict[str, tuple[tuple[int, ...], bool]]:
-        """The parameters that a module holds itself, in their order: shape, and whether its matrices are (in, out)."""
+    def own_parameters(self, module: str) -> dict[str, ParameterForm]:
+        """Return the parameters that a module holds itself, in their order."""
         names = (module, module.removeprefix(f"{self.prefix}."), f"{self.prefix}.{module}")
-        return held_by(next((self.layers[name] for name in names if name in self.layers), None))
+        return own_parameters_of(
+            next((self.layers[name] for name in names if name in self.layers), None)
+        )
 
-    def sources(self, files: Iterable[str]) -> dict[str, list[list[str]]]:
-        """The stacks in memory that are put together from parameters of the files, which are not stacks.
+    def stack_sources(self, files: Iterable[str]) -> dict[str, list[list[str]]]:
+        """Return the stacks in memory that are made of parameters of the files that are not stacks.
+
+        Args:
+            files: Names of the parameters in the files.
 
         Returns:
-            Parameter in memory to, for each matrix of its stack, the parameters that are its rows, from top to bottom.
+            Stack in memory to the parameters that are the rows, from top to bottom, of each of its matrices.
         """
-        found: dict[str, dict[int, list[str]]] = {}
+        parts_of: dict[str, dict[int, list[str]]] = {}
         for file in files:
             name, conversion, position = self._convert(file)
-            known = self.known(name)
-            if known and conversion is not None and _stacks(conversion):
-                found.setdefault(known, {}).setdefault(position, []).append(file)
-        return {
-            name: [
-                list(rows)
-                for rows in zip(
-                    *(sorted(parts[i], key=_natural) for i in sorted(parts)), strict=True
-                )
-            ]
-            for name, parts in found.items()
-        }
+            stack = self.in_model(name)
+            if stack and conversion is not None and _stacks(conversion):
+                parts_of.setdefault(stack, {}).setdefault(position, []).append(file)
+        return {stack: _by_matrix(parts) for stack, parts in parts_of.items()}
 
     def _convert(self, name: str) -> tuple[str, Any, int]:
-        """As transformers does it: all renamings in turn, then the first computation that fits.
+        """Convert a name as transformers does: by all renamings in turn, then by the first computation that fits.
 
         Returns:
-            The name in memory, that computation if there is one, and which of its patterns fits.
+            The name in memory, that computation if there is one, and the number of its pattern that fits.
         """
-        found, position = None, 0
+        computation, position = None, 0
         for conversion in self.conversions:
             computes = hasattr(conversion, "operations")
-            if not (computes and found):
+            if not (computes and computation):
                 name, pattern = conversion.rename_source_key(name)
                 if computes and pattern is not None:
-                    found, position = conversion, conversion.source_patterns.index(pattern)
-        return name, found, position
+                    computation, position = conversion, conversion.source_patterns.index(pattern)
+        return name, computation, position
 
 
 def _stacks(conversion: Any) -> bool:
-    """Whether a computation stacks matrices, after it has put some on top of each other if there are several."""
+    """Return whether a computation stacks matrices, each of them made of several on top of each other or of one."""
     steps = [(type(step).__name__, getattr(step, "dim", None)) for step in conversion.operations]
     merge, join = ("MergeModulelist", 0), ("Concatenate", 1)
     return steps == ([merge, join] if len(conversion.source_patterns) > 1 else [merge])
+
+
+def _by_matrix(parts: Mapping[int, list[str]]) -> list[list[str]]:
+    """Return the parameters of each matrix, from those of all matrices by the part that they are (gate, up)."""
+    in_order = [sorted(parts[position], key=_natural) for position in sorted(parts)]
+    return [list(rows) for rows in zip(*in_order, strict=True)]
 
 
 def _natural(name: str) -> list[int]:
@@ -113,14 +116,14 @@ def _natural(name: str) -> list[int]:
 
 
 def build_skeleton(directory: Path) -> Skeleton:
-    """The skeleton of the checkpoint in a directory."""
-    with _uncollected():
+    """Return the skeleton of the checkpoint in a directory."""
+    with _without_garbage_collection():
         model = _build_on_meta(directory)
     if model is None:
         return Skeleton(frozenset(), layers={}, tied={}, prefix="", conversions=())
     inputs, embeddings = _ends(model)
     return Skeleton(
-        inputs=inputs,
+        input_embeddings=inputs,
         embeddings=embeddings,
         parameters=frozenset(model.state_dict()),
         layers=dict(model.named_modules(remove_duplicate=False)),
@@ -131,19 +134,19 @@ def build_skeleton(directory: Path) -> Skeleton:
 
 
 @contextlib.contextmanager
-def _uncollected() -> Generator[None]:
-    """Without the garbage collector: while transformers is imported it would look through all of it over and over."""
-    collects = gc.isenabled()
+def _without_garbage_collection() -> Generator[None]:
+    """Pause the garbage collector, which would look through all of transformers repeatedly while it is imported."""
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if collects:
+        if was_enabled:
             gc.enable()
 
 
 def _build_on_meta(directory: Path) -> "PreTrainedModel | None":
-    """The model, without memory, or None where transformers has no code of its own for it."""
+    """Build the model without memory; None where transformers has no code of its own for it."""
     import transformers
 
     try:
@@ -158,7 +161,7 @@ def _build_on_meta(directory: Path) -> "PreTrainedModel | None":
 
 
 def _ends(model: "PreTrainedModel") -> tuple[str | None, frozenset[str]]:
-    """The name of the input embeddings; and all parameters of these and of the output layer."""
+    """Return the name of the input embeddings, and all parameters of these and of the output layer."""
     try:
         inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
     except NotImplementedError:  # a model without words

@@ -1,4 +1,4 @@
-"""The files of a base model: which there are, and where in them each tensor lies."""
+"""The files of a base model, and the place of each tensor in them."""
 
 import dataclasses
 import json
@@ -25,7 +25,15 @@ _QUANTISED = re.compile(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where a tensor lies: bytes `begin` to `end` of the checkpoint's file `file`; `dtype` is safetensors' word."""
+    """The place of a tensor in a checkpoint.
+
+    Attributes:
+        file: Name of the file.
+        begin: First byte of the values in the file.
+        end: Byte after the last.
+        shape: Shape of the tensor.
+        dtype: Dtype by safetensors' name, such as ``BF16``.
+    """
 
     file: str
     begin: int
@@ -35,7 +43,7 @@ class TensorInfo:
 
 
 def download(source: str, revision: str | None) -> Path:
-    """The directory of a model on the hub, in its cache.
+    """Return the directory of a model on the Hub, in its cache.
 
     Raises:
         BaseModelError: It cannot be reached.
@@ -57,10 +65,10 @@ def download(source: str, revision: str | None) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What a file of a checkpoint says.
+    """Return the content of a JSON file of a checkpoint.
 
     Raises:
-        BaseModelError: There is none, or it is damaged.
+        BaseModelError: There is no such file, or it is damaged.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -72,7 +80,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_index(directory: Path) -> dict[str, str]:
-    """Tensor → file, as the index says; empty where all is in a single file, which goes before an index.
+    """Return tensor to file, as the index says; empty for a single file, which is used even beside an index.
 
     Raises:
         BaseModelError: There are no weights that can be read, or the index is damaged.
@@ -85,8 +93,9 @@ def read_index(directory: Path) -> dict[str, str]:
             f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}, and other formats (.bin, .gguf) "
             "are not read; load the model with transformers and save it again with save_pretrained"
         )
-    given = read_json(path).get("weight_map") or None
-    index: dict[str, str] = _object(given, f"weight_map of {path}")
+    index: dict[str, str] = _object(
+        read_json(path).get("weight_map") or None, f"weight_map of {path}"
+    )
     for file in index.values():
         if Path(str(file)).name != file or not (directory / file).is_file():
             raise BaseModelError(
@@ -96,34 +105,33 @@ def read_index(directory: Path) -> dict[str, str]:
 
 
 def _object(content: Any, what: str) -> dict[str, Any]:
-    """What was read of a file, if it is an object."""
+    """Return JSON content that must be an object; `what` names it in messages."""
     if not isinstance(content, dict):
         raise BaseModelError(
-            f"{what}: found {str(content)[:40]}, where names with a value each must be; fetch the model again"
+            f"{what}: found {str(content)[:40]}, where an object with names must be; fetch the model again"
         )
     return content  # pyright: ignore[reportUnknownVariableType]
 
 
-def read_spans(directory: Path, files: Iterable[str]) -> dict[str, TensorInfo]:
-    """Where the tensors of some files lie.
+def read_tensor_infos(directory: Path, files: Iterable[str]) -> dict[str, TensorInfo]:
+    """Return the places of the tensors of some files.
 
     Raises:
         BaseModelError: A file is damaged, or a tensor is in two.
     """
-    spans: dict[str, TensorInfo] = {}
+    tensors: dict[str, TensorInfo] = {}
     for file in files:
-        own = _spans_in(directory, file)
-        if twice := min(own.keys() & spans.keys(), default=None):
+        in_file = _tensors_in(directory, file)
+        if twice := min(in_file.keys() & tensors.keys(), default=None):
             raise BaseModelError(
-                f"{directory}: {twice} is in {spans[twice].file} and {file}, and programs differ in which they load; "
+                f"{directory}: {twice} is in {tensors[twice].file} and {file}, and programs differ in which they load; "
                 "fetch the model again, or load it with transformers and save it again with save_pretrained"
             )
-        spans |= own
-    return spans
+        tensors |= in_file
+    return tensors
 
 
-def _spans_in(directory: Path, file: str) -> dict[str, TensorInfo]:
-    """Where the tensors of a file lie."""
+def _tensors_in(directory: Path, file: str) -> dict[str, TensorInfo]:
     path = directory / file
     try:
         with safe_open(path, framework="pt"):  # checks header and length
@@ -134,19 +142,19 @@ def _spans_in(directory: Path, file: str) -> dict[str, TensorInfo]:
         start = 8 + int.from_bytes(stream.read(8), "little")
         header: dict[str, Any] = json.loads(stream.read(start - 8))
     header.pop("__metadata__", None)
-    return {name: _span(file, start, entry) for name, entry in header.items()}
+    return {name: _info(file, start, entry) for name, entry in header.items()}
 
 
-def _span(file: str, start: int, entry: Mapping[str, Any]) -> TensorInfo:
+def _info(file: str, start: int, entry: Mapping[str, Any]) -> TensorInfo:
     begin, end = entry["data_offsets"]
     return TensorInfo(file, start + begin, start + end, tuple(entry["shape"]), entry["dtype"])
 
 
 def refuse_quantised(
-    config: Mapping[str, Any], spans: Mapping[str, TensorInfo], source: str
+    config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], source: str
 ) -> None:
-    """Raises BaseModelError for weights to which nothing can be added."""
-    tensor = next(filter(_QUANTISED.search, spans), None)
+    """Raise BaseModelError for a quantised model."""
+    tensor = next(filter(_QUANTISED.search, tensors), None)
     if not (tensor or config.get("quantization_config")):
         return
     reason = f"it holds {tensor}" if tensor else "its config.json has a quantization_config"

@@ -1,103 +1,25 @@
-"""What an adapter does to one weight W, in the form in which it is known exactly.
+"""Kinds of change that an adapter makes to one weight W, each in the form in which it is known exactly.
 
 Shapes are those of the operator: ``out`` is the number of output features, ``in`` of input features (of a convolution
 times its kernel; of an embedding, the tokens). How a layer stores W is its `Layout`, and only the last step, from ΔW to
 W's own orientation, looks at it.
 """
 
-import abc
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from pcb_peft.deltas.abstract import VALUES_AT_A_TIME, Delta, slices_of
 from pcb_peft.deltas.layout import LINEAR, Layout
-from pcb_peft.deltas.linalg import Basis, row_slices
+from pcb_peft.deltas.linalg import Basis, pad_rows, row_slices
 from pcb_peft.errors import BaseModelError
 from pcb_peft.runtime.threads import one_thread
 
-VANISHED = 2**-20  # a factor of a row of W that is smaller is 0
-ROUNDING = 1e-6  # what is a smaller part of a row is 0
-# What so many values of a weight take on the way, in float32, stays in a core's cache.
-_AT_A_TIME = 1 << 17
-
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class Delta(abc.ABC):
-    """The change of one weight.
-
-    Attributes:
-        layout: How the layer stores W.
-    """
-
-    layout: Layout = LINEAR
-
-    @property
-    @abc.abstractmethod
-    def shape(self) -> tuple[int, int]:
-        """(out, in) of ΔW."""
-
-    @abc.abstractmethod
-    def matrix(self) -> Tensor:
-        """ΔW, float32, shape (out, in), whichever way W is stored."""
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """(out, k) and (k, in), float64, whose product is ΔW."""
-        matrix = self.matrix().double()
-        identity = torch.eye(min(matrix.shape), dtype=matrix.dtype)
-        return (identity, matrix) if matrix.shape[0] <= matrix.shape[1] else (matrix, identity)
-
-    @abc.abstractmethod
-    def norm(self) -> float:
-        """‖ΔW‖_F."""
-
-    @abc.abstractmethod
-    def scaled(self, weight: float) -> "Delta":
-        """The same change, `weight` times as large."""
-
-    @abc.abstractmethod
-    def zero(self) -> "Delta":
-        """No change, of the same kind and shape: what an adapter does to a module that it does not touch."""
-
-    def delta(self, weight: Tensor | None = None) -> Tensor:
-        """ΔW in W's own orientation, float32.
-
-        Args:
-            weight: W, asked for only where ΔW depends on it.
-
-        Raises:
-            BaseModelError: ΔW depends on W and `weight` is None.
-        """
-        del weight
-        return self.layout.stored(self.matrix())
-
-    def apply(self, weight: Tensor) -> Tensor:
-        """W + ΔW in W's dtype: computed in float32, or in float64 if W is, and rounded once."""
-        return self.apply_(weight.clone())
-
-    def apply_(self, weight: Tensor) -> Tensor:
-        """`apply` in W's own memory."""
-        parts = row_slices(weight.shape, _AT_A_TIME)
-        for rows, change in zip(parts, self._changes(weight, parts), strict=True):
-            weight[rows].add_(change)  # torch adds in the wider dtype of the two
-        return weight
-
-    def _changes(self, weight: Tensor, parts: Sequence[slice]) -> Iterator[Tensor]:
-        """ΔW in W's own orientation, part by part of its rows, each valid until the next; W is not yet changed."""
-        change = self.delta(weight)
-        yield from (change[rows] for rows in parts)
-
-    def split(self, parts: Sequence[slice]) -> "Sequence[Delta] | None":
-        """What is done to each of these rows of W, as it is stored; None where W must be changed as a whole."""
-        del parts
-        return None
-
-    def apply_to_bias(self, bias: Tensor) -> Tensor:
-        """The layer's bias after the change, in its own dtype."""
-        return bias
+ZERO_FACTOR = 2**-20  # a row of W that is multiplied by less counts as multiplied by 0
+ZERO_ROW = 1e-6  # an addition smaller than this part of a row of W counts as 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -110,6 +32,8 @@ class LowRank(Delta):
         scaling: alpha/r or alpha/√r, kept apart so that a single adapter folds bit for bit as PEFT folds it.
     """
 
+    kind_name = "LoRA"
+
     lora_A: Tensor
     lora_B: Tensor
     scaling: float = 1.0
@@ -120,41 +44,49 @@ class LowRank(Delta):
 
     @property
     def rank(self) -> int:
+        """The rank r."""
         return self.lora_A.shape[0]
 
     def matrix(self) -> Tensor:
         return (self.lora_B.float() @ self.lora_A.float()).mul_(self.scaling)
 
-    def _changes(self, weight: Tensor, parts: Sequence[slice]) -> Iterator[Tensor]:
+    def padded(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Return lora_A and lora_B, float32, of the same ΔW at scaling 1, padded with zeros to a rank."""
+        lora_B = self.lora_B if self.scaling == 1 else self.lora_B.double() * self.scaling
+        return pad_rows(self.lora_A.float(), rank), pad_rows(lora_B.float().T, rank).T
+
+    def _row_changes(self, weight: Tensor, slices: Sequence[slice]) -> Iterator[Tensor]:
         if self.layout != LINEAR:
-            yield from Delta._changes(self, weight, parts)
-            return
+            return slices_of(self.delta(weight), slices)
+        return self._products(slices)
+
+    def _products(self, slices: Sequence[slice]) -> Iterator[Tensor]:
+        """Yield the rows of ΔW, all in the same memory."""
         lora_A, lora_B, scaling = self.lora_A.float(), self.lora_B.float(), self.scaling
-        if abs(math.frexp(scaling)[0]) == 0.5:  # a power of two rounds nothing: it may go first
+        if _is_power_of_two(scaling):  # rounds nothing, so it may be multiplied first
             lora_B, scaling = lora_B * scaling, 1.0
-        room = torch.empty(
-            max((rows.stop - rows.start for rows in parts), default=0), self.shape[1]
-        )
-        for rows in parts:
-            change = torch.mm(lora_B[rows], lora_A, out=room[: rows.stop - rows.start])
+        height = max((rows.stop - rows.start for rows in slices), default=0)
+        scratch = torch.empty(height, self.shape[1])
+        for rows in slices:
+            change = torch.mm(lora_B[rows], lora_A, out=scratch[: rows.stop - rows.start])
             yield change if scaling == 1.0 else change.mul_(scaling)
 
-    def split(self, parts: Sequence[slice]) -> "Sequence[LowRank] | None":
+    def split(self, slices: Sequence[slice]) -> "Sequence[LowRank] | None":
         if self.layout != LINEAR:
             return None
-        with one_thread():  # others that were woken for so little would go on spinning
+        with one_thread():  # waking other threads for so little work would cost more than it saves
             lora_A, lora_B = self.lora_A.float(), self.lora_B.float()
-        return [LowRank(lora_A, lora_B[rows], self.scaling) for rows in parts]
+        return [LowRank(lora_A, lora_B[rows], self.scaling) for rows in slices]
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """The scaling is shared out evenly."""
+        """Return lora_B and lora_A, each times the square root of the scaling."""
         root = math.sqrt(abs(self.scaling))
         signed = math.copysign(root, self.scaling)
-        left, right = (x.to(torch.float64, copy=True) for x in (self.lora_B, self.lora_A))
-        return left.mul_(signed), right.mul_(root)
+        lora_B = self.lora_B.to(torch.float64, copy=True).mul_(signed)
+        return lora_B, self.lora_A.to(torch.float64, copy=True).mul_(root)
 
     def norm(self) -> float:
-        """From the Gram matrices of the factors: ‖BA‖² = tr(BᵀB AAᵀ)."""
+        """Return ‖BA‖ from the Gram matrices of the factors: ‖BA‖² = tr(BᵀB AAᵀ)."""
         lora_B, lora_A = self.factors()
         return math.sqrt(max(0.0, float(((lora_B.T @ lora_B) * (lora_A @ lora_A.T)).sum())))
 
@@ -175,6 +107,8 @@ class Core(Delta):
         core: (p, q).
         right: (in, q).
     """
+
+    kind_name = "low-rank change"
 
     left: Basis
     core: Tensor
@@ -209,6 +143,8 @@ class Dense(Delta):
         values: (out, in).
     """
 
+    kind_name = "dense change"
+
     values: Tensor
 
     @property
@@ -218,8 +154,11 @@ class Dense(Delta):
     def matrix(self) -> Tensor:
         return self.values.float()
 
-    def split(self, parts: Sequence[slice]) -> "Sequence[Dense] | None":
-        return [Dense(self.values[rows]) for rows in parts] if self.layout == LINEAR else None
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return _trivial_factors(self.matrix())
+
+    def split(self, slices: Sequence[slice]) -> "Sequence[Dense] | None":
+        return [Dense(self.values[rows]) for rows in slices] if self.layout == LINEAR else None
 
     def norm(self) -> float:
         return float(torch.linalg.vector_norm(self.values))
@@ -239,9 +178,12 @@ class Rescaled(Delta):
 
     Attributes:
         gain: (out,). 0 changes nothing.
-        added: Low-rank.
-        weight: Reads W (out, in), float32; it does not go along to other processes.
+        added: The low-rank part.
+        weight: Reads W (out, in), float32.
     """
+
+    kind_name = "DoRA"
+    rescales = True
 
     gain: Tensor
     added: Delta
@@ -251,15 +193,23 @@ class Rescaled(Delta):
     def shape(self) -> tuple[int, int]:
         return self.added.shape
 
+    @property
+    def low_rank_part(self) -> Delta:
+        return self.added
+
+    def with_low_rank_part(self, added: Delta) -> "Rescaled":
+        return dataclasses.replace(self, added=added)
+
     def matrix(self) -> Tensor:
         return torch.addcmul(self.added.matrix(), self.gain.float()[:, None], self.weight())
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return Delta.factors(self) if self.gain.any() else self.added.factors()
+        return _trivial_factors(self.matrix()) if self.gain.any() else self.added.factors()
 
     def norm(self) -> float:
-        whole = self.gain.any()
-        return float(torch.linalg.vector_norm(self.matrix())) if whole else self.added.norm()
+        if not self.gain.any():
+            return self.added.norm()
+        return float(torch.linalg.vector_norm(self.matrix()))
 
     def scaled(self, weight: float) -> "Rescaled":
         return dataclasses.replace(self, gain=self.gain * weight, added=self.added.scaled(weight))
@@ -269,38 +219,32 @@ class Rescaled(Delta):
         return dataclasses.replace(self, gain=gain, added=self.added.zero())
 
     def inverse_scale(self) -> Tensor:
-        """1 / (1 + gain) (out,); 0 for the rows of W that are multiplied by 0."""
+        """Return 1 / (1 + gain) (out,); 0 for the rows of W that are multiplied by 0."""
         factor = 1 + self.gain
-        return torch.where(factor.abs() < VANISHED, 0, 1 / factor)
+        return torch.where(factor.abs() < ZERO_FACTOR, 0, 1 / factor)
 
     def without_zero_rows(self) -> "Rescaled":
-        """The same change as W' = diag(1 + gain) (W + …) can hold it: a row of W that is multiplied by 0 stays 0.
+        """Return the same change as W' = diag(1 + gain) (W + …) can hold it: a row of W times 0 stays 0.
 
-        Where something is added to such a row, it is also what takes the row out of W, and its rank rises by one.
+        Where something is added to such a row, the low-rank part also takes the row out of W, and its rank rises by
+        one.
         """
         vanished = (self.inverse_scale() == 0).nonzero().flatten()
         if not len(vanished):
             return self
-        left, right = self.added.factors()
+        lora_B, lora_A = self.added.factors()
         rows = self.weight()[vanished].double()
-        sizes = [torch.linalg.vector_norm(x, dim=1) for x in (left[vanished] @ right, rows)]
-        refilled = sizes[0] > ROUNDING * sizes[1]
+        added_norms = torch.linalg.vector_norm(lora_B[vanished] @ lora_A, dim=1)
+        refilled = added_norms > ZERO_ROW * torch.linalg.vector_norm(rows, dim=1)
         if not refilled.any():
             return self
         vanished = vanished[refilled]
-        taken = self.gain[vanished, None] * rows[refilled]
-        places = torch.eye(len(left), dtype=left.dtype)[:, vanished]
-        lora_A, lora_B = torch.cat([right, taken]), torch.cat([left, places], dim=1)
+        taken_out = self.gain[vanished, None] * rows[refilled]
+        unit_columns = torch.eye(len(lora_B), dtype=lora_B.dtype)[:, vanished]
+        lora_A, lora_B = torch.cat([lora_A, taken_out]), torch.cat([lora_B, unit_columns], dim=1)
         added = LowRank(lora_A.float(), lora_B.float(), layout=self.layout)
         gain = self.gain.index_fill(0, vanished, 0)
         return dataclasses.replace(self, gain=gain, added=added)
-
-    def __reduce__(self) -> tuple[Callable[..., "Rescaled"], tuple[object, ...]]:
-        return functools.partial(Rescaled, layout=self.layout), (self.gain, self.added, _elsewhere)
-
-
-def _elsewhere() -> Tensor:
-    raise BaseModelError("W is not known in this process: give base_model (--base-model)")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -309,8 +253,11 @@ class Diagonal(Delta):
 
     Attributes:
         l: (out,), or (in,) where `feedforward` is true. 1 changes nothing.
-        feedforward: The layer's input is scaled, not its output.
+        feedforward: True where the layer's input is scaled, not its output.
     """
+
+    kind_name = "(IA)³"
+    multiplies = True
 
     l: Tensor  # noqa: E741  (the paper's letter)
     feedforward: bool = False
@@ -324,6 +271,9 @@ class Diagonal(Delta):
             "an (IA)³ adapter multiplies W, so its ΔW is W∘(l − 1): give base_model"
         )
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return _trivial_factors(self.matrix())
+
     def delta(self, weight: Tensor | None = None) -> Tensor:
         if weight is None:
             return self.matrix()
@@ -331,7 +281,7 @@ class Diagonal(Delta):
 
     def apply_(self, weight: Tensor) -> Tensor:
         along = self._along(weight).expand(weight.shape)
-        for rows in row_slices(weight.shape, _AT_A_TIME):
+        for rows in row_slices(weight.shape, VALUES_AT_A_TIME):
             weight[rows].mul_(along[rows])
         return weight
 
@@ -339,7 +289,7 @@ class Diagonal(Delta):
         return bias if self.feedforward else (bias.float() * self.l.float()).to(bias.dtype)
 
     def norm(self) -> float:
-        """‖l − 1‖: ΔW is not known."""
+        """Return ‖l − 1‖: ΔW is not known."""
         return float((self.l.double() - 1).norm())
 
     def scaled(self, weight: float) -> "Diagonal":
@@ -348,14 +298,33 @@ class Diagonal(Delta):
     def zero(self) -> "Diagonal":
         return dataclasses.replace(self, l=torch.ones_like(self.l))
 
+    def fits(self, layout: Layout, weight: tuple[int, ...]) -> bool:
+        if len(weight) < 2:
+            return False
+        inputs_first = layout.transposed
+        outputs, inputs = weight[1 if inputs_first else 0], weight[0 if inputs_first else 1]
+        return self.l.numel() == (inputs if self.feedforward else outputs)
+
     def _along(self, weight: Tensor) -> Tensor:
-        """`l`, shaped to scale the outputs or the inputs of W as it is stored."""
-        columns = self.feedforward != self.layout.transposed
+        """Return `l`, shaped to scale the outputs or the inputs of W as it is stored."""
+        scales_columns = self.feedforward != self.layout.transposed
         kernel = [1] * (weight.ndim - 2)
-        return (
-            self.l.float().to(weight.device).view([1, -1, *kernel] if columns else [-1, 1, *kernel])
-        )
+        shape = [1, -1, *kernel] if scales_columns else [-1, 1, *kernel]
+        return self.l.float().to(weight.device).view(shape)
 
 
 MATRICES = (LowRank, Core, Dense, Rescaled)
 """The kinds whose ΔW is a matrix, known or read beside W: all but the vector of an (IA)³."""
+
+
+def _trivial_factors(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a matrix and the identity, in the order that makes the identity the smaller one, float64."""
+    matrix = matrix.double()
+    identity = torch.eye(min(matrix.shape), dtype=matrix.dtype)
+    return (identity, matrix) if matrix.shape[0] <= matrix.shape[1] else (matrix, identity)
+
+
+def _is_power_of_two(number: float) -> bool:
+    """Return whether a number is ±2ⁿ, n any integer."""
+    mantissa, _ = math.frexp(number)
+    return abs(mantissa) == 0.5

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -11,10 +12,11 @@ class Layout:
     """One way to store a matrix (out, in).
 
     Attributes:
-        transposed: As (in, out): ``Conv1D`` of GPT-2, and embeddings, whose inputs are tokens.
-        shape: As this, in the same order of values: (out, in, *kernel) of a convolution, (out,) of a bias; or None.
-        lookup: The layer looks rows up instead of multiplying: an embedding.
-        expert: Which matrix it is of a parameter that holds a stack of them.
+        transposed: True if it is stored as (in, out): ``Conv1D`` of GPT-2, and embeddings, whose inputs are tokens.
+        shape: Shape with the same values in the same order: (out, in, *kernel) of a convolution, (out,) of a bias;
+            None for a matrix.
+        lookup: True if the layer looks rows up instead of multiplying: an embedding.
+        expert: Number of the matrix in a parameter that holds a stack of them.
     """
 
     transposed: bool = False
@@ -23,21 +25,21 @@ class Layout:
     expert: int | None = None
 
     def stored(self, matrix: Tensor) -> Tensor:
-        """A matrix (out, in) as the parameter stores it."""
+        """Return a matrix (out, in) as the parameter stores it."""
         if self.shape is not None:
             return matrix.reshape(self.shape)
         return matrix.T if self.transposed else matrix
 
     def matrix(self, stored: Tensor) -> Tensor:
-        """The matrix (out, in) of what a parameter stores."""
+        """Return the matrix (out, in) of a parameter's values."""
         if self.shape is not None:
             return stored.reshape(stored.shape[0], -1)
         return stored.T if self.transposed else stored
 
     def matrix_shape(self, stored: tuple[int, ...]) -> tuple[int, int]:
-        """(out, in) of a parameter of this shape."""
-        out, rest = stored[0], math.prod(stored[1:])
-        return (rest, out) if self.transposed else (out, rest)
+        """Return (out, in) of a parameter of this shape."""
+        first, rest = stored[0], math.prod(stored[1:])
+        return (rest, first) if self.transposed else (first, rest)
 
 
 LINEAR = Layout()
@@ -46,7 +48,7 @@ EMBEDDING = Layout(transposed=True, lookup=True)
 
 
 def layout_of(layer: nn.Module | None) -> Layout:
-    """How a layer stores a W of two dimensions."""
+    """Return how a layer stores a W of two dimensions."""
     from transformers.pytorch_utils import Conv1D
 
     if isinstance(layer, nn.Embedding):
@@ -54,10 +56,24 @@ def layout_of(layer: nn.Module | None) -> Layout:
     return CONV1D if isinstance(layer, Conv1D) else LINEAR
 
 
-def held_by(layer: nn.Module | None) -> dict[str, tuple[tuple[int, ...], bool]]:
-    """The parameters that a layer holds itself, in their order: shape, and whether its matrices are (in, out)."""
+class ParameterForm(NamedTuple):
+    """The form of a parameter that a module holds itself.
+
+    Attributes:
+        shape: Shape of the parameter.
+        transposed: True if its matrices are stored as (in, out).
+    """
+
+    shape: tuple[int, ...]
+    transposed: bool
+
+
+def own_parameters_of(layer: nn.Module | None) -> dict[str, ParameterForm]:
+    """Return the parameters that a layer holds itself, in their order."""
     if layer is None:
         return {}
     transposed = bool(getattr(layer, "is_transposed", False))
-    parameters = layer.named_parameters(recurse=False)
-    return {name: (tuple(values.shape), transposed) for name, values in parameters}
+    return {
+        name: ParameterForm(tuple(values.shape), transposed)
+        for name, values in layer.named_parameters(recurse=False)
+    }

@@ -1,4 +1,4 @@
-"""The few decompositions that spaces and truncation share, and products by parts."""
+"""Decompositions that spaces and truncation share, and products by parts."""
 
 import dataclasses
 import itertools
@@ -14,38 +14,50 @@ Svd: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 OVERSAMPLING = 16
 POWER_ITERATIONS = 3
-CONDITION = 1e8  # squared: beyond, what rounding leaves of a Gram matrix is not enough
-ROUNDING = 1e-6  # a smaller part of the largest singular value is what float32 files leave of a 0
+MAX_CONDITION_SQUARED = 1e8  # of a matrix for Cholesky QR; above it Householder QR is used
+RANK_TOLERANCE = (
+    1e-6  # a smaller part of the largest singular value is the rounding of float32 files
+)
 GROUP = 4  # rows that a BLAS computes at once
 
 
 def column_signs(columns: Tensor) -> Tensor:
-    """±1 per column of an (m, k) matrix: what makes the entry of largest magnitude positive."""
+    """Return ±1 per column of an (m, k) matrix, which makes the entry of largest magnitude positive."""
     return torch.where(-columns.amin(0) > columns.amax(0), -1, 1).to(columns.dtype)
 
 
 def row_slices(shape: Sequence[int], at_most: int) -> list[slice]:
-    """Slices of rows, of some `at_most` values each, by which a product of that shape can be computed, bit for bit.
+    """Return slices of rows, of about `at_most` values each, in which a product of that shape is the same bit for bit.
 
-    A BLAS rounds rows that do not fill a group in another way. So each slice starts where a group does, and none is
-    less than a group, unless all are.
+    A BLAS rounds rows that do not fill a group in another way. So each slice starts where a group does, and no slice
+    has fewer rows than a group, unless the matrix has.
     """
-    rows, height = shape[0], at_most // max(1, math.prod(shape[1:]))
+    rows = shape[0]
+    if rows == 0:
+        return []
+    height = at_most // max(1, math.prod(shape[1:]))
     height = max(GROUP, height // GROUP * GROUP)
-    starts = range(0, max(min(rows, 1), rows - GROUP + 1), height)
+    last_start = max(0, rows - GROUP)  # a slice that starts later has fewer rows than a group
+    starts = range(0, last_start + 1, height)
     return [slice(*ends) for ends in itertools.pairwise([*starts, rows])]
 
 
+def pad_rows(matrix: Tensor, rows: int) -> Tensor:
+    """Return a matrix with rows of zeros below it, so that it has so many rows."""
+    missing = rows - matrix.shape[0]
+    return torch.nn.functional.pad(matrix, (0, 0, 0, missing)) if missing else matrix
+
+
 def all_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite."""
-    if math.isfinite(float(values.sum())):  # is cheap, and is so only if all of them are
+    """Return whether no value is NaN or infinite."""
+    if math.isfinite(float(values.sum())):  # cheap; a finite sum means finite values
         return True
     return bool(torch.stack(torch.aminmax(values)).isfinite().all())
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Basis:
-    """Orthonormal columns X K, which are not computed before they are multiplied with something smaller.
+    """Orthonormal columns X K, kept as two factors until they are multiplied with something smaller.
 
     All products are float64, whatever the dtypes of their parts.
 
@@ -63,38 +75,38 @@ class Basis:
         return self.columns.shape[0], last.shape[1]
 
     def matrix(self) -> Tensor:
-        """X K (m, p)."""
+        """Return X K (m, p)."""
         columns = self.columns.double()
         return columns if self.change is None else columns @ self.change.double()
 
     def __matmul__(self, small: Tensor) -> Tensor:
-        """X K C (m, k), for C (p, k)."""
+        """Return X K C (m, k), for C (p, k)."""
         return self.columns.double() @ self._changed(small)
 
     def across(self, small: Tensor) -> Tensor:
-        """C (X K)ᵀ (k, m), for C (k, p)."""
+        """Return C (X K)ᵀ (k, m), for C (k, p)."""
         return self._changed(small.T).T @ self.columns.double().T
 
     def coordinates(self, long: Tensor) -> Tensor:
-        """(X K)ᵀ M (p, …), for M (m, …)."""
+        """Return (X K)ᵀ M (p, …), for M (m, …)."""
         inner = self.columns.double().T @ long.double()
         return inner if self.change is None else self.change.double().T @ inner
 
     def turned(self, rotation: Tensor) -> "Basis":
-        """The basis X K Q, for orthonormal columns Q (p, q)."""
+        """Return the basis X K Q, for orthonormal columns Q (p, q)."""
         return Basis(self.columns, self._changed(rotation))
 
     def _changed(self, small: Tensor) -> Tensor:
-        """K C."""
+        """Return K C."""
         return small.double() if self.change is None else self.change.double() @ small.double()
 
 
 def spanned(columns: Tensor) -> tuple[Basis, Tensor]:
-    """An orthonormal basis of what the columns span, and R (p, n), their coordinates in it.
+    """Return an orthonormal basis of the span of some columns, and R (p, n), their coordinates in it.
 
-    By Cholesky QR, where the columns, each made 1 in length, depend on each other so little that the basis is
-    orthonormal to 1e-8: it takes the Gram matrix, and X is the columns themselves. Else by Householder QR, which takes
-    several times as long.
+    Cholesky QR is used where the columns, each scaled to length 1, are independent enough for a basis that is
+    orthonormal to 1e-8: it takes the Gram matrix, and X is the columns themselves. Householder QR, which takes several
+    times as long, is used elsewhere.
 
     Args:
         columns: (m, n), float64.
@@ -108,14 +120,14 @@ def spanned(columns: Tensor) -> tuple[Basis, Tensor]:
         factor, failed = torch.linalg.cholesky_ex(gram / lengths / lengths[:, None])
         identity = torch.eye(len(factor), dtype=factor.dtype)
         inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
-        if not failed and factor.square().sum() * inverse.square().sum() < CONDITION:
+        if not failed and factor.square().sum() * inverse.square().sum() < MAX_CONDITION_SQUARED:
             return Basis(columns, inverse.T / lengths[:, None]), factor.T * lengths
     basis, triangle = torch.linalg.qr(columns)
     return Basis(basis), triangle
 
 
 def svd(matrix: Tensor) -> Svd:
-    """The thin singular value decomposition, by way of a QR if the matrix is long."""
+    """Return the thin singular value decomposition, by way of a QR if the matrix is long."""
     rows, cols = matrix.shape
     if rows < cols:
         u, s, vh = svd(matrix.T)
@@ -128,7 +140,7 @@ def svd(matrix: Tensor) -> Svd:
 
 
 def leading_svd(matrix: Tensor, count: int) -> Svd:
-    """The `count` leading singular triplets, to the accuracy of a randomised range finder with power iterations.
+    """Return the `count` leading singular triplets, from a randomised range finder with power iterations.
 
     Source: Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1. The test matrix is drawn from a fixed seed.
     """
@@ -143,25 +155,25 @@ def leading_svd(matrix: Tensor, count: int) -> Svd:
 
 
 def significant(matrix: Tensor, scale: Tensor | None = None) -> Svd:
-    """The singular triplets of the numerical rank.
+    """Return the singular triplets of the numerical rank.
 
     Args:
         matrix: (m, n).
-        scale: What singular values are compared with; default: the largest of them.
+        scale: Singular value that the others are compared with; default: the largest.
     """
     u, s, vh = svd(matrix)
-    count = int((s > ROUNDING * (s[:1] if scale is None else scale)).sum())
+    count = int((s > RANK_TOLERANCE * (s[:1] if scale is None else scale)).sum())
     return u[:, :count], s[:count], vh[:count]
 
 
-def joined(triplets: Sequence[Svd]) -> Svd:
-    """Side by side: (U_1 … U_T), (σ_1 … σ_T), (V_1 … V_T)ᵀ."""
+def cat_svds(triplets: Sequence[Svd]) -> Svd:
+    """Return triplets side by side: (U_1 … U_T), (σ_1 … σ_T), (V_1 … V_T)ᵀ."""
     u, s, vh = zip(*triplets, strict=True)
     return torch.cat(u, dim=1), torch.cat(s), torch.cat(vh)
 
 
 def orthonormalized(columns: Tensor) -> Tensor:
-    """The nearest matrix with orthonormal columns: the orthogonal polar factor, which solves Procrustes' problem.
+    """Return the nearest matrix with orthonormal columns: the polar factor, which solves Procrustes' problem.
 
     Columns that depend on each other share their span: singular values of 0 stay 0.
     """

@@ -1,6 +1,5 @@
 """The rank of what leaves: optimal truncation of a delta, and the energy that it retains."""
 
-import dataclasses
 import functools
 import math
 import re
@@ -83,39 +82,29 @@ def truncate_low_rank_part(delta: Rescaled, rank: int | float | None) -> tuple[D
     if rank is None and isinstance(delta.added, LowRank):
         return delta, 1.0
     if isinstance(rank, float):
-        share = 1 - (1 - rank) * _share(delta)
+        share = 1 - (1 - rank) * _energy_ratio(delta)
         rank = share if share > 0 else 1
     added, energy = truncate(delta.added, rank)
-    return with_low_rank_part(delta, added), energy_of_whole(delta, energy)
-
-
-def low_rank_part(delta: Delta) -> Delta:
-    """The part of a delta that has a rank: what it adds to W beside rescaling it, or all of it."""
-    return delta.added if isinstance(delta, Rescaled) else delta
-
-
-def with_low_rank_part(delta: Delta, added: LowRank) -> Delta:
-    """The delta with another such part."""
-    return dataclasses.replace(delta, added=added) if isinstance(delta, Rescaled) else added
+    return delta.with_low_rank_part(added), energy_of_whole(delta, energy)
 
 
 def energy_of_whole(delta: Delta, energy: float) -> float:
-    """The energy that the delta retains if that part retains `energy` of its own."""
-    if energy == 1 or not isinstance(delta, Rescaled):
+    """Return the energy that a delta retains if its low-rank part retains `energy` of its own."""
+    if energy == 1 or not delta.rescales:
         return energy
-    return max(0.0, 1 - (1 - energy) / _share(delta))
+    return max(0.0, 1 - (1 - energy) / _energy_ratio(delta))
 
 
-def _share(delta: Rescaled) -> float:
-    """‖ΔW‖² by that of its low-rank part."""
-    part = delta.added.norm() ** 2
+def _energy_ratio(delta: Delta) -> float:
+    """Return ‖ΔW‖² over that of its low-rank part."""
+    part = delta.low_rank_part.norm() ** 2
     return delta.norm() ** 2 / part if part else math.inf
 
 
 def balanced(delta: Delta) -> tuple[Tensor, Tensor]:
-    """lora_A = √ΣVᵀ and lora_B = U√Σ, float64, each column of U signed so that its largest entry is positive.
+    """Return lora_A = √ΣVᵀ and lora_B = U√Σ, float64, each column of U signed so that its largest entry is positive.
 
-    Whatever pair (BG, G⁻¹A) stood for the adapter, this is what comes out.
+    The result is the same for every pair (BG, G⁻¹A) of factors.
     """
     left, middle, right = decompose(delta)
     u, s, vh = svd(middle)
@@ -126,7 +115,7 @@ def balanced(delta: Delta) -> tuple[Tensor, Tensor]:
 
 @functools.singledispatch
 def decompose(delta: Delta) -> tuple[Basis | None, Tensor, Basis | None]:
-    """ΔW = left @ middle @ rightᵀ; None stands for the identity."""
+    """Return left, middle and right with ΔW = left @ middle @ rightᵀ; None stands for the identity."""
     return None, delta.matrix(), None
 
 
@@ -148,7 +137,7 @@ def _(delta: Dense) -> tuple[None, Tensor, None]:
 
 
 def triplets(delta: Delta) -> Svd:
-    """(out, r), (r,) and (r, in), float64, for the numerical rank r of ΔW."""
+    """Return U (out, r), σ (r,) and Vᵀ (r, in), float64, for the numerical rank r of ΔW."""
     left, middle, right = decompose(delta)
     u, s, vh = significant(middle.double())
     return _lift(left, u), s, _across(right, vh)

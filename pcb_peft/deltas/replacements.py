@@ -1,4 +1,4 @@
-"""What adapters replace in the base model, where others only add to it: whole parameters, and rows of embeddings."""
+"""Values that an adapter replaces in the base model instead of adding to them: parameters, and rows of embeddings."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Container, Iterable, Mapping
@@ -7,7 +7,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-HEADS = "heads"  # the folder of what is kept beside an adapter
+HEADS = "heads"  # folder beside an adapter
 TIES = ("refuse", "untie", "both")
 POLICIES = ("keep-each", "average", "first", "refuse")
 
@@ -72,6 +72,20 @@ class Replacements:
     def without(self, names: Container[str]) -> "Replacements":
         """The other parameters, without rows."""
         return self.only({name for name in self.parameters if name not in names})
+
+    def within(self, stores: Callable[[str], bool]) -> "Replacements":
+        """Return the parameters and rows that a base model has a place for, rows of copies included.
+
+        Args:
+            stores: Says whether the base model stores a parameter.
+        """
+        parameters = {name: new for name, new in self.parameters.items() if stores(name)}
+        copies = {
+            copy: self.rows[original]
+            for copy, original in self.copies.items()
+            if stores(f"{copy}.weight")
+        }
+        return Replacements((), parameters, {**self.rows, **copies})
 
     def groups(self) -> dict[str, set[str]]:
         """The parameters that PEFT saves together, by the word that says so."""

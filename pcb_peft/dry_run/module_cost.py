@@ -10,7 +10,7 @@ import torch
 from pcb_peft.calibrations import Calibration, prepared
 from pcb_peft.deltas.delta import Delta, Dense, Diagonal, LowRank, Rescaled
 from pcb_peft.deltas.linalg import GROUP
-from pcb_peft.deltas.rank import Rank, budget_of, low_rank_part, truncate
+from pcb_peft.deltas.rank import Rank, budget_of, truncate
 from pcb_peft.dry_run.output_size import OutputShape
 from pcb_peft.dry_run.probes import Kinds, Probe, Shape, best_of, probes_of, timed
 from pcb_peft.merging.compatibility import AdapterSet
@@ -240,7 +240,7 @@ class _Pair:
             rank = self.total_rank
         if isinstance(delta, LowRank) and rank is None:
             return OutputShape(delta.shape, delta.rank)
-        return OutputShape(delta.shape, truncate(low_rank_part(delta), rank)[0].rank, rescales)
+        return OutputShape(delta.shape, truncate(delta.low_rank_part, rank)[0].rank, rescales)
 
 
 def _line(sizes: Sequence[int], seconds: Sequence[float], size: int) -> float:

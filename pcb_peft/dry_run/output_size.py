@@ -68,19 +68,19 @@ def folded_bytes(
         modules: Those that change.
         tied: What becomes of tied weights; one that is untied is stored twice.
     """
-    sizes = {name: span.end - span.begin for name, span in base.spans.items()}
+    sizes = {name: span.end - span.begin for name, span in base.tensors.items()}
     total = sum(sizes.values()) + _kept_bytes(merged_heads)
     head = merged_heads.head
     weights = {f"{module}.weight" for module in (*modules, *head.rows)} | head.parameters.keys()
     for name, new in head.parameters.items():
-        stored = next(filter(None, map(base.find, (name, *base.tied(name)))), None)
+        stored = next(filter(None, map(base.names.in_files, (name, *base.names.tied(name)))), None)
         if stored is None:
             total += _values([new]) * FLOAT
             weights.discard(name)
         else:
-            total += _grown(sizes[stored], base.spans[stored].shape, new.shape)
+            total += _grown(sizes[stored], base.tensors[stored].shape, new.shape)
     if tied == "untie":
-        ends = {base.parameter(*split_parameter_name(n)) for n in weights if base.tied(n)}
+        ends = {base.parameter(*split_parameter_name(n)) for n in weights if base.names.tied(n)}
         total += sum(sizes[name] for name in ends)
     return total
 

@@ -19,7 +19,7 @@ from pcb_peft.deltas.rank import check_rank, truncate
 from pcb_peft.deltas.replacements import Parameter, Replacements
 from pcb_peft.errors import AdapterError, MismatchError, OptionError, UnsupportedError
 from pcb_peft.formats import LazyDelta
-from pcb_peft.formats.registry import vector_delta
+from pcb_peft.formats.lazy_delta import vector_delta
 from pcb_peft.merging.report import ModuleReport, Report
 from pcb_peft.runtime.progress import Track, tracker
 
@@ -41,7 +41,7 @@ class ExtractedAdapter(Adapter):
         default_factory=dict[str, Callable[[], Tensor]]
     )
 
-    def _whole_biases(self) -> Mapping[str, Callable[[], Tensor]]:
+    def whole_biases(self) -> Mapping[str, Callable[[], Tensor]]:
         return self.biases
 
 
@@ -89,7 +89,7 @@ def extract_adapter(
         vectors = [
             name
             for name in comparison.changed
-            if len(tuned.spans[tuned.parameters[name]].shape) == 1
+            if len(tuned.tensors[tuned.names.files[name]].shape) == 1
         ]
         lora = _as_lora(entries, rank, base, report)
         biases, whole = _vectors(tuned, vectors, lora)
@@ -133,8 +133,8 @@ def _compare(
     changed: dict[str, str] = {}
     new: list[str] = []
     left_out: dict[str, str | None] = {}
-    for name in track(tuned.parameters, "compare"):
-        before = base.find(name)
+    for name in track(tuned.names.files, "compare"):
+        before = base.names.in_files(name)
         if before is not None and _same(tuned, base, name, before):
             continue
         if any(fnmatch.fnmatchcase(name, glob) for glob in leave_out):
@@ -144,8 +144,8 @@ def _compare(
         else:
             changed[name] = before
     _refuse_other_values(tuned, base)
-    gone = [name for name in base.parameters if tuned.find(name) is None]
-    if tied := next((name for name in gone if tuned.tied(name)), None):
+    gone = [name for name in base.names.files if tuned.names.in_files(name) is None]
+    if tied := next((name for name in gone if tuned.names.tied(name)), None):
         raise MismatchError(
             f"{tuned.source}: {tied} is tied to another weight, in {base.source} it is its own; save the fine-tuned "
             "model with tie_word_embeddings=false"
@@ -163,7 +163,7 @@ def _compare(
 
 def _same(tuned: BaseModel, base: BaseModel, name: str, before: str) -> bool:
     """Whether a parameter has not changed; raises where it cannot have a difference."""
-    after = tuned.tensor(tuned.parameters[name])
+    after = tuned.tensor(tuned.names.files[name])
     values = base.tensor(before)
     if after.shape != values.shape:
         raise MismatchError(
@@ -181,7 +181,7 @@ def _same(tuned: BaseModel, base: BaseModel, name: str, before: str) -> bool:
 
 def _refuse_other_values(tuned: BaseModel, base: BaseModel) -> None:
     """What is fused, split or permuted on loading must not have changed: adapters have no name for it."""
-    for name in tuned.spans.keys() & base.spans.keys() - set(tuned.parameters.values()):
+    for name in tuned.tensors.keys() & base.tensors.keys() - set(tuned.names.files.values()):
         if not torch.equal(tuned.tensor(name), base.tensor(name)):
             raise UnsupportedError(
                 f"{name} has changed, and is not in the files as it is in memory (it is fused, split or permuted when "
@@ -198,9 +198,9 @@ def _entry(tuned: BaseModel, base: BaseModel, name: str, before: str) -> LazyDel
     """The change of one parameter."""
 
     def change() -> Tensor:
-        return tuned.tensor(tuned.parameters[name]).float() - base.tensor(before).float()
+        return tuned.tensor(tuned.names.files[name]).float() - base.tensor(before).float()
 
-    shape = base.spans[before].shape
+    shape = base.tensors[before].shape
     if len(shape) == 1:
         return LazyDelta(LowRank, (shape[0], 1), lambda: vector_delta(change()), 1)
     layout = base.layout(_module(name), (1, 1))
@@ -218,14 +218,14 @@ def _head(
 
     def load(name: str) -> Tensor:
         before = comparison.left_out.get(name)
-        return (base.tensor(before) if before else tuned.tensor(tuned.parameters[name])).float()
+        return (base.tensor(before) if before else tuned.tensor(tuned.names.files[name])).float()
 
-    names = [name for name in tuned.parameters if name.rpartition(".")[0] in modules]
+    names = [name for name in tuned.names.files if name.rpartition(".")[0] in modules]
     return Replacements(
         tuple(sorted(modules)),
         {
             name: Parameter(
-                tuned.spans[tuned.parameters[name]].shape, functools.partial(load, name)
+                tuned.tensors[tuned.names.files[name]].shape, functools.partial(load, name)
             )
             for name in names
         },
@@ -270,7 +270,7 @@ def _vectors(
                 f"leave_out=[{name!r}]"
             )
         if kind == "bias" and owner in lora:
-            biases[name] = lambda name=name: tuned.tensor(tuned.parameters[name]).float()
+            biases[name] = lambda name=name: tuned.tensor(tuned.names.files[name]).float()
         else:
             whole.add(owner)
     return biases, whole
@@ -283,7 +283,7 @@ def _refuse_what_no_lora_holds(module: str, base: BaseModel) -> None:
             f"{module} has changed, and is a parameter of several dimensions that no layer holds as its weight: "
             "extract it without a rank and fold it, or leave it out"
         )
-    if tied := base.tied(parameter):
+    if tied := base.names.tied(parameter):
         raise UnsupportedError(
             f"{module} has changed, and is tied to {', '.join(tied)}: PEFT applies a LoRA to one end of it only; save "
             "both models with tie_word_embeddings=false, or leave it out"

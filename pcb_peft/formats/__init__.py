@@ -1,18 +1,18 @@
-"""One of the ways in which PEFT stores deltas per file. A file put into this folder is on the shelf."""
+"""PEFT's formats, one file each: how deltas are stored. A file in this folder is registered by being imported."""
 
 import importlib
 import pkgutil
 
-from pcb_peft.formats.registry import (
+from pcb_peft.formats.base_weights import Base, BaseWeight, Weights, base_weight
+from pcb_peft.formats.lazy_delta import (
     AdapterContents,
     AdapterFiles,
-    Base,
-    Format,
     LazyDelta,
-    format_for,
-    format_named,
-    format_of,
+    as_dense,
+    is_vector,
+    vector_delta,
 )
+from pcb_peft.formats.registry import Format, Writer, format_for, format_of, writer_named
 
 for _module in pkgutil.iter_modules(__path__, __name__ + "."):
     importlib.import_module(_module.name)
@@ -21,9 +21,16 @@ __all__ = [
     "AdapterContents",
     "AdapterFiles",
     "Base",
+    "BaseWeight",
     "Format",
     "LazyDelta",
+    "Weights",
+    "Writer",
+    "as_dense",
+    "base_weight",
     "format_for",
-    "format_named",
     "format_of",
+    "is_vector",
+    "vector_delta",
+    "writer_named",
 ]

@@ -1,7 +1,8 @@
-"""The files of one adapter: its configuration, and its tensors, read when asked for."""
+"""The files of one adapter: its configuration, and its tensors, each read when it is asked for."""
 
+import dataclasses
 import json
-from collections.abc import Container, Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,17 +12,18 @@ from torch import Tensor
 
 from pcb_peft.deltas.dtypes import SAFETENSORS_FLOATS
 from pcb_peft.deltas.linalg import all_finite
-from pcb_peft.errors import AdapterError, OptionError
+from pcb_peft.errors import AdapterError
+from pcb_peft.runtime.threads import one_thread
 
 CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
-PIPELINE = "pytorch_lora_weights.safetensors"  # diffusers' name for LoRAs of a pipeline
+PIPELINE = "pytorch_lora_weights.safetensors"  # diffusers' file for the LoRAs of a pipeline
 PIPELINE_TYPE = "DIFFUSERS"
 
 
 class Tensors(Protocol):
-    """Named tensors of which shape and dtype are known before the data is read; `where`, for messages."""
+    """Named tensors whose shape and dtype are known before the values are read; `where` names them in messages."""
 
     where: str
 
@@ -32,17 +34,20 @@ class Tensors(Protocol):
 
 
 class SafetensorsFile:
-    """Tensors of a safetensors file, read one by one."""
+    """Tensors of a safetensors file, read one by one; pickled as the path, and opened again."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str | Path) -> None:
+        self.where = str(path)
         try:
-            self._file = safetensors.safe_open(str(path), framework="pt")
+            self._file = safetensors.safe_open(self.where, framework="pt")
         except (OSError, safetensors.SafetensorError) as error:
             raise AdapterError(f"{path} is not a readable safetensors file: {error}") from error
-        self.where = str(path)
+
+    def __reduce__(self) -> tuple[type["SafetensorsFile"], tuple[str]]:
+        return SafetensorsFile, (self.where,)
 
     def metadata(self) -> dict[str, str]:
-        """What the file says beside its tensors."""
+        """Return the texts that the file holds beside its tensors."""
         return dict(self._file.metadata() or {})
 
     def names(self) -> list[str]:
@@ -78,28 +83,66 @@ class TensorsInMemory:
 
 
 class Without:
-    """Tensors, but for some."""
+    """Tensors without some of them."""
 
-    def __init__(self, tensors: Tensors, left_out: Container[str]) -> None:
-        self._left_out, self.where = left_out, tensors.where
-        self.shape, self.dtype, self.read = tensors.shape, tensors.dtype, tensors.read
-        self._names = tensors.names
+    def __init__(self, tensors: Tensors, left_out: Set[str]) -> None:
+        self._tensors, self._left_out, self.where = tensors, left_out, tensors.where
 
     def names(self) -> list[str]:
-        return [name for name in self._names() if name not in self._left_out]
+        return [name for name in self._tensors.names() if name not in self._left_out]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors.dtype(name)
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors.read(name)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReadFinite:
+    """Reads one tensor in float32 each time it is called; errors are those of `read_finite`."""
+
+    tensors: Tensors
+    name: str
+
+    def __call__(self) -> Tensor:
+        return read_finite(self.tensors, self.name)
+
+
+@one_thread()  # waking other threads for so little work would cost more than it saves
+def read_finite(tensors: Tensors, name: str) -> Tensor:
+    """Return a tensor in float32.
+
+    Raises:
+        AdapterError: It holds NaN or infinite values.
+    """
+    values = tensors.read(name).float()
+    check_finite(values, tensors, name)
+    return values
+
+
+def check_finite(values: Tensor, tensors: Tensors, name: str) -> None:
+    """Raise AdapterError where the values of a tensor hold NaN or infinity."""
+    if not all_finite(values):
+        raise AdapterError(f"{tensors.where}: {name} holds NaN or infinite values")
 
 
 def pipeline_config(file: SafetensorsFile) -> dict[str, Any]:
-    """What stands for the configuration of a LoRA of a diffusion pipeline: the metadata in its file."""
+    """Return the configuration of a LoRA of a diffusion pipeline: the metadata in its file."""
     stated = file.metadata().get("lora_adapter_metadata") or "{}"
     try:
         return {"peft_type": PIPELINE_TYPE, "metadata": json.loads(stated)}
     except ValueError as error:
-        raise AdapterError(f"lora_adapter_metadata cannot be read: {error}") from error
+        raise AdapterError(
+            f"{file.where}: lora_adapter_metadata is not JSON ({error}); save the adapter again"
+        ) from error
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The configuration, as PEFT wrote it; the order of its keys is kept, since patterns depend on it."""
+    """Return the configuration as PEFT wrote it, its keys in the file's order: the first pattern that fits counts."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -112,7 +155,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def open_tensors(directory: Path) -> Tensors:
-    """The adapter's tensors, from safetensors if there are any, else from a pickled file without running code."""
+    """Open an adapter's tensors: safetensors if there are any, else a pickled file, which runs no code."""
     if (directory / SAFETENSORS).is_file():
         return SafetensorsFile(directory / SAFETENSORS)
     path = directory / PICKLE
@@ -123,28 +166,7 @@ def open_tensors(directory: Path) -> Tensors:
     except Exception as error:
         raise AdapterError(f"{path} cannot be loaded with weights_only=True: {error}") from error
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise AdapterError(f"{path} holds something else than named tensors")
+        raise AdapterError(
+            f"{path} must hold named tensors and nothing else; save the adapter with PEFT again"
+        )
     return TensorsInMemory(tensors, str(path))
-
-
-def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same values, each contiguous and in memory of its own, as safetensors wants them."""
-    found: dict[str, Tensor] = {}
-    taken: set[int] = set()
-    for name, values in tensors.items():
-        values = values.contiguous()
-        storage = values.untyped_storage()
-        if storage.nbytes() > values.nbytes or storage.data_ptr() in taken:
-            values = values.clone()
-        taken.add(storage.data_ptr())
-        found[name] = values
-    return found
-
-
-def refuse_overflow(tensors: Mapping[str, Tensor]) -> None:
-    """Raises OptionError where tensors that are to be written hold values beyond those of their dtype."""
-    for name, values in tensors.items():
-        if not all_finite(values):
-            raise OptionError(
-                f"{name} has values beyond those of {values.dtype}: save it in bfloat16 or float32"
-            )

@@ -1,4 +1,4 @@
-"""DoRA: W' = m/‖V‖ V for V = W + lora_B @ lora_A, a norm per output.
+"""DoRA: W' = m/‖V‖ V for V = W + lora_B @ lora_A, with one norm per output.
 
 Source: Liu et al. 2024, arXiv:2402.09353, equation 5.
 """
@@ -11,19 +11,22 @@ from torch import Tensor
 
 from pcb_peft.deltas.delta import LowRank, Rescaled
 from pcb_peft.errors import UnsupportedError
-from pcb_peft.formats.registry import PREFIX, AdapterFiles
+from pcb_peft.formats.keys import PREFIX
+from pcb_peft.formats.lazy_delta import AdapterFiles
 
-ROUNDING = 1e-7  # the part of the largest norm that is zero in float32
+ZERO_NORM = (
+    1e-7  # a row counts as zero if its norm is a smaller part of the largest (float32 rounding)
+)
 
 
 def rescaled(
     weight: Tensor, change: LowRank, magnitude: Tensor, read: Callable[[], Tensor]
 ) -> Rescaled:
-    """ΔW of a DoRA: diag(m/‖V‖ − 1) W + diag(m/‖V‖) BA.
+    """Return ΔW of a DoRA: diag(m/‖V‖ − 1) W + diag(m/‖V‖) BA.
 
     Args:
         weight: W (out, in).
-        change: BA, what is added to W before its rows are rescaled.
+        change: BA, which is added to W before its rows are rescaled.
         magnitude: m, any shape of `out` values.
         read: Reads W again, later.
     """
@@ -35,22 +38,21 @@ def rescaled(
 
 
 def direction(delta: Rescaled) -> LowRank:
-    """What is added to W before its rows are rescaled: diag(1 / (1 + gain)) times what is added to it at last."""
-    left, right = delta.added.factors()
+    """Return the LoRA that is added to W before its rows are rescaled: diag(1 / (1 + gain)) times the added part."""
+    lora_B, lora_A = delta.added.factors()
     return LowRank(
-        right.float(), (left * delta.inverse_scale()[:, None]).float(), layout=delta.layout
+        lora_A.float(), (lora_B * delta.inverse_scale()[:, None]).float(), layout=delta.layout
     )
 
 
 def with_magnitudes(written: AdapterFiles, deltas: Mapping[str, Rescaled]) -> AdapterFiles:
-    """The same file contents, of which the factors become those of a DoRA.
+    """Return the file contents of a LoRA as those of a DoRA.
 
-    m is (1 + gain) ‖V‖ for the V that the tensors make as they are rounded. It stays float32: rounded, it would change
-    W itself.
+    m is (1 + gain) ‖V‖ for the V of the rounded tensors. m itself stays float32: rounded, it would change W itself.
 
     Args:
         written: The `direction` of each delta, as a LoRA of scaling 1.
-        deltas: By module, without a row of W that is multiplied by 0 (`Rescaled.without_zero_rows`).
+        deltas: Deltas by module, none of which multiplies a row of W by 0 (`Rescaled.without_zero_rows`).
 
     Raises:
         UnsupportedError: A row of V is zero, by whose norm PEFT would divide.
@@ -65,7 +67,7 @@ def with_magnitudes(written: AdapterFiles, deltas: Mapping[str, Rescaled]) -> Ad
             for side in "AB"
         )
         norms = torch.linalg.vector_norm(delta.weight().double() + lora_B @ lora_A, dim=1)
-        empty = norms <= ROUNDING * norms.max()
+        empty = norms <= ZERO_NORM * norms.max()
         if empty.any():
             raise UnsupportedError(
                 f"{module}: row {int(empty.nonzero()[0])} of W with its change is zero, and PEFT's DoRA divides "

@@ -1,7 +1,6 @@
 """How PEFT stores what an adapter replaces beside its deltas: whole parameters, and rows of embeddings."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from typing import Any
 
@@ -9,21 +8,49 @@ import torch
 from torch import Tensor
 
 from pcb_peft.deltas.replacements import (
+    Parameter,
     Replacements,
     Rows,
     modules_to_save_key,
     modules_to_save_keys,
 )
 from pcb_peft.errors import AdapterError, UnsupportedError
-from pcb_peft.formats.checkpoint import Tensors, Without
-from pcb_peft.formats.registry import PREFIX, AdapterFiles, Format, finite, module_of
+from pcb_peft.formats.checkpoint import ReadFinite, Tensors, Without
+from pcb_peft.formats.keys import PLAIN_PARAMETER, PREFIX, TUNER_PART, module_of, parameter_of
+from pcb_peft.formats.lazy_delta import AdapterFiles
+from pcb_peft.formats.registry import Format
 
-ROWS = "trainable_tokens_delta"  # PEFT's name for rows that take the place of others; they are no delta
+ROWS = "trainable_tokens_delta"  # PEFT's name; the rows take the place of others and are not added
+
+
+def saved_parameters(tensors: Tensors, names: Sequence[str]) -> dict[str, Parameter]:
+    """Return the parameters that the adapter replaces, which all of `names` must be.
+
+    Raises:
+        UnsupportedError: A tensor belongs to a tuner that this format does not read.
+    """
+    saved: dict[str, Parameter] = {}
+    for name in names:
+        parameter = parameter_of(name)
+        plain = name.startswith(PREFIX) and PLAIN_PARAMETER.fullmatch(parameter)
+        if not plain or TUNER_PART.search(parameter):
+            raise UnsupportedError(
+                f"tensor {name} is neither a delta of this format nor a parameter of the base model that the adapter "
+                "replaces (modules_to_save); it cannot be merged and will not be dropped"
+            )
+        saved[parameter] = Parameter(tensors.shape(name), ReadFinite(tensors, name))
+    return saved
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class RowsRead:
-    """The rows among an adapter's tensors; see `Replacements` for `rows` and `copies`."""
+class ReplacedRows:
+    """The rows among an adapter's tensors; see `Replacements` for `rows` and `copies`.
+
+    Attributes:
+        rows: Module to the rows of its weight.
+        copies: Module to the module that it was tied to, whose rows it has.
+        rest: Names of the tensors that are not rows.
+    """
 
     rows: dict[str, Rows]
     copies: dict[str, str]
@@ -35,19 +62,19 @@ def read_rows(
     names: Sequence[str],
     part: str,
     indices_of: Callable[[str], Sequence[int] | None],
-) -> RowsRead:
-    """The rows that an adapter replaces, and the names of the other tensors.
+) -> ReplacedRows:
+    """Return the rows that an adapter replaces.
 
-    Where embeddings were tied, PEFT may store the rows a second time, for the other end: a copy.
+    Where embeddings were tied, PEFT may store the rows a second time for the other end: a copy.
 
     Args:
-        tensors: The adapter's.
-        names: Those that may be rows.
-        part: What stands between a module and its rows, such as ``token_adapter.``.
-        indices_of: Module to the rows that the configuration tells for it; None if it does not speak of it.
+        tensors: The adapter's tensors.
+        names: Tensors that may be rows.
+        part: Name between a module and its rows, such as ``token_adapter.``.
+        indices_of: Module to the numbers of its rows in the configuration; None if the module is not in there.
 
     Raises:
-        AdapterError: The configuration does not tell which rows they are.
+        AdapterError: The configuration does not say which rows they are.
     """
     suffix = f".{part}{ROWS}"
     keys = {module_of(n.removesuffix(suffix)): n for n in names if n.endswith(suffix)}
@@ -55,20 +82,20 @@ def read_rows(
     rows: dict[str, Rows] = {}
     copies: dict[str, str] = {}
     for module in sorted(keys, key=lambda module: stated[module] is None):
-        original = next((m for m in rows if _same(tensors, keys[m], keys[module])), None)
+        original = next((m for m in rows if _equal(tensors, keys[m], keys[module])), None)
         if original and stated[module] is None:
             copies[module] = original
         else:
             rows[module] = _rows(tensors, keys[module], stated[module])
-    return RowsRead(rows, copies, [name for name in names if not name.endswith(suffix)])
+    return ReplacedRows(rows, copies, [name for name in names if not name.endswith(suffix)])
 
 
 def without_copies(tensors: Tensors) -> Tensors:
-    """The tensors without those that PEFT saves beside what it loads, and does not load.
+    """Return the tensors without those that PEFT saves a second time and does not load.
 
-    Where all biases are trained, or the vocabulary was resized, it saves a module that the adapter replaces up to three
-    times: as ``head.weight``, which it loads; as ``head.modules_to_save.weight``, the same values; and as
-    ``head.original_module.weight``, the base's. Other values than those that are loaded are no copy.
+    Where all biases are trained, or the vocabulary was resized, PEFT saves a module that the adapter replaces up to
+    three times: as ``head.weight``, which it loads; as ``head.modules_to_save.weight``, the same values; and as
+    ``head.original_module.weight``, the base's. Tensors with other values than the loaded ones are not copies.
     """
     names = set(tensors.names())
     return Without(tensors, {name for name in names if _is_copy(tensors, name, names)})
@@ -79,19 +106,19 @@ def _is_copy(tensors: Tensors, name: str, names: Container[str]) -> bool:
     if rest:
         return f"{owner}.{rest}" in names
     owner, _, rest = name.partition(".modules_to_save.")
-    places = (f"{owner}.{rest}", f"{owner}.{rest.partition('.')[2]}")  # or an adapter's name first
-    loaded = next((place for place in places if place in names), None)
-    return bool(rest) and loaded is not None and _same(tensors, name, loaded)
+    without_adapter_name = f"{owner}.{rest.partition('.')[2]}"
+    loaded = next((n for n in (f"{owner}.{rest}", without_adapter_name) if n in names), None)
+    return bool(rest) and loaded is not None and _equal(tensors, name, loaded)
 
 
-def _same(tensors: Tensors, one: str, other: str) -> bool:
+def _equal(tensors: Tensors, one: str, other: str) -> bool:
     return tensors.shape(one) == tensors.shape(other) and torch.equal(
         tensors.read(one), tensors.read(other)
     )
 
 
 def _rows(tensors: Tensors, name: str, indices: Sequence[int] | None) -> Rows:
-    """Rows as the configuration numbers them."""
+    """Return rows with their numbers from the configuration."""
     shape, stated = tensors.shape(name), list(indices or [])
     numbers = all(type(index) is int and index >= 0 for index in stated)
     if not numbers or len(shape) != 2 or len(stated) != shape[0] or len(set(stated)) != shape[0]:
@@ -99,25 +126,51 @@ def _rows(tensors: Tensors, name: str, indices: Sequence[int] | None) -> Rows:
             f"{name} has shape {shape}, and the configuration says that it is rows {indices}: there must be one "
             "number, 0 or more, for each row, and none twice"
         )
-    return Rows(tuple(stated), functools.partial(finite, tensors, name))
+    return Rows(tuple(stated), ReadFinite(tensors, name))
 
 
 def write_head(
     head: Replacements, deltas: Collection[str], format_: Format, dtype: torch.dtype
 ) -> AdapterFiles:
-    """What an adapter replaces, as PEFT stores it beside deltas of a format.
+    """Return what an adapter replaces, as PEFT stores it beside deltas of a format.
 
     Args:
-        head: What it replaces.
-        deltas: The modules that change besides.
-        format_: Of the deltas.
-        dtype: Of the tensors.
+        head: Parameters and rows that the adapter replaces.
+        deltas: Modules that have a delta.
+        format_: Format of the deltas.
+        dtype: Dtype of the tensors.
 
     Raises:
         UnsupportedError: PEFT has no place for it.
     """
+    config, tensors = _written_rows(head, deltas, format_, dtype)
+    between = dict.fromkeys(deltas, "base_layer.")
+    if format_.rows is not None:
+        part = f"{format_.rows.part}base_layer."
+        between |= dict.fromkeys([*head.rows, *head.copies], part)
+    tensors |= {_key(name, between): values().to(dtype) for name, values in head.parameters.items()}
+    alone = [name for name in head.parameters if name.rpartition(".")[0] not in between]
+    keys = modules_to_save_keys(alone, head.modules)
+    for name in head.parameters:
+        key = modules_to_save_key(name, head.modules)
+        if name not in alone and key in keys:
+            raise UnsupportedError(
+                f"{name} has a delta and is part of {key}, which an adapter replaces as a whole (modules_to_save), "
+                "and PEFT holds one of the two: fold the adapter into the base model"
+            )
+    if alone:
+        config["modules_to_save"] = list(keys)
+    return AdapterFiles(config, tensors)
+
+
+def _written_rows(
+    head: Replacements, deltas: Collection[str], format_: Format, dtype: torch.dtype
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the rows of embeddings: fields of the configuration, and tensors."""
     store = format_.rows
-    if head.rows and store is None:
+    if not head.rows:
+        return {}, {}
+    if store is None:
         raise UnsupportedError(
             f"an adapter of peft_type {format_.peft_type} holds no token rows ({', '.join(head.rows)}): fold the "
             "adapter into the base model"
@@ -127,34 +180,14 @@ def write_head(
             f"{both[0]} has a delta and token rows, and PEFT holds one of the two for a module: fold the adapter into "
             "the base model"
         )
-    config: dict[str, Any] = {}
-    tensors: dict[str, Tensor] = {}
-    if head.rows and store is not None:
-        copies = head.copies if store.copies else {}
-        rows = {**head.rows, **{copy: head.rows[of] for copy, of in copies.items()}}
-        config |= store.config({module: list(rows[module].indices) for module in head.rows})
-        tensors |= {
-            f"{PREFIX}{m}.{store.part}{ROWS}": rows[m].load().to(dtype).clone() for m in rows
-        }
-    between = dict.fromkeys(deltas, "base_layer.")
-    if store is not None:
-        between |= dict.fromkeys([*head.rows, *head.copies], f"{store.part}base_layer.")
-    tensors |= {_key(name, between): values().to(dtype) for name, values in head.parameters.items()}
-    alone = [name for name in head.parameters if name.rpartition(".")[0] not in between]
-    words = modules_to_save_keys(alone, head.modules)
-    torn = [
-        n
-        for n in head.parameters
-        if n not in alone and modules_to_save_key(n, head.modules) in words
-    ]
-    if torn:
-        raise UnsupportedError(
-            f"{torn[0]} has a delta and is part of {modules_to_save_key(torn[0], head.modules)}, which an adapter "
-            "replaces as a whole (modules_to_save), and PEFT holds one of the two: fold the adapter into the base model"
-        )
-    if alone:
-        config["modules_to_save"] = list(words)
-    return AdapterFiles(config, tensors)
+    rows = dict(head.rows)
+    if store.copies:
+        rows |= {copy: head.rows[original] for copy, original in head.copies.items()}
+    tensors = {
+        f"{PREFIX}{module}.{store.part}{ROWS}": replaced.load().to(dtype).clone()
+        for module, replaced in rows.items()
+    }
+    return store.config({module: list(head.rows[module].indices) for module in head.rows}), tensors
 
 
 def _key(parameter: str, between: Mapping[str, str]) -> str:
@@ -162,8 +195,8 @@ def _key(parameter: str, between: Mapping[str, str]) -> str:
     return f"{PREFIX}{module}.{between.get(module, '')}{kind}"
 
 
-def matching(module: str, targets: Container[str]) -> bool:
-    """Whether a module's path, or the end of it, is one of some targets."""
+def ends_with_any(module: str, targets: Container[str]) -> bool:
+    """Return whether a module's path, or the end of it, is one of the targets."""
     parts = module.split(".")
     return any(".".join(parts[start:]) in targets for start in range(len(parts)))
 
@@ -174,20 +207,21 @@ def with_biases(
     owners: Container[str],
     dtype: torch.dtype,
 ) -> AdapterFiles:
-    """The same file contents, and whole biases of the base model, as they are trained (PEFT's `bias`).
+    """Return the file contents with whole biases of the base model beside the deltas (PEFT's `bias`).
 
     Args:
-        written: Of the deltas; `owners` are their modules.
-        biases: By parameter, what reads them.
-        dtype: Of the tensors.
+        written: Contents for the deltas.
+        biases: Parameter path to a function that reads the bias.
+        owners: Modules of the deltas.
+        dtype: Dtype of the tensors.
     """
     if not biases:
         return written
-    tensors, alone = dict(written.tensors), False
+    tensors, some_alone = dict(written.tensors), False
     for name, load in biases.items():
         owner = name.removesuffix(".bias")
         between = ".base_layer" if owner in owners else ""
-        alone |= not between
+        some_alone = some_alone or not between
         tensors[f"{PREFIX}{owner}{between}.bias"] = load().to(dtype)
-    config = written.config | {"bias": "all" if alone else "lora_only"}
+    config = written.config | {"bias": "all" if some_alone else "lora_only"}
     return dataclasses.replace(written, config=config, tensors=tensors)

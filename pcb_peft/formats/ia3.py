@@ -1,5 +1,6 @@
 """(IA)³: layers whose input or output is scaled by a learned vector l."""
 
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -9,35 +10,27 @@ import torch
 from pcb_peft.deltas.delta import Diagonal
 from pcb_peft.deltas.layout import CONV1D, LINEAR, Layout
 from pcb_peft.errors import UnsupportedError
-from pcb_peft.formats.checkpoint import Tensors
-from pcb_peft.formats.registry import (
-    PREFIX,
-    AdapterContents,
-    AdapterFiles,
-    Base,
-    Config,
-    Format,
-    LazyDelta,
-    finite,
-    module_of,
-    register,
-    saved_parameters,
-)
+from pcb_peft.formats.base_weights import Base
+from pcb_peft.formats.checkpoint import Tensors, read_finite
+from pcb_peft.formats.heads import saved_parameters
+from pcb_peft.formats.keys import PREFIX, module_of
+from pcb_peft.formats.lazy_delta import AdapterContents, AdapterFiles, Config, LazyDelta
+from pcb_peft.formats.registry import Format, register
 
-L = ".ia3_l"
+SUFFIX = ".ia3_l"
 
 
 def read(config: Config, tensors: Tensors, base: Base) -> AdapterContents:
-    """The scalings of an (IA)³ checkpoint.
+    """Return the scalings of an (IA)³ checkpoint.
 
     Raises:
-        UnsupportedError: A layer that is neither linear nor a convolution.
+        UnsupportedError: A layer is neither linear nor a convolution.
     """
     del base
     names = tensors.names()
-    keys = [name for name in names if name.endswith(L)]
-    entries = {module_of(key.removesuffix(L)): _entry(config, tensors, key) for key in keys}
-    rest = [name for name in names if not name.endswith(L)]
+    keys = [name for name in names if name.endswith(SUFFIX)]
+    entries = {module_of(key.removesuffix(SUFFIX)): _entry(config, tensors, key) for key in keys}
+    rest = [name for name in names if not name.endswith(SUFFIX)]
     return AdapterContents(entries, saved_parameters(tensors, rest))
 
 
@@ -52,25 +45,26 @@ def _entry(config: Config, tensors: Tensors, key: str) -> LazyDelta:
     layout = CONV1D if config.get("fan_in_fan_out") else LINEAR
     layout = Layout(shape=shape) if convolution else layout
     size = math.prod(shape)
-
-    def load() -> Diagonal:
-        return Diagonal(finite(tensors, key).flatten(), feedforward, layout=layout)
-
+    load = functools.partial(_load, tensors, key, feedforward, layout)
     return LazyDelta(Diagonal, (1, size) if feedforward else (size, 1), load)
 
 
+def _load(tensors: Tensors, key: str, feedforward: bool, layout: Layout) -> Diagonal:
+    return Diagonal(read_finite(tensors, key).flatten(), feedforward, layout=layout)
+
+
 def _is_feedforward(config: Config, key: str) -> bool:
-    """As PEFT decides it: by the end of the module's name, or by a regular expression."""
-    module, stated = module_of(key.removesuffix(L)), config.get("feedforward_modules") or []
+    """Decide as PEFT does: by the end of the module's name, or by a regular expression."""
+    module, stated = module_of(key.removesuffix(SUFFIX)), config.get("feedforward_modules") or []
     if isinstance(stated, str):
         return re.fullmatch(stated, module) is not None
     return module.endswith(tuple(stated))
 
 
 def write(modules: Mapping[str, Diagonal], dtype: torch.dtype) -> AdapterFiles:
-    """The deltas as an (IA)³ checkpoint."""
+    """Return the deltas as an (IA)³ checkpoint."""
     tensors = {
-        PREFIX + module + L: delta.l.reshape(_stored_shape(delta)).to(dtype)
+        PREFIX + module + SUFFIX: delta.l.reshape(_stored_shape(delta)).to(dtype)
         for module, delta in modules.items()
     }
     config = {
@@ -89,7 +83,7 @@ def _stored_shape(delta: Diagonal) -> tuple[int, ...]:
 
 
 def _feedforward(modules: Mapping[str, Diagonal]) -> list[str] | str:
-    """The feed-forward modules as PEFT tells them: by the end of the name; by an expression where that is ambiguous."""
+    """Name the feed-forward modules as PEFT matches them: by the end of the path, or by an expression if ambiguous."""
     names = sorted(module for module, delta in modules.items() if delta.feedforward)
     others = [module for module, delta in modules.items() if not delta.feedforward]
     if any(other.endswith(tuple(names)) for other in others):
@@ -97,4 +91,4 @@ def _feedforward(modules: Mapping[str, Diagonal]) -> list[str] | str:
     return names
 
 
-register(Format("IA3", read, (Diagonal,), write))
+register(Format("IA3", read, kinds=(Diagonal,), write=write))

@@ -1,4 +1,4 @@
-"""What LoHa and LoKr (LyCORIS) share: patterns of rank and alpha, and tensor factors of convolutions."""
+"""Parts that LoHa and LoKr (LyCORIS) share: patterns of rank and alpha, and tensor factors of convolutions."""
 
 import torch
 from torch import Tensor
@@ -6,30 +6,30 @@ from torch import Tensor
 from pcb_peft.deltas.layout import LINEAR, Layout
 from pcb_peft.errors import AdapterError
 from pcb_peft.formats.lora_parts import pattern_value
-from pcb_peft.formats.tuner import Parts
+from pcb_peft.formats.tuner import ModuleTensors
 
 DEFAULT = 8  # PEFT's r and alpha, where the configuration leaves them out
 
 
-def lycoris_scaling(parts: Parts) -> float:
-    """alpha/r, with the patterns that match the module.
+def lycoris_scaling(module: ModuleTensors) -> float:
+    """Return alpha/r, with the patterns that match the module.
 
     Raises:
-        AdapterError: One of them is no number.
+        AdapterError: One of them is not a number.
     """
     alpha, rank = (
-        pattern_value(parts.config, pattern, parts.module, parts.config.get(field, DEFAULT))
+        pattern_value(module.config, pattern, module.path, module.config.get(field, DEFAULT))
         for pattern, field in (("alpha_pattern", "alpha"), ("rank_pattern", "r"))
     )
     if not isinstance(alpha, int | float) or not isinstance(rank, int) or rank < 1:
         raise AdapterError(
-            f"{parts.module}: alpha is {alpha!r}, r is {rank!r}; they must be numbers"
+            f"{module.path}: alpha is {alpha!r}, r is {rank!r}; they must be numbers"
         )
     return alpha / rank
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """(out, in) of `left` (out, r) and `right` (r, in).
+    """Return the matrix (out, in) of `left` (out, r) and `right` (r, in).
 
     Raises:
         AdapterError: They do not fit each other.
@@ -40,7 +40,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def tucker(core: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """(out, in, *kernel) of a core (r, r, *kernel), `left` (r, out) and `right` (r, in).
+    """Return the kernel (out, in, *kernel) of a core (r, r, *kernel), `left` (r, out) and `right` (r, in).
 
     Raises:
         AdapterError: They do not fit each other.
@@ -55,16 +55,19 @@ def _misfit(*factors: Tensor) -> AdapterError:
     return AdapterError(f"factors of shapes {shapes} do not fit each other")
 
 
-def kernel_layout(parts: Parts, shape: tuple[int, int], kernel: tuple[int, ...]) -> Layout:
-    """How a module stores W.
+def kernel_layout(module: ModuleTensors, shape: tuple[int, int], kernel: tuple[int, ...]) -> Layout:
+    """Return how a module stores W.
 
     Args:
-        parts: Of the module.
+        module: Tensors of the module.
         shape: (out, in), with the kernel multiplied into `in`.
-        kernel: As the adapter's tensors have it; PEFT writes that of a Conv1d as (k, 1). Empty where they do not tell.
+        kernel: Kernel according to the adapter's tensors, empty where they do not say. PEFT writes that of a Conv1d
+            as (k, 1).
     """
-    if parts.base is not None or not kernel:
-        return parts.layout(shape) if parts.base is not None else LINEAR
+    if module.base is not None:
+        return module.layout(shape)
+    if not kernel:
+        return LINEAR
     kernel = kernel[:1] if kernel[1:] == (1,) else kernel
     out, width = shape
     return Layout(shape=(out, width // torch.Size(kernel).numel(), *kernel))

@@ -1,28 +1,22 @@
 """LN-Tuning: norm layers are trained as they are, and stored whole."""
 
 from pcb_peft.errors import UnsupportedError
+from pcb_peft.formats.base_weights import Base, vector_entry
 from pcb_peft.formats.checkpoint import Tensors
-from pcb_peft.formats.registry import (
-    AdapterContents,
-    Base,
-    Config,
-    Format,
-    LazyDelta,
-    module_of,
-    register,
-    saved_parameters,
-    vector_entry,
-)
+from pcb_peft.formats.heads import saved_parameters
+from pcb_peft.formats.keys import module_of
+from pcb_peft.formats.lazy_delta import AdapterContents, Config, LazyDelta
+from pcb_peft.formats.registry import Format, register
 
 INFIX = ".ln_tuning_layers."
-WHY = "its norms are stored whole, and the change is known only beside the base's own"
+WHY = "the adapter stores the new norms, not the change"
 
 
 def read(config: Config, tensors: Tensors, base: Base) -> AdapterContents:
-    """The changes of an LN-Tuning checkpoint.
+    """Return the changes of an LN-Tuning checkpoint.
 
     Raises:
-        UnsupportedError: It holds a layer that is no norm.
+        UnsupportedError: It holds a layer that is not a norm.
     """
     del config
     names = tensors.names()
@@ -31,7 +25,7 @@ def read(config: Config, tensors: Tensors, base: Base) -> AdapterContents:
         shape = tensors.shape(name)
         if len(shape) != 1:
             raise UnsupportedError(
-                f"{name} has shape {shape}; only vectors, as of norms, are supported: merge it into the base, "
+                f"{name} has shape {shape}; only vectors, as those of norms, are supported: merge it into the base, "
                 "and take the change from there (extract_adapter, `pcb-peft extract`)"
             )
         path, _, parameter = name.partition(INFIX)

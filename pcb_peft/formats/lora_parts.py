@@ -1,9 +1,9 @@
-"""The tensors of a LoRA, by module, and how those of every kind of layer make two factors of a matrix (out, in)."""
+"""The tensors of a LoRA by module, and the two factors (out, r) and (r, in) that they make for every kind of layer."""
 
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from pcb_peft.deltas.layout import CONV1D, EMBEDDING, LINEAR, Layout
 from pcb_peft.errors import AdapterError, UnsupportedError
-from pcb_peft.formats.checkpoint import Tensors
-from pcb_peft.formats.registry import PREFIX, Config, finite, module_of
+from pcb_peft.formats.checkpoint import Tensors, read_finite
+from pcb_peft.formats.keys import PREFIX, module_of
+from pcb_peft.formats.lazy_delta import Config
 
 OPTIONAL = {  # part that only some LoRAs have: the field of the configuration that says so
     "lora_magnitude_vector": "use_dora",
@@ -34,14 +35,14 @@ DEFAULT = 8  # PEFT's r and lora_alpha, where the configuration leaves them out
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Parts:
-    """The tensors of one module.
+class LoraTensors:
+    """The tensors that a LoRA holds for one module.
 
     Attributes:
-        path: What precedes their names, without PEFT's prefix.
+        path: Beginning of their names, without PEFT's prefix.
         names: Part (``lora_A``, ``lora_B.bias`` …) to the tensor's name.
-        attention: They are those of MultiheadAttention's joint projection of queries, keys and values.
-        depth: How many wrappers of PEFT's are around theirs.
+        attention: True for MultiheadAttention's joint projection of queries, keys and values.
+        depth: Number of PEFT's wrappers around the layer that holds them.
     """
 
     path: str
@@ -51,7 +52,7 @@ class Parts:
 
     @property
     def module(self) -> str:
-        """The path of the weight that they change."""
+        """Path of the weight that they change."""
         if self.attention:
             return f"{self.path}.{IN_PROJ}"
         if self.path.endswith(WRAPPED):
@@ -60,104 +61,115 @@ class Parts:
 
     @property
     def patterned(self) -> str:
-        """The name that PEFT matches with patterns."""
+        """Name that PEFT matches with its patterns of rank and alpha."""
         return self.path.removesuffix(WRAPPED)
 
 
-def parts_of(config: Config, names: Sequence[str]) -> tuple[list[Parts], list[str]]:
-    """The modules, and the names that belong to none; what matters in training only belongs to nobody.
+def tensors_by_module(config: Config, names: Sequence[str]) -> tuple[list[LoraTensors], list[str]]:
+    """Return the modules, and the names that belong to none; tensors that only training needs are left out.
 
     Raises:
-        UnsupportedError: A part of which the configuration does not speak.
+        UnsupportedError: A tensor belongs to a variant that the configuration does not have.
     """
     modules: dict[str, dict[str, str]] = {}
     rest: list[str] = []
     for name in names:
-        found, ignored = PART.fullmatch(name), TRAINING_ONLY.fullmatch(name)
+        used, ignored = PART.fullmatch(name), TRAINING_ONLY.fullmatch(name)
         part = ignored[1] if ignored else ""
-        if found:
-            part = found["part"]
-            modules.setdefault(found["path"], {})[part] = name
+        if used:
+            part = used["part"]
+            modules.setdefault(used["path"], {})[part] = name
         elif not ignored:
             rest.append(name)
         if part in OPTIONAL and not config.get(OPTIONAL[part]):
             raise UnsupportedError(
                 f"tensor {name} belongs to a LoRA with {OPTIONAL[part]}, which the configuration does not have"
             )
-    return [_parts(key, names, key + WRAPPED in modules) for key, names in modules.items()], rest
+    return [
+        _of_module(key, names, key + WRAPPED in modules) for key, names in modules.items()
+    ], rest
 
 
-def _parts(key: str, names: Mapping[str, str], attention: bool) -> Parts:
+def _of_module(key: str, names: Mapping[str, str], attention: bool) -> LoraTensors:
     if key.endswith(WRAPPED):
-        return Parts(module_of(key.removesuffix(WRAPPED)) + WRAPPED, names)
+        return LoraTensors(module_of(key.removesuffix(WRAPPED)) + WRAPPED, names)
     path = WRAPPERS.sub("", key)
-    return Parts(module_of(path), names, attention, (len(key) - len(path)) // len(".base_layer"))
+    depth = (len(key) - len(path)) // len(".base_layer")
+    return LoraTensors(module_of(path), names, attention, depth)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Factors:
+class LazyFactors:
     """lora_A (r, in) and lora_B (out, r) of one module, before they are read.
 
     Attributes:
         shape: (out, in).
         rank: r.
         layout: How the layer stores W.
-        read: Reads them, float32.
+        tensors: The adapter's tensors.
+        names: Tensors that hold lora_A and lora_B.
+        blocks: Number of diagonal blocks of which lora_A and lora_B consist (BD-LoRA); 1 in a plain LoRA.
     """
 
     shape: tuple[int, int]
     rank: int
     layout: Layout
-    read: Callable[[], tuple[Tensor, Tensor]]
+    tensors: Tensors
+    names: tuple[str, str]
+    blocks: tuple[int, int]
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Return lora_A and lora_B, float32."""
+        lora_A, lora_B = (
+            _block_diagonal(read_finite(self.tensors, name).flatten(1), count)
+            for name, count in zip(self.names, self.blocks, strict=True)
+        )
+        return lora_A, lora_B
 
 
-def factors_of(config: Config, tensors: Tensors, parts: Parts) -> Factors:
-    """The factors of a Linear, Conv1D, Embedding, ConvNd or of MultiheadAttention's projections.
+def factors_of(config: Config, tensors: Tensors, lora: LoraTensors) -> LazyFactors:
+    """Return the factors of a Linear, Conv1D, Embedding, ConvNd or of MultiheadAttention's projections.
 
     Raises:
         UnsupportedError: A grouped convolution, or a layer inside another adapter's.
         AdapterError: One factor is missing, or their ranks differ.
     """
-    if parts.depth:
-        raise UnsupportedError(f"{parts.path}: a LoRA inside a wrapped layer is not supported")
-    kind = "lora_embedding_" if "lora_embedding_A" in parts.names else "lora_"
-    names = [parts.names.get(kind + side) for side in "AB"]
+    if lora.depth:
+        raise UnsupportedError(f"{lora.path}: a LoRA inside a wrapped layer is not supported")
+    kind = "lora_embedding_" if "lora_embedding_A" in lora.names else "lora_"
+    names = [lora.names.get(kind + side) for side in "AB"]
     if names[0] is None or names[1] is None:
         sides = [
             f"no {kind}{side}" if name is None else name
             for side, name in zip("AB", names, strict=True)
         ]
-        raise AdapterError(f"{parts.path} has {' and '.join(sides)}")
-    if config.get("use_dora") and "lora_magnitude_vector" not in parts.names:
-        raise AdapterError(f"{parts.path} has no lora_magnitude_vector, though it is a DoRA")
+        raise AdapterError(f"{lora.path} has {' and '.join(sides)}")
+    if config.get("use_dora") and "lora_magnitude_vector" not in lora.names:
+        raise AdapterError(f"{lora.path} has no lora_magnitude_vector, though it is a DoRA")
     key_A, key_B = names[0], names[1]
     shape_A, shape_B = tensors.shape(key_A), tensors.shape(key_B)
     if min(len(shape_A), len(shape_B)) < 2:
-        raise AdapterError(f"{parts.path}: lora_A {shape_A} and lora_B {shape_B} are no matrices")
-    block_A, block_B = _blocks(config, parts, (shape_A, shape_B))
+        raise AdapterError(f"{lora.path}: lora_A {shape_A} and lora_B {shape_B} must be matrices")
+    block_A, block_B = _blocks(config, lora, (shape_A, shape_B))
     if shape_A[0] != shape_B[1] * block_B:
         if len(shape_B) > 2:
             raise UnsupportedError(
-                f"{parts.path} is a grouped convolution (lora_A {shape_A}, lora_B {shape_B}): PEFT trains a change "
+                f"{lora.path} is a grouped convolution (lora_A {shape_A}, lora_B {shape_B}): PEFT trains a change "
                 "that W of a grouped convolution cannot hold; leave the module out"
             )
         raise AdapterError(
-            f"{parts.path}: lora_A {shape_A} and lora_B {shape_B} have different ranks"
+            f"{lora.path}: lora_A {shape_A} and lora_B {shape_B} have different ranks"
         )
-
-    def read() -> tuple[Tensor, Tensor]:
-        lora_A, lora_B = finite(tensors, key_A).flatten(1), finite(tensors, key_B).flatten(1)
-        return _block_diagonal(lora_A, block_A), _block_diagonal(lora_B, block_B)
-
     shape = (shape_B[0], math.prod(shape_A[1:]) * block_A)
-    layout = _layout(config, parts, shape_A, shape_B)
-    return Factors(shape, shape_A[0], layout, read)
+    layout = _layout(config, lora, shape_A, shape_B)
+    blocks = (block_A, block_B)
+    return LazyFactors(shape, shape_A[0], layout, tensors, (key_A, key_B), blocks)
 
 
 def _layout(
-    config: Config, parts: Parts, shape_A: tuple[int, ...], shape_B: tuple[int, ...]
+    config: Config, lora: LoraTensors, shape_A: tuple[int, ...], shape_B: tuple[int, ...]
 ) -> Layout:
-    if "lora_embedding_A" in parts.names:
+    if "lora_embedding_A" in lora.names:
         return EMBEDDING
     if len(shape_A) > 2:
         return Layout(shape=(shape_B[0], *shape_A[1:]))
@@ -165,14 +177,14 @@ def _layout(
 
 
 def _blocks(
-    config: Config, parts: Parts, shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    config: Config, lora: LoraTensors, shapes: tuple[tuple[int, ...], tuple[int, ...]]
 ) -> tuple[int, int]:
-    """Of how many diagonal blocks lora_A and lora_B consist (BD-LoRA), 1 each in a plain LoRA."""
+    """Return the number of diagonal blocks of lora_A and of lora_B (BD-LoRA); 1 each in a plain LoRA."""
     stated: dict[str, Any] = config.get("use_bdlora") or {}
     if not stated or len(shapes[0]) > 2:
         return 1, 1
     first, second = (
-        any(word in parts.path for word in stated.get(f"target_modules_bd_{side}") or [])
+        any(word in lora.path for word in stated.get(f"target_modules_bd_{side}") or [])
         for side in "ab"
     )
     count = int(stated.get("nblocks", 1))
@@ -180,17 +192,17 @@ def _blocks(
 
 
 def _block_diagonal(stacked: Tensor, count: int) -> Tensor:
-    """Blocks that are stored on top of each other, along the diagonal."""
+    """Return blocks that are stored on top of each other along the diagonal."""
     return stacked if count == 1 else torch.block_diag(*stacked.chunk(count))
 
 
-def scaling_of(config: Config, parts: Parts, rank: int) -> float:
-    """alpha/r or alpha/√r, with the patterns that match the module.
+def scaling_of(config: Config, lora: LoraTensors, rank: int) -> float:
+    """Return alpha/r or alpha/√r, with the patterns that match the module.
 
     Raises:
-        AdapterError: The configuration says another rank than the tensors have.
+        AdapterError: The configuration has another rank than the tensors.
     """
-    module = parts.patterned
+    module = lora.patterned
     stated = pattern_value(config, "rank_pattern", module, config.get("r", DEFAULT))
     if stated != rank:
         raise AdapterError(
@@ -199,12 +211,12 @@ def scaling_of(config: Config, parts: Parts, rank: int) -> float:
     alpha = pattern_value(config, "alpha_pattern", module, config.get("lora_alpha", DEFAULT))
     if not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise AdapterError(f"{module}: lora_alpha is {alpha!r}; it must be a finite number")
-    times = WRAPPED_TIMES if parts.path.endswith(WRAPPED) else 1
+    times = WRAPPED_TIMES if lora.path.endswith(WRAPPED) else 1
     return times * alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def pattern_value(config: Config, field: str, module: str, default: Any) -> Any:
-    """The value of the first key, in the order of the file, that matches the module as PEFT matches it.
+    """Return the value of the first key, in the order of the file, that matches the module as PEFT matches it.
 
     Raises:
         AdapterError: The field is not a mapping of regular expressions.
@@ -224,7 +236,7 @@ def pattern_value(config: Config, field: str, module: str, default: Any) -> Any:
 def stored(
     module: str, modules: Container[str], factors: tuple[Tensor, Tensor], layout: Layout
 ) -> dict[str, Tensor]:
-    """The tensors that PEFT stores for lora_A (r, in) and lora_B (out, r) of one of the modules."""
+    """Return the tensors that PEFT stores for lora_A (r, in) and lora_B (out, r) of one of the modules."""
     lora_A, lora_B = factors
     if layout.lookup:
         key = f"{PREFIX}{module}.lora_embedding_"
@@ -240,7 +252,7 @@ def stored(
 
 
 def target_of(module: str, modules: Container[str]) -> str:
-    """What PEFT must be told to target for one of the modules."""
+    """Return the path that PEFT must target for one of the modules."""
     attention, _, last = module.rpartition(".")
     joint = last == IN_PROJ or (last == "out_proj" and f"{attention}.{IN_PROJ}" in modules)
     return attention if joint else module

@@ -9,16 +9,16 @@ from torch import Tensor
 from pcb_peft.deltas.delta import LowRank
 from pcb_peft.deltas.linalg import svd
 from pcb_peft.errors import UnsupportedError
-from pcb_peft.formats.registry import Config
+from pcb_peft.formats.lazy_delta import Config
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class InitResidual:
-    """What PEFT takes out of W when it makes or loads an adapter.
+    """The part of W that PEFT takes out when it makes or loads an adapter.
 
     Attributes:
         reason: Why ΔW depends on W.
-        function: From W (out, in), the rank r and the scaling to (out, r) and (r, in), whose product is taken.
+        function: From W (out, in), the rank r and the scaling to (out, r) and (r, in), whose product is taken out.
     """
 
     reason: str
@@ -31,36 +31,37 @@ PLAIN = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")  # W 
 
 
 def _pissa(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """Its r largest singular triplets."""
+    """Return the r largest singular triplets of W."""
     del scaling
     u, s, vh = svd(weight)
     return u[:, :rank] * s[:rank], vh[:rank]
 
 
 def _olora(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """`scaling` times the r first columns and rows of its QR decomposition."""
+    """Return `scaling` times the r first columns and rows of the QR decomposition of W."""
     q, r = torch.linalg.qr(weight)
     return q[:, :rank] * scaling, r[:rank]
 
 
 def _kasa(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """Its r smallest singular triplets."""
+    """Return the r smallest singular triplets of W."""
     del scaling
     u, s, vh = svd(weight)
     return u[:, -rank:] * s[-rank:], vh[-rank:]
 
 
-def taken_from(config: Config) -> InitResidual | None:
-    """What PEFT takes out of W with this configuration; None for a plain initialisation.
+def init_residual(config: Config) -> InitResidual | None:
+    """Return the part of W that PEFT takes out with this configuration; None for a plain initialisation.
 
     Raises:
-        UnsupportedError: It cannot be computed again from W, or is not known.
+        UnsupportedError: The initialisation is unknown, or its part cannot be computed again from W.
     """
     init = str(config.get("init_lora_weights")).lower()
     if init.startswith(IRREPRODUCIBLE):
         raise UnsupportedError(
-            f"init_lora_weights = {init!r} is not supported: it changes the base weights in a way that W alone does "
-            f"not tell, so the change of the original model is not known; convert the adapter with PEFT's {CONVERSION}"
+            f"init_lora_weights = {init!r} is not supported: it changes the base weights in a way that cannot be "
+            "computed again from W, so the change of the original model is not known; convert the adapter with PEFT's "
+            f"{CONVERSION}"
         )
     if config.get("kasa_config"):
         return InitResidual("KaSA takes the smallest singular triplets out of W", _kasa)
@@ -76,9 +77,14 @@ def taken_from(config: Config) -> InitResidual | None:
     return None
 
 
-def without(delta: LowRank, taken: tuple[Tensor, Tensor]) -> LowRank:
-    """ΔW less what was taken out of W: rank 2r."""
-    left, right = taken
-    lora_B = torch.cat([delta.lora_B.double() * delta.scaling, -left.double()], dim=1)
-    lora_A = torch.cat([delta.lora_A, right.to(delta.lora_A.dtype)])
+def without_residual(delta: LowRank, taken: tuple[Tensor, Tensor]) -> LowRank:
+    """Return ΔW less the part that was taken out of W: rank 2r.
+
+    Args:
+        delta: The adapter's change of the W without that part.
+        taken: (out, r) and (r, in), whose product was taken out.
+    """
+    taken_B, taken_A = taken
+    lora_B = torch.cat([delta.lora_B.double() * delta.scaling, -taken_B.double()], dim=1)
+    lora_A = torch.cat([delta.lora_A, taken_A.to(delta.lora_A.dtype)])
     return LowRank(lora_A, lora_B.float(), layout=delta.layout)

@@ -2,9 +2,11 @@
 
 import functools
 
+from pcb_peft.formats.base_weights import Base
 from pcb_peft.formats.checkpoint import Tensors
+from pcb_peft.formats.lazy_delta import AdapterContents, Config
 from pcb_peft.formats.peft_layer import Tuner, entries_by_peft
-from pcb_peft.formats.registry import AdapterContents, Base, Config, Format, register
+from pcb_peft.formats.registry import Format, register
 from pcb_peft.formats.tuner import contents
 
 TUNERS = {
@@ -20,8 +22,8 @@ TUNERS = {
     "OSF": Tuner("osf_"),
     "PEANUT": Tuner("peanut_"),
     "PSOFT": Tuner("psoft_"),
-    "PVERA": Tuner("pvera_lambda_", measures_all=True),
-    "RANDLORA": Tuner("randlora_", measures_all=True),
+    "PVERA": Tuner("pvera_lambda_", depends_on_largest=True),
+    "RANDLORA": Tuner("randlora_", depends_on_largest=True),
     "ROAD": Tuner("road_", changes=("weight", "bias")),
     "SHIRA": Tuner("shira_"),
     "SUPERTUNING": Tuner("supertuning_"),
@@ -31,14 +33,13 @@ TUNERS = {
 
 
 def read(tuner: Tuner, config: Config, tensors: Tensors, base: Base) -> AdapterContents:
-    """The changes of an adapter, as PEFT's own layers make them.
+    """Return the changes of an adapter, as PEFT's own layers compute them.
 
     Raises:
         BaseModelError: No base model was given.
     """
-    return contents(
-        config, tensors, base, tuner.prefix, lambda parts: entries_by_peft(parts, tuner)
-    )
+    entries = functools.partial(entries_by_peft, tuner=tuner)
+    return contents(config, tensors, base, tuner.prefix, entries)
 
 
 for _peft_type, _tuner in TUNERS.items():

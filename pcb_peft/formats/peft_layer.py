@@ -1,12 +1,13 @@
 """The change that PEFT's own layer makes to one weight: for every tuner that PEFT can merge.
 
-One weight of the base model at a time is put into a layer at its own path, PEFT wraps that layer as the adapter's
-configuration says, loads its tensors and merges them: what is computed is PEFT's merge_and_unload, in float32, and
+One weight of the base model at a time is put into a layer at its own path. PEFT wraps that layer as the adapter's
+configuration says, loads its tensors and merges them. The result is that of PEFT's merge_and_unload, in float32, and
 never more than one module of the model is in memory.
 """
 
 import copy
 import dataclasses
+import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,22 +18,18 @@ from torch import Tensor, nn
 from pcb_peft.deltas.delta import Delta, Dense
 from pcb_peft.deltas.layout import Layout
 from pcb_peft.errors import AdapterError, UnsupportedError
-from pcb_peft.formats.registry import (
-    PREFIX,
-    Config,
-    LazyDelta,
-    Weights,
-    checked,
-    vector_delta,
-)
-from pcb_peft.formats.tuner import Parts
+from pcb_peft.formats.base_weights import Weights
+from pcb_peft.formats.checkpoint import check_finite
+from pcb_peft.formats.keys import PREFIX
+from pcb_peft.formats.lazy_delta import Config, LazyDelta, vector_delta
+from pcb_peft.formats.tuner import ModuleTensors
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
 ADAPTER = "default"
-WHY = "its change is what PEFT's own layer makes of W"
-ONLY_FOR_INJECTION = {  # fields that choose modules, or name what is no delta; here one module is chosen already
+WHY = "its change is computed by PEFT's own layer from W"
+ONLY_FOR_INJECTION = {  # fields that choose modules, or concern more than deltas; here the module is chosen
     "exclude_modules": None,
     "layers_to_transform": None,
     "layers_pattern": None,
@@ -45,74 +42,70 @@ CONVOLUTIONS: dict[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tuner:
-    """A tuner of PEFT's.
+    """One of PEFT's tuners.
 
     Attributes:
-        prefix: With which the names of its tensors begin.
-        changes: Which parameters of a module.
-        measures_all: The size of what all modules share follows from the largest of them.
+        prefix: Beginning of the names of its tensors.
+        changes: Parameters of a module that it changes.
+        depends_on_largest: True where the size of what all modules share follows from the largest module.
     """
 
     prefix: str
     changes: tuple[str, ...] = ("weight",)
-    measures_all: bool = False
+    depends_on_largest: bool = False
 
 
-def entries_by_peft(parts: Parts, tuner: Tuner) -> dict[str, LazyDelta]:
-    """The entries of one module.
+def entries_by_peft(module: ModuleTensors, tuner: Tuner) -> dict[str, LazyDelta]:
+    """Return the entries of one module.
 
     Raises:
         BaseModelError: No base model was given.
     """
-    shape = parts.base_shape(WHY)
-    base = opened(parts)
+    shape = module.base_shape(WHY)
+    base = module.base_model(WHY)
     entries: dict[str, LazyDelta] = {}
     if "weight" in tuner.changes:
-        entries[parts.module] = LazyDelta(Dense, shape, lambda: _change(parts, tuner, "weight"))
-    if "bias" in tuner.changes and base.bias(parts.module) is not None:
+        load = functools.partial(_change, module, tuner, "weight")
+        entries[module.path] = LazyDelta(Dense, shape, load)
+    if "bias" in tuner.changes and base.bias(module.path) is not None:
         bias = vector_delta(torch.zeros(shape[0]))
-        entries[f"{parts.module}.bias"] = LazyDelta(
-            type(bias), bias.shape, lambda: _change(parts, tuner, "bias"), bias.rank
-        )
+        load = functools.partial(_change, module, tuner, "bias")
+        entries[f"{module.path}.bias"] = LazyDelta(type(bias), bias.shape, load, bias.rank)
     return entries
 
 
-def opened(parts: Parts) -> Weights:
-    """The base model of parts that have one."""
-    assert parts.base is not None  # noqa: S101  (base_shape has raised before)
-    return parts.base()
-
-
-def _change(parts: Parts, tuner: Tuner, kind: str) -> Delta:
-    """What PEFT adds to a module's weight, or to its bias."""
-    base, module = opened(parts), parts.module
-    layer = _layer(base, module)
+def _change(module: ModuleTensors, tuner: Tuner, kind: str) -> Delta:
+    """Return what PEFT adds to a module's weight, or to its bias."""
+    base, path = module.base_model(WHY), module.path
+    layer = _layer(base, path)
     before = {name: values.detach().clone() for name, values in layer.named_parameters()}
-    others = {other: _outline(base, other) for other in parts.everywhere if other != module}
-    layers = {**others, module: layer} if tuner.measures_all else {module: layer}
+    layers = {path: layer}
+    if tuner.depends_on_largest:
+        others = {other: _outline(base, other) for other in module.all_paths if other != path}
+        layers = {**others, path: layer}
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's words on a model with only a few of its layers
-        wrapped = _wrapped(parts, layers)
-        _load(parts, tuner, wrapped)
-        target: Any = wrapped.get_submodule(PREFIX + module)
+        warnings.simplefilter("ignore")  # PEFT warns of a model with only a few of its layers
+        wrapped = _wrapped(module, layers)
+        _load(module, tuner, wrapped)
+        target: Any = wrapped.get_submodule(PREFIX + path)
         target.merge()
     after: nn.Module = target.get_base_layer()
     change = after.get_parameter(kind).detach() - before[kind]
     if kind == "bias":
         return vector_delta(change)
-    layout = base.layout(module, parts.base_shape(WHY))
+    layout = base.layout(path, module.base_shape(WHY))
     return Dense(layout.matrix(change).contiguous(), layout=layout)
 
 
-def _wrapped(parts: Parts, layers: Mapping[str, nn.Module]) -> nn.Module:
-    """PEFT's model around these layers alone."""
+def _wrapped(module: ModuleTensors, layers: Mapping[str, nn.Module]) -> nn.Module:
+    """Return PEFT's model around these layers alone."""
     import peft
 
-    config = _config(parts.config, list(layers))
+    config = _config(module.config, list(layers))
     try:
         return peft.get_peft_model(_model(layers), config, adapter_name=ADAPTER).eval()
     except (ImportError, NotImplementedError, TypeError, ValueError) as error:
-        raise UnsupportedError(f"{parts.module}: PEFT itself refuses it: {error}") from error
+        raise UnsupportedError(f"{module.path}: PEFT itself refuses it: {error}") from error
 
 
 def _config(config: Config, modules: Sequence[str]) -> "PeftConfig":
@@ -129,36 +122,40 @@ def _config(config: Config, modules: Sequence[str]) -> "PeftConfig":
         ) from error
 
 
-def _load(parts: Parts, tuner: Tuner, wrapped: nn.Module) -> None:
-    """Gives PEFT's layer the adapter's tensors: all that it has, and none that it has not."""
+def _load(module: ModuleTensors, tuner: Tuner, wrapped: nn.Module) -> None:
+    """Load the adapter's tensors into PEFT's layer; both must have the same tensors."""
     from peft import set_peft_model_state_dict
 
-    values = {name: _checked(parts, name) for name in parts.names.values()}
+    values = {name: _checked(module, name) for name in module.names.values()}
     try:
         result = set_peft_model_state_dict(wrapped, values, adapter_name=ADAPTER)
     except (RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
-        raise AdapterError(f"{parts.module}: PEFT cannot load its tensors: {reason}") from error
-    own = f"{PREFIX}{parts.module}."
+        raise AdapterError(f"{module.path}: PEFT cannot load its tensors: {reason}") from error
+    prefix = f"{PREFIX}{module.path}."
     missing = [
         name
         for name in result.missing_keys
-        if name.startswith(own + tuner.prefix)
-        and name.removeprefix(own).replace(f".{ADAPTER}", "") not in parts.names  # is shared
+        if name.startswith(prefix + tuner.prefix)
+        and name.removeprefix(prefix).replace(f".{ADAPTER}", "") not in module.names  # is shared
     ]
-    for what, names in (("has no", missing), ("has no place for", result.unexpected_keys)):
-        if names:
-            raise AdapterError(f"{parts.module}: PEFT's layer {what} {', '.join(sorted(names))}")
+    if missing:
+        names = ", ".join(sorted(missing))
+        raise AdapterError(f"{module.path}: the adapter has no {names}, which PEFT's layer needs")
+    if result.unexpected_keys:
+        names = ", ".join(sorted(result.unexpected_keys))
+        raise AdapterError(f"{module.path}: PEFT's layer has no place for {names}")
 
 
-def _checked(parts: Parts, name: str) -> Tensor:
-    values = parts.tensors.read(name)
+def _checked(module: ModuleTensors, name: str) -> Tensor:
+    values = module.tensors.read(name)
     values = values.float() if values.is_floating_point() else values
-    return checked(values, parts.tensors, name)
+    check_finite(values, module.tensors, name)
+    return values
 
 
 def _model(layers: Mapping[str, nn.Module]) -> nn.Module:
-    """A model that has these layers, each at its path, and nothing else."""
+    """Return a model that has these layers, each at its path, and nothing else."""
     model = nn.Module()
     for path, layer in layers.items():
         parent = model
@@ -172,7 +169,7 @@ def _model(layers: Mapping[str, nn.Module]) -> nn.Module:
 
 
 def _layer(base: Weights, module: str) -> nn.Module:
-    """A layer of the base model, with its values in float32."""
+    """Return a layer of the base model, with its values in float32."""
     weight, bias = base.weight(module).float(), base.bias(module)
     layer = _empty_layer(base, module, tuple(weight.shape), bias is not None)
     layer.weight = nn.Parameter(weight, requires_grad=False)
@@ -182,7 +179,7 @@ def _layer(base: Weights, module: str) -> nn.Module:
 
 
 def _outline(base: Weights, module: str) -> nn.Module:
-    """A layer of the same size, without values: one number takes the place of all."""
+    """Return a layer of the same size whose weight takes no memory: one zero stands for all values."""
     shape = base.shape(module)
     layer = _empty_layer(base, module, shape, bias=False)
     layer.weight = nn.Parameter(torch.zeros(()).expand(shape), requires_grad=False)
@@ -190,16 +187,16 @@ def _outline(base: Weights, module: str) -> nn.Module:
 
 
 def _empty_layer(base: Weights, module: str, shape: tuple[int, ...], bias: bool) -> nn.Module:
-    """A layer of the kind that the base has, on the meta device."""
-    known = base.layer(module)
-    if known is not None:
-        return copy.deepcopy(known).to("meta")
+    """Return a layer of the kind that the base model has, on the meta device."""
+    layer = base.layer(module)
+    if layer is not None:
+        return copy.deepcopy(layer).to("meta")
     with torch.device("meta"):
         return _layer_of_shape(base.layout(module, (1, 1)), shape, bias)
 
 
 def _layer_of_shape(layout: Layout, shape: tuple[int, ...], bias: bool) -> nn.Module:
-    """What a weight of this shape is of where transformers does not know the architecture."""
+    """Return a layer for a weight of this shape where transformers does not know the architecture."""
     from transformers.pytorch_utils import Conv1D
 
     if layout.transposed:
@@ -208,4 +205,4 @@ def _layer_of_shape(layout: Layout, shape: tuple[int, ...], bias: bool) -> nn.Mo
         return nn.Linear(shape[1], shape[0], bias=bias)
     if len(shape) in CONVOLUTIONS:
         return CONVOLUTIONS[len(shape)](shape[1], shape[0], shape[2:], bias=bias)
-    raise UnsupportedError(f"a weight of shape {shape} is of no layer that PEFT could wrap")
+    raise UnsupportedError(f"a weight of shape {shape} belongs to no layer that PEFT can wrap")

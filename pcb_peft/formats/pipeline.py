@@ -5,6 +5,7 @@ kohya's names have underscores for dots (``lora_unet_mid_block_attentions_0_proj
 word is one of diffusers' names for Stable Diffusion 1 and 2 and for CLIP, and else kept as they are (SDXL, Flux).
 """
 
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -16,28 +17,20 @@ from torch import Tensor
 from pcb_peft.deltas.delta import LowRank
 from pcb_peft.deltas.layout import LINEAR, Layout
 from pcb_peft.errors import AdapterError, UnsupportedError
-from pcb_peft.formats.checkpoint import PIPELINE, Tensors
+from pcb_peft.formats.base_weights import Base
+from pcb_peft.formats.checkpoint import PIPELINE, PIPELINE_TYPE, Tensors, read_finite
+from pcb_peft.formats.lazy_delta import AdapterContents, AdapterFiles, Config, LazyDelta, is_vector
 from pcb_peft.formats.lora_parts import pattern_value
-from pcb_peft.formats.lora_variants import taken_from
-from pcb_peft.formats.registry import (
-    AdapterContents,
-    AdapterFiles,
-    Base,
-    Config,
-    Format,
-    LazyDelta,
-    finite,
-    is_vector,
-    register,
-)
+from pcb_peft.formats.lora_variants import init_residual
+from pcb_peft.formats.registry import Format, Writer, register
 
-PARTS = {  # what ends the name of lora_A, of lora_B, and of alpha; the first that fits
+PARTS = {  # part to the end of its tensor's name; the first that fits counts
     "A": r"\.(lora_down|lora_A|lora\.down|lora_linear_layer\.down)\.weight|_lora\.down\.weight",
     "B": r"\.(lora_up|lora_B|lora\.up|lora_linear_layer\.up)\.weight|_lora\.up\.weight",
     "alpha": r"\.alpha",
 }
 COMPONENT = re.compile(r"(unet|transformer|text_encoder(_\d)?)\..+|lora_(unet|te\d?)_.+")
-KOHYA = {
+KOHYA_COMPONENTS = {
     "lora_unet_": "unet",
     "lora_te_": "text_encoder",
     "lora_te1_": "text_encoder",
@@ -52,11 +45,11 @@ WORDS = re.compile(f"(?:{WORD})(?:_(?:{WORD}))*")
 
 
 def read(config: Config, tensors: Tensors, base: Base) -> AdapterContents:
-    """The deltas of a file.
+    """Return the deltas of a file.
 
     Raises:
-        UnsupportedError: A tensor that is no part of a LoRA.
-        AdapterError: Factors that do not fit each other.
+        UnsupportedError: A tensor does not belong to a LoRA.
+        AdapterError: Two factors do not fit each other.
     """
     del base
     modules: dict[str, dict[str, str]] = {}
@@ -70,58 +63,63 @@ def read(config: Config, tensors: Tensors, base: Base) -> AdapterContents:
 
 
 def _parsed(name: str) -> tuple[str, str]:
-    """The module and the part (A, B, alpha) of a tensor."""
+    """Return the module and the part (A, B, alpha) of a tensor."""
     for part, ending in PARTS.items():
-        found = re.fullmatch(f"(.+?)(?:{ending})", name)
-        if found and COMPONENT.fullmatch(found[1]):
-            return _spelled_out(_without_processor(found[1])), part
+        match = re.fullmatch(f"(.+?)(?:{ending})", name)
+        if match and COMPONENT.fullmatch(match[1]):
+            return _kohya_to_diffusers(_without_processor(match[1])), part
     raise UnsupportedError(
-        f"tensor {name} is no part of a LoRA that is read (lora_down, lora_up, lora_A, lora_B, alpha of a unet, a "
+        f"tensor {name} does not belong to a LoRA that is read (lora_down, lora_up, lora_A, lora_B, alpha of a unet, a "
         "transformer or a text encoder): DoRA, LoHa, LoKr and a lora_mid in this form are not; it will not be dropped"
     )
 
 
 def _without_processor(path: str) -> str:
-    """The first releases of diffusers had LoRAs in attention processors; ``processor.to_out`` is ``to_out.0``."""
-    path, found = re.subn(r"\.processor\.to_(\w+)$", r".to_\1", path)
-    return f"{path}.0" if found and path.endswith(".to_out") else path
+    """Rename LoRAs of attention processors, as in the first diffusers: ``processor.to_out`` is ``to_out.0``."""
+    path, count = re.subn(r"\.processor\.to_(\w+)$", r".to_\1", path)
+    return f"{path}.0" if count and path.endswith(".to_out") else path
 
 
-def _spelled_out(path: str) -> str:
-    """Kohya's name as diffusers' path, where it can be told; any other name as it is."""
-    for prefix, component in KOHYA.items():
+def _kohya_to_diffusers(path: str) -> str:
+    """Return kohya's name as diffusers' path if all its words are known; any other name as it is."""
+    for prefix, component in KOHYA_COMPONENTS.items():
         rest = path.removeprefix(prefix)
         if rest != path and WORDS.fullmatch(rest):
             return ".".join([component, *re.findall(f"(?:{WORD})(?=_|$)", rest)])
     return path
 
 
-def _entry(config: Config, tensors: Tensors, module: str, parts: Mapping[str, str]) -> LazyDelta:
-    if not {"A", "B"} <= parts.keys():
-        raise AdapterError(f"{module} has {', '.join(parts.values())}; it must have both factors")
-    shape_A, shape_B = (tensors.shape(parts[part]) for part in "AB")
+def _entry(config: Config, tensors: Tensors, module: str, names: Mapping[str, str]) -> LazyDelta:
+    """Return the change of one module; `names` are its tensors by part."""
+    if not {"A", "B"} <= names.keys():
+        raise AdapterError(f"{module} has {', '.join(names.values())}; it must have both factors")
+    shape_A, shape_B = (tensors.shape(names[part]) for part in "AB")
     kernel = shape_A[2:]
     if shape_B != (shape_B[0], shape_A[0], *[1] * len(kernel)) or len(shape_A) < 2:
         raise AdapterError(
-            f"{module}: {parts['A']} {shape_A} and {parts['B']} {shape_B} do not fit"
+            f"{module}: {names['A']} {shape_A} and {names['B']} {shape_B} do not fit"
         )
     rank = shape_A[0]
     layout = Layout(shape=(shape_B[0], *shape_A[1:])) if kernel else LINEAR
-    stated = _scaling(config, module, rank)
-
-    def load() -> LowRank:
-        lora_A, lora_B = (finite(tensors, parts[part]).flatten(1) for part in "AB")
-        scaling = float(finite(tensors, parts["alpha"])) / rank if "alpha" in parts else stated
-        return LowRank(lora_A, lora_B, scaling, layout=layout)
-
+    load = functools.partial(_load, tensors, names, _scaling(config, module, rank), layout)
     return LazyDelta(LowRank, (shape_B[0], math.prod(shape_A[1:])), load, rank)
 
 
+def _load(
+    tensors: Tensors, names: Mapping[str, str], stated_scaling: float, layout: Layout
+) -> LowRank:
+    lora_A, lora_B = (read_finite(tensors, names[part]).flatten(1) for part in "AB")
+    scaling = stated_scaling
+    if "alpha" in names:
+        scaling = float(read_finite(tensors, names["alpha"])) / len(lora_A)
+    return LowRank(lora_A, lora_B, scaling, layout=layout)
+
+
 def _scaling(config: Config, module: str, rank: int) -> float:
-    """What diffusers' metadata say of a module, if the file has any; 1 where it has not.
+    """Return the scaling that diffusers' metadata in the file say; 1 where there are none.
 
     Raises:
-        UnsupportedError: They speak of a LoRA that is not just its factors.
+        UnsupportedError: The LoRA depends on W.
     """
     component, _, path = module.partition(".")
     metadata: Mapping[str, Any] = config.get("metadata") or {}
@@ -132,9 +130,9 @@ def _scaling(config: Config, module: str, rank: int) -> float:
     }
     if "lora_alpha" not in stated:
         return 1.0
-    if taken_from(stated) or stated.get("use_dora"):
+    if init_residual(stated) or stated.get("use_dora"):
         raise UnsupportedError(
-            f"{component}: its metadata speak of a LoRA whose change depends on W"
+            f"{component}: a LoRA whose change depends on W is not supported in this form; convert it with PEFT"
         )
     alpha = pattern_value(stated, "alpha_pattern", path, stated["lora_alpha"])
     if not isinstance(alpha, int | float):
@@ -145,7 +143,7 @@ def _scaling(config: Config, module: str, rank: int) -> float:
 def write_diffusers(
     modules: Mapping[str, LowRank], dtype: torch.dtype, *, rank_pattern: bool = False
 ) -> AdapterFiles:
-    """The deltas as diffusers stores them: one rank for all unless `rank_pattern`, and scaling 1.
+    """Return the deltas as diffusers stores them: one rank for all unless `rank_pattern`, and scaling 1.
 
     Raises:
         UnsupportedError: A module has no name that diffusers knows.
@@ -155,7 +153,7 @@ def write_diffusers(
     )
     if unknown is not None:
         raise UnsupportedError(
-            f"{unknown} is not one of diffusers' names: save it as format='kohya' (--format kohya)"
+            f"{unknown} is a name that diffusers does not know: save it as format='kohya' (--format kohya)"
         )
     highest = max(delta.rank for delta in modules.values())
     tensors: dict[str, Tensor] = {}
@@ -168,10 +166,10 @@ def write_diffusers(
 def write_kohya(
     modules: Mapping[str, LowRank], dtype: torch.dtype, *, rank_pattern: bool = False
 ) -> AdapterFiles:
-    """The deltas as kohya's trainers store them, each at its own rank, which is its alpha too.
+    """Return the deltas as kohya's trainers store them, each at its own rank, which is its alpha too.
 
     Raises:
-        UnsupportedError: A module is none of a diffusion pipeline.
+        UnsupportedError: A module does not belong to a diffusion pipeline.
     """
     del rank_pattern
     several = any(name.startswith(("text_encoder_2.", "lora_unet_")) for name in modules)
@@ -182,7 +180,7 @@ def write_kohya(
         component, _, path = module.partition(".")
         if not COMPONENT.fullmatch(module) or (path and component not in prefixes):
             raise UnsupportedError(
-                f"{module} is not part of a diffusion pipeline: save it as PEFT's"
+                f"{module} does not belong to a diffusion pipeline: save it in PEFT's format (without --format)"
             )
         name = prefixes[component] + path.replace(".", "_") if path else module
         down, up = _factors(module, delta, dtype, delta.rank)
@@ -192,15 +190,17 @@ def write_kohya(
 
 
 def _factors(module: str, delta: LowRank, dtype: torch.dtype, rank: int) -> tuple[Tensor, Tensor]:
-    """The factors at scaling 1, padded with zeros to a rank, as the layer stores them."""
+    """Return the factors at scaling 1, padded with zeros to a rank, as the layer stores them."""
     if is_vector(delta) or delta.layout.transposed:
-        raise UnsupportedError(f"{module}: this form holds matrices and convolutions only")
+        raise UnsupportedError(
+            f"{module}: files of image models hold LoRAs of matrices and convolutions only"
+        )
     kernel = () if delta.layout.shape is None else delta.layout.shape[2:]
-    pad, missing = torch.nn.functional.pad, rank - delta.rank
-    down = pad(delta.lora_A.float(), (0, 0, 0, missing)).reshape(rank, -1, *kernel)
-    up = pad((delta.lora_B.double() * delta.scaling).float(), (0, missing))
-    return down.to(dtype), up[(..., *[None] * len(kernel))].to(dtype)
+    lora_A, lora_B = delta.padded(rank)
+    down, up = lora_A.reshape(rank, -1, *kernel), lora_B[(..., *[None] * len(kernel))]
+    return down.to(dtype), up.to(dtype)
 
 
-register(Format("DIFFUSERS", read, write=write_diffusers))
-register(Format("KOHYA", read, write=write_kohya))
+register(Format(PIPELINE_TYPE, read))
+register(Writer("diffusers", write_diffusers))
+register(Writer("kohya", write_kohya))

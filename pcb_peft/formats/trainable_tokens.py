@@ -1,41 +1,37 @@
-"""Trainable tokens by themselves: rows of embeddings take the place of others; nothing is added anywhere."""
+"""Trainable tokens without other deltas: rows of embeddings take the place of others; nothing is added."""
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pcb_peft.errors import UnsupportedError
+from pcb_peft.formats.base_weights import Base
 from pcb_peft.formats.checkpoint import Tensors
-from pcb_peft.formats.heads import matching, read_rows
-from pcb_peft.formats.registry import (
-    AdapterContents,
-    Base,
-    Config,
-    Format,
-    RowStore,
-    register,
-    saved_parameters,
-)
+from pcb_peft.formats.heads import ends_with_any, read_rows, saved_parameters
+from pcb_peft.formats.lazy_delta import AdapterContents, Config
+from pcb_peft.formats.registry import Format, RowStore, register
 
 
 def read(config: Config, tensors: Tensors, base: Base) -> AdapterContents:
-    """The rows of a TRAINABLE_TOKENS checkpoint."""
+    """Return the rows of a TRAINABLE_TOKENS checkpoint."""
     del base
+    replaced = read_rows(tensors, tensors.names(), "", functools.partial(_row_numbers, config))
+    saved = saved_parameters(tensors, replaced.rest)
+    return AdapterContents({}, saved, replaced.rows, replaced.copies)
+
+
+def _row_numbers(config: Config, module: str) -> Sequence[int] | None:
     targets = config.get("target_modules")
-
-    def indices_of(module: str) -> Sequence[int] | None:
-        if isinstance(targets, str):
-            hit = re.fullmatch(targets, module) is not None
-        else:
-            hit = targets is None or matching(module, targets)
-        return config.get("token_indices") if hit else None
-
-    read_ = read_rows(tensors, tensors.names(), "", indices_of)
-    return AdapterContents({}, saved_parameters(tensors, read_.rest), read_.rows, read_.copies)
+    if isinstance(targets, str):
+        targeted = re.fullmatch(targets, module) is not None
+    else:
+        targeted = targets is None or ends_with_any(module, targets)
+    return config.get("token_indices") if targeted else None
 
 
 def row_config(indices: Mapping[str, list[int]]) -> dict[str, Any]:
-    """The fields of the configuration that tell the rows of each module.
+    """Return the fields of the configuration that say which rows of each module are replaced.
 
     Raises:
         UnsupportedError: They are not the same for all modules.

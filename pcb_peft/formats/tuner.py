@@ -1,75 +1,71 @@
-"""What every tuner has in common: tensors that belong to modules, and such that all modules share.
+"""How every tuner is read: some tensors belong to one module, some are shared by all.
 
-A tuner is one function, from the parts of one module to its entry; `tuner` makes a format of it.
+A tuner is one function, from the tensors of one module to its entry; `tuner` makes a format of it.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
 from pcb_peft.deltas.layout import CONV1D, LINEAR, Layout
-from pcb_peft.errors import AdapterError, BaseModelError
-from pcb_peft.formats.checkpoint import Tensors
-from pcb_peft.formats.registry import (
-    PREFIX,
-    AdapterContents,
-    Base,
-    Config,
-    Format,
-    LazyDelta,
-    bias_entries,
-    finite,
-    module_of,
-    saved_parameters,
-    without_base,
-)
+from pcb_peft.errors import AdapterError
+from pcb_peft.formats.base_weights import Base, Weights, bias_entries, missing_base
+from pcb_peft.formats.checkpoint import Tensors, read_finite
+from pcb_peft.formats.heads import saved_parameters
+from pcb_peft.formats.keys import PREFIX, module_of
+from pcb_peft.formats.lazy_delta import AdapterContents, Config, LazyDelta
+from pcb_peft.formats.registry import Format
 
 SHARED = "base_model."
+"""Prefix of a tensor that all modules share (``base_model.vera_A``)."""
+
+NO_INPUT_SIZE = "the adapter does not say how many inputs the module has"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Parts:
-    """What an adapter holds for one module.
+class ModuleTensors:
+    """The tensors that an adapter holds for one module.
 
     Attributes:
-        module: Its path in the base model.
+        path: Path of the module in the base model.
         config: The adapter's configuration.
-        tensors: All of the adapter's.
-        names: Part (``hada_w1_a``) to the tensor's name, those included that all modules share (``vera_A``).
+        tensors: All tensors of the adapter.
+        names: Part (``hada_w1_a``) to the tensor's name, also for parts that all modules share (``vera_A``).
         base: The base model, if one was given.
-        everywhere: All modules that the adapter touches.
+        all_paths: All modules that the adapter touches.
     """
 
-    module: str
+    path: str
     config: Config
     tensors: Tensors
     names: Mapping[str, str]
     base: Base
-    everywhere: Sequence[str]
+    all_paths: Sequence[str]
 
     def read(self, part: str, *shape: int) -> Tensor:
-        """A part, float32.
+        """Return a part in float32.
 
         Raises:
             AdapterError: It does not have the shape.
         """
         if self.shape(part) != shape:
             raise AdapterError(
-                f"{self.module}: {part} has shape {self.shape(part)}; beside the other tensors it must be {shape}"
+                f"{self.path}: {part} has shape {self.shape(part)}; beside the other tensors it must be {shape}"
             )
-        return finite(self.tensors, self._name(part))
+        return read_finite(self.tensors, self._name(part))
 
     def shape(self, part: str) -> tuple[int, ...]:
-        """The shape of a part."""
+        """Return the shape of a part."""
         return self.tensors.shape(self._name(part))
 
     def number(self, field: str) -> float:
-        """A number of the configuration.
+        """Return a number of the configuration.
 
         Raises:
-            AdapterError: It is none.
+            AdapterError: The field does not hold a finite number.
         """
         value = self.config.get(field)
         if (
@@ -77,62 +73,71 @@ class Parts:
             or not isinstance(value, int | float)
             or not math.isfinite(value)
         ):
-            raise AdapterError(f"{self.module}: {field} is {value!r}; it must be a finite number")
+            raise AdapterError(f"{self.path}: {field} is {value!r}; it must be a finite number")
         return value
 
     def layout(self, shape: tuple[int, int]) -> Layout:
-        """How the module stores W: as the base has it if it was given, else as the configuration says it."""
+        """Return how the module stores W: as the base model has it if it was given, else as the configuration says."""
         if self.base is not None:
-            return self.base().layout(self.module, shape)
+            return self.base().layout(self.path, shape)
         return CONV1D if self.config.get("fan_in_fan_out") else LINEAR
 
-    def base_shape(self, why: str) -> tuple[int, int]:
-        """(out, in) of the module's weight, where the adapter itself does not tell.
+    def base_model(self, why: str) -> Weights:
+        """Return the base model.
 
         Raises:
-            BaseModelError: No base model was given.
+            BaseModelError: No base model was given; `why` says what it is needed for.
         """
         if self.base is None:
-            raise BaseModelError(
-                f"{without_base(self.module, why)}: give base_model (--base-model)"
-            )
-        opened = self.base()
-        return opened.layout(self.module, (1, 1)).matrix_shape(opened.shape(self.module))
+            raise missing_base(self.path, why)
+        return self.base()
+
+    def base_shape(self, why: str) -> tuple[int, int]:
+        """Return (out, in) of the module's weight from the base model; errors are those of `base_model`."""
+        model = self.base_model(why)
+        return model.layout(self.path, (1, 1)).matrix_shape(model.shape(self.path))
 
     def _name(self, part: str) -> str:
         if part not in self.names:
-            raise AdapterError(f"{self.module} has {', '.join(self.names)} and no {part}")
+            raise AdapterError(f"{self.path} has {', '.join(self.names)} and no {part}")
         return self.names[part]
 
 
-ReadEntries = Callable[[Parts], Mapping[str, LazyDelta]]
+ReadEntries = Callable[[ModuleTensors], Mapping[str, LazyDelta]]
+"""From the tensors of one module to its entries; a module's bias is an entry of its own."""
 
 
-def tuner(peft_type: str, prefix: str, entry: Callable[[Parts], LazyDelta]) -> Format:
-    """The format of a tuner that changes weights.
+def tuner(peft_type: str, prefix: str, entry: Callable[[ModuleTensors], LazyDelta]) -> Format:
+    """Return the format of a tuner that changes weights.
 
     Args:
         peft_type: PEFT's name.
-        prefix: With which the names of its tensors begin.
-        entry: The change of one module.
+        prefix: Beginning of the names of the tuner's tensors.
+        entry: From the tensors of one module to its change.
     """
-    return Format(
-        peft_type,
-        lambda config, tensors, base: contents(
-            config, tensors, base, prefix, lambda parts: {parts.module: entry(parts)}
-        ),
-    )
+    return Format(peft_type, functools.partial(_read, prefix, entry))
+
+
+def _read(
+    prefix: str,
+    entry: Callable[[ModuleTensors], LazyDelta],
+    config: Config,
+    tensors: Tensors,
+    base: Base,
+) -> AdapterContents:
+    return contents(config, tensors, base, prefix, lambda module: {module.path: entry(module)})
 
 
 def contents(
     config: Config, tensors: Tensors, base: Base, prefix: str, entries_of: ReadEntries
 ) -> AdapterContents:
-    """All that an adapter holds, by way of a function from the parts of one module to its entries."""
+    """Return everything that an adapter holds, by way of a function that reads one module."""
     modules, shared, rest = _by_module(tensors.names(), prefix)
     entries: dict[str, LazyDelta] = {}
-    for module, names in modules.items():
-        parts = Parts(module, config, tensors, names | shared, base, list(modules))
-        entries |= entries_of(parts)
+    for path, names in modules.items():
+        entries |= entries_of(
+            ModuleTensors(path, config, tensors, names | shared, base, list(modules))
+        )
     biases, rest = bias_entries(config, tensors, rest, base)
     return AdapterContents(entries | biases, saved_parameters(tensors, rest))
 
@@ -140,13 +145,13 @@ def contents(
 def _by_module(
     names: Sequence[str], prefix: str
 ) -> tuple[dict[str, dict[str, str]], dict[str, str], list[str]]:
-    """The tensors of each module, those that all share, and the others."""
+    """Return the tensors of each module, those that all modules share, and the others."""
     modules: dict[str, dict[str, str]] = {}
     shared: dict[str, str] = {}
     rest: list[str] = []
     for name in names:
-        path, found, part = name.partition(f".{prefix}")
-        if found and path != SHARED.rstrip("."):
+        path, infix, part = name.partition(f".{prefix}")
+        if infix and path != SHARED.rstrip("."):
             modules.setdefault(module_of(path), {})[prefix + part] = name
         elif name.startswith(SHARED) and not name.startswith(PREFIX):
             shared[name.removeprefix(SHARED)] = name

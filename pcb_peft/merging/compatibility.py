@@ -94,7 +94,7 @@ def refuse_other_names(adapters: Sequence[Adapter], base: Callable[[], BaseModel
             for end in filter(lambda end: path.endswith(f".{end}"), short):
                 module = short[end]
                 longer = f"{path.removesuffix(end)}{module}"
-                if base is None or base().in_memory(module) == base().in_memory(longer):
+                if base is None or base().name_in_memory(module) == base().name_in_memory(longer):
                     raise MismatchError(
                         f"{one.name} calls a module {module} that {other.name} would call {longer}: they were trained "
                         "on different classes of one model (AutoModel and AutoModelForCausalLM, say), and PEFT would "

@@ -8,11 +8,9 @@ import torch
 
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.deltas.delta import LowRank, Rescaled
-from pcb_peft.deltas.rank import low_rank_part
 from pcb_peft.errors import BaseModelError, MismatchError
-from pcb_peft.formats import Base, LazyDelta
+from pcb_peft.formats import Base, BaseWeight, LazyDelta, Weights
 from pcb_peft.formats.lora_parts import IN_PROJ
-from pcb_peft.formats.registry import Weights, base_weight
 from pcb_peft.merging.report import Report
 from pcb_peft.merging.resolve_base import rescaling_as_dense
 
@@ -112,7 +110,7 @@ def _rescaled(module: str, entry: LazyDelta, base: Callable[[], Weights]) -> Res
     none = torch.zeros(entry.shape[0], dtype=torch.float64)
     return Rescaled(
         delta.gain if isinstance(delta, Rescaled) else none,
-        low_rank_part(delta),
-        lambda: base_weight(base, module, entry.shape, WHY, layout)[0],
+        delta.low_rank_part,
+        BaseWeight(base, module, entry.shape, WHY, layout),
         layout=layout,
     )

@@ -10,10 +10,8 @@ from pcb_peft.deltas.rank import (
     Rank,
     budget_of,
     energy_of_whole,
-    low_rank_part,
     truncate,
     truncate_low_rank_part,
-    with_low_rank_part,
 )
 from pcb_peft.deltas.rank_budget import within_budget
 from pcb_peft.errors import OptionError
@@ -114,7 +112,7 @@ def apply_rank_budget(
         return entries
 
     def shared_out(_: object) -> dict[str, tuple[LowRank, float, float]]:
-        added = {module: low_rank_part(entry.load()) for module, entry in entries.items()}
+        added = {module: entry.load().low_rank_part for module, entry in entries.items()}
         return {
             module: (cut, *_energy_and_norm(entries[module].load(), cut, energy))
             for module, (cut, energy) in within_budget(added, budget).items()
@@ -135,16 +133,16 @@ def apply_rank_budget(
 
 
 def _cut(entry: LazyDelta, cut: LowRank) -> Delta:
-    return with_low_rank_part(entry.load(), cut) if entry.kind is Rescaled else cut
+    return entry.load().with_low_rank_part(cut) if entry.kind is Rescaled else cut
 
 
 def _energy_and_norm(delta: Delta, cut: LowRank, energy: float) -> tuple[float, float]:
     """The energy that a delta retains if its low-rank part is cut, and retains `energy` of its own; and what norm."""
-    left = with_low_rank_part(delta, cut)
+    left = delta.with_low_rank_part(cut)
     return energy_of_whole(delta, energy), left.norm()
 
 
 def rank_of(delta: Delta) -> int | None:
     """Of a low-rank delta, or of a delta's low-rank part."""
-    part = low_rank_part(delta)
+    part = delta.low_rank_part
     return part.rank if isinstance(part, LowRank) else None

@@ -1,6 +1,5 @@
 """Merging inside a live PeftModel, for people who have one in hand."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +7,8 @@ import torch
 
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.loading import load_adapter
-from pcb_peft.base.live import LiveModel
+from pcb_peft.adapters.saving import adapter_files
+from pcb_peft.base.live import LiveBase
 from pcb_peft.errors import OptionError, UnsupportedError
 from pcb_peft.merging.engine import merge_adapters
 
@@ -47,7 +47,7 @@ def add_weighted_adapter(
         )
     if density is not None:
         options["density"] = density
-    base = functools.cache(lambda: LiveModel(model))
+    base = LiveBase(model)
     loaded = [load_adapter((model, name), base_model=base) for name in adapters]
     merged = merge_adapters(loaded, combination_type, weights, rank=svd_rank, **options)
     if merged.heads:
@@ -62,7 +62,7 @@ def add_adapter(model: Any, adapter: Adapter, adapter_name: str) -> None:
     """Adds an adapter to a PeftModel, as it would be loaded from files."""
     from peft import PeftConfig, set_peft_model_state_dict
 
-    written = adapter.written(torch.float32)
+    written = adapter_files(adapter, torch.float32)
     fields = dict(written.config)
     named = [getattr(other, "target_parameters", None) for other in model.peft_config.values()]
     if "target_parameters" in fields and any(named):  # PEFT wants all adapters to say it alike

@@ -10,10 +10,10 @@ from pcb_peft.base.model import BaseModel
 from pcb_peft.deltas.delta import Dense, Diagonal, LowRank
 from pcb_peft.deltas.replacements import Parameter, Replacements
 from pcb_peft.errors import BaseModelError
-from pcb_peft.formats import LazyDelta
-from pcb_peft.formats.registry import as_dense, vector_delta
+from pcb_peft.formats import LazyDelta, as_dense, vector_delta
 from pcb_peft.spaces import Space
-from pcb_peft.writing.fold import fitted, folded
+from pcb_peft.writing.edits import fitted
+from pcb_peft.writing.folded_model import folded
 
 ONE_BY_ONE = re.compile(r"\.experts\.\d+\.")  # the experts' names in transformers 4, and in files
 STACKED = re.compile(r"\.experts\.\w+\.\d+$")  # in transformers 5
@@ -84,7 +84,7 @@ def unstack_experts(adapter: Adapter, base: BaseModel) -> Adapter:
     """The same adapter, whose stacked experts go by the names that they have in the files."""
     entries: dict[str, LazyDelta] = {}
     for module, entry in adapter.modules.entries.items():
-        places = base.places(module) if STACKED.search(module) else ()
+        places = base.slices(module) if STACKED.search(module) else ()
         if not places or places[0].index is not None:
             entries[module] = entry
             continue
@@ -132,7 +132,7 @@ def chain_on_base(
         if below is not None and chain:
             read = adapter.on(below)
             read = ia3_as_additive(read, below()) if Diagonal in kinds else read
-            adapter = dataclasses.replace(rescaling_as_dense(read), files=None)
+            adapter = dataclasses.replace(rescaling_as_dense(read), reopen=None)
         names = adapter.head.parameters
         chain = [dataclasses.replace(a, head=a.head.without(names)) for a in chain] + [adapter]
     return chain
@@ -149,7 +149,11 @@ def _with_all_of(
     def opened() -> BaseModel:
         model = base()
         for adapter in adapters:
-            held = {name: new for name, new in adapter.head.parameters.items() if model.find(name)}
+            held = {
+                name: new
+                for name, new in adapter.head.parameters.items()
+                if model.names.in_files(name)
+            }
             model = folded(adapter.modules, model, Replacements((), held, adapter.head.rows))
         return model
 

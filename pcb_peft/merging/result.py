@@ -7,11 +7,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pcb_peft.adapters.adapter import Adapter, DeltaMapping
+from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.adapters.delta_mapping import DeltaMapping
 from pcb_peft.base.model import BaseModel
 from pcb_peft.deltas.delta import Delta, Rescaled
-from pcb_peft.formats import LazyDelta
-from pcb_peft.formats.registry import Weights
+from pcb_peft.formats import LazyDelta, Weights
 from pcb_peft.merging.report import ModuleReport, Report
 from pcb_peft.recipes.recipe import FILE_NAME, Recipe, in_words
 from pcb_peft.runtime.processes import current, union
@@ -52,7 +52,7 @@ class MergedAdapter(Adapter):
             self, modules=DeltaMapping(entries), scale=scaled.scale, recipe=recipe, report=report
         )
 
-    def _whole_biases(self) -> Mapping[str, Callable[[], Tensor]]:
+    def whole_biases(self) -> Mapping[str, Callable[[], Tensor]]:
         entries = self.modules.entries
         biases = {name: entry for name, entry in entries.items() if name.endswith(".bias")}
         changed = {name.removesuffix(".bias") for name in biases}
@@ -76,10 +76,10 @@ class MergedAdapter(Adapter):
         lines = union(current().all_gather(self.report.modules))
         self.report.modules = {module: lines[module] for module in self.modules if module in lines}
 
-    def _companions(self, without: Container[str] | None = None) -> dict[str, bytes]:
-        return {FILE_NAME: self.recipe.to_yaml().encode(), **super()._companions(without)}
+    def companion_files(self, without: Container[str] | None = None) -> dict[str, bytes]:
+        return {FILE_NAME: self.recipe.to_yaml().encode(), **super().companion_files(without)}
 
-    def _card(self, peft_type: str) -> str:
+    def card(self, peft_type: str) -> str:
         recipe, report = self.recipe, self.report
         sources = [
             (public_name(source.path) or source.name, weight)

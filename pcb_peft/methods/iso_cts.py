@@ -4,7 +4,7 @@ from typing import Annotated
 
 from torch import Tensor
 
-from pcb_peft.deltas.linalg import Svd, joined, orthonormalized, significant
+from pcb_peft.deltas.linalg import Svd, cat_svds, orthonormalized, significant
 from pcb_peft.methods.registry import merge_method
 from pcb_peft.methods.spectral import merge_matrices
 from pcb_peft.plugins.options import Range
@@ -42,7 +42,7 @@ def _merge(x: Tensor, common: float) -> Tensor:
     shared = _first(total, rank - own * len(x))
     span = shared[0]
     rests = [significant(matrix - span @ (span.T @ matrix), scale=matrix.norm()) for matrix in x]
-    u, s, vh = joined([shared, *(_first(rest, own) for rest in rests)])
+    u, s, vh = cat_svds([shared, *(_first(rest, own) for rest in rests)])
     return s.sum() / max(1, len(s)) * orthonormalized(u) @ orthonormalized(vh.T).T
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pcb_peft.deltas.linalg import ROUNDING, joined, significant
+from pcb_peft.deltas.linalg import RANK_TOLERANCE, cat_svds, significant
 from pcb_peft.methods.registry import merge_method
 from pcb_peft.methods.spectral import merge_matrices
 from pcb_peft.tasks.task_vectors import Merged, TaskVectors
@@ -29,7 +29,7 @@ def stf(tasks: TaskVectors) -> Merged:
 
 
 def _merge(x: Tensor) -> Tensor:
-    u, s, vh = joined([significant(matrix) for matrix in x])
+    u, s, vh = cat_svds([significant(matrix) for matrix in x])
     kernel = (u.T @ u) * (vh @ vh.T)
-    strength = torch.linalg.pinv(kernel, rtol=ROUNDING**2, hermitian=True) @ s
+    strength = torch.linalg.pinv(kernel, rtol=RANK_TOLERANCE**2, hermitian=True) @ s
     return (u * strength) @ vh

@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor
 
-from pcb_peft.deltas.linalg import Svd, joined, orthonormalized, significant
+from pcb_peft.deltas.linalg import Svd, cat_svds, orthonormalized, significant
 from pcb_peft.methods.registry import merge_method
 from pcb_peft.methods.spectral import merge_matrices
 from pcb_peft.plugins.options import Density
@@ -37,7 +37,7 @@ def tsv(tasks: TaskVectors, *, density: Density = 1.0) -> Merged:
 
 
 def _merge(x: Tensor, density: float) -> Tensor:
-    u, s, vh = joined([_leading(significant(matrix), density) for matrix in x])
+    u, s, vh = cat_svds([_leading(significant(matrix), density) for matrix in x])
     return (orthonormalized(u) * s) @ orthonormalized(vh.T).T
 
 

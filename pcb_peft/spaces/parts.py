@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from pcb_peft.deltas.delta import Delta, Rescaled
-from pcb_peft.deltas.rank import low_rank_part
 from pcb_peft.spaces.registry import Encode, Projection
 from pcb_peft.tasks.blocks import stacked
 
@@ -31,7 +30,7 @@ def in_parts(encode: Encode) -> Encode:
         weight, layout = rescaled[0].weight, rescaled[0].layout
         norms = torch.linalg.vector_norm(weight().double(), dim=1)
         gains = torch.stack([_gain(delta, norms) for delta in deltas])
-        inner: Projection = encode([low_rank_part(delta) for delta in deltas], weights, **options)
+        inner: Projection = encode([delta.low_rank_part for delta in deltas], weights, **options)
 
         def decode(merged: Sequence[Tensor]) -> Rescaled:
             gain = torch.where(norms > 0, merged[0][0].double() / norms, 0)
@@ -54,6 +53,6 @@ def _energy(deltas: Sequence[Delta], weights: Sequence[float], held: float) -> f
         return held
     whole, added = (
         sum((w * d.norm()) ** 2 for w, d in zip(weights, some, strict=True))
-        for some in (deltas, map(low_rank_part, deltas))
+        for some in (deltas, [delta.low_rank_part for delta in deltas])
     )
     return max(0.0, 1 - (1 - held) * added / whole)

@@ -1,4 +1,4 @@
-"""What a changed file is made of: pieces, each made by one thread, and written one after another."""
+"""Chunks of a changed file, each made by one thread, and written one after another."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -16,36 +16,45 @@ from pcb_peft.errors import BaseModelError, MismatchError
 Chunk = Callable[[], memoryview]
 """Makes the next bytes of the file."""
 
-CHUNK_VALUES = 1 << 20  # of two bytes: about what a core's cache holds
+CHUNK_VALUES = 1 << 20  # of two bytes each: about as much as a core's cache holds
 _CHUNK_BYTES = 1 << 21
 
 
-def read(source: Path, span: TensorInfo) -> Tensor:
-    """A tensor of floating-point numbers of another file, as a whole."""
-    room = torch.empty(span.shape, dtype=SAFETENSORS_FLOATS[span.dtype])
-    _bytes_of(source, span.begin, room)
-    return room
+def read_tensor(source: Path, tensor: TensorInfo) -> Tensor:
+    """Read a tensor of floating-point numbers of another file."""
+    values = torch.empty(tensor.shape, dtype=SAFETENSORS_FLOATS[tensor.dtype])
+    _read_into(values, source, tensor.begin)
+    return values
 
 
-def copied(source: Path, begin: int, end: int) -> Iterator[Chunk]:
-    """Bytes `begin` to `end` of another file."""
+def copy_chunks(source: Path, begin: int, end: int) -> Iterator[Chunk]:
+    """Yield chunks that copy bytes `begin` to `end` of another file."""
     for start in range(begin, end, _CHUNK_BYTES):
-        room = torch.empty(min(end - start, _CHUNK_BYTES), dtype=torch.uint8)
-        yield functools.partial(_bytes_of, source, start, room)
+        buffer = torch.empty(min(end - start, _CHUNK_BYTES), dtype=torch.uint8)
+        yield functools.partial(_read_into, buffer, source, start)
 
 
-def added(source: Path, span: TensorInfo, deltas: Sequence[Delta], name: str) -> Iterator[Chunk]:
-    """A matrix of another file and what is added to it: the changes of its rows, from top to bottom."""
-    begin = span.begin
+def sum_chunks(
+    source: Path, tensor: TensorInfo, deltas: Sequence[Delta], name: str
+) -> Iterator[Chunk]:
+    """Yield chunks that add deltas to a matrix of another file.
+
+    Args:
+        source: The file.
+        tensor: Place of the matrix.
+        deltas: Changes of its rows, from top to bottom.
+        name: Name of the parameter, for messages.
+    """
+    begin = tensor.begin
     for delta in deltas:
         rows, cols = delta.shape
-        room = torch.empty(rows, cols, dtype=SAFETENSORS_FLOATS[span.dtype])
-        yield functools.partial(_sum, source, begin, room, delta, name)
-        begin += room.nbytes
+        buffer = torch.empty(rows, cols, dtype=SAFETENSORS_FLOATS[tensor.dtype])
+        yield functools.partial(_sum, source, begin, buffer, delta, name)
+        begin += buffer.nbytes
 
 
-def whole(values: Tensor, name: str) -> Iterator[Chunk]:
-    """Values that are there already."""
+def value_chunks(values: Tensor, name: str) -> Iterator[Chunk]:
+    """Yield chunks of values that are in memory; `name` is that of the parameter, for messages."""
     refuse_infinite(values, name)
     content = _as_bytes(values)
     for start in range(0, len(content), _CHUNK_BYTES):
@@ -53,7 +62,7 @@ def whole(values: Tensor, name: str) -> Iterator[Chunk]:
 
 
 def refuse_infinite(values: Tensor, name: str) -> None:
-    """Raises MismatchError where the base's dtype cannot hold the values of a parameter."""
+    """Raise MismatchError where the base model's dtype cannot hold the values of a parameter."""
     if not all_finite(values):
         raise MismatchError(
             f"{name} would hold NaN or infinite values, beyond what {values.dtype} holds; "
@@ -61,15 +70,18 @@ def refuse_infinite(values: Tensor, name: str) -> None:
         )
 
 
-def _sum(source: Path, begin: int, room: Tensor, delta: Delta, name: str) -> memoryview:
-    _bytes_of(source, begin, room)
-    refuse_infinite(delta.apply_(room), name)
-    return _as_bytes(room)
+def _sum(source: Path, begin: int, buffer: Tensor, delta: Delta, name: str) -> memoryview:
+    _read_into(buffer, source, begin)
+    refuse_infinite(delta.apply_(buffer), name)
+    return _as_bytes(buffer)
 
 
-def _bytes_of(source: Path, begin: int, room: Tensor) -> memoryview:
-    """Reads into memory that the thread has which also gives it back: that is used again, others' is not."""
-    content = _as_bytes(room)
+def _read_into(buffer: Tensor, source: Path, begin: int) -> memoryview:
+    """Read bytes of a file into a buffer.
+
+    The caller's thread makes the buffer and frees it: memory that another thread frees would not be used again.
+    """
+    content = _as_bytes(buffer)
     with source.open("rb", buffering=0) as stream:
         stream.seek(begin)
         if stream.readinto(content) != len(content):

@@ -1,28 +1,24 @@
-"""What a changed checkpoint says about itself: the headers of its shards, its index and its configuration."""
+"""The descriptions in a changed checkpoint: the headers of its shards, its index and its configuration."""
 
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
-
-from torch import Tensor
 
 from pcb_peft.base.files import INDEX_FILE
 from pcb_peft.base.model import BaseModel
-
-TensorEdit = Callable[[Tensor], Tensor]
-"""From a parameter's values, which it may change in place, to what takes their place."""
+from pcb_peft.writing.edits import TensorEdit
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CheckpointEdit:
-    """What becomes of the tensors of a checkpoint.
+    """The edits of a checkpoint's tensors.
 
     Attributes:
-        edits: Parameter to what becomes of its values.
-        shapes: Parameter to its new shape, where that is another.
-        added: A new parameter to the one that it is made from; it goes into the same file.
+        edits: Parameter to the edit of its values.
+        shapes: Parameter to its new shape, if it has one.
+        added: New parameter to the parameter that it is made from; it goes into the same file.
     """
 
     edits: dict[str, TensorEdit]
@@ -30,31 +26,31 @@ class CheckpointEdit:
     added: dict[str, str]
 
     def shape(self, base: BaseModel, parameter: str) -> tuple[int, ...]:
-        """The shape of a parameter, an old or a new one, in the end."""
+        """Return the shape of a parameter, an old or a new one, after the edits."""
         source = self.added.get(parameter, parameter)
-        return self.shapes.get(parameter, base.spans[source].shape)
+        return self.shapes.get(parameter, base.tensors[source].shape)
 
     def added_to(self, base: BaseModel, file: str) -> dict[str, str]:
-        """The new parameters of a file."""
-        return {new: old for new, old in self.added.items() if base.spans[old].file == file}
+        """Return the new parameters of a file."""
+        return {new: old for new, old in self.added.items() if base.tensors[old].file == file}
 
 
-def header_of(base: BaseModel, file: str, rewrite: CheckpointEdit) -> bytes:
-    """The first bytes of a shard, up to its values: to the byte as they were, if the shapes are."""
+def header_of(base: BaseModel, file: str, checkpoint: CheckpointEdit) -> bytes:
+    """Return the first bytes of a shard, up to its values; if no shape changes, they are those of the base model."""
     with (base.directory / file).open("rb") as stream:
         length = stream.read(8)
         text = stream.read(int.from_bytes(length, "little"))
-    added = rewrite.added_to(base, file)
+    added = checkpoint.added_to(base, file)
     entries: dict[str, Any] = json.loads(text)
-    if not added and not entries.keys() & rewrite.shapes.keys():
+    if not added and not entries.keys() & checkpoint.shapes.keys():
         return length + text
     entries |= {new: dict(entries[old]) for new, old in added.items()}
-    names = sorted(base.spans.keys() & entries.keys(), key=lambda name: base.spans[name].begin)
+    names = sorted(base.tensors.keys() & entries.keys(), key=lambda name: base.tensors[name].begin)
     end = 0
     for name in [*names, *added]:
-        begin, end = end, end + _size(base, rewrite, name)
+        begin, end = end, end + _size(base, checkpoint, name)
         entries[name] |= {
-            "shape": list(rewrite.shape(base, name)),
+            "shape": list(checkpoint.shape(base, name)),
             "data_offsets": [begin, end],
         }
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
@@ -62,53 +58,52 @@ def header_of(base: BaseModel, file: str, rewrite: CheckpointEdit) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def index_of(base: BaseModel, rewrite: CheckpointEdit) -> dict[str, bytes]:
-    """The index of the shards, by its name, where it changes."""
-    changed = {**rewrite.shapes, **rewrite.added}
+def index_of(base: BaseModel, checkpoint: CheckpointEdit) -> dict[str, bytes]:
+    """Return the index of the shards, by its file name, if it changes."""
+    changed = {**checkpoint.shapes, **checkpoint.added}
     path = base.directory / INDEX_FILE
     if not changed or (len(base.files) == 1 and not path.is_file()):
         return {}
     index = json.loads(path.read_text(encoding="utf-8"))
-    index["weight_map"] |= {new: base.spans[old].file for new, old in rewrite.added.items()}
+    index["weight_map"] |= {new: base.tensors[old].file for new, old in checkpoint.added.items()}
     index["weight_map"] = dict(sorted(index["weight_map"].items()))
+    totals = index.get("metadata", {})
     for name in changed:
-        old = base.spans.get(name)
-        known = (old.end - old.begin, math.prod(old.shape)) if old else (0, 0)
-        now = (_size(base, rewrite, name), math.prod(rewrite.shape(base, name)))
-        for field, before, after in zip(
-            ("total_size", "total_parameters"), known, now, strict=True
-        ):
-            if field in index.get("metadata", {}):
-                index["metadata"][field] += after - before
+        old = base.tensors.get(name)
+        old_size, old_count = (old.end - old.begin, math.prod(old.shape)) if old else (0, 0)
+        if "total_size" in totals:
+            totals["total_size"] += _size(base, checkpoint, name) - old_size
+        if "total_parameters" in totals:
+            totals["total_parameters"] += math.prod(checkpoint.shape(base, name)) - old_count
     return {INDEX_FILE: _text(index)}
 
 
-def config_of(base: BaseModel, heights: Mapping[int, int], *, untied: bool) -> dict[str, bytes]:
-    """``config.json``, by its name, where it changes.
+def config_of(base: BaseModel, vocab_sizes: Mapping[int, int], *, untied: bool) -> dict[str, bytes]:
+    """Return ``config.json``, by its file name, if it changes.
 
     Args:
         base: The base model.
-        heights: Size of the vocabulary, before and after, where it changes.
-        untied: The output layer has got weights of its own.
+        vocab_sizes: Size of the vocabulary before the fold to its size after it; empty if it stays.
+        untied: True if the output layer has got weights of its own.
     """
-    if not heights and not untied:
+    if not vocab_sizes and not untied:
         return {}
     config: dict[str, Any] = json.loads(json.dumps(dict(base.config)))
     nested = [part for part in config.values() if isinstance(part, dict)]
     for part in (config, *nested):
-        if part.get("vocab_size") in heights:
-            part["vocab_size"] = heights[part["vocab_size"]]
+        if part.get("vocab_size") in vocab_sizes:
+            part["vocab_size"] = vocab_sizes[part["vocab_size"]]
         if untied and (part is config or "tie_word_embeddings" in part):
             part["tie_word_embeddings"] = False
     return {"config.json": _text(config)}
 
 
-def _size(base: BaseModel, rewrite: CheckpointEdit, parameter: str) -> int:
-    """How many bytes a parameter takes in the end."""
-    span = base.spans[rewrite.added.get(parameter, parameter)]
-    if (shape := rewrite.shape(base, parameter)) == span.shape:
-        return span.end - span.begin
-    return (span.end - span.begin) // math.prod(span.shape) * math.prod(shape)
+def _size(base: BaseModel, checkpoint: CheckpointEdit, parameter: str) -> int:
+    """Return the number of bytes of a parameter after the edits."""
+    tensor = base.tensors[checkpoint.added.get(parameter, parameter)]
+    if (shape := checkpoint.shape(base, parameter)) == tensor.shape:
+        return tensor.end - tensor.begin
+    return (tensor.end - tensor.begin) // math.prod(tensor.shape) * math.prod(shape)
 
 
 def _text(content: object) -> bytes:

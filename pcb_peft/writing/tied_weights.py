@@ -1,4 +1,4 @@
-"""The two ends of a model when it changes: weights that are tied, and a vocabulary of another size."""
+"""Embeddings and output layer in a fold: weights that are tied, and a vocabulary of another size."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -9,76 +9,77 @@ import torch
 from pcb_peft.base.architecture import build_skeleton
 from pcb_peft.base.model import BaseModel, tied_error
 from pcb_peft.errors import BaseModelError, MismatchError
-from pcb_peft.writing.shards import CheckpointEdit, TensorEdit
+from pcb_peft.writing.edits import TensorEdit, Unchanged
+from pcb_peft.writing.shards import CheckpointEdit
 
-CLOSE = 1e-5  # two changes of tied weights that differ by less, relative to the larger, are one
+SAME_CHANGE = (
+    1e-5  # changes of tied weights that differ by less, relative to the larger, count as one
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ParameterChange:
-    """What becomes of a parameter in memory.
+    """The change of a parameter in memory.
 
     Attributes:
-        parameter: The one in the files that holds its values, its own or another that it is tied to.
-        edit: From the base's values.
-        shape: In the end.
-        own: False for what changes only because it is tied to another.
+        parameter: Name in the files of its values; those of another parameter, if it is tied to that one.
+        edit: Edit of the base model's values.
+        shape: Shape after the edit.
+        asked_for: False for a parameter that changes only because it is tied to another one.
     """
 
     parameter: str
     edit: TensorEdit
     shape: tuple[int, ...]
-    own: bool = True
+    asked_for: bool = True
 
 
 def resolve_tied_edits(
     changes: Mapping[str, ParameterChange], base: BaseModel, policy: str
 ) -> CheckpointEdit:
-    """What becomes of the tensors in the files; what is tied is changed once.
+    """Return the edits of the tensors in the files; tied weights are changed once.
 
     Args:
-        changes: By name in memory.
+        changes: Changes by name in memory.
         base: The base model.
-        policy: What becomes of tied weights when the change of one end is not that of the other: "refuse"; "untie", and
-            each end has its own weights from then on; "both" ends change like the one for which there is a change.
+        policy: Policy for tied weights whose two ends do not change alike: "refuse"; "untie": each end has its own
+            weights from then on; "both": both ends change like the one that has a change.
 
     Raises:
-        BaseModelError: It is refused, or not possible.
+        BaseModelError: The policy refuses it, or it is not possible.
     """
-    rewrite = CheckpointEdit({}, {}, {})
-    settled: set[str] = set()
+    checkpoint = CheckpointEdit({}, {}, {})
+    done: set[str] = set()
     for name, change in changes.items():
-        ends = tuple(sorted({name, *base.tied(name)}))
+        ends = tuple(sorted({name, *base.names.tied(name)}))
         if len(ends) == 1:
-            _put(rewrite, base, change.parameter, change)
-        elif name not in settled:
-            settled.update(ends)
-            _resolve_tied(rewrite, {end: changes.get(end) for end in ends}, base, policy)
-    return rewrite
+            _put(checkpoint, base, change.parameter, change)
+        elif name not in done:
+            done.update(ends)
+            _resolve_tied(checkpoint, {end: changes.get(end) for end in ends}, base, policy)
+    return checkpoint
 
 
 def _resolve_tied(
-    rewrite: CheckpointEdit,
+    checkpoint: CheckpointEdit,
     ends: Mapping[str, ParameterChange | None],
     base: BaseModel,
     policy: str,
 ) -> None:
-    """Tied weights."""
+    """Put the edits of tied weights into a checkpoint; the arguments are those of `resolve_tied_edits`."""
     given = {end: change for end, change in ends.items() if change is not None}
-    own = {end: change for end, change in given.items() if change.own}
-    name, change = next(iter(own.items()))
-    meant = own if policy == "both" else given
-    agree = all(_same(change, other, base) for other in meant.values())
+    asked_for = {end: change for end, change in given.items() if change.asked_for}
+    name, change = next(iter(asked_for.items()))
+    must_agree = asked_for if policy == "both" else given
+    agree = all(_same(change, other, base) for other in must_agree.values())
     if agree and (len(given) == len(ends) or policy == "both"):
-        stored = {base.find(end) for end in ends} - {None}
+        stored = {base.names.in_files(end) for end in ends} - {None}
         for parameter in stored:
-            _put(rewrite, base, str(parameter), change)
-    elif policy == "untie" and len(ends) == 2 and all(map(base.has, ends)):
-        old = ParameterChange(
-            change.parameter, lambda values: values, base.spans[change.parameter].shape
-        )
+            _put(checkpoint, base, str(parameter), change)
+    elif policy == "untie" and len(ends) == 2 and all(map(base.names.has, ends)):
+        old = ParameterChange(change.parameter, Unchanged(), base.tensors[change.parameter].shape)
         for end, new in ends.items():
-            _put(rewrite, base, base.find(end) or end, new or old)
+            _put(checkpoint, base, base.names.in_files(end) or end, new or old)
     else:
         others = tuple(end for end in ends if end != name)
         if policy != "untie":
@@ -89,52 +90,54 @@ def _resolve_tied(
         )
 
 
-def _put(rewrite: CheckpointEdit, base: BaseModel, parameter: str, change: ParameterChange) -> None:
-    rewrite.edits[parameter] = change.edit
-    if parameter not in base.spans:
-        rewrite.added[parameter] = change.parameter
-    if change.shape != rewrite.shape(base, parameter):
-        rewrite.shapes[parameter] = change.shape
+def _put(
+    checkpoint: CheckpointEdit, base: BaseModel, parameter: str, change: ParameterChange
+) -> None:
+    checkpoint.edits[parameter] = change.edit
+    if parameter not in base.tensors:
+        checkpoint.added[parameter] = change.parameter
+    if change.shape != checkpoint.shape(base, parameter):
+        checkpoint.shapes[parameter] = change.shape
 
 
 def _same(one: ParameterChange, other: ParameterChange, base: BaseModel) -> bool:
-    """Whether two changes of one weight are the same, but for rounding."""
+    """Return whether two changes of one weight are the same, but for rounding."""
     if one is other or one.shape != other.shape:
         return one is other
     weight = base.tensor(one.parameter).float()
-    first, second = one.edit(weight.clone()), other.edit(weight)
-    reach = max(float(torch.linalg.vector_norm(values)) for values in (first, second))
-    return float(torch.linalg.vector_norm(first - second)) <= CLOSE * reach
+    first, second = one.edit.apply(weight.clone()), other.edit.apply(weight)
+    larger = max(float(torch.linalg.vector_norm(values)) for values in (first, second))
+    return float(torch.linalg.vector_norm(first - second)) <= SAME_CHANGE * larger
 
 
 def check_untied(directory: Path, ends: Sequence[str]) -> None:
-    """Raises BaseModelError where transformers would tie weights of a written model all the same."""
+    """Raise BaseModelError where transformers would tie weights of a written model all the same."""
     skeleton = build_skeleton(directory)
     for end in ends:
-        if tied := skeleton.tied.get(skeleton.known(end) or end):
+        if tied := skeleton.tied.get(skeleton.in_model(end) or end):
             raise BaseModelError(
                 f"{end} is tied to {', '.join(tied)} by the architecture, whatever tie_word_embeddings says: it cannot "
                 "be untied; fold with tied='both', or leave the module out"
             )
 
 
-def vocab_resizes(rewrite: CheckpointEdit, base: BaseModel) -> dict[int, int]:
-    """The size of the vocabulary before and after, where it changes.
+def vocab_resizes(checkpoint: CheckpointEdit, base: BaseModel) -> dict[int, int]:
+    """Return the size of the vocabulary before the fold to its size after it; empty if it stays.
 
     Raises:
-        MismatchError: A parameter changes its shape that is no embedding, or one end does and the other does not.
+        MismatchError: A parameter that is not an embedding changes its shape, or only one of the two ends does.
     """
     sizes: dict[int, int] = {}
-    embeddings = base.embeddings
-    for name, shape in rewrite.shapes.items():
-        source = rewrite.added.get(name, name)
-        old = base.spans[source].shape
+    embeddings = base.names.embeddings
+    for name, shape in checkpoint.shapes.items():
+        source = checkpoint.added.get(name, name)
+        old = base.tensors[source].shape
         if (name not in embeddings and source not in embeddings) or shape[1:] != old[1:]:
             raise _misfit(name, shape, old, "")
         sizes[old[0]] = shape[0]
-        for other in [*embeddings, *rewrite.added]:
-            then = rewrite.shape(base, other)
-            before = base.spans[rewrite.added.get(other, other)].shape
+        for other in [*embeddings, *checkpoint.added]:
+            then = checkpoint.shape(base, other)
+            before = base.tensors[checkpoint.added.get(other, other)].shape
             if before[:1] == old[:1] and then[:1] != shape[:1]:
                 raise _misfit(name, shape, old, f", and {other} would have {then[0]} rows")
     return sizes

@@ -1,0 +1,77 @@
+"""Reading: from the files of an adapter to an `Adapter`."""
+
+import functools
+
+from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.adapters.delta_mapping import DeltaMapping
+from pcb_peft.adapters.source import OpenedAdapter, Source
+from pcb_peft.deltas.replacements import HEADS, Parameter, Replacements, modules_to_save_keys
+from pcb_peft.errors import AdapterError, PcbPeftError, UnsupportedError
+from pcb_peft.formats import AdapterContents, Base, format_of
+from pcb_peft.formats.checkpoint import ReadFinite, Tensors
+from pcb_peft.formats.heads import without_copies
+from pcb_peft.formats.keys import PREFIX
+
+
+def read_adapter(name: str, source: Source | None, files: OpenedAdapter, base: Base) -> Adapter:
+    """Return the adapter that files hold.
+
+    Raises:
+        PcbPeftError: They hold no adapter, or one that cannot be read.
+    """
+    config = files.config
+    where = source.path if source else f"adapter {name!r}"
+    tensors = without_copies(files.tensors)
+    try:
+        contents = format_of(config).read(config, tensors, base)
+    except PcbPeftError as error:
+        raise type(error)(f"{where}: {error}") from error
+    if not (contents.modules or contents.rows):
+        raise AdapterError(f"{where}: the files hold no delta of peft_type {config['peft_type']}")
+    _refuse_replaced_targets(contents, set(tensors.names()), where)
+    return Adapter(
+        name=name,
+        modules=DeltaMapping(contents.modules),
+        source=source,
+        files=files,
+        reopen=functools.partial(read_adapter, name, source, files),
+        base=base,
+        base_model=config.get("base_model_name_or_path") or None,
+        revision=config.get("revision"),
+        task_type=config.get("task_type"),
+        head=Replacements(
+            modules_to_save_keys(contents.saved, config.get("modules_to_save") or []),
+            contents.saved,
+            contents.rows,
+            contents.copies,
+        ),
+        heads={
+            owner: _kept_head(f"{where}/{HEADS}/{owner}", head)
+            for owner, head in files.heads.items()
+        },
+    )
+
+
+def _refuse_replaced_targets(contents: AdapterContents, names: set[str], where: str) -> None:
+    """Refuse a parameter that is replaced and has a delta, unless PEFT finds it inside its own layer."""
+    for parameter in contents.saved:
+        if parameter.rpartition(".")[0] in contents.modules and PREFIX + parameter in names:
+            raise UnsupportedError(
+                f"{where}: {parameter} replaces a parameter of a module that has a delta too, and its name lacks "
+                "PEFT's base_layer: PEFT would not load it"
+            )
+
+
+def _kept_head(where: str, tensors: Tensors) -> Replacements:
+    """Return the head of one source of a merged adapter, from its file beside the adapter."""
+    parameters: dict[str, Parameter] = {}
+    for name in tensors.names():
+        try:
+            tensors.dtype(name)
+        except KeyError as error:
+            raise AdapterError(
+                f"{where}: {name} holds numbers of type {error}; weights are floating-point numbers: save the adapter "
+                "again"
+            ) from error
+        parameters[name] = Parameter(tensors.shape(name), ReadFinite(tensors, name))
+    return Replacements(modules_to_save_keys(parameters, ()), parameters)

@@ -1,0 +1,175 @@
+"""The files of a saved adapter: configuration, tensors, model card, and the heads beside them."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from pcb_peft.adapters.delta_mapping import DeltaMapping
+from pcb_peft.deltas.delta import Delta, LowRank
+from pcb_peft.deltas.linalg import all_finite
+from pcb_peft.deltas.replacements import Replacements
+from pcb_peft.errors import OptionError, UnsupportedError
+from pcb_peft.formats import AdapterFiles, Format, format_for, writer_named
+from pcb_peft.formats.checkpoint import CONFIG
+from pcb_peft.formats.heads import with_biases, write_head
+from pcb_peft.formats.keys import AUTOMATIC_HEADS
+from pcb_peft.formats.refusals import refuse_pipelines
+from pcb_peft.runtime.processes import current
+from pcb_peft.writing.atomic import replace_directory, write_files
+from pcb_peft.writing.model_card import public_name
+
+PEFT = "peft"
+
+
+class Savable(Protocol):
+    """An adapter, as far as saving needs it; `Adapter` describes the attributes."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def modules(self) -> DeltaMapping: ...
+    @property
+    def head(self) -> Replacements: ...
+    @property
+    def base_model(self) -> str | None: ...
+    @property
+    def revision(self) -> str | None: ...
+    @property
+    def task_type(self) -> str | None: ...
+    def whole_biases(self) -> Mapping[str, Callable[[], Tensor]]: ...
+    def companion_files(self) -> dict[str, bytes]: ...
+    def card(self, peft_type: str) -> str: ...
+
+
+def save_adapter(
+    adapter: Savable,
+    directory: Path,
+    dtype: torch.dtype,
+    *,
+    rank_pattern: bool,
+    overwrite: bool,
+    file_format: str,
+) -> None:
+    """Write an adapter's directory, whole or not at all; of several processes, the first one writes.
+
+    Arguments and errors are those of `Adapter.save_pretrained`.
+    """
+    if current().is_main:
+        content = adapter_files(adapter, dtype, rank_pattern=rank_pattern, file_format=file_format)
+        card = adapter.card(str(content.config.get("peft_type", "LORA")))
+        files = adapter.companion_files() | {"README.md": card.encode()}
+        if content.config:
+            files[CONFIG] = (json.dumps(content.config, indent=2, sort_keys=True) + "\n").encode()
+        with replace_directory(directory, overwrite=overwrite) as target:
+            path = target / content.file
+            safetensors.torch.save_file(content.tensors, path, metadata={"format": "pt"})
+            write_files(target, files)
+    current().barrier()
+
+
+def adapter_files(
+    adapter: Savable, dtype: torch.dtype, *, rank_pattern: bool = False, file_format: str = PEFT
+) -> AdapterFiles:
+    """Return the configuration and the tensors of an adapter's files.
+
+    Arguments and errors are those of `Adapter.save_pretrained`.
+    """
+    biases = adapter.whole_biases()
+    entries = {path: e for path, e in adapter.modules.entries.items() if path not in biases}
+    kinds = {entry.kind for entry in entries.values()}
+    if len(kinds) > 1 or not (kinds or adapter.head.rows):
+        names = ", ".join(sorted(kind.kind_name for kind in kinds)) or "no deltas at all"
+        raise UnsupportedError(
+            f"{adapter.name} holds {names}: one PEFT adapter holds deltas of one kind; fold it into the base instead"
+        )
+    kind = next(iter(kinds), None)
+    if file_format != PEFT:
+        return _other_files(adapter, file_format, kind, dtype, rank_pattern=rank_pattern)
+    refuse_pipelines(entries)
+    if rank_pattern and (not entries or any(entry.rank is None for entry in entries.values())):
+        raise OptionError(f"rank_pattern: {adapter.name} has no ranks; leave it out")
+    format_ = format_for(kind)
+    content = _written(format_, dict(DeltaMapping(entries)), dtype, rank_pattern=rank_pattern)
+    content = with_biases(content, biases, entries, dtype)
+    head = write_head(adapter.head, entries.keys(), format_, dtype)
+    tensors = _separate_storage(content.tensors | head.tensors)
+    _refuse_overflow(tensors)
+    return AdapterFiles(
+        _identity(adapter, format_.peft_type) | content.config | head.config, tensors
+    )
+
+
+def _written(
+    format_: Format, deltas: Mapping[str, Delta], dtype: torch.dtype, *, rank_pattern: bool
+) -> AdapterFiles:
+    """Return the deltas in a format; no deltas, for rows of embeddings alone, in an empty file."""
+    if not deltas or format_.write is None:
+        return AdapterFiles({}, {})
+    options = {"rank_pattern": True} if rank_pattern else {}
+    return format_.write(deltas, dtype, **options)
+
+
+def _other_files(
+    adapter: Savable,
+    file_format: str,
+    kind: type[Delta] | None,
+    dtype: torch.dtype,
+    *,
+    rank_pattern: bool,
+) -> AdapterFiles:
+    """Return the adapter's files as programs other than PEFT load them."""
+    writer = writer_named(file_format)
+    if kind is not LowRank or adapter.head.parameters or adapter.whole_biases():
+        raise UnsupportedError(
+            f"{adapter.name}: the format {file_format} holds a LoRA, and nothing beside it"
+        )
+    loras: dict[str, Any] = dict(adapter.modules)
+    content = writer.write(loras, dtype, rank_pattern=rank_pattern)
+    tensors = {name: values.contiguous() for name, values in content.tensors.items()}
+    _refuse_overflow(tensors)
+    return dataclasses.replace(content, tensors=tensors)
+
+
+def _identity(adapter: Savable, peft_type: str) -> dict[str, Any]:
+    """Return the fields of the configuration that say what the adapter belongs to."""
+    automatic = AUTOMATIC_HEADS.get(str(adapter.task_type), [])
+    parts = {part for name in adapter.head.parameters for part in name.split(".")}
+    headless = automatic and not parts.intersection(automatic)
+    base = public_name(adapter.base_model)
+    fields = {
+        "peft_type": peft_type,
+        "task_type": None if headless else adapter.task_type,
+        "base_model_name_or_path": base,
+        "revision": adapter.revision if base else None,
+        "inference_mode": True,
+    }
+    return {key: value for key, value in fields.items() if value is not None}
+
+
+def _separate_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the same values, each contiguous and in memory of its own, as safetensors needs them."""
+    separate: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, values in tensors.items():
+        values = values.contiguous()
+        storage = values.untyped_storage()
+        if storage.nbytes() > values.nbytes or storage.data_ptr() in storages:
+            values = values.clone()
+        storages.add(storage.data_ptr())
+        separate[name] = values
+    return separate
+
+
+def _refuse_overflow(tensors: Mapping[str, Tensor]) -> None:
+    """Raise OptionError where tensors hold values that are too large for their dtype."""
+    for name, values in tensors.items():
+        if not all_finite(values):
+            raise OptionError(
+                f"{name} has values that are too large for {values.dtype}: save it in bfloat16 or float32"
+            )

@@ -1,0 +1,109 @@
+"""Names of parameters: in memory, where adapters find them, and in the files of a checkpoint.
+
+``model.layers.0.mlp.up_proj.weight`` is a name in memory: that of a parameter in the model that transformers builds.
+The name in the files is another one where the checkpoint was saved from the bare model (without ``bert.``), or by an
+older release of transformers, or where several parameters share one tensor (tied weights).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from pcb_peft.base.architecture import Skeleton
+from pcb_peft.base.files import TensorInfo
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ParameterNames:
+    """The names of a checkpoint's parameters.
+
+    Attributes:
+        skeleton: The architecture; empty where transformers does not know it.
+        tensors: Name in the files to place and shape.
+        config: ``config.json``.
+    """
+
+    skeleton: Skeleton
+    tensors: Mapping[str, TensorInfo]
+    config: Mapping[str, Any]
+
+    @functools.cached_property
+    def files(self) -> Mapping[str, str]:
+        """Name in memory to name in the files, for every tensor whose values are the same in both."""
+        same = (name for name in sorted(self.tensors) if not self.is_converted(name))
+        return {self.in_memory(name): name for name in same}
+
+    def in_files(self, name: str) -> str | None:
+        """Return the name in the files of a parameter in memory; None where the files do not hold it.
+
+        A name that the model does not have may be one of the files, one of an older release, or a head's.
+        """
+        in_model = self.skeleton.in_model(name)
+        if in_model is not None:
+            return self.files.get(in_model)
+        return name if name in self.tensors else self.files.get(self.in_memory(name))
+
+    def in_memory(self, name: str) -> str:
+        """Return the name in memory of a parameter in the files; the same name if there is none."""
+        return self.skeleton.in_memory(name)
+
+    def is_converted(self, name: str) -> bool:
+        """Return whether values in the files are fused, split or permuted when the model is loaded."""
+        return self.skeleton.is_converted(name)
+
+    def has(self, name: str) -> bool:
+        """Return whether the model has a parameter of that name in memory, its own or tied to another."""
+        return self.in_files(name) is not None or self.skeleton.in_model(name) is not None
+
+    def stores(self, name: str) -> bool:
+        """Return whether the files hold the values of a parameter in memory, under its name or a tied one."""
+        return self.in_files(name) is not None or bool(self.tied(name))
+
+    def is_required(self, name: str) -> bool:
+        """Return whether the model lacks values if the files do not hold the parameter of that name in the files.
+
+        It does not if the parameter is tied to one that they hold, or is not used in memory: transformers loads such a
+        checkpoint, whose index was written before its files.
+        """
+        if not self.skeleton.parameters:
+            return not self.config.get("tie_word_embeddings")
+        tied = any(self.in_files(other) for other in self.tied(name))
+        return self.in_memory(name) in self.skeleton.parameters and not tied
+
+    def tied(self, name: str) -> tuple[str, ...]:
+        """Return the other names, in memory, of a parameter's values; empty where no other parameter has them.
+
+        Where transformers does not know the architecture, ``tie_word_embeddings`` and the number of rows (one for
+        every token) decide.
+        """
+        if self.skeleton.parameters:
+            return self.skeleton.tied.get(self.in_memory(name), ())
+        tensor = self.tensors.get(name)
+        has_token_rows = tensor is not None and tensor.shape[:1] == (self.config.get("vocab_size"),)
+        tied = has_token_rows and self.config.get("tie_word_embeddings")
+        return ("the output layer",) if tied else ()
+
+    @functools.cached_property
+    def embeddings(self) -> frozenset[str]:
+        """Names in the files of the parameters that have a row for every token."""
+        if self.skeleton.parameters:
+            return frozenset(filter(None, map(self.in_files, self.skeleton.embeddings)))
+        size = self.config.get("vocab_size")
+        return frozenset(
+            name
+            for name, tensor in self.tensors.items()
+            if len(tensor.shape) > 1 and tensor.shape[0] == size
+        )
+
+    @functools.cached_property
+    def _stack_sources(self) -> dict[str, list[list[str]]]:
+        return self.skeleton.stack_sources(self.tensors)
+
+    def stack_sources(self, name: str) -> list[list[str]]:
+        """Return the parameters in the files that make a stack in memory; empty if the stack is one tensor.
+
+        Returns:
+            For each matrix of the stack, the names in the files of its rows, from top to bottom.
+        """
+        return self._stack_sources.get(self.skeleton.in_model(name) or "", [])

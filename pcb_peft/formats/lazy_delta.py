@@ -1,0 +1,93 @@
+"""What reading an adapter yields before its values are read, and what writing one yields before the file is written."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from pcb_peft.deltas.delta import Delta, Dense, LowRank
+from pcb_peft.deltas.layout import Layout
+from pcb_peft.deltas.replacements import Parameter, Rows
+from pcb_peft.formats.checkpoint import SAFETENSORS
+
+Config: TypeAlias = Mapping[str, Any]
+"""The content of ``adapter_config.json``."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LazyDelta:
+    """The delta of one module, before its values are read.
+
+    Attributes:
+        kind: Type of the delta.
+        shape: (out, in), as `Delta.shape`.
+        load: Reads the delta. It can be pickled, so that an adapter can.
+        rank: Rank of a low-rank delta, or of a delta's low-rank part.
+        missing: Why the delta cannot be read without the base model; empty where it can.
+        stacked: True where the weight is one of several in a parameter (an expert's).
+    """
+
+    kind: type[Delta]
+    shape: tuple[int, int]
+    load: Callable[[], Delta]
+    rank: int | None = None
+    missing: str = ""
+    stacked: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AdapterContents:
+    """Everything that an adapter holds.
+
+    Attributes:
+        modules: Module path in the base model to its delta.
+        saved: Parameter path to the values that replace the base model's (PEFT's modules_to_save).
+        rows: Module path to the rows that replace rows of its weight (PEFT's trainable tokens).
+        copies: Module to the module that it was tied to, whose rows are stored for it too.
+    """
+
+    modules: dict[str, LazyDelta]
+    saved: dict[str, Parameter]
+    rows: dict[str, Rows] = dataclasses.field(default_factory=dict[str, Rows])
+    copies: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AdapterFiles:
+    """The contents of an adapter's files.
+
+    Attributes:
+        config: Content of ``adapter_config.json``; empty where the form has no such file.
+        tensors: Name to values.
+        file: Name of the file that the tensors go into.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    file: str = SAFETENSORS
+
+
+def as_dense(entry: LazyDelta) -> LazyDelta:
+    """Return the entry; a DoRA's as the matrix that it adds to the W that it was trained on."""
+    if not entry.kind.rescales:
+        return entry
+    load = functools.partial(_load_dense, entry)
+    return dataclasses.replace(entry, kind=Dense, load=load, rank=None)
+
+
+def _load_dense(entry: LazyDelta) -> Dense:
+    delta = entry.load()
+    return Dense(delta.matrix(), layout=delta.layout)
+
+
+def vector_delta(values: Tensor) -> LowRank:
+    """Return the change of a parameter (n,), such as a bias, as a matrix (n, 1) of rank 1."""
+    return LowRank(torch.ones(1, 1), values[:, None], layout=Layout(shape=tuple(values.shape)))
+
+
+def is_vector(delta: Delta) -> bool:
+    """Return whether a delta changes a parameter (n,), such as a bias."""
+    return delta.layout.shape is not None and len(delta.layout.shape) == 1
