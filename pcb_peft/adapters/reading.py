@@ -11,6 +11,7 @@ from pcb_peft.formats import AdapterContents, Base, format_of
 from pcb_peft.formats.checkpoint import ReadFinite, Tensors
 from pcb_peft.formats.heads import without_copies
 from pcb_peft.formats.keys import PREFIX
+from pcb_peft.formats.plain_names import with_plain_names, with_plain_patterns
 
 
 def read_adapter(name: str, source: Source | None, files: OpenedAdapter, base: Base) -> Adapter:
@@ -19,9 +20,9 @@ def read_adapter(name: str, source: Source | None, files: OpenedAdapter, base: B
     Raises:
         PcbPeftError: They hold no adapter, or one that cannot be read.
     """
-    config = files.config
+    config = with_plain_patterns(files.config)
     where = source.path if source else f"adapter {name!r}"
-    tensors = without_copies(files.tensors)
+    tensors = without_copies(with_plain_names(files.tensors))
     try:
         contents = format_of(config).read(config, tensors, base)
     except PcbPeftError as error:
