@@ -1,13 +1,16 @@
 """What the processes of `test_processes` run: merges, by the words in a file, each into a directory of its own."""
 
+import functools
 import json
 import os
 import sys
 from pathlib import Path
 
 from pcb_peft import all_processes, merge_adapters, merge_method
+from pcb_peft.merging import engine
+from pcb_peft.merging.module_merger import ModuleMerger
 from pcb_peft.runtime.processes import current
-from pcb_peft.tasks import order_statistics, task_vectors
+from pcb_peft.tasks.limits import Limits
 
 RANK = int(os.environ["RANK"])
 
@@ -27,12 +30,10 @@ def fail(how):
 
 def small():
     """Statistics as of a large model: tiles, samples, and more values in a bracket than are kept."""
-    task_vectors.TILE_VALUES, task_vectors.SAMPLE_VALUES, order_statistics.KEPT_VALUES = (
-        1 << 8,
-        1 << 7,
-        1 << 7,
+    limits = Limits(
+        tile_values=1 << 8, sample_values=1 << 7, bracket_values=1 << 7, cached_values=0
     )
-    task_vectors.HELD_VALUES = 0
+    engine.ModuleMerger = functools.partial(ModuleMerger, limits=limits)
 
 
 def main(file):

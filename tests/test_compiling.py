@@ -1,5 +1,6 @@
 """Compiled tiles: the values of plain torch, whatever the tiles and threads; and what happens without a compiler."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from pcb_peft.methods import get_method
-from pcb_peft.tasks import compiling, task_vectors
+from pcb_peft.tasks import compiling
 from pcb_peft.tasks.blocks import products
+from pcb_peft.tasks.limits import DEFAULT_LIMITS, Limits
 from pcb_peft.tasks.task_vectors import TaskVectors
 
 CPU = torch.device("cpu")
@@ -21,16 +23,17 @@ COMPILES = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def _large_scopes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As if the few values of a test were many."""
-    monkeypatch.setattr(task_vectors, "DOUBLE_VALUES", 0)
-    monkeypatch.setattr(compiling, "WORTH_VALUES", 0)
+def _threads_as_before() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
 
 
-def scope() -> TaskVectors:
+LARGE = Limits(double_values=0, compile_values=0)  # as if the few values of a test were many
+PLAIN = Limits(double_values=0)
+
+
+def scope(limits: Limits = LARGE) -> TaskVectors:
     generator = torch.Generator().manual_seed(0)
     blocks = [
         products(
@@ -42,11 +45,11 @@ def scope() -> TaskVectors:
         )
         for rows in (41, 130)
     ]
-    return TaskVectors(blocks)
+    return TaskVectors(blocks, limits=limits)
 
 
-def merged(name: str, **options: object) -> Tensor:
-    result = get_method(name)(scope(), **options)
+def merged(name: str, limits: Limits = LARGE, **options: object) -> Tensor:
+    result = get_method(name)(scope(limits), **options)
     return torch.cat([result.block(index)[0].flatten() for index in range(2)])
 
 
@@ -60,24 +63,23 @@ CASES: list[tuple[str, dict[str, object]]] = [
 @COMPILES
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_compiled_values_are_those_of_plain_torch(name, options, monkeypatch):
+def test_compiled_values_are_those_of_plain_torch(name, options):
     assert scope().compiled
     compiled = merged(name, **options)
-    monkeypatch.setattr(compiling, "WORTH_VALUES", 1 << 60)
-    assert not scope().compiled
-    plain = merged(name, **options)
+    assert not scope(PLAIN).compiled
+    plain = merged(name, PLAIN, **options)
     assert (compiled != 0).eq(plain != 0).all()
     torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-6 * float(plain.abs().max()))
 
 
 @COMPILES
 @pytest.mark.slow
-def test_compiled_values_do_not_depend_on_tiles_and_threads(monkeypatch):
+def test_compiled_values_do_not_depend_on_tiles_and_threads():
     expected = merged("pcb", density=0.3)
     for tile, threads in ((3 * 67, 1), (3 * 67 * 5, 2), (3 * 67 * 17, 1)):
-        monkeypatch.setattr(task_vectors, "TILE_VALUES", tile)
+        limits = dataclasses.replace(LARGE, tile_values=tile)
         torch.set_num_threads(threads)
-        assert merged("pcb", density=0.3).equal(expected)
+        assert merged("pcb", limits, density=0.3).equal(expected)
 
 
 @COMPILES
@@ -85,12 +87,12 @@ def test_compiled_values_do_not_depend_on_tiles_and_threads(monkeypatch):
 def test_what_is_compiled_is_compiled_once():
     """Whatever the lengths of tiles, and the threads that meet it for the first time."""
     code = (
-        "import torch; from pcb_peft.tasks import compiling, task_vectors; from pcb_peft.methods import get_method\n"
+        "import torch; from pcb_peft.tasks.limits import Limits; from pcb_peft.methods import get_method\n"
         "from pcb_peft.tasks.blocks import products; from pcb_peft.tasks.task_vectors import TaskVectors\n"
-        "torch.set_num_threads(2); compiling.WORTH_VALUES = 0\n"
-        "t = task_vectors; t.DOUBLE_VALUES, t.SAMPLE_VALUES, t.TILE_VALUES = 0, 500, 1000\n"
+        "torch.set_num_threads(2)\n"
+        "limits = Limits(double_values=0, compile_values=0, sample_values=500, tile_values=1000)\n"
         "blocks = [products([(torch.rand(n, 2), torch.rand(2, 67))] * 3, (1, 1, 1)) for n in (41, 130)]\n"
-        "get_method('pcb')(TaskVectors(blocks)).block(1)"
+        "get_method('pcb')(TaskVectors(blocks, limits=limits)).block(1)"
     )
     environment = {**os.environ, "TORCH_LOGS": "recompiles"}
     run = subprocess.run(
@@ -99,12 +101,11 @@ def test_what_is_compiled_is_compiled_once():
     assert "Recompiling" not in run.stderr
 
 
-def test_what_takes_less_time_than_compiling_is_not_compiled(monkeypatch):
-    monkeypatch.undo()
-    assert not scope().compiled
-    assert not compiling.worth_compiling(tasks=4, size=1 << 29)
-    assert compiling.worth_compiling(tasks=4, size=1 << 30)
-    assert not compiling.worth_compiling(tasks=1000, size=1 << 30)
+def test_what_takes_less_time_than_compiling_is_not_compiled():
+    assert not scope(DEFAULT_LIMITS).compiled
+    assert not DEFAULT_LIMITS.worth_compiling(adapters=4, size=1 << 29)
+    assert DEFAULT_LIMITS.worth_compiling(adapters=4, size=1 << 30)
+    assert not DEFAULT_LIMITS.worth_compiling(adapters=1000, size=1 << 30)
 
 
 @pytest.mark.parametrize(
@@ -116,9 +117,10 @@ def test_what_takes_less_time_than_compiling_is_not_compiled(monkeypatch):
 )
 def test_without_a_compiler_the_arithmetic_is_plain_torch(variables, reason, tmp_path):
     code = (
-        "import torch; from pcb_peft.tasks import compiling; compiling.WORTH_VALUES = 0\n"
+        "import torch; from pcb_peft.tasks.limits import Limits; limits = Limits(compile_values=0)\n"
         "from pcb_peft.tasks.blocks import stacked; from pcb_peft.tasks.task_vectors import TaskVectors\n"
-        "tasks = TaskVectors([stacked(torch.ones(2, 3, 4), (1, 1))]); print(tasks.compiled, tasks.why_not_compiled)"
+        "tasks = TaskVectors([stacked(torch.ones(2, 3, 4), (1, 1))], limits=limits)\n"
+        "print(tasks.compiled, tasks.why_not_compiled)"
     )
     environment = {**os.environ, **variables, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     run = subprocess.run(

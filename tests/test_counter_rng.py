@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pcb_peft.tasks import counter_rng, task_vectors
-from pcb_peft.tasks.blocks import Block, products, stacked
+from pcb_peft.tasks import counter_rng
+from pcb_peft.tasks.blocks import Block, products, stacked, transformed
+from pcb_peft.tasks.limits import Limits
 from pcb_peft.tasks.task_vectors import TaskVectors
 
 SEEDED = {  # the first outputs of SplitMix64, as its implementations in many languages are tested with
@@ -158,7 +159,7 @@ def test_a_transformed_block_has_the_numbers_of_its_keys_and_places():
 
 def test_parts_of_a_block_have_the_same_numbers():
     for block in random_blocks():
-        part = task_vectors.transformed(block, noisy).open(torch.float64, torch.device("cpu"))
+        part = transformed(block, noisy).open(torch.float64, torch.device("cpu"))
         everything = part(slice(None), slice(None))
         rows, cols = torch.randperm(block.shape[1])[:20], torch.randperm(block.shape[2])[:7]
         assert torch.equal(part(rows, cols), everything[:, rows][:, :, cols])
@@ -166,16 +167,13 @@ def test_parts_of_a_block_have_the_same_numbers():
 
 @pytest.mark.parametrize("values", [1, 1000, 1 << 30])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_tiles_and_threads_change_nothing(
-    values: int, threads: int, monkeypatch: pytest.MonkeyPatch
-):
+def test_tiles_and_threads_change_nothing(values: int, threads: int):
     expected = whole(TaskVectors(random_blocks()).transformed(noisy))
-    monkeypatch.setattr(task_vectors, "TILE_VALUES", values)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         merged = (
-            TaskVectors(random_blocks())
+            TaskVectors(random_blocks(), limits=Limits(tile_values=values))
             .transformed(noisy)
             .combine(lambda x, weights: (weights * x).sum(0))
         )
@@ -185,17 +183,18 @@ def test_tiles_and_threads_change_nothing(
         torch.set_num_threads(before)
 
 
-def test_order_statistics_of_transformed_task_vectors_are_exact(monkeypatch: pytest.MonkeyPatch):
+def test_order_statistics_of_transformed_task_vectors_are_exact():
     """Also where a sample of parts of rows sets the brackets."""
 
     def drop(x: Tensor, uniform: Tensor) -> Tensor:
         return x * (uniform < 0.4)
 
-    tasks = TaskVectors(random_blocks()).transformed(drop)
+    limits = Limits(sample_values=2000)
+    tasks = TaskVectors(random_blocks(), limits=limits).transformed(drop)
+    assert tasks.sample < tasks.size
     entries = (
         torch.cat([block.flatten(1) for block in whole(tasks)], dim=1).abs().sort(dim=1).values
     )
-    monkeypatch.setattr(task_vectors, "SAMPLE_VALUES", 2000)
     indices = [0, tasks.size // 2, tasks.size * 9 // 10, tasks.size - 1]
     assert torch.equal(tasks.order_statistics(torch.abs, indices)[:, 0, 0], entries[:, indices])
 

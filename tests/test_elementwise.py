@@ -21,8 +21,9 @@ from pcb_peft.adapters.source import Source
 from pcb_peft.deltas.delta import Diagonal, LowRank
 from pcb_peft.errors import OptionError
 from pcb_peft.formats import LazyDelta
-from pcb_peft.tasks import counter_rng, task_vectors
+from pcb_peft.tasks import counter_rng
 from pcb_peft.tasks.blocks import Block, products, stacked
+from pcb_peft.tasks.limits import DEFAULT_LIMITS, Limits
 from pcb_peft.tasks.task_vectors import TaskVectors
 
 Array = NDArray[np.float64]
@@ -207,8 +208,10 @@ def blocks_of(
     return blocks
 
 
-def merged(name: str, blocks: Sequence[Block], **options: Any) -> Array:
-    result = get_method(name)(TaskVectors(blocks), **options)
+def merged(
+    name: str, blocks: Sequence[Block], limits: Limits = DEFAULT_LIMITS, **options: Any
+) -> Array:
+    result = get_method(name)(TaskVectors(blocks, limits=limits), **options)
     return np.concatenate([result.block(i)[0].numpy().ravel() for i in range(len(blocks))])
 
 
@@ -480,7 +483,7 @@ def flipped(block: Block) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_threads_and_tiles_change_no_byte(name: str, monkeypatch: pytest.MonkeyPatch):
+def test_threads_and_tiles_change_no_byte(name: str):
     """Also where a method adds over all entries."""
     tasks = count_for(name)
     generator = torch.Generator().manual_seed(0)
@@ -490,9 +493,8 @@ def test_threads_and_tiles_change_no_byte(name: str, monkeypatch: pytest.MonkeyP
     blocks = [Block(b.shape, b.weights, b.open, keys(tasks, i)) for i, b in enumerate(blocks)]
 
     def run(values: int, threads: int) -> Array:
-        monkeypatch.setattr(task_vectors, "TILE_VALUES", values)
         torch.set_num_threads(threads)
-        return merged(name, blocks)
+        return merged(name, blocks, Limits(tile_values=values))
 
     before = torch.get_num_threads()
     try:
@@ -506,10 +508,10 @@ def test_threads_and_tiles_change_no_byte(name: str, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in GEOMETRIC])
-def test_single_precision_makes_the_same_choices(name: str, monkeypatch: pytest.MonkeyPatch):
+def test_single_precision_makes_the_same_choices(name: str):
     x, expected = normal(3), merge(name, normal(3))
-    monkeypatch.setattr(task_vectors, "DOUBLE_VALUES", 0)
-    actual = merged(name, blocks_of(x.astype(np.float32).astype(np.float64), [1.0] * 3))
+    blocks = blocks_of(x.astype(np.float32).astype(np.float64), [1.0] * 3)
+    actual = merged(name, blocks, Limits(double_values=0))
     assert actual.dtype == np.float32
     assert_array_equal(actual == 0, expected == 0)
     assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
@@ -734,7 +736,7 @@ def test_masks_of_a_module_do_not_depend_on_the_other_modules():
     )
 
 
-def test_dropped_products_are_the_same_in_any_tile(monkeypatch: pytest.MonkeyPatch):
+def test_dropped_products_are_the_same_in_any_tile():
     generator = torch.Generator().manual_seed(0)
     factors = [
         (torch.randn(64, 4, generator=generator), torch.randn(4, 33, generator=generator))
@@ -743,8 +745,7 @@ def test_dropped_products_are_the_same_in_any_tile(monkeypatch: pytest.MonkeyPat
     block = products(factors, [1.0] * 3)
     block = Block(block.shape, block.weights, block.open, keys(3, 0))
     expected = merged("dare_ties", [block])
-    monkeypatch.setattr(task_vectors, "TILE_VALUES", 500)
-    assert_array_equal(merged("dare_ties", [block]), expected)
+    assert_array_equal(merged("dare_ties", [block], Limits(tile_values=500)), expected)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -757,18 +758,16 @@ def test_every_option_is_explained_and_every_method_names_its_source(method: str
 @pytest.mark.parametrize(
     ("held", "room", "calls"), [(48, 2 * 48 * 8, 2), (47, 2 * 48 * 8, 4), (48, 2 * 48 * 8 - 1, 4)]
 )
-def test_a_score_is_taken_once_of_each_tile_that_is_held(
-    monkeypatch: pytest.MonkeyPatch, held: int, room: int, calls: int
-):
+def test_a_score_is_taken_once_of_each_tile_that_is_held(held: int, room: int, calls: int):
     seen: list[int] = []
 
     def score(tile: Tensor) -> Tensor:
         seen.append(tile.numel())
         return tile.abs()
 
-    monkeypatch.setattr(task_vectors, "TILE_VALUES", 12)
-    monkeypatch.setattr(task_vectors, "HELD_VALUES", held)
-    tasks = TaskVectors([stacked(torch.rand(2, 8, 3), (1, 1))], room=room)
+    limits = Limits(tile_values=12, cached_values=held)
+    block = stacked(torch.rand(2, 8, 3), (1, 1))
+    tasks = TaskVectors([block], max_bytes=room, limits=limits)
     once = tasks.cached_per_tile(score)
     tasks.order_statistics(once, [1])
     tasks.combine(lambda x, weights: (x * weights * once(x)).sum(0)).block(0)

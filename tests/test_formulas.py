@@ -18,7 +18,9 @@ from pcb_peft import load_adapter, merge_adapters
 from pcb_peft.adapters.adapter import Adapter, DeltaMapping
 from pcb_peft.deltas.delta import LowRank
 from pcb_peft.formats import LazyDelta
-from pcb_peft.tasks import order_statistics, task_vectors
+from pcb_peft.merging import engine
+from pcb_peft.merging.module_merger import ModuleMerger
+from pcb_peft.tasks.limits import DEFAULT_LIMITS, Limits
 
 FORMULAS = {  # name: method, its options, the transcription
     "pcb reference": ("pcb", {"formula": "reference"}, transcriptions.pcb_reference),
@@ -53,6 +55,12 @@ some_cases = pytest.mark.parametrize(
 SHAPES = {"a.q": (11, 7), "a.up": (23, 13), "b.q": (11, 7), "b.down": (5, 19)}
 SCALES = {"a.q": 0.3, "a.up": 0.03, "b.q": 0.01, "b.down": 1.0}
 SCALE = 0.1  # of all other modules: tanh bends such values and does not saturate
+
+
+def use_limits(monkeypatch, **limits):
+    """Merge with these limits."""
+    limited = functools.partial(ModuleMerger, limits=Limits(**limits))
+    monkeypatch.setattr(engine, "ModuleMerger", limited)
 
 
 def normal(seed, *shape):
@@ -311,7 +319,7 @@ SOME = {"a": (60, 40), "b": (30, 70), "c": (20, 45)}
 
 @every_formula
 def test_more_values_than_a_sample_holds(name):
-    assert sum(rows * cols for rows, cols in MANY.values()) > task_vectors.SAMPLE_VALUES
+    assert sum(rows * cols for rows, cols in MANY.values()) > DEFAULT_LIMITS.sample_values
     weights = (1.0, 0.6)
     pool = factors(2, MANY, rank=3)
     merged, formula = merge(pool, name, 0.15, weights)
@@ -324,10 +332,13 @@ def test_more_values_than_a_sample_holds(name):
 def test_samples_tiles_and_brackets_of_any_size_give_the_same(
     monkeypatch, name, sample, kept, held
 ):
-    monkeypatch.setattr(task_vectors, "HELD_VALUES", held)
-    monkeypatch.setattr(task_vectors, "SAMPLE_VALUES", sample)
-    monkeypatch.setattr(task_vectors, "TILE_VALUES", 500)
-    monkeypatch.setattr(order_statistics, "KEPT_VALUES", kept)
+    use_limits(
+        monkeypatch,
+        cached_values=held,
+        sample_values=sample,
+        tile_values=500,
+        bracket_values=kept,
+    )
     density, weights = TASKS["fractional weights"]
     pool = factors(3, SOME, rank=2)
     merged, formula = merge(pool, name, density, weights)
@@ -359,7 +370,7 @@ def test_in_float32(monkeypatch, name, shapes):
     A product of rank r has errors of about √r · 6e-8 of the largest, a score of a few times as much. Such an entry may
     be kept or not, and then τ_m has τ_i or 0 there (the weight of an entry with a single owner cancels).
     """
-    monkeypatch.setattr(task_vectors, "DOUBLE_VALUES", 0)
+    use_limits(monkeypatch, double_values=0)
     density, weights = 0.15, (1.0, 0.6)
     pool = factors(2, shapes, rank=3)
     stacks = dense(pool, shapes)
@@ -555,7 +566,7 @@ def test_identical_adapters_agree_on_what_one_of_them_would_keep(name, density):
 @every_formula
 def test_a_hundred_adapters(monkeypatch, name, double):
     """E¹⁰⁰ is beyond float32, and e⁻¹⁰⁰ far below the 1e-12 that stands for no share at all."""
-    monkeypatch.setattr(task_vectors, "DOUBLE_VALUES", double)
+    use_limits(monkeypatch, double_values=double)
     shapes = {"a": (12, 11)}
     pool = factors(100, shapes, whole=True)
     merged, formula = merge(pool, name, 0.3, np.full(100, 0.5))

@@ -20,7 +20,9 @@ from pcb_peft import TaskStatistics, list_methods, list_spaces, merge_adapters
 from pcb_peft.adapters.adapter import Adapter, DeltaMapping
 from pcb_peft.deltas.delta import LowRank
 from pcb_peft.formats import LazyDelta
-from pcb_peft.tasks import task_vectors
+from pcb_peft.merging import engine
+from pcb_peft.merging.module_merger import ModuleMerger
+from pcb_peft.tasks.limits import Limits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,9 +270,8 @@ def threads(count):
 
 @every_case
 def test_another_call_gives_the_same_bytes_whatever_tiles_threads_and_memory(case, monkeypatch):
-    monkeypatch.setattr(task_vectors, "TILE_VALUES", 90)
-    monkeypatch.setattr(task_vectors, "SAMPLE_VALUES", 150)
-    monkeypatch.setattr(task_vectors, "HELD_VALUES", 0)
+    limits = Limits(tile_values=90, sample_values=150, cached_values=0)
+    monkeypatch.setattr(engine, "ModuleMerger", functools.partial(ModuleMerger, limits=limits))
     with threads(2):
         found = result(case, pool(), max_memory=0)
     assert all(found[module].tobytes() == x.tobytes() for module, x in usual(case).items())

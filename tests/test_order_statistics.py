@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
 from pcb_peft.tasks import order_statistics
+from pcb_peft.tasks.limits import DEFAULT_LIMITS, Limits
 
 PATIENCE = 60  # passes, however the sample misleads
 
@@ -27,11 +28,11 @@ class Stream:
         yield from map(split, self.tiles)
 
 
-def check(values, sample, indices, width=1499):
+def check(values, sample, indices, width=1499, limits=DEFAULT_LIMITS):
     """Finds what stands at the indices, exactly; returns the number of passes."""
     stream = Stream(values, width)
     found = order_statistics.order_statistics(
-        torch.as_tensor(sample), values.shape[1], indices, stream.sweep
+        torch.as_tensor(sample), values.shape[1], indices, stream.sweep, limits=limits
     )
     assert_array_equal(found.numpy(), np.sort(values, axis=1)[:, indices])
     assert found.numpy().dtype == values.dtype
@@ -84,13 +85,10 @@ def test_a_fair_sample_needs_one_pass(stream):
 @pytest.mark.parametrize(("kept", "passes"), [(600, 25), (2500, 6)])
 @pytest.mark.parametrize("sample", SAMPLES)
 @pytest.mark.parametrize("stream", STREAMS)
-def test_values_that_do_not_fit_cost_passes_and_never_the_answer(
-    monkeypatch, stream, sample, kept, passes
-):
+def test_values_that_do_not_fit_cost_passes_and_never_the_answer(stream, sample, kept, passes):
     """24√(n/4) of n kept values, two thirds of them if n is 300, are what the next pass looks at."""
-    monkeypatch.setattr(order_statistics, "KEPT_VALUES", kept)
-    row = STREAMS[stream]
-    assert check(row[None], SAMPLES[sample](row, 100)[None], PLACES) <= passes
+    row, limits = STREAMS[stream], Limits(bracket_values=kept)
+    assert check(row[None], SAMPLES[sample](row, 100)[None], PLACES, limits=limits) <= passes
 
 
 def arrays_in(thing):
@@ -104,7 +102,6 @@ def arrays_in(thing):
 
 
 def test_a_bracket_does_not_hold_on_to_the_tiles_from_which_it_keeps_a_part(monkeypatch):
-    monkeypatch.setattr(order_statistics, "KEPT_VALUES", 1000)
     held = []
     add = order_statistics.Bracket.add
 
@@ -113,7 +110,8 @@ def test_a_bracket_does_not_hold_on_to_the_tiles_from_which_it_keeps_a_part(monk
         held.append(sum({id(array): array.nbytes for array in arrays_in(bracket)}.values()))
 
     monkeypatch.setattr(order_statistics.Bracket, "add", measured)
-    check(rng.normal(size=(1, 50_000)), np.zeros((1, 1)), [25_000], width=100)
+    limits = Limits(bracket_values=1000)
+    check(rng.normal(size=(1, 50_000)), np.zeros((1, 1)), [25_000], width=100, limits=limits)
     assert 8 * 500 < max(held) <= 3 * 8 * 1100  # a buffer that grows has some room to spare
 
 

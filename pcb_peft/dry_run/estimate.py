@@ -34,8 +34,7 @@ from pcb_peft.methods import get_method
 from pcb_peft.recipes.peft_aliases import method_of, resolve_peft_alias
 from pcb_peft.recipes.recipe import Recipe
 from pcb_peft.runtime.resources import number_of_bytes
-from pcb_peft.tasks.order_statistics import KEPT_IN_ALL, KEPT_VALUES, MARGIN
-from pcb_peft.tasks.task_vectors import SAMPLE_VALUES, TILE_VALUES, dtype_of, sample_size
+from pcb_peft.tasks.limits import DEFAULT_LIMITS
 
 PROCESS_BYTES = 250 << 20  # Python with torch and this package
 TILES_HELD = 10  # what a method makes of a tile, in tiles
@@ -161,12 +160,15 @@ def _statistics_bytes(alignment: AdapterSet, setting: Setting, costs: Sequence[M
     scope, held = sum(cost.values for cost in costs), max(cost.held for cost in costs)
     if setting.scope == "module":
         scope, held = max(cost.values for cost in costs), modules_at_once(setting) * held
-    width = dtype_of(tasks, scope).itemsize
-    tile = max(TILE_VALUES, *(cost.tile for cost in costs))
+    limits = DEFAULT_LIMITS
+    width = limits.dtype(tasks, scope).itemsize
+    tile = max(limits.tile_values, *(cost.tile for cost in costs))
     tiles = torch.get_num_threads() * min(tile, tasks * scope) * TILES_HELD
-    sampled = sample_size(tasks, scope)
+    sampled = limits.sample_size(tasks, scope)
     sample = 4 * tasks * min(scope, sampled)
-    inside = int(scope * MARGIN / sampled**0.5)
-    inside = min(KEPT_VALUES, KEPT_IN_ALL // (2 * tasks), inside)
-    brackets = 4 * tasks * inside if scope > SAMPLE_VALUES else 0  # two of them, with room to grow
+    inside = int(scope * limits.bracket_margin / sampled**0.5)
+    inside = min(limits.bracket_size(2 * tasks), inside)
+    brackets = (
+        4 * tasks * inside if scope > limits.sample_values else 0
+    )  # two of them, with room to grow
     return held + width * (tiles + sample + brackets)

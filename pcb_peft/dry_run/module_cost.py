@@ -17,7 +17,8 @@ from pcb_peft.merging.compatibility import AdapterSet
 from pcb_peft.merging.plan import Setting
 from pcb_peft.spaces import Projection
 from pcb_peft.tasks import compiling
-from pcb_peft.tasks.task_vectors import SAMPLE_VALUES, TaskVectors, dtype_of, held_bytes
+from pcb_peft.tasks.limits import DEFAULT_LIMITS
+from pcb_peft.tasks.task_vectors import TaskVectors
 
 CPU = torch.device("cpu")
 
@@ -166,9 +167,10 @@ class _Pair:
     def cost(self, shape: Shape, scope: int, room: float) -> ModuleCost:
         """Of a module of that shape, in a scope of so many values that has so much room."""
         tasks, wide = len(self.kinds), sum(shape)
-        compiled = compiling.worth_compiling(tasks, scope) and not compiling.why_not_compiled(CPU)
-        held = held_bytes(tasks, scope, room)
-        way = _Way(dtype_of(tasks, scope), compiled, held > 0, scope > SAMPLE_VALUES)
+        limits = DEFAULT_LIMITS
+        compiled = limits.worth_compiling(tasks, scope) and not compiling.why_not_compiled(CPU)
+        held = limits.cached_bytes(tasks, scope, room)
+        way = _Way(limits.dtype(tasks, scope), compiled, held > 0, scope > limits.sample_values)
         if way not in self._merged:
             self._merged[way] = [self._run(one, way) for one in self.ones]
         runs, values = self._merged[way], self.values(shape)
@@ -209,7 +211,7 @@ class _Pair:
 
             for scope in scopes:
                 tasks = TaskVectors(scope, track=track)
-                tasks.dtype, tasks.compiled, tasks.holds = way.dtype, way.compiled, way.holds
+                tasks.dtype, tasks.compiled, tasks.caches_tiles = way.dtype, way.compiled, way.holds
                 tasks.sample = max(1, tasks.size >> 4) if way.sampled else tasks.size
                 merged = self.setting.decide(tasks)
                 results += [merged.block(index)[0] for index in range(len(scope))]

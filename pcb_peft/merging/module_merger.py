@@ -19,6 +19,7 @@ from pcb_peft.runtime.threads import in_order, one_thread
 from pcb_peft.spaces import Projection
 from pcb_peft.tasks import counter_rng
 from pcb_peft.tasks.blocks import Block, Index
+from pcb_peft.tasks.limits import DEFAULT_LIMITS, Limits
 from pcb_peft.tasks.task_vectors import BlockCounts, Merged, TaskVectors
 
 Result = TypeVar("Result")
@@ -62,6 +63,7 @@ class ModuleMerger:
         side_by_side: A merged module takes little memory, so that several may be merged at a time.
         in_parts: The low-rank part of a delta that has one is encoded by itself.
         processes: Those that merge together.
+        limits: How many values are looked at, computed and kept at a time.
     """
 
     alignment: AdapterSet
@@ -78,6 +80,7 @@ class ModuleMerger:
     side_by_side: bool = False
     in_parts: bool = False
     processes: Processes = dataclasses.field(default_factory=current)
+    limits: Limits = DEFAULT_LIMITS
 
     @property
     def own(self) -> Sequence[str]:
@@ -110,7 +113,9 @@ class ModuleMerger:
             return _decoded(
                 projection,
                 [
-                    self.method(TaskVectors([block], device=self.device)).block(0)
+                    self.method(TaskVectors([block], device=self.device, limits=self.limits)).block(
+                        0
+                    )
                     for block in projection.blocks
                 ],
             )
@@ -141,8 +146,9 @@ class ModuleMerger:
             device=self.device,
             track=lambda some: self.track(some, "statistics"),
             processes=self.processes,
-            own=[place for module in own for place in places[module]],
-            room=projections.room,
+            block_indices=[place for module in own for place in places[module]],
+            max_bytes=projections.room,
+            limits=self.limits,
         )
         merged = self.method(tasks)
         if merged.compiled:
@@ -206,7 +212,9 @@ class ModuleMerger:
         projection = self.encode(self._deltas(module), self.weights(module))
         blocks = tuple(
             dataclasses.replace(
-                block, keys=self._keys(module, index), data=self._shown(projection, module)
+                block,
+                keys=self._keys(module, index),
+                task_statistics=self._shown(projection, module),
             )
             for index, block in enumerate(projection.blocks)
         )
@@ -264,7 +272,8 @@ class _Kept:
 
 def _closed(block: Block) -> Block:
     """What another process has to know of a block."""
-    return dataclasses.replace(block, open=_nothing, data=block.data and _unmeasured)
+    statistics = block.task_statistics and _unmeasured
+    return dataclasses.replace(block, open=_nothing, task_statistics=statistics)
 
 
 def _unmeasured() -> Sequence[Tensor]:
@@ -284,7 +293,8 @@ def _reopened(
         return projections(module).blocks[index].open(dtype, device)
 
     def data() -> Sequence[Tensor]:
-        again = projections(module).blocks[index].data
+        again = projections(module).blocks[index].task_statistics
         return () if again is None else again()
 
-    return dataclasses.replace(block, open=reopen, data=data if block.data else None)
+    statistics = data if block.task_statistics else None
+    return dataclasses.replace(block, open=reopen, task_statistics=statistics)

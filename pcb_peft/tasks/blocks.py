@@ -1,7 +1,7 @@
-"""The task vectors of one module in some space, read part by part.
+"""Blocks: the task vectors of one module in some space, read part by part.
 
-Shape legend: T adapters; a block is the stack (T, rows, cols) of one module's task vectors in some space; a tile is
-some rows of a block (T, r, cols).
+Shape legend: T adapters. A block is the stack (T, rows, cols) of one module's task vectors in some space. A tile is
+some rows of a block: (T, r, cols).
 """
 
 import dataclasses
@@ -16,10 +16,10 @@ from pcb_peft.tasks import counter_rng
 Index: TypeAlias = slice | Tensor
 
 Transform: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""A tile (T, r, c) and independent random numbers in [0, 1), float64, of that shape, to what stands in for the tile."""
+"""A function of a tile (T, r, c) and of independent random numbers in [0, 1), float64, of that shape, to a new tile."""
 
 View: TypeAlias = Callable[[Tensor, Index, Index], Tensor]
-"""A tile (T, r, c), and which rows and columns of its block these are, to what stands in for the tile."""
+"""A function of a tile (T, r, c) and of its row and column indices in the block, to a new tile."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -28,51 +28,54 @@ class Block:
 
     Attributes:
         shape: (T, rows, cols).
-        weights: λ of the papers, one per adapter, as this space has them.
-        open: Given dtype and device, a function from row and column indices to that part (T, r, c) of the stack.
-        keys: Of the random numbers, one per adapter; without them there are none.
-        data: What was measured of the module on the texts of each adapter, in this space; None: nothing.
+        weights: λ of the papers, one per adapter, as this space uses them.
+        open: A function of dtype and device, to a function of row and column indices that returns this part (T, r, c).
+        keys: Keys of random numbers, one per adapter; empty if the block has no random numbers.
+        task_statistics: Reads the task statistics of the module, one matrix per adapter, in this space's coordinates;
+            None if no statistics were given.
     """
 
     shape: tuple[int, int, int]
     weights: tuple[float, ...]
     open: Callable[[torch.dtype, torch.device], Callable[[Index, Index], Tensor]]
     keys: tuple[int, ...] = ()
-    data: Callable[[], Sequence[Tensor]] | None = None
+    task_statistics: Callable[[], Sequence[Tensor]] | None = None
 
     @property
     def size(self) -> int:
+        """Values per adapter."""
         return self.shape[1] * self.shape[2]
 
 
 def stacked(values: Tensor, weights: Sequence[float]) -> Block:
-    """A block that is held in memory: values (T, rows, cols)."""
+    """Return a block of values (T, rows, cols) that are in memory."""
 
     def open_(dtype: torch.dtype, device: torch.device) -> Callable[[Index, Index], Tensor]:
         stack = values.to(device, dtype)
         return lambda rows, cols: stack[:, rows][:, :, cols]
 
-    return Block((values.shape[0], values.shape[1], values.shape[2]), tuple(weights), open_)
+    tasks, rows, cols = values.shape
+    return Block((tasks, rows, cols), tuple(weights), open_)
 
 
 def products(factors: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float]) -> Block:
-    """A block of products, of which each tile is computed when it is asked for.
+    """Return a block of matrix products; each tile is computed when it is asked for.
 
     Args:
-        factors: Per adapter (rows, r) and (r, cols), for any r.
+        factors: Two factors per adapter, (rows, r) and (r, cols), for any r.
         weights: One per adapter.
     """
     rows, cols = factors[0][0].shape[0], factors[0][1].shape[1]
 
     def open_(dtype: torch.dtype, device: torch.device) -> Callable[[Index, Index], Tensor]:
-        pairs = [(left.to(device, dtype), right.to(device, dtype)) for left, right in factors]
+        pairs = [(b.to(device, dtype), a.to(device, dtype)) for b, a in factors]
 
         def tile(rows: Index, cols: Index) -> Tensor:
-            parts = [(left[rows], right[:, cols]) for left, right in pairs]
+            parts = [(b[rows], a[:, cols]) for b, a in pairs]
             height, width = len(parts[0][0]), parts[0][1].shape[1]
             stack = torch.empty(len(parts), height, width, dtype=dtype, device=device)
-            for product, (left, right) in zip(stack, parts, strict=True):
-                torch.mm(left, right, out=product)
+            for product, (b, a) in zip(stack, parts, strict=True):
+                torch.mm(b, a, out=product)
             return stack
 
         return tile
@@ -81,10 +84,10 @@ def products(factors: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float])
 
 
 def transformed(block: Block, transform: Transform) -> Block:
-    """The same block, of which each part is transformed when it is asked for.
+    """Return the same block with every tile transformed when it is asked for.
 
     Raises:
-        ValueError: The block has no keys.
+        ValueError: The block has no keys for random numbers.
     """
     if len(block.keys) != block.shape[0]:
         raise ValueError(f"{len(block.keys)} keys for {block.shape[0]} adapters: no random numbers")
@@ -93,11 +96,11 @@ def transformed(block: Block, transform: Transform) -> Block:
         part = block.open(dtype, device)
         keys = torch.tensor(block.keys, device=device)
         _, height, width = block.shape
-        starts = torch.arange(0, height * width, width, device=device)
+        row_starts = torch.arange(0, height * width, width, device=device)
         columns = torch.arange(width, device=device)
 
         def tile(rows: Index, cols: Index) -> Tensor:
-            positions = starts[rows][:, None] + columns[cols]
+            positions = row_starts[rows][:, None] + columns[cols]
             return transform(part(rows, cols), counter_rng.uniform(keys, positions))
 
         return tile
@@ -105,19 +108,19 @@ def transformed(block: Block, transform: Transform) -> Block:
     return dataclasses.replace(block, open=open_)
 
 
-def with_statistics_view(block: Block, inform: Callable[[Sequence[Tensor]], View]) -> Block:
-    """The same block, seen as `inform` makes of its data, when it is asked for.
+def viewed_with_statistics(block: Block, make_view: Callable[[Sequence[Tensor]], View]) -> Block:
+    """Return the same block with every tile changed by the view that `make_view` makes of the block's task statistics.
 
     Raises:
-        ValueError: The block has no data.
+        ValueError: The block has no task statistics.
     """
-    data = block.data
-    if data is None:
-        raise ValueError("nothing was measured of this block")
+    read = block.task_statistics
+    if read is None:
+        raise ValueError("this block has no task statistics")
 
     def open_(dtype: torch.dtype, device: torch.device) -> Callable[[Index, Index], Tensor]:
         part = block.open(dtype, device)
-        view = inform([matrix.to(device) for matrix in data()])
+        view = make_view([matrix.to(device) for matrix in read()])
         return lambda rows, cols: view(part(rows, cols), rows, cols)
 
     return dataclasses.replace(block, open=open_)

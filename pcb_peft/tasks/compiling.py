@@ -1,4 +1,4 @@
-"""Fused arithmetic: what a method does to a tile as one compiled loop, in place of one call after another."""
+"""Compiled tiles: a method's arithmetic on a tile as one compiled loop instead of one torch call after another."""
 
 import functools
 import threading
@@ -13,24 +13,17 @@ from torch import Tensor
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
-WORTH_VALUES = 3 << 30  # of all adapters together: below, compiling takes longer than it saves
-MOST_TASKS = 16  # what is done to each pair of adapters is spelled out
-ON_CPU: dict[str, str | int | bool | Callable[..., Any]] = {
+CPU_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
     "compile_threads": 1,
-    "cpp_wrapper": True,  # which releases the interpreter's lock, so that tiles run side by side
+    "cpp_wrapper": True,  # C++ calls release the interpreter's lock, so that tiles run side by side
     "cpp.threads": 1,
-    "cpp.vec_isa_ok": True,  # trying out what the processor can do takes longer than all else
+    "cpp.vec_isa_ok": True,  # testing which instructions the processor has takes longer than the rest
 }
-
-
-def worth_compiling(tasks: int, size: int) -> bool:
-    """Whether so many adapters of so many values take longer than compiling."""
-    return tasks <= MOST_TASKS and tasks * size >= WORTH_VALUES
 
 
 @functools.cache
 def why_not_compiled(device: torch.device) -> str | None:
-    """Why nothing can be compiled for a device; None if it can."""
+    """Return why nothing can be compiled for a device, or None if it works; found by compiling one line."""
     try:
         with warnings.catch_warnings():  # torch's compiler still imports what torch deprecates
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -43,17 +36,20 @@ def why_not_compiled(device: torch.device) -> str | None:
 def compile_tiles(
     function: Callable[Arguments, Result], device: torch.device
 ) -> Callable[Arguments, Result]:
-    """The same function, compiled for tiles of any size when it is first called; one call of torch stays what it is."""
+    """Return the same function, compiled for tiles of any size when it is first called.
+
+    A built-in function of torch, such as `torch.abs`, is one call already and is returned as it is.
+    """
     if isinstance(function, BuiltinFunctionType):
         return function
-    options = ON_CPU if device.type == "cpu" else None
+    options = CPU_OPTIONS if device.type == "cpu" else None
     compiled = torch.compile(function, dynamic=True, options=options)
-    compiling, ready = threading.Lock(), threading.Event()
+    first_call, ready = threading.Lock(), threading.Event()
 
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         if ready.is_set():
             return compiled(*args, **kwargs)
-        with compiling:  # or every thread that comes compiles anew
+        with first_call:  # without the lock every thread would compile
             result = compiled(*args, **kwargs)
             ready.set()
         return result
@@ -62,4 +58,5 @@ def compile_tiles(
 
 
 def _probe(x: Tensor) -> tuple[Tensor, bool]:
+    """Something to compile, and whether it is being compiled."""
     return x.neg(), torch.compiler.is_compiling()

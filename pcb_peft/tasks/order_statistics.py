@@ -1,9 +1,10 @@
 """Exact order statistics of more values than memory holds.
 
-A sample gives, for every wanted order statistic, a bracket that very probably holds it. One pass over all values counts
-what lies below the bracket and keeps what lies inside. If the counts prove that the wanted value is among those kept,
-it is selected from them; otherwise the bracket moves and another pass is made. The sample decides how soon the answer
-comes, never what it is.
+An order statistic is the value at some position of a sorted stream, such as a quantile. Example: the value at position
+900 of 1000. A sample of 100 values says that it probably lies in the bracket [1.5, 2.0]. One pass over all values
+counts those below 1.5 and keeps those inside. If 880 lie below and 50 inside, the answer is the value at position 20 of
+the 50. If the counts prove that it lies elsewhere, the bracket moves and another pass is made. So the sample decides
+how many passes are needed, never the answer.
 """
 
 import dataclasses
@@ -16,51 +17,66 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pcb_peft.runtime.processes import ALONE, Processes
+from pcb_peft.tasks.limits import DEFAULT_LIMITS, Limits
 
-Part: TypeAlias = tuple[int, int, NDArray[Any]]  # see `partition`
+TileCounts: TypeAlias = tuple[int, int, NDArray[Any]]
+"""Number of values below a bracket, number inside it, and the values inside: see `partition`."""
 
-MARGIN = 12.0  # half width of a bracket, in standard errors of as many independent values
-KEPT_VALUES = 1 << 24  # how many values one bracket keeps at most
-KEPT_IN_ALL = 1 << 28  # ... and all together, of thousands of streams
-NO_ORDER = "the values hold NaN, which has no place in any order"
+HAS_NAN = "the values contain NaN, so they cannot be ordered"
 
 
 @dataclasses.dataclass(slots=True)
 class Bracket:
-    """The search for the `index`-th smallest value (from 0) of one stream: it is expected in [low, high].
+    """The search for the `index`-th smallest value (from 0) of one stream, which probably lies in [low, high].
 
-    No two passes look at the same bracket: each finds the value, or proves that it lies in a smaller interval.
+    No two passes use the same bracket: each finds the value, or proves that it lies in a smaller interval.
+
+    Attributes:
+        index: The position to find.
+        low: Lower end of the bracket, included.
+        high: Upper end, included.
+        dtype: Dtype of the stream.
+        capacity: How many values are kept at most.
+        margin: Half the width of the next bracket, in standard errors: `Limits.bracket_margin`.
+        proven_low: The value is not below it.
+        proven_high: The value is not above it.
+        value: The answer, once it is known.
+        below: How many values of this pass are < low.
+        inside: How many values of this pass are in [low, high].
+        stride: One in `stride` of the values inside is kept.
+        kept: These values.
     """
 
     index: int
     low: float
     high: float
-    dtype: torch.dtype  # of the values
-    room: int  # how many values are kept at most
-    least: float = -np.inf  # it is proven to lie in [least, most]
-    most: float = np.inf
-    value: float | None = None  # the answer
-    below: int = 0  # how many values are < low
-    inside: int = 0  # how many are in [low, high]
-    stride: int = 1  # one in `stride` of those inside is kept
+    dtype: torch.dtype
+    capacity: int
+    margin: float = DEFAULT_LIMITS.bracket_margin
+    proven_low: float = -np.inf
+    proven_high: float = np.inf
+    value: float | None = None
+    below: int = 0
+    inside: int = 0
+    stride: int = 1
     kept: "Buffer" = dataclasses.field(default_factory=lambda: Buffer())
 
-    def look(self, values: Tensor) -> Part:
-        """What one tile says; tiles may be looked at side by side."""
+    def scan(self, values: Tensor) -> TileCounts:
+        """Compare one tile with the bracket; changes nothing, so that threads may scan tiles side by side."""
         return partition(values, self.low, self.high)
 
-    def add(self, part: Part) -> None:
-        """Takes in what one tile says."""
-        below, inside, values = part
+    def add(self, counts: TileCounts) -> None:
+        """Add what `scan` found in one tile."""
+        below, inside, values = counts
         self.below += below
         self.inside += inside
         self.kept.append(values[:: self.stride])
-        if len(self.kept) > self.room:
+        if len(self.kept) > self.capacity:
             self.stride *= 2
             self.kept = Buffer(self.kept.values[::2].copy())
 
-    def join(self, others: Sequence["Bracket"]) -> None:
-        """Takes in what was seen of other parts of the stream."""
+    def merge(self, others: Sequence["Bracket"]) -> None:
+        """Add what the same search found in other parts of the stream."""
         parts = [self, *others]
         self.stride = max(part.stride for part in parts)
         kept = [part.kept.values[:: self.stride // part.stride] for part in parts]
@@ -69,227 +85,289 @@ class Bracket:
         self.inside = sum(part.inside for part in parts)
 
     def advance(self) -> None:
-        """After a pass: reads the answer off the counts, or sets the bracket of the next pass."""
-        position = self.index - self.below
+        """Finish a pass: set `value` if the counts prove it, else set the bracket of the next pass.
+
+        Raises:
+            ValueError: The stream contains NaN.
+        """
+        position = self.index - self.below  # of the value, among those inside
         if position < 0:
-            self.most = self._next(self.low, -np.inf)
-            self._restart(self.least, self.most)
+            self.proven_high = self._next_number(self.low, -np.inf)
+            self._restart(self.proven_low, self.proven_high)
         elif position >= self.inside:
-            self.least = self._next(self.high, np.inf)
-            self._restart(self.least, self.most)
+            self.proven_low = self._next_number(self.high, np.inf)
+            self._restart(self.proven_low, self.proven_high)
         elif self.low == self.high:
             self.value = self.low
         elif self.stride == 1:
             self.value = float(np.partition(self.kept.values, position)[position])
             self.kept = Buffer()
         else:
-            self.least, self.most = self.low, self.high
-            ordered, quantile = np.sort(self.kept.values), position / max(1, self.inside - 1)
-            low, high = narrow_bracket(ordered, quantile, self.low, self.high)
-            if (low, high) == (self.low, self.high):  # of many equal values, say
-                low = high = float(ordered[round(quantile * (len(ordered) - 1))])
-            self._restart(low, high)
+            self.proven_low, self.proven_high = self.low, self.high
+            self._restart(*self._narrowed(position))
 
-    def _next(self, value: float, towards: float) -> float:
+    def _narrowed(self, position: int) -> tuple[float, float]:
+        """A smaller bracket, from the one in `stride` values inside that were kept."""
+        ordered, quantile = np.sort(self.kept.values), position / max(1, self.inside - 1)
+        low, high = narrow_bracket(ordered, quantile, self.low, self.high, self.margin)
+        if (low, high) == (self.low, self.high):  # if many values are equal, for example
+            low = high = float(ordered[round(quantile * (len(ordered) - 1))])
+        return low, high
+
+    def _next_number(self, value: float, towards: float) -> float:
         """The next number of the dtype.
 
         Raises:
             ValueError: There is none.
         """
         if value == towards:
-            raise ValueError(NO_ORDER)
+            raise ValueError(HAS_NAN)
         ends = torch.tensor([value, towards], dtype=self.dtype)
         return float(torch.nextafter(ends[0], ends[1]))
 
     def _restart(self, low: float, high: float) -> None:
         if low > high:
-            raise ValueError(NO_ORDER)
+            raise ValueError(HAS_NAN)
         self.low, self.high, self.kept, self.stride = low, high, Buffer(), 1
         self.below = self.inside = 0
 
 
 @dataclasses.dataclass(slots=True)
 class Extreme:
-    """The search for the smallest or the largest value of one stream: one pass finds it."""
+    """The search for the smallest or the largest value of one stream: one pass finds it.
 
-    choose: Callable[[Tensor], Tensor]  # torch.amin or torch.amax
-    found: list[float] = dataclasses.field(default_factory=list[float])  # in each tile
-    value: float | None = None  # the answer
+    Attributes:
+        reduce: `torch.amin` or `torch.amax`.
+        per_tile: The extreme of each tile.
+        value: The answer, once it is known.
+    """
 
-    def look(self, values: Tensor) -> Part:
-        """What one tile says."""
-        return 0, 1, self.choose(values)[None].cpu().numpy()
+    reduce: Callable[[Tensor], Tensor]
+    per_tile: list[float] = dataclasses.field(default_factory=list[float])
+    value: float | None = None
 
-    def add(self, part: Part) -> None:
-        """Takes in what one tile says."""
-        self.found.append(float(part[2][0]))
+    def scan(self, values: Tensor) -> TileCounts:
+        """Find the extreme of one tile."""
+        return 0, 1, self.reduce(values)[None].cpu().numpy()
 
-    def join(self, others: Sequence["Extreme"]) -> None:
-        """Takes in what was seen of other parts of the stream."""
-        self.found = [value for part in (self, *others) for value in part.found]
+    def add(self, counts: TileCounts) -> None:
+        """Add what `scan` found in one tile."""
+        self.per_tile.append(float(counts[2][0]))
+
+    def merge(self, others: Sequence["Extreme"]) -> None:
+        """Add what the same search found in other parts of the stream."""
+        self.per_tile = [value for part in (self, *others) for value in part.per_tile]
 
     def advance(self) -> None:
-        """After the pass: reads the answer off.
+        """Finish the pass: set `value`.
 
         Raises:
-            ValueError: There is a NaN.
+            ValueError: The stream contains NaN.
         """
-        self.value = float(self.choose(torch.tensor(self.found, dtype=torch.float64)))
+        self.value = float(self.reduce(torch.tensor(self.per_tile, dtype=torch.float64)))
         if np.isnan(self.value):
-            raise ValueError(NO_ORDER)
+            raise ValueError(HAS_NAN)
 
 
 Search: TypeAlias = Bracket | Extreme
 
 
 class Buffer:
-    """Values appended one after the other; a list of small arrays would pin the memory around each of them."""
+    """An array that grows by appending; a list of slices would keep the whole tile around each of them in memory."""
 
     def __init__(self, values: NDArray[Any] | None = None) -> None:
-        self._space = np.empty(0) if values is None else values
-        self._used = len(self._space)
+        self._storage = np.empty(0) if values is None else values
+        self._length = len(self._storage)
 
     def __len__(self) -> int:
-        return self._used
+        return self._length
 
     @property
     def values(self) -> NDArray[Any]:
-        """All of them."""
-        return self._space[: self._used]
+        """All values, as a view."""
+        return self._storage[: self._length]
 
     def append(self, values: NDArray[Any]) -> None:
-        """Adds values at the end, in room that doubles when it is full."""
-        end = self._used + len(values)
-        if end > len(self._space):
-            space = np.empty(max(1024, 2 * end), values.dtype)
-            space[: self._used] = self.values
-            self._space = space
-        self._space[self._used : end] = values
-        self._used = end
+        """Append values; the storage at least doubles when it is full."""
+        end = self._length + len(values)
+        if end > len(self._storage):
+            storage = np.empty(max(1024, 2 * end), values.dtype)
+            storage[: self._length] = self.values
+            self._storage = storage
+        self._storage[self._length : end] = values
+        self._length = end
 
 
 def narrow_bracket(
-    ordered: Tensor | NDArray[Any], quantile: float, low: float, high: float
+    ordered: Tensor | NDArray[Any],
+    quantile: float,
+    low: float,
+    high: float,
+    margin: float = DEFAULT_LIMITS.bracket_margin,
 ) -> tuple[float, float]:
-    """The part of [low, high] that holds a quantile of the values from which `ordered` was sampled, very probably."""
+    """Return the part of [low, high] that very probably contains a quantile of a stream.
+
+    Args:
+        ordered: A sorted sample of the stream's values in [low, high].
+        quantile: From 0 (the smallest of these values) to 1.
+        low: Lower end.
+        high: Upper end.
+        margin: Half the width of the bracket, in standard errors of the sampled quantile.
+    """
     last = len(ordered) - 1
-    margin = MARGIN * max(1.0, (len(ordered) * quantile * (1 - quantile)) ** 0.5)
-    first, final = int(np.floor(quantile * last - margin)), int(np.ceil(quantile * last + margin))
+    standard_error = max(1.0, (len(ordered) * quantile * (1 - quantile)) ** 0.5)  # in positions
+    first = int(np.floor(quantile * last - margin * standard_error))
+    final = int(np.ceil(quantile * last + margin * standard_error))
     return (
         float(ordered[first]) if first >= 0 else low,
         float(ordered[final]) if final <= last else high,
     )
 
 
-def partition(values: Tensor, low: float, high: float) -> Part:
-    """How many values are below `low`, how many in [low, high], and which (none if the interval is a single value)."""
+def partition(values: Tensor, low: float, high: float) -> TileCounts:
+    """Count the values below `low` and those in [low, high], and return the latter (none if low = high)."""
     array = as_numpy_on_cpu(values)
     inside = array <= high
     below = 0
     if low > -np.inf:
-        reached = array >= low
-        below = len(array) - int(count(reached))
-        inside &= reached
+        not_below = array >= low
+        below = len(array) - int(count(not_below))
+        inside &= not_below
     if low == high:
         return below, int(count(inside)), np.empty(0)
-    kept: Any = array[inside]
-    return below, len(kept), kept if isinstance(kept, np.ndarray) else kept.cpu().numpy()
+    selected: Any = array[inside]
+    return (
+        below,
+        len(selected),
+        selected if isinstance(array, np.ndarray) else selected.cpu().numpy(),
+    )
 
 
 def as_numpy_on_cpu(values: Tensor) -> Any:
-    """Numpy compares and counts several times faster than torch does on a CPU; both speak the same operators.
+    """Return a CPU tensor as a numpy array, which compares and counts several times faster; others as they are.
 
-    In a loop that is compiled only torch does.
+    Both have the same operators. While a function is being compiled, the tensor stays one: the compiler knows torch
+    only.
     """
-    on_host = values.device.type == "cpu" and not torch.compiler.is_compiling()
-    return values.numpy() if on_host else values
+    plain = values.device.type == "cpu" and not torch.compiler.is_compiling()
+    return values.numpy() if plain else values
 
 
 def count(mask: Any) -> Any:
-    """How many of the truth values that came of something `as_numpy_on_cpu` are true: a number, or a tensor of one."""
+    """Return the number of true values in a mask that came from `as_numpy_on_cpu`: a number, or a tensor of one."""
     return np.count_nonzero(mask) if isinstance(mask, np.ndarray) else mask.sum(dtype=torch.int32)
 
 
-def start_search(ordered: Tensor, size: int, index: int, room: int) -> Search:
-    """How to look for the value at `index` of a stream of that size, of which `ordered` is a sample."""
-    if index in (0, size - 1):
-        return Extreme(torch.amax if index else torch.amin)
-    low, high = narrow_bracket(ordered, index / (size - 1), -np.inf, np.inf)
-    return Bracket(index, low, high, ordered.dtype, room)
+def start_search(
+    ordered: Tensor,
+    size: int,
+    index: int,
+    capacity: int,
+    margin: float = DEFAULT_LIMITS.bracket_margin,
+) -> Search:
+    """Return the search for the value at position `index` of a stream.
+
+    Args:
+        ordered: A sorted sample of the stream.
+        size: Length of the stream.
+        index: The position, from 0.
+        capacity: How many values it may keep.
+        margin: See `Limits.bracket_margin`.
+    """
+    if index == 0:
+        return Extreme(torch.amin)
+    if index == size - 1:
+        return Extreme(torch.amax)
+    low, high = narrow_bracket(ordered, index / (size - 1), -np.inf, np.inf, margin)
+    return Bracket(index, low, high, ordered.dtype, capacity, margin)
 
 
 def reduce_searches(parts: Sequence[Sequence[Any]]) -> list[Search]:
-    """The same searches in several parts of the streams, joined: what a pass has found."""
+    """Merge what each process found in a pass, and advance every search.
+
+    Args:
+        parts: The searches of each process, in the same order.
+    """
     searches: list[Search] = []
-    for one, *others in zip(*parts, strict=True):
+    for search, *others in zip(*parts, strict=True):
         if others:
-            one.join(others)
-        one.advance()
-        searches.append(one)
+            search.merge(others)
+        search.advance()
+        searches.append(search)
     return searches
 
 
 def ascending(values: Tensor) -> Tensor:
-    """Each row sorted. Numpy has the wide registers of a processor do it: an order of magnitude faster than torch."""
+    """Sort each row. On a CPU numpy does it, ten times faster than torch because it uses vector instructions."""
     if values.device.type != "cpu":
         return values.sort(dim=1).values
     return torch.from_numpy(np.sort(values.numpy(), axis=1))
 
 
 def kth_values(values: Tensor, indices: Sequence[int]) -> Tensor:
-    """What would stand at `indices` of each row, if it were sorted."""
+    """Return the values that would be at `indices` of each row if it were sorted."""
     if values.device.type != "cpu":
         return ascending(values)[:, list(indices)]
     rows, last = values.numpy(), values.shape[1] - 1
 
-    def at(index: int) -> NDArray[Any]:
-        if index in (0, last):
-            return rows.max(axis=1) if index else rows.min(axis=1)
+    def kth(index: int) -> NDArray[Any]:
+        if index == 0:
+            return rows.min(axis=1)
+        if index == last:
+            return rows.max(axis=1)
         return np.partition(rows, index, axis=1)[:, index]
 
-    # one at a time: for several, numpy's partition does without the processor's wide registers
-    return torch.from_numpy(np.stack([at(index) for index in indices], axis=1))
+    # one index at a time: for several, numpy's partition uses no vector instructions
+    return torch.from_numpy(np.stack([kth(index) for index in indices], axis=1))
 
 
 def order_statistics(
     sample: Tensor,
     size: int,
     indices: Sequence[int],
-    sweep: Callable[[Callable[[Tensor], list[Part]]], Iterable[list[Part]]],
+    sweep: Callable[[Callable[[Tensor], list[TileCounts]]], Iterable[list[TileCounts]]],
     processes: Processes = ALONE,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> Tensor:
-    """The values that would stand at `indices` if each stream were sorted.
+    """Return the values that would be at `indices` of each stream if it were sorted.
 
     Args:
-        sample: (streams, sampled values): any part of each stream.
-        size: The length of a stream.
+        sample: (streams, sampled values): any part of each stream; the same in every process.
+        size: Length of a stream.
         indices: Positions from 0 to size − 1.
-        sweep: Calls a function on every tile (streams, values) of the streams and yields what it returns; of several
-            processes, on the tiles of this one.
-        processes: Those that search together; they have the same sample.
+        sweep: Makes a pass: calls a function on every tile (streams, values) of this process's part of the streams, and
+            yields what it returns.
+        processes: The processes that search together.
+        limits: How many values are kept in a pass.
 
     Returns:
         (streams, len(indices)), in the dtype of the sample.
+
+    Raises:
+        ValueError: A stream contains NaN.
     """
     if sample.shape[1] == size:
         return kth_values(sample, indices)
     ordered = ascending(sample)
-    places = [(stream, index) for stream in range(len(ordered)) for index in indices]
-    room = min(KEPT_VALUES, KEPT_IN_ALL // len(places)) // processes.size
-    searches = [start_search(ordered[stream], size, index, room) for stream, index in places]
-    while pending := [place for place, one in enumerate(searches) if one.value is None]:
-        own = [searches[place] for place in pending]
+    wanted = [(stream, index) for stream in range(len(ordered)) for index in indices]
+    capacity = limits.bracket_size(len(wanted)) // processes.size
+    searches = [
+        start_search(ordered[stream], size, index, capacity, limits.bracket_margin)
+        for stream, index in wanted
+    ]
+    while pending := [number for number, search in enumerate(searches) if search.value is None]:
+        active = [(wanted[number][0], searches[number]) for number in pending]  # with their streams
 
-        def split(
-            tile: Tensor, own: list[Search] = own, pending: list[int] = pending
-        ) -> list[Part]:
+        def scan(tile: Tensor, active: list[tuple[int, Search]] = active) -> list[TileCounts]:
             rows = tile.unbind()
-            return [one.look(rows[places[at][0]]) for one, at in zip(own, pending, strict=True)]
+            return [search.scan(rows[stream]) for stream, search in active]
 
-        for parts in sweep(split):
-            for one, part in zip(own, parts, strict=True):
-                one.add(part)
-        for place, one in zip(pending, processes.reduce(own, reduce_searches), strict=True):
-            searches[place] = one
-    values = torch.tensor([one.value for one in searches], dtype=sample.dtype, device=sample.device)
-    return values.unflatten(0, (len(ordered), len(indices)))
+        for tile_counts in sweep(scan):
+            for (_, search), counts in zip(active, tile_counts, strict=True):
+                search.add(counts)
+        advanced = processes.reduce([search for _, search in active], reduce_searches)
+        for number, search in zip(pending, advanced, strict=True):
+            searches[number] = search
+    values = [search.value for search in searches]
+    found = torch.tensor(values, dtype=sample.dtype, device=sample.device)
+    return found.unflatten(0, (len(ordered), len(indices)))
