@@ -1,4 +1,4 @@
-"""``python -m pcb_peft``: the command line."""
+"""The command line, as ``python -m pcb_peft``."""
 
 import sys
 

@@ -20,6 +20,7 @@ from pcb_peft.formats.checkpoint import (
     pipeline_config,
     read_config,
 )
+from pcb_peft.runtime.paths import similar_path
 
 IN_MEMORY = "in memory: "
 
@@ -160,7 +161,8 @@ def _downloaded(source: Source) -> Path:
         reason = " ".join(str(error).split())
         here = "" if Path(source.path).is_absolute() else f" (paths begin in {Path.cwd()})"
         raise AdapterError(
-            f"{source.path} is neither a directory nor a hub repository that can be reached{here}: {reason}"
+            f"{source.path} is neither a directory nor a hub repository that can be reached{here}"
+            f"{similar_path(source.path)}: {reason}"
         ) from error
     return Path(root) / prefix
 

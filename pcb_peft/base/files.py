@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from pcb_peft.errors import BaseModelError
+from pcb_peft.runtime.paths import similar_path
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -60,7 +61,7 @@ def download(source: str, revision: str | None) -> Path:
         return Path(root)
     except (OSError, ValueError) as error:
         raise BaseModelError(
-            f"{source} is neither a directory nor a hub repository that can be reached: {error}"
+            f"{source} is neither a directory nor a hub repository that can be reached{similar_path(source)}: {error}"
         ) from error
 
 

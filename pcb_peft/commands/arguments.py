@@ -1,67 +1,129 @@
-"""What the words of a command line stand for."""
+"""Arguments that several commands share, and the values that their words stand for."""
 
 import argparse
-import contextlib
-from collections.abc import Generator
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
+from pcb_peft.commands.parser import UsageError
 
-from pcb_peft.deltas.rank import Rank
-from pcb_peft.errors import OptionError
-from pcb_peft.plugins.options import Option
-from pcb_peft.runtime.resources import number_of_bytes, working_device
+DTYPES = ("float32", "bfloat16", "float16")
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+WORDS = {"true": True, "false": False, "none": None, "null": None}
 
 
-def parse_bool(text: str) -> bool:
-    """True or false."""
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() == "true"
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what every command has: ``-q``, ``-v`` and ``--json``."""
+    group = parser.add_argument_group("output of every command")
+    for flags, words in (
+        (("-q", "--quiet"), "print errors only"),
+        (("-v", "--verbose"), "print more: details, times, tracebacks of unexpected errors"),
+        (("--json",), "print the result as one JSON object"),
+    ):
+        group.add_argument(*flags, action="store_true", default=argparse.SUPPRESS, help=words)
 
 
-def parse_rank(text: str) -> Rank:
-    """An integer, a fraction, or a word."""
-    if text == "none":
-        return None
-    try:
-        return float(text) if "." in text else int(text)
-    except ValueError:
-        return text
+def add_output_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Add ``-o`` and ``--overwrite``."""
+    parser.add_argument("-o", "--output", type=Path, required=required, help="directory to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in the directory")
+
+
+def add_saving_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Add what a command that writes an adapter has."""
+    add_output_arguments(parser, required=required)
+    parser.add_argument(
+        "--dtype",
+        type=str.lower,
+        default=DTYPES[0],
+        choices=DTYPES,
+        help=f"data type of the tensors written (default: {DTYPES[0]})",
+    )
+    parser.add_argument(
+        "--rank-pattern",
+        action="store_true",
+        help="save each module at its own rank, without padding (PEFT's rank_pattern)",
+    )
+
+
+def dtype_of(parsed: argparse.Namespace) -> Any:
+    """The torch dtype that ``--dtype`` names."""
+    import torch
+
+    return getattr(torch, parsed.dtype)
+
+
+def progress_of(parsed: argparse.Namespace) -> bool | None:
+    """Whether to show progress: never with ``--quiet``, else where a person looks at it."""
+    return False if is_quiet(parsed) else None
+
+
+def is_quiet(parsed: argparse.Namespace) -> bool:
+    """True if only errors are printed."""
+    return getattr(parsed, "quiet", False)
+
+
+def is_verbose(parsed: argparse.Namespace) -> bool:
+    """True if details are printed, too."""
+    return getattr(parsed, "verbose", False)
+
+
+def parse_value(text: str) -> Any:
+    """Parse a number, true, false, none, or several values between commas; anything else is text.
+
+    >>> parse_value("1e-3"), parse_value("1,0.5"), parse_value("true"), parse_value("es")
+    (0.001, [1, 0.5], True, 'es')
+    """
+    if text.startswith("[") and text.endswith("]"):
+        return [parse_value(part.strip()) for part in text[1:-1].split(",")]
+    if "," in text:
+        return [parse_value(part.strip()) for part in text.split(",") if part.strip()]
+    if NUMBER.fullmatch(text):
+        return int(text) if text.lstrip("+-").isdecimal() else float(text)
+    return WORDS.get(text.lower(), text)
+
+
+def parse_weights(words: Sequence[str]) -> list[Any]:
+    """Parse one weight per adapter: ``1 0.5`` or ``1,0.5``; ``[0,1]`` is a gradient from the first layer to the last.
+
+    Raises:
+        UsageError: A weight is not a number.
+    """
+    weights: list[Any] = []
+    for word in words:
+        values = parse_value(word)
+        weights += values if isinstance(values, list) and not word.startswith("[") else [values]
+    for word, weight in zip(words, weights, strict=False):
+        numbers = weight if isinstance(weight, list) else [weight]
+        if not all(type(number) in (int, float) for number in numbers):
+            raise UsageError(
+                f"--weights: {word!r} is not a number",
+                "adapters come before options: pcb-peft merge math-lora code-lora --weights 1 0.5",
+            )
+    return weights
 
 
 def parse_step(text: str) -> dict[str, dict[str, Any]]:
-    """``exponent:power=0.5`` is {"exponent": {"power": 0.5}}; several options are separated by commas."""
+    """Parse a calibration with its options.
+
+    >>> parse_step("exponent:power=0.5")
+    {'exponent': {'power': 0.5}}
+
+    Raises:
+        UsageError: An option has no value.
+    """
     name, _, options = text.partition(":")
-    pairs = (option.partition("=") for option in options.split(",") if option)
-    try:
-        return {name: {option: yaml.safe_load(value) for option, _, value in pairs}}
-    except yaml.YAMLError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME:OPTION=VALUE") from error
+    pairs = [option.partition("=") for option in options.split(",") if option]
+    if not all(equals and value for _, equals, value in pairs):
+        raise UsageError(f"{text!r} is not NAME:OPTION=VALUE", "for example exponent:power=0.5")
+    return {name.lower(): {option: parse_value(value) for option, _, value in pairs}}
 
 
-def parse_bytes(text: str) -> int:
-    """1G, 512M, 64K or a number."""
-    with _refused():
-        return number_of_bytes(text)
+def in_known_case(word: str, names: Iterable[str]) -> str:
+    """A name as it is known, whatever case it was written in; an unknown one stays as it is.
 
-
-def parse_device(text: str) -> torch.device:
-    """A device that can be computed on here."""
-    with _refused():
-        return working_device(text)
-
-
-@contextlib.contextmanager
-def _refused() -> Generator[None]:
-    """As the command line refuses a word."""
-    try:
-        yield
-    except OptionError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def flag_of(option: Option) -> str:
-    """The word for an option."""
-    return "--" + option.name.replace("_", "-")
+    >>> in_known_case("TIES", ["pcb", "ties"])
+    'ties'
+    """
+    return next((name for name in names if name.lower() == word.lower()), word)

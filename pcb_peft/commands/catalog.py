@@ -1,63 +1,168 @@
-"""What there is to merge with: the methods, spaces and calibrations, as the command line shows them."""
+"""The methods, spaces and calibrations as tables, and each of them explained."""
 
-import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
-from pcb_peft.calibrations import Calibration, When, list_calibrations
-from pcb_peft.commands.arguments import flag_of
-from pcb_peft.methods import MergeMethod, get_method, list_methods
-from pcb_peft.spaces import Space, get_space, list_spaces
+from pcb_peft.commands.recipe_arguments import DEFAULT_METHOD, flag_of, peft_aliases
+from pcb_peft.commands.sources import Entry, Kind, entries
+from pcb_peft.errors import OptionError
+from pcb_peft.plugins.options import Option, did_you_mean
 
-WHEN: tuple[When, When] = ("before", "after")
-MEASURED = """\
-measured: what a merge keeps of the shipped MiniLM adapters' accuracy, in % of each adapter's own: mean (and worst) of
-four tasks, first with every weight at 1, then at the best common weight, if another. Differences under two points are
-noise. From a checkout: python benchmarks/quality.py --bfloat16 METHOD (docs/methods.md).
-"""
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+KINDS: tuple[Kind, ...] = ("methods", "spaces", "calibrations")
+MEASURED = (
+    "kept: accuracy that a merge of four LoRA adapters keeps, in % of each adapter's own: mean (and worst task), every "
+    "weight at 1. Differences under two points are noise; see docs/methods.md."
+)
 
 
-def print_catalog(name: str | None) -> None:
-    """Prints the merge methods, the spaces and the calibrations, or explains one of them."""
-    if name is not None:
-        for known in _named(name):
-            print(inspect.getdoc(known.function))
-            print("\nOptions:")
-            for option in known.options.values():
-                print(f"  {flag_of(option)}  {option.allowed}; default {option.default}")
-        return
-    methods = list_methods().values()
-    _print_table(
-        ("method", "space", "scope", "data", "paper", "what it does"),
-        [
-            (m.name, m.space, m.scope, m.needs_statistic or "none", m.paper, m.summary)
-            for m in methods
-        ],
-    )
-    _print_table(
-        ("method", "measured", "good at"),
-        [(m.name, m.measured or "not measured here", m.good_at) for m in methods],
-    )
-    print(MEASURED)
-    _print_table(("space", "blocks"), [(s.name, s.summary) for s in list_spaces().values()])
-    for when in WHEN:
-        calibrations = list_calibrations(when).values()
-        _print_table(
-            (when, "paper", "what it does"), [(c.name, c.paper, c.summary) for c in calibrations]
+def catalog() -> dict[str, list[dict[str, Any]]]:
+    """Everything there is to merge with, as plain data."""
+    return {kind: [_facts(entry) for entry in entries(kind)] for kind in KINDS}
+
+
+def explained(name: str) -> list[Entry]:
+    """Find what is called so; a calibration twice if it goes before and after a merge.
+
+    Raises:
+        OptionError: Nothing is called so.
+    """
+    word = name.lower()
+    found = [entry for kind in KINDS for entry in entries(kind) if entry.name == word]
+    if word in peft_aliases():
+        found = [
+            entry for entry in entries("methods") if entry.name == peft_aliases()[word]["method"]
+        ]
+    if not found:
+        names = [*(entry.name for kind in KINDS for entry in entries(kind)), *peft_aliases()]
+        raise OptionError(
+            f"no method, space or calibration {name!r}{did_you_mean(word, names)}; pcb-peft methods lists them"
         )
+    return found
 
 
-def _print_table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as what stands in them, and an empty line."""
-    widths = [max(map(len, column)) for column in zip(heading, *rows, strict=True)]
-    for row in (heading, *rows):
-        print(
-            "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip()
+def explain(entry: Entry) -> str:
+    """Explain one method, space or calibration in full."""
+    lines = [entry.document, "", "Options:" if entry.options else "It has no options."]
+    for option in entry.options.values():
+        facts = f"{option.allowed}; default {option.default}"
+        lines.append(f"  {flag_of(option.name)}  {facts}")
+    if "space" in entry.facts:
+        lines += ["", f"Defaults: {entry.facts['space']} space, {entry.facts['scope']} scope."]
+    if kind := entry.facts.get("needs_statistic"):
+        lines.append(f"Needs data: pcb-peft collect --kind {kind} for each adapter.")
+    if paper := entry.facts.get("paper"):
+        lines.append(f"Paper: {paper}")
+    return "\n".join(lines)
+
+
+def describe(entry: Entry) -> dict[str, Any]:
+    """One method, space or calibration as plain data."""
+    return {**_facts(entry), "document": entry.document}
+
+
+def render(*, purposes: bool = False) -> str:
+    """Tables of everything there is to merge with, as wide as the terminal.
+
+    Args:
+        purposes: Also say what each method is good at.
+    """
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    with console.capture() as capture:
+        for part in _parts(purposes=purposes):
+            console.print(part)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def _parts(*, purposes: bool) -> "Iterator[RenderableType]":
+    for heading, methods in _groups():
+        yield _table(
+            (heading, "kept", "what it does"),
+            [(_marked(m), _kept(m), _purpose(m) if purposes else m.summary) for m in methods],
         )
-    print()
+    yield f"* the default method. With -v: what each method is good at.\n{MEASURED}\n"
+    yield _table(
+        ("spaces", "what the method sees"), [(s.name, s.summary) for s in entries("spaces")]
+    )
+    for when in ("before", "after"):
+        steps = [entry for entry in entries("calibrations") if entry.facts["when"] == when]
+        yield _table((f"--{when}", "what it does"), [(step.name, step.summary) for step in steps])
+    yield f"PEFT's names work, too: {', '.join(peft_aliases())}."
+    yield "pcb-peft methods NAME explains one of them, with its options."
 
 
-def _named(name: str) -> Sequence[MergeMethod | Space | Calibration]:
-    """What is called so: a calibration is there twice if it goes before and after."""
-    shelves = (list_calibrations(when) for when in WHEN)
-    calibrations = [shelf[name] for shelf in shelves if name in shelf]
-    return calibrations or [get_space(name) if name in list_spaces() else get_method(name)]
+def _groups() -> list[tuple[str, list[Entry]]]:
+    """Methods under headings, the default first, then those that keep most."""
+    methods = sorted(
+        entries("methods"), key=lambda m: (m.name != DEFAULT_METHOD, -_score(m), m.name)
+    )
+    needs_data = [m for m in methods if m.facts["needs_statistic"]]
+    whole = [m for m in methods if m.facts["whole_matrix"] and m not in needs_data]
+    others = [m for m in methods if m not in needs_data and m not in whole]
+    return [
+        ("number by number", others),
+        ("whole matrices", whole),
+        ("with sample data", needs_data),
+    ]
+
+
+def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> "RenderableType":
+    from rich.table import Table
+
+    table = Table(*heading, box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for column in table.columns[:-1]:
+        column.no_wrap = True
+    for row in rows:
+        table.add_row(*row)
+    table.add_row()
+    return table
+
+
+def _marked(method: Entry) -> str:
+    return method.name + ("*" if method.name == DEFAULT_METHOD else "")
+
+
+def _purpose(method: Entry) -> str:
+    good_at = method.paragraph("Good at").rstrip(".")
+    return f"{method.summary}\nGood at: {good_at}." if good_at else method.summary
+
+
+def _kept(method: Entry) -> str:
+    """What was measured on LoRA adapters: mean and worst."""
+    first = method.paragraph("Measured").split(";")[0].split(",")[0].rstrip(".")
+    return first.removeprefix("LoRA ") if first.startswith("LoRA ") else "-"
+
+
+def _score(method: Entry) -> float:
+    kept = _kept(method).split()[0]
+    return 0.0 if kept == "-" else float(kept)
+
+
+def _facts(entry: Entry) -> dict[str, Any]:
+    facts = {name: value for name, value in entry.facts.items() if value is not None}
+    return {
+        "name": entry.name,
+        "summary": entry.summary,
+        "good_at": entry.paragraph("Good at"),
+        "measured": entry.paragraph("Measured"),
+        **{
+            name: value
+            for name, value in facts.items()
+            if name not in ("accepts", "survey", "function")
+        },
+        "options": [_plain(option) for option in entry.options.values()],
+    }
+
+
+def _plain(option: Option) -> dict[str, Any]:
+    return {
+        "name": option.name,
+        "flag": flag_of(option.name),
+        "allowed": option.allowed,
+        "default": option.default,
+        "explanation": option.explanation,
+    }

@@ -1,0 +1,145 @@
+"""``pcb-peft merge``: several adapters into one, or into their base model."""
+
+import argparse
+import dataclasses
+from typing import TYPE_CHECKING
+
+from pcb_peft.commands.arguments import (
+    add_saving_arguments,
+    dtype_of,
+    progress_of,
+)
+from pcb_peft.commands.command import Answer, Command
+from pcb_peft.commands.next_steps import (
+    after_fold,
+    after_merge,
+    highest_rank,
+    missing_heads,
+    size_on_disk,
+    where_written,
+)
+from pcb_peft.commands.parser import UsageError
+from pcb_peft.commands.recipe_arguments import add_recipe_arguments, recipe_of
+from pcb_peft.commands.sources import constant
+from pcb_peft.runtime.progress import phase
+from pcb_peft.runtime.units import format_size
+
+if TYPE_CHECKING:
+    from pcb_peft.merging.result import MergedAdapter
+    from pcb_peft.recipes.recipe import Recipe
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = (
+        "pcb-peft merge ADAPTER [ADAPTER ...] -o DIRECTORY [options]\n"
+        "       pcb-peft merge RECIPE.yaml -o DIRECTORY [options]"
+    )
+    parser.add_argument(
+        "adapters", nargs="+", help="directories or hub ids of adapters; or one recipe (.yaml)"
+    )
+    add_saving_arguments(parser, required=False)
+    parser.add_argument(
+        "--format", type=str.lower, default="peft", help="peft, diffusers or kohya (default: peft)"
+    )
+    parser.add_argument(
+        "--fold", action="store_true", help="write the base model with the merge folded in"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="estimate time, memory and size from the headers of the files; write nothing",
+    )
+    parser.add_argument("--device", help="where to compute, such as cuda (default: cpu)")
+    most = format_size(constant("merging/engine.py", "DEFAULT_MEMORY"))
+    parser.add_argument(
+        "--max-memory", metavar="SIZE", help=f"size of the cache, such as 1G (default: {most})"
+    )
+    add_recipe_arguments(parser)
+
+
+def _run(parsed: argparse.Namespace) -> Answer:
+    if parsed.output is None and not parsed.dry_run:
+        raise UsageError(
+            "give -o/--output, the directory to write, or --dry-run",
+            "pcb-peft merge math-lora code-lora -o merged",
+        )
+    recipe, notes = recipe_of(parsed)
+    return _estimate(parsed, recipe, notes) if parsed.dry_run else _merge(parsed, recipe, notes)
+
+
+def _estimate(parsed: argparse.Namespace, recipe: "Recipe", notes: list[str]) -> Answer:
+    from pcb_peft.dry_run.estimate import estimate_merge
+    from pcb_peft.merging.engine import DEFAULT_MEMORY
+
+    with phase("estimating", progress_of(parsed)):
+        estimate = estimate_merge(
+            recipe,
+            max_memory=DEFAULT_MEMORY if parsed.max_memory is None else parsed.max_memory,
+            dtype=dtype_of(parsed),
+            rank_pattern=parsed.rank_pattern,
+            fold=parsed.fold,
+        )
+    data = {"estimate": dataclasses.asdict(estimate), "notes": notes}
+    return Answer("\n".join([str(estimate), *notes]), data, essential=True)
+
+
+def _merge(parsed: argparse.Namespace, recipe: "Recipe", notes: list[str]) -> Answer:
+    from pcb_peft.merging.engine import DEFAULT_MEMORY, merge
+    from pcb_peft.merging.finish import check_writable
+    from pcb_peft.runtime.resources import number_of_bytes, working_device
+    from pcb_peft.writing.atomic import check_target
+
+    memory = DEFAULT_MEMORY if parsed.max_memory is None else number_of_bytes(parsed.max_memory)
+    device, progress = working_device(parsed.device), progress_of(parsed)
+    check_target(parsed.output, overwrite=parsed.overwrite)
+    check_writable(recipe, fold=parsed.fold)
+    with phase("merging", progress):
+        merged = merge(recipe, device=device, max_memory=memory, progress=progress)
+    with phase("writing", progress):
+        _write(merged, parsed)
+    return _answer(merged, parsed, notes)
+
+
+def _write(merged: "MergedAdapter", parsed: argparse.Namespace) -> None:
+    if parsed.fold:
+        base, progress = str(merged.recipe.base_model), progress_of(parsed)
+        merged.fold(base, parsed.output, overwrite=parsed.overwrite, progress=progress)
+        return
+    merged.save_pretrained(
+        parsed.output,
+        dtype=dtype_of(parsed),
+        rank_pattern=parsed.rank_pattern,
+        overwrite=parsed.overwrite,
+        format=parsed.format,
+    )
+
+
+def _answer(merged: "MergedAdapter", parsed: argparse.Namespace, notes: list[str]) -> Answer:
+    report, output = merged.report, parsed.output
+    rank, size = highest_rank(report), size_on_disk(output) if output.is_dir() else 0
+    warning = None if parsed.fold else missing_heads(merged, output)
+    following = after_fold(output) if parsed.fold else after_merge(merged, output, rank)
+    lines = [str(report), *notes, where_written(output, rank, size), following]
+    data = {
+        "output": str(output),
+        "bytes": size,
+        "rank": rank,
+        "folded": parsed.fold,
+        "base_model": merged.base_model,
+        "heads_kept_apart": list(merged.heads),
+        "notes": [*report.notes, *notes],
+        "report": report.as_dict(),
+    }
+    return Answer("\n".join(lines), data, warnings=[warning] if warning else ())
+
+
+COMMAND = Command(
+    "merge",
+    "Merge adapters of one base model into one adapter",
+    "pcb-peft merge math-lora code-lora -o merged\n"
+    "pcb-peft merge math-lora code-lora -o merged --method ties --density 0.3 --weights 1 0.5\n"
+    "pcb-peft merge recipe.yaml -o merged --set density=0.3\n"
+    "pcb-peft merge recipe.yaml --dry-run",
+    _add_arguments,
+    _run,
+)
