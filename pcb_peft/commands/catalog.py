@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pcb_peft.commands.recipe_arguments import DEFAULT_METHOD, flag_of, peft_aliases
+from pcb_peft.commands.method_options import DEFAULT_METHOD, flag_of, peft_aliases
 from pcb_peft.commands.sources import Entry, Kind, entries
 from pcb_peft.errors import OptionError
 from pcb_peft.plugins.options import Option, did_you_mean

@@ -5,7 +5,7 @@ import argparse
 from pcb_peft.commands.arguments import add_output_arguments, progress_of
 from pcb_peft.commands.command import Answer, Command
 from pcb_peft.commands.next_steps import after_fold, size_on_disk
-from pcb_peft.commands.sources import constant
+from pcb_peft.commands.recipe_fields import tied_help
 from pcb_peft.runtime.units import format_size
 
 
@@ -16,12 +16,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tied", type=str.lower, metavar="POLICY", help=tied_help())
     add_output_arguments(parser)
-
-
-def tied_help() -> str:
-    """Help text of ``--tied``."""
-    policies = ", ".join(constant("deltas/replacements.py", "TIES"))
-    return f"how to fold when only one of two tied matrices changed: {policies} (default: refuse)"
 
 
 def _run(parsed: argparse.Namespace) -> Answer:

@@ -18,12 +18,11 @@ import functools
 import importlib
 import importlib.metadata
 import inspect
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from pcb_peft.plugins.options import Option, options_of
+from pcb_peft.plugins.registry import Plugin
 
 PACKAGE = Path(__file__).resolve().parents[1]
 LIGHT = ("typing", "collections.abc", "dataclasses", "math", "pcb_peft.plugins.options")
@@ -37,37 +36,19 @@ DECORATORS: dict[Kind, tuple[str, ...]] = {
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Entry:
-    """A method, a space or a calibration.
+class Entry(Plugin):
+    """A method, a space or a calibration, with a function that has its docstring and options, and does nothing.
 
     Attributes:
-        name: Its name in recipes and on the command line.
-        function: A function with its docstring and its options.
         facts: What its registration says, such as {"paper": "arXiv:2306.01708"}; of a calibration also "when".
     """
 
-    name: str
-    function: Callable[..., Any]
     facts: Mapping[str, Any]
-
-    @property
-    def options(self) -> dict[str, Option]:
-        return options_of(self.function)
 
     @property
     def document(self) -> str:
         """Its docstring."""
         return inspect.getdoc(self.function) or ""
-
-    @property
-    def summary(self) -> str:
-        """First line of its docstring."""
-        return self.document.partition("\n")[0]
-
-    def paragraph(self, heading: str) -> str:
-        """The text after ``heading:`` in its docstring, on one line; empty if there is no such paragraph."""
-        match = re.search(rf"^{heading}: (.+(?:\n.+)*)", self.document, re.MULTILINE)
-        return " ".join(match[1].split()) if match else ""
 
 
 @functools.cache
