@@ -152,7 +152,8 @@ def _print_error(error: PcbPeftError, words: Sequence[str]) -> None:
     progress.close()
     if not _speaks():
         return
-    print(f"{_coloured('error:', 31)} {error}", file=sys.stderr)
+    message = " ".join(str(error).split())  # those of other libraries may have many lines
+    print(f"{_coloured('error:', 31)} {message}", file=sys.stderr)
     hint = error.hint if isinstance(error, UsageError) else ""
     if hint:
         print(f"{_coloured('hint:', 36)} {hint}".rstrip(), file=sys.stderr)

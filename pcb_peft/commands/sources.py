@@ -54,7 +54,7 @@ class Entry(Plugin):
 @functools.cache
 def entries(kind: Kind) -> tuple[Entry, ...]:
     """Return all entries of a kind, by name."""
-    if importlib.metadata.entry_points(group=f"pcb_peft.{kind}"):
+    if f"pcb_peft.{kind}" in _entry_points().groups:
         found = _imported(kind)
     else:
         defaults = _defaults(kind)
@@ -76,6 +76,12 @@ def constant(file: str, name: str) -> Any:
     ('refuse', 'untie', 'both')
     """
     return _light_names(ast.parse((PACKAGE / file).read_text("utf-8")))[name]
+
+
+@functools.cache
+def _entry_points() -> importlib.metadata.EntryPoints:
+    """Entry points of all installed packages."""
+    return importlib.metadata.entry_points()
 
 
 def _imported(kind: Kind) -> Iterator[Entry]:
