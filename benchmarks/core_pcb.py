@@ -1,14 +1,14 @@
-"""PCB-Merging in core space, and in knots space (its default), beside PEFT's way to one adapter of the same rank.
+"""Compare PCB-Merging in core and knots space with PEFT's ``svd`` merge, at the same rank.
 
-The shapes are Llama-3-8B's.
+The shapes are those of Llama-3-8B.
 
     python benchmarks/core_pcb.py                       # all 32 layers; PEFT on one small layer and one square one
     python benchmarks/core_pcb.py --layers 2 --peft k_proj
 
-PEFT's ``add_weighted_adapter(combination_type="svd")`` adds up the dense ΔW of each layer and takes its full singular
-value decomposition; ``ties_svd`` and the others do the same. It merges the layers that ``--peft`` names; what all
-layers would take is extrapolated from the largest of these by rows · cols · min(rows, cols), the operations of a
-decomposition. Each side runs in a process of its own.
+PEFT's ``add_weighted_adapter(combination_type="svd")`` adds up the dense ΔW of each layer and computes the full SVD;
+``ties_svd`` and the others do the same. PEFT merges the layers that ``--peft`` names. The time for all layers is
+extrapolated from the largest of these by rows · cols · min(rows, cols), the cost of an SVD. Each side runs in its own
+process.
 """
 
 import argparse
@@ -41,7 +41,7 @@ RUNS = {  # space, and whether the rank is cut
 
 
 def run_ours(adapters: list[str], space: str, rank: int | None) -> None:
-    """All layers, from files to files."""
+    """Merge all layers, from files to files."""
     import warnings
 
     from pcb_peft import merge_adapters
@@ -53,7 +53,7 @@ def run_ours(adapters: list[str], space: str, rank: int | None) -> None:
 
 
 def run_peft(layer: str, count: int, rank: int) -> None:
-    """One layer, in memory; the adapters are there before the clock starts, which prints its own time."""
+    """Merge one layer in memory with PEFT and print the seconds, without those that making the adapters takes."""
     import peft
 
     rows, cols = next(shape for name, shape in SHAPES.items() if name.endswith(layer))
@@ -72,14 +72,14 @@ def run_peft(layer: str, count: int, rank: int) -> None:
 
 
 def measured(*words: object) -> list[float]:
-    """What a process of its own prints: seconds, and peak resident GiB."""
+    """Return the seconds and the peak resident GiB of one side, measured in its own process."""
     command = [sys.executable, __file__, *map(str, words)]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return [float(value) for value in output.split()]
 
 
 def child(arguments: argparse.Namespace) -> None:
-    """What the measured process does."""
+    """Run one side, in the measured process."""
     if arguments.run == "peft":
         run_peft(arguments.peft[0], arguments.count, arguments.rank)
     else:
@@ -91,13 +91,13 @@ def child(arguments: argparse.Namespace) -> None:
 
 
 def work(layer: str) -> int:
-    """Operations of a singular value decomposition of that layer, up to a factor."""
+    """Return the cost of an SVD of this layer, up to a factor."""
     rows, cols = next(shape for name, shape in SHAPES.items() if name.endswith(layer))
     return rows * cols * min(rows, cols)
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Measures both sides and prints them side by side."""
+    """Measure both sides and print them side by side."""
     modules = arguments.layers * len(SHAPES)
     print(f"{arguments.count} adapters of rank {arguments.rank}, {torch.get_num_threads()} threads")
     print("| merge | modules | seconds | seconds per module | peak GiB |")
@@ -125,7 +125,7 @@ def report(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Read the command line and run."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

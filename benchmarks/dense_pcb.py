@@ -1,18 +1,17 @@
-"""Global PCB-Merging in dense space: the streaming engine beside the original algorithm.
+"""Compare global PCB-Merging in dense space with the original algorithm, in time and memory.
 
     python benchmarks/dense_pcb.py                     # Llama-3.2-1B's shapes, 4 adapters of rank 16
     python benchmarks/dense_pcb.py --layers 2          # a smaller model
-    python benchmarks/dense_pcb.py --repeat 3          # where other work disturbs: the best of three rounds
+    python benchmarks/dense_pcb.py --repeat 3          # on a busy machine: the best of three rounds
 
-The engine merges all layers: as on a machine where nothing has been compiled yet, then with what that run has left in
-the compiler's cache, then without a compiler. The original algorithm, which sorts whole task vectors in memory, merges
-as many layers as ``--original-layers`` says. Each runs in a process of its own, so that its peak memory is its own, and
-compiling counts. Processor time is that of all threads together; it depends less than the seconds on what else the
-machine does.
+The engine (this package) merges all layers three times: with an empty compiler cache, with the cache that this run
+filled, and without a compiler. The original algorithm sorts whole task vectors in memory; it merges as many layers as
+``--original-layers`` says. Each runs in its own process, so that peak memory and compiling count for itself. Processor
+time is the sum over all threads; other work on the machine changes it less than the seconds.
 
-The limit is what three passes over recomputed tiles cannot do without, and nothing else: three products of the factors,
-and the tanh and exp of two scores, each repeated on one tile in a core's cache on one thread, by torch or compiled,
-whichever is faster, and shared out evenly.
+The limit is a lower bound for three passes over tiles computed from the factors: three products of the factors, and the
+tanh and exp of two scores. Each is measured alone on one tile in a core's cache on one thread, with torch or compiled,
+whichever is faster, and divided by the number of threads.
 """
 
 import argparse
@@ -49,7 +48,7 @@ SHAPES = {  # (out, in)
 def write_adapter(
     directory: Path, layers: int, rank: int, seed: int, shapes: dict[str, tuple[int, int]] = SHAPES
 ) -> None:
-    """A LoRA of all seven linear layers, with random factors."""
+    """Write a LoRA of all seven linear layers, with random factors."""
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for layer in range(layers):
@@ -71,7 +70,7 @@ def write_adapter(
 
 
 def run_engine(adapters: list[str], formula: str, density: float) -> None:
-    """Statistics and every merged tile, produced and dropped."""
+    """Merge with this package; each merged module is computed and dropped."""
     from pcb_peft import merge_adapters
 
     options = {"formula": formula, "density": density}
@@ -81,7 +80,7 @@ def run_engine(adapters: list[str], formula: str, density: float) -> None:
 
 
 def run_original(adapters: list[str], formula: str, density: float) -> None:
-    """The published algorithm on concatenated task vectors, float32: sorts for the quantiles, whole rows at once."""
+    """Merge with the published algorithm: float32, whole task vectors in memory, sorted for the quantiles."""
     from pcb_peft import load_adapter
 
     loaded = [load_adapter(adapter) for adapter in adapters]
@@ -109,7 +108,7 @@ def run_original(adapters: list[str], formula: str, density: float) -> None:
 
 
 def least_seconds(function: Callable[[], object], repeats: int = 200) -> float:
-    """Of one call."""
+    """Return the least seconds that one call took."""
     times: list[float] = []
     for _ in range(repeats):
         started = time.perf_counter()
@@ -119,10 +118,10 @@ def least_seconds(function: Callable[[], object], repeats: int = 200) -> float:
 
 
 def limit(count: int, rank: int, formula: str, threads: int) -> float:
-    """Seconds per value and adapter that no engine of three passes goes below; see above."""
+    """Return the lower bound in seconds per value and adapter; see the top of this file."""
     torch.set_num_threads(1)
     left, right = torch.randn(64, rank), torch.randn(rank, HIDDEN)
-    tile = (left @ right).mul_(0.001)  # what is normed is mostly small, too, and takes less time
+    tile = (left @ right).mul_(0.001)  # small like normed values, for which tanh takes less time
     out = torch.empty_like(tile)
     tanhs = (
         (count + 1) / 2 if formula == "es" else 1.0
@@ -136,15 +135,19 @@ def limit(count: int, rank: int, formula: str, threads: int) -> float:
 
 
 def ways(function: Callable[[Tensor], Tensor]) -> list[Callable[[Tensor], Tensor]]:
-    """Of torch, and compiled where that is possible: in a function of its own, or it stays torch's."""
-    from pcb_peft.tasks.compiling import fused, obstacle
+    """Return the function as it is and, where there is a compiler, compiled.
+
+    The compiled one is wrapped in a function of its own: torch.compile leaves torch's own functions as they are.
+    """
+    from pcb_peft.tasks.compiling import compile_tiles, why_not_compiled
 
     cpu = torch.device("cpu")
-    return [function] if obstacle(cpu) else [function, fused(lambda x: function(x), cpu)]
+    compiled = compile_tiles(lambda x: function(x), cpu)
+    return [function] if why_not_compiled(cpu) else [function, compiled]
 
 
 def measure(name: str, adapters: list[Path], cache: Path, options: list[str]) -> list[float]:
-    """Seconds, processor seconds and peak resident GiB of one algorithm in a process of its own."""
+    """Return seconds, processor seconds and peak resident GiB of one algorithm, run in its own process."""
     if name == FIRST:
         shutil.rmtree(cache, ignore_errors=True)
         cache.mkdir()
@@ -158,7 +161,7 @@ def measure(name: str, adapters: list[Path], cache: Path, options: list[str]) ->
 
 
 def child(arguments: argparse.Namespace) -> None:
-    """What the measured process does."""
+    """Run one algorithm, in the measured process."""
     run = run_original if arguments.run == ORIGINAL else run_engine
     started, used = time.perf_counter(), time.process_time()
     run(arguments.adapters, arguments.formula, arguments.density)
@@ -167,7 +170,7 @@ def child(arguments: argparse.Namespace) -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Measures all and prints them side by side, with the limit."""
+    """Measure all and print them side by side, with the limit."""
     layers = dict.fromkeys((FIRST, ENGINE, PLAIN), arguments.layers)
     layers[ORIGINAL] = arguments.original_layers
     options = ["--formula", arguments.formula, "--density", str(arguments.density)]
@@ -208,7 +211,7 @@ def report(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Read the command line and run."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,20 +1,19 @@
-"""Folding a LoRA into a checkpoint beside copying the checkpoint.
+"""Compare folding a LoRA into a checkpoint with copying the checkpoint.
 
     python benchmarks/fold.py                          # Llama-3.2-1B's layers, 2.1 GiB in bfloat16
     python benchmarks/fold.py --layers 48 --directory /scratch
 
-The base is sharded, four layers to a file; the adapter has rank 16 on all seven linear layers. Both have just been
-written to a scratch directory, and lie in the page cache. The table has the best of ``--repeat`` runs each:
+The base has four layers per file; the adapter has rank 16 on all seven linear layers. Both have just been written to a
+scratch directory, so they are in the page cache. The table has the best of ``--repeat`` runs each:
 
-- cp: ``cp -r``, which is through before the disk has anything;
-- cp, synced: the same, and the wait for the disk, without which no copy outlives a power failure;
-- fold: ``python -m pcb_peft fold``, the whole process. It waits for the disk before it says that it is through;
-- fold, without start: the same in a process that has imported torch and transformers already.
+- cp: ``cp -r``, which returns before anything is on the disk;
+- cp, synced: the same, and waiting for the disk, without which no copy survives a power failure;
+- fold: ``python -m pcb_peft fold``, the whole process. It waits for the disk too;
+- fold, without start: the same in a process that has already imported torch and transformers.
 
-What a run has written is removed just before the next one of its kind, which so finds memory that was in use a moment
-ago: a virtual machine may have handed other memory back, and fetching it costs more than copying. The whole process
-of a fold meets that all the same, while it imports. Processor seconds are those of all threads, but not those that the
-kernel takes to write pages to the disk.
+Each output is removed just before the next run of its kind, so that this run reuses its memory. (A virtual machine may
+have given other memory back, and getting it again costs more than copying. The whole process of a fold pays for that
+anyway, while it imports.) Processor seconds are the sum over all threads, without the kernel's for writing to the disk.
 """
 
 import argparse
@@ -47,11 +46,11 @@ CONFIG = {
     "tie_word_embeddings": False,
 }
 Cost = tuple[float, float, float]
-"""Seconds, processor seconds, peak resident GiB."""
+"""Seconds, processor seconds and peak resident GiB of a run."""
 
 
 def write_base(directory: Path, layers: int) -> None:
-    """A Llama with random weights in bfloat16."""
+    """Write a Llama with random weights in bfloat16."""
     directory.mkdir(parents=True)
     files = [range(n, min(n + LAYERS_PER_FILE, layers)) for n in range(0, layers, LAYERS_PER_FILE)]
     weight_map: dict[str, str] = {}
@@ -77,12 +76,12 @@ def write_base(directory: Path, layers: int) -> None:
 
 
 def random_weight(rows: int, cols: int) -> Tensor:
-    """Of the size that weights have."""
+    """Return a random matrix of values as large as weights are."""
     return torch.randn(rows, cols).mul_(0.02).bfloat16()
 
 
 def cost_of(command: list[str]) -> Cost:
-    """What a process takes, from its start to its end."""
+    """Run a process and return its cost, from its start to its end."""
     started = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         _, status, usage = os.wait4(process.pid, 0)
@@ -94,12 +93,12 @@ def cost_of(command: list[str]) -> Cost:
 
 
 def copied(base: Path, output: Path) -> Cost:
-    """``cp``."""
+    """Run ``cp``."""
     return cost_of(["cp", "-r", str(base), str(output)])
 
 
 def synced(base: Path, output: Path) -> Cost:
-    """``cp``, and the wait for the disk."""
+    """Run ``cp`` and wait for the disk."""
     started = time.perf_counter()
     _, busy, peak = copied(base, output)
     for path in output.iterdir():
@@ -109,13 +108,13 @@ def synced(base: Path, output: Path) -> Cost:
 
 
 def folded(adapter: Path, base: Path, output: Path) -> Cost:
-    """The command line."""
+    """Fold with the command line."""
     command = [sys.executable, "-m", "pcb_peft", "fold", str(adapter), str(base), "-o", str(output)]
     return cost_of(command)
 
 
 def folded_when_started(adapter: Path, base: Path, output: Path) -> Cost:
-    """A fold in this process, which has imported everything; the peak is that of the whole process."""
+    """Fold in this process, which has imported everything; the peak is that of the whole process."""
     from pcb_peft import fold_adapter
 
     started, used = time.perf_counter(), time.process_time()
@@ -125,7 +124,7 @@ def folded_when_started(adapter: Path, base: Path, output: Path) -> Cost:
 
 
 def print_when_started(adapter: Path, base: Path, output: Path, repeat: int) -> None:
-    """Prints the cost of folds in a process that has imported torch, transformers and its code for the model."""
+    """Print the cost of folds in a process that has imported torch, transformers and its code for the model."""
     from pcb_peft.base.model import open_base_model
 
     open_base_model(base).layer("model.embed_tokens")
@@ -133,7 +132,7 @@ def print_when_started(adapter: Path, base: Path, output: Path, repeat: int) -> 
 
 
 def without_start(adapter: Path, base: Path, output: Path, repeat: int) -> Cost:
-    """What `print_when_started` prints."""
+    """Return what `print_when_started` prints, in its own process."""
     command = [sys.executable, __file__, "--repeat", str(repeat), "--run"]
     command += [str(adapter), str(base), str(output)]
     printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -142,7 +141,7 @@ def without_start(adapter: Path, base: Path, output: Path, repeat: int) -> Cost:
 
 
 def best(way: Callable[[Path], Cost], output: Path, repeat: int) -> Cost:
-    """The least seconds, processor seconds and memory of a few runs, each into a new directory."""
+    """Return the least seconds, processor seconds and memory of a few runs, each into a new directory."""
     costs: list[Cost] = []
     for _ in range(repeat):
         shutil.rmtree(output, ignore_errors=True)
@@ -154,13 +153,13 @@ def best(way: Callable[[Path], Cost], output: Path, repeat: int) -> Cost:
 
 
 def write_both(scratch: Path, layers: int, rank: int) -> None:
-    """The model and the adapter."""
+    """Write the model and the adapter."""
     write_base(scratch / "base", layers)
     write_adapter(scratch / "adapter", layers, rank, seed=0)
 
 
 def report(scratch: Path, repeat: int) -> None:
-    """Measures all ways, and prints the table."""
+    """Measure all ways and print the table."""
     base, adapter = scratch / "base", scratch / "adapter"
     size = sum(path.stat().st_size for path in base.iterdir()) / (1 << 30)
     output = scratch / "out"
@@ -184,7 +183,7 @@ def report(scratch: Path, repeat: int) -> None:
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Read the command line and run."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

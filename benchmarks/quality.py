@@ -1,14 +1,13 @@
-"""How much of every task does a merge keep? Accuracy on held-out text, relative to the adapter's own.
+"""Measure how much of each task a merge keeps: accuracy on held-out texts, relative to the task's own adapter.
 
     python benchmarks/quality.py "linear" "pcb space=knots|core density=0.1|0.2" --limit 100
 
-measures these settings on the example adapters and the validation texts beside this script: the
-defaults were chosen on validation texts, and the tables in ``docs/methods.md`` are what it prints.
+This measures these settings on the example adapters, with the validation texts beside this script. The tables in
+``docs/methods.md`` were printed by it.
 
-A setting is a method and its options; ``|`` separates alternatives, and every combination is
-measured: with every weight at 1, and at the best common weight. Merging with all weights times s is s
-times the merged delta, so that only the encoder runs again. From 1 the search goes through
-``--scales`` in the direction that improves the mean, until it improves no more.
+A setting is a method and its options. ``|`` separates alternatives; every combination is measured, with every weight
+at 1 and at the best common weight. (All weights times s give s times the merged delta, so only the encoder runs again.)
+The search starts at 1 and goes through ``--scales`` in the direction that improves the mean, as long as it improves.
 """
 
 import argparse
@@ -59,18 +58,18 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Score:
-    """Accuracy by task, relative to the task's own adapter: 1 is as good."""
+    """Accuracies by task, relative to the task's own adapter: 1 is as good."""
 
     by_task: tuple[float, ...]
 
     @property
     def mean(self) -> float:
-        """Over the tasks."""
+        """Return the mean over the tasks."""
         return sum(self.by_task) / len(self.by_task)
 
     @property
     def worst(self) -> float:
-        """Of the tasks."""
+        """Return the score of the worst task."""
         return min(self.by_task)
 
 
@@ -90,7 +89,7 @@ class Result:
 
     @property
     def best(self) -> float:
-        """The common weight with the highest mean."""
+        """Return the common weight with the highest mean."""
         return max(self.scores, key=lambda scale: self.scores[scale].mean)
 
 
@@ -120,13 +119,13 @@ class Bench:
         ]
 
     def score(self, deltas: Deltas, scale: float) -> Score:
-        """Adds the deltas, runs the encoder once per task, takes them away."""
+        """Add the deltas, run the encoder once per task, take the deltas away."""
         with added(self.model, deltas, scale):
             found = [self._accuracy(self.model, index) for index in range(len(self.tasks))]
         return Score(tuple(now / own for now, own in zip(found, self.own, strict=True)))
 
     def measure(self, setting: Setting, scales: tuple[float, ...]) -> Result:
-        """Merges once, scores it at weight 1 and on the way to its best common weight."""
+        """Merge once; score the merge at weight 1 and on the way to its best common weight."""
         self._statistics(setting)  # not part of the merge
         begin = time.perf_counter()
         deltas = self.merge(setting)
@@ -135,7 +134,7 @@ class Bench:
         return Result(setting.label, scores, seconds)
 
     def merge(self, setting: Setting) -> Deltas:
-        """What the merged adapter adds to each parameter."""
+        """Merge and return what is added to each parameter."""
         adapters = [task.adapter for task in self.tasks]
         merged = merge_adapters(adapters, **setting.options, **self._statistics(setting))
         if (self.tasks[0].adapter / "adapter_config.json").read_text("utf-8").count('"IA3"'):
@@ -143,7 +142,7 @@ class Bench:
         return {f"{module}.weight": merged.delta(module) for module in merged.modules}
 
     def _statistics(self, setting: Setting) -> dict[str, list[TaskStatistics]]:
-        """What a method that needs data wants to know of each adapter, collected on its training texts."""
+        """Collect the statistics that the method needs of each adapter, on its training texts."""
         kind = get_method(method_of(str(setting.options["method"]))).needs_statistic
         return {"statistics": self._collected(kind)} if kind else {}
 
@@ -163,9 +162,9 @@ class Bench:
         ]
 
     def _multiplied(self, merged: Any) -> Deltas:
-        """The deltas of an adapter that multiplies, biases included, as PEFT makes them.
+        """Return the deltas of an (IA)³ adapter, biases included, as PEFT makes them.
 
-        They are as linear in a common weight as the others: W∘(1 + s(l − 1)) is W + s(W∘l − W).
+        Like other deltas, they are linear in a common weight: W∘(1 + s(l − 1)) is W + s(W∘l − W).
         """
         with tempfile.TemporaryDirectory() as folder:
             merged.save_pretrained(Path(folder) / "merged")
@@ -187,7 +186,7 @@ class Bench:
 
 @contextlib.contextmanager
 def added(model: Model, deltas: Deltas, scale: float) -> Generator[None]:
-    """The model with `scale` times the deltas; afterwards bit for bit what it was."""
+    """Add `scale` times the deltas to the model; restore it bit for bit afterwards."""
     parameters = {name: model.get_parameter(name).data for name in deltas}
     kept = {name: values.clone() for name, values in parameters.items()}
     try:
@@ -200,7 +199,7 @@ def added(model: Model, deltas: Deltas, scale: float) -> Generator[None]:
 
 
 def climb(score: Callable[[float], Score], scales: tuple[float, ...]) -> dict[float, Score]:
-    """Scores at 1 and at its neighbours in `scales`, on and on as long as the mean improves."""
+    """Return the scores at 1 and, in either direction of `scales`, as long as the mean improves."""
     scores = {1.0: score(1.0)}
     above = sorted(scale for scale in scales if scale > 1)
     below = sorted((scale for scale in scales if scale < 1), reverse=True)
@@ -217,7 +216,7 @@ def climb(score: Callable[[float], Score], scales: tuple[float, ...]) -> dict[fl
 
 
 def settings_of(text: str) -> list[Setting]:
-    """Every setting that a line such as ``pcb space=knots|core density=0.1`` stands for."""
+    """Return every setting that a line such as ``pcb space=knots|core density=0.1`` stands for."""
     method, *pairs = text.split()
     names = [pair.partition("=")[0] for pair in pairs]
     choices = [pair.partition("=")[2].split("|") for pair in pairs]
@@ -234,7 +233,7 @@ def settings_of(text: str) -> list[Setting]:
 
 
 def _value(text: str) -> object:
-    """A number, a list of them (``1,0.5``), or the word itself."""
+    """Parse a number or a list of them (``1,0.5``); return any other word as it is."""
     if "," in text:
         return [float(part) for part in text.split(",")]
     for kind in (int, float):
@@ -244,7 +243,7 @@ def _value(text: str) -> object:
 
 
 def table(bench: Bench, results: list[Result]) -> str:
-    """The results in Markdown, the best at its best common weight first."""
+    """Return the results as a Markdown table, the best at its best common weight first."""
     alone = ", ".join(
         f"{task.name} {100 * own:.1f}" for task, own in zip(bench.tasks, bench.own, strict=True)
     )
@@ -270,7 +269,7 @@ def _line(result: Result) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Reads the command line, measures, prints the table."""
+    """Read the command line, measure, print the table."""
     options = _parser().parse_args(arguments)
     examples = demo.examples_folder()
     tasks = classification.load_tasks(
