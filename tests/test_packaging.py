@@ -13,6 +13,7 @@ from pcb_peft.commands import demo
 
 ROOT = Path(__file__).parents[1]
 PROJECT = (ROOT / "pyproject.toml").read_text("utf-8")
+HOME = "https://github.com/pcb-peft/pcb_peft"
 LISTED = re.compile(r'"([^"]+)"')
 ALWAYS = {"LICENSE", "README.md", "pyproject.toml"}  # hatchling adds them
 
@@ -54,7 +55,7 @@ def test_the_demo_finds_them_in_the_current_directory_or_says_where_they_are(mon
     installed = tmp_path / "site-packages" / "pcb_peft" / "commands" / "demo.py"
     monkeypatch.setattr(demo, "__file__", str(installed))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(OptionError, match="git clone https://github.com/pcb-peft/pcb_peft "):
+    with pytest.raises(OptionError, match=f"git clone {HOME} "):
         demo.examples_folder()
     (tmp_path / "examples" / "minilm").mkdir(parents=True)
     assert demo.examples_folder().resolve() == tmp_path / "examples" / "minilm"
