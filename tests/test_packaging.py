@@ -31,6 +31,13 @@ def test_every_dependency_has_a_lower_bound():
     assert all(re.fullmatch(r"[\w-]+>=\d+(\.\d+){2}", dependency) for dependency in dependencies)
 
 
+def test_the_tests_of_the_lower_bounds_exist():
+    script = (ROOT / ".ci" / "lower-bounds").read_text("utf-8")
+    names = ",".join(re.findall(r"tests/test_\{([\w,]+)\}\.py", script)).split(",")
+    assert len(names) > 5
+    assert all((ROOT / "tests" / f"test_{name}.py").is_file() for name in names)
+
+
 @pytest.mark.skipif(
     not (shutil.which("git") and (ROOT / ".git").exists()),
     reason="needs a checkout to compare with",
