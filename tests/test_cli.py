@@ -136,7 +136,7 @@ def test_a_report_ends_with_what_was_written_and_what_to_do_next(run, tmp_path):
     assert f"pcb-peft fold {tmp_path / 'out'} " in fold
 
 
-def test_a_language_model_is_served_with_a_rank_that_vllm_takes(place, run, tmp_path):
+def test_a_language_model_is_served_with_a_rank_that_vllm_takes(place, run):
     for seed, name in enumerate(("chat", "tool"), 1):
         config = lora(r=5, task_type="CAUSAL_LM")
         place.adapter("llama", config, name, seed=seed, base="org/llama")

@@ -54,7 +54,7 @@ class Entry(Plugin):
 @functools.cache
 def entries(kind: Kind) -> tuple[Entry, ...]:
     """Return all entries of a kind, by name."""
-    if f"pcb_peft.{kind}" in _entry_points().groups:
+    if f"pcb_peft.{kind}" in _entry_point_groups():
         found = _imported(kind)
     else:
         defaults = _defaults(kind)
@@ -79,9 +79,9 @@ def constant(file: str, name: str) -> Any:
 
 
 @functools.cache
-def _entry_points() -> importlib.metadata.EntryPoints:
-    """Entry points of all installed packages."""
-    return importlib.metadata.entry_points()
+def _entry_point_groups() -> frozenset[str]:
+    """Groups of entry points that installed packages add to."""
+    return frozenset(importlib.metadata.entry_points().groups)
 
 
 def _imported(kind: Kind) -> Iterator[Entry]:
