@@ -1,7 +1,10 @@
 import errno
 import os
 import shutil
+import signal
 import stat
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -9,7 +12,7 @@ import pytest
 
 from pcb_peft.errors import OutputError
 from pcb_peft.writing import atomic
-from pcb_peft.writing.atomic import GrowingFile, replace_directory
+from pcb_peft.writing.atomic import GrowingFile, replace_directory, write_file_atomically
 
 
 def write(target, text="new", *, overwrite=False):
@@ -238,3 +241,100 @@ def test_everything_is_synced_before_the_rename(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "rename", check)
     write(tmp_path / "out")
     assert tmp_path.stat().st_ino == synced[-1]
+
+
+def write_file(target, text="new", *, overwrite=False):
+    write_file_atomically(target, lambda path: path.write_text(text), overwrite=overwrite)
+
+
+def test_a_new_file_appears_alone_and_has_the_mode_of_the_umask(tmp_path, umask):
+    def closed(path):
+        path.unlink()  # as a library does that writes elsewhere and renames
+        path.touch(mode=0o600)
+        path.write_text("new")
+
+    target = tmp_path / "out"
+    write_file_atomically(target, closed, overwrite=False)
+    assert target.read_text() == "new"
+    assert stat.S_IMODE(target.stat().st_mode) == 0o666 & ~umask
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_file_is_replaced_only_on_request(tmp_path):
+    target = tmp_path / "out"
+    write_file(target, "old")
+    with pytest.raises(OutputError, match=r"exists.*overwrite=True, --overwrite"):
+        write_file(target)
+    assert target.read_text() == "old"
+    write_file(target, overwrite=True)
+    assert target.read_text() == "new"
+
+
+def test_a_link_to_a_file_stays_a_link(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    write_file(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "out").read_text() == "new"
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_failure_while_a_file_is_written_leaves_the_old_one(tmp_path, error):
+    target = tmp_path / "out"
+    write_file(target, "old")
+
+    def fails(path):
+        path.write_text("half")
+        raise error
+
+    with pytest.raises(error):
+        write_file_atomically(target, fails, overwrite=True)
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_process_that_is_killed_before_the_rename_leaves_the_old_file(tmp_path):
+    target = tmp_path / "out"
+    write_file(target, "old")
+    code = (
+        "import os, signal, sys; from pathlib import Path; from pcb_peft.writing import atomic\n"
+        "Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "write = lambda path: path.write_text('new')\n"
+        "atomic.write_file_atomically(Path(sys.argv[1]), write, overwrite=True)"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(target)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert target.read_text() == "old"
+
+
+def test_a_file_is_synced_before_it_is_renamed_and_its_directory_after(tmp_path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, Path.replace
+
+    def synced(descriptor):
+        calls.append("directory" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        fsync(descriptor)
+
+    def replaced(self, to):
+        calls.append("rename")
+        return replace(self, to)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", replaced)
+    write_file(tmp_path / "out")
+    assert calls == ["file", "rename", "directory"]
+
+
+def test_a_full_disk_is_said_in_words(tmp_path):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OutputError, match="No space left on device; make room"):
+        write_file_atomically(tmp_path / "out", full, overwrite=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_cannot_take_the_place_of_a_directory_or_lie_nowhere(tmp_path):
+    with pytest.raises(OutputError, match="is a directory"):
+        write_file(tmp_path, overwrite=True)
+    with pytest.raises(OutputError, match="nowhere, which does not exist"):
+        write_file(tmp_path / "nowhere" / "out")

@@ -1,10 +1,12 @@
 """Statistics of adapters: against hooks and gradients of PEFT's own model, and what two methods make of them."""
 
 import dataclasses
+import inspect
 import json
 import os
 import subprocess
 import sys
+import textwrap
 
 import numpy as np
 import peft
@@ -31,6 +33,8 @@ from pcb_peft import (
     read_recipe,
 )
 from pcb_peft.commands import cli
+from pcb_peft.data import statistics_file
+from pcb_peft.data.statistics_file import save_statistics
 
 LAYERS = {
     "llama": ["q_proj", "down_proj", "v_proj"],
@@ -539,8 +543,8 @@ def test_what_does_not_fit_is_refused_before_a_merge(workshop):
         space="core",
     )
     lacking = dataclasses.replace(one, shapes={})
-    refused(MismatchError, "has shape None, and .24, 24. is needed", lacking, two)
-    with pytest.raises(AdapterError, match="holds no statistics"):
+    refused(MismatchError, "down_proj is missing; collect", lacking, two)
+    with pytest.raises(AdapterError, match="is not a file of task statistics"):
         merge_adapters(
             adapters, "regmean", statistics=[adapters[0] / "adapter_model.safetensors"] * 2
         )
@@ -559,7 +563,7 @@ def test_what_cannot_be_measured_is_refused(workshop, tmp_path):
     refused(OptionError, "kind is 'fisher'", adapter, model, data, kind="fisher")
     (tmp_path / "there").write_text("")
     refused(OutputError, "exists; name another file", adapter, model, data, tmp_path / "there")
-    refused(OutputError, "lies in none", adapter, model, data, tmp_path / "no" / "where")
+    refused(OutputError, "no, which does not exist", adapter, model, data, tmp_path / "no/where")
     refused(BaseModelError, "cannot be loaded", adapter, tmp_path, data)
     refused(
         MismatchError, "PEFT put no adapter|does not fit", adapter, workshop.model("gpt2"), data
@@ -574,10 +578,101 @@ def test_what_cannot_be_measured_is_refused(workshop, tmp_path):
     refused(
         OptionError,
         "row 1 has label 'x'; it must be a number",
-        adapter,
-        model,
+        workshop.adapter("bert", lora("bert"), "bert"),
+        workshop.model("bert"),
         [{"text": "", "label": "x"}],
+        kind="gradient",
     )
     ia3 = peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[])
     directory = workshop.adapter("llama", ia3, "ia3")
     refused(UnsupportedError, "is an .IA.³ adapter", directory, model, data)
+
+
+def test_gram_needs_no_labels_and_does_not_look_at_them(workshop, tokenizer):
+    adapter, model = workshop.adapter("bert", lora("bert")), workshop.model("bert")
+    found = [
+        collect_statistics(
+            adapter, model, [row | {"label": label} for row in ROWS], tokenizer=tokenizer
+        )
+        for label in ("positive", None, 1)
+    ]
+    wanted = EXPECTED["gram"](workshop, "bert", adapter, [as_batch("bert", answers=False)])
+    for module, value in wanted.items():
+        for statistics in found:
+            workshop.assert_close(statistics.load(module), torch.from_numpy(value), 1e-5, module)
+
+
+def test_a_causal_language_model_needs_no_label_of_a_classifier(workshop, tokenizer):
+    adapter, model = workshop.adapter("llama", lora("llama")), workshop.model("llama")
+    rows = [row | {"label": "positive"} for row in ROWS]
+    found = collect_statistics(adapter, model, rows, kind="gradient", tokenizer=tokenizer)
+    wanted = EXPECTED["gradient"](workshop, "llama", adapter, [as_batch("llama", answers=True)])
+    for module, value in wanted.items():
+        workshop.assert_close(found.load(module), torch.from_numpy(value), 1e-5, module)
+
+
+def test_a_model_that_the_adapter_does_not_fit_is_rid_of_it_too(workshop):
+    adapter = workshop.adapter("llama", lora("llama"))
+    model = workshop.model("llama")
+    del model.model.layers[1]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(MismatchError):
+        collect_statistics(adapter, model, Loader(batches("llama")))
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+
+
+# ------------------------------------------------------------------------------------------- the file
+
+
+SMALL = {"layer": torch.arange(4.0).view(2, 2)}
+
+
+@pytest.fixture
+def umask():
+    before = os.umask(0o027)
+    yield 0o027
+    os.umask(before)
+
+
+def test_a_file_of_statistics_comes_back_and_has_the_mode_of_the_umask(tmp_path, umask):
+    file = tmp_path / "grams.safetensors"
+    save_statistics(in_memory("gram", SMALL), file)
+    found = open_statistics(file)
+    assert torch.equal(found.load("layer"), SMALL["layer"])
+    assert (found.kind, found.sha256) == ("gram", None)
+    assert file.stat().st_mode & 0o777 == 0o666 & ~umask
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_an_error_while_statistics_are_written_leaves_the_old_file(tmp_path):
+    file = tmp_path / "grams.safetensors"
+    save_statistics(in_memory("gram", SMALL), file)
+    old = file.read_bytes()
+
+    def stop(_):
+        raise KeyboardInterrupt
+
+    broken = dataclasses.replace(in_memory("gram", SMALL), load=stop)
+    with pytest.raises(KeyboardInterrupt):
+        save_statistics(broken, file, overwrite=True)
+    assert file.read_bytes() == old
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_the_old_name_of_task_statistics_is_still_there():
+    assert statistics_file.Statistics is TaskStatistics
+
+
+def test_the_example_of_collect_statistics_runs(workshop, tokenizer, tmp_path, monkeypatch):
+    base = workshop.base("llama")
+    tokenizer.save_pretrained(base)
+    adapters = pool(workshop, "llama", 2)
+    for name, path in (("base", base), ("math-lora", adapters[0]), ("code-lora", adapters[1])):
+        (tmp_path / name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    example = inspect.getdoc(collect_statistics).partition("Example:\n")[2]
+    names = {}
+    exec(textwrap.dedent(example), names)
+    assert names["merged"].recipe.method == "regmean"
+    assert {"math.safetensors", "code.safetensors"} < {p.name for p in tmp_path.iterdir()}

@@ -1,7 +1,6 @@
 """Where adapters come from: a directory, the Hub, or a live PeftModel; and what is written down to find them again."""
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from pcb_peft.formats.checkpoint import (
     pipeline_config,
     read_config,
 )
+from pcb_peft.runtime.hashing import sha256_of_file
 from pcb_peft.runtime.paths import similar_path
 
 IN_MEMORY = "in memory: "
@@ -85,7 +85,7 @@ def open_files(source: Source, *, hashed: bool = True) -> OpenedAdapter:
         raise AdapterError(f"{directory} holds no {CONFIG}{_nearby(directory)}")
     weights = (directory / name for name in (SAFETENSORS, PICKLE))
     digest = _tensors_digest(source, next(filter(Path.is_file, weights), None), hashed=hashed)
-    configured = hashlib.sha256((directory / CONFIG).read_bytes()).hexdigest()
+    configured = sha256_of_file(directory / CONFIG)
     _refuse_other(source, "configuration", configured, "config_sha256", source.config_sha256)
     heads = {
         path.stem: SafetensorsFile(path)
@@ -96,7 +96,7 @@ def open_files(source: Source, *, hashed: bool = True) -> OpenedAdapter:
 
 
 def _tensors_digest(source: Source, file: Path | None, *, hashed: bool) -> str | None:
-    digest = source.sha256 if file is None or not hashed else _digest(file)
+    digest = source.sha256 if file is None or not hashed else sha256_of_file(file)
     _refuse_other(source, "tensors", digest, "sha256", source.sha256)
     return digest
 
@@ -173,11 +173,3 @@ def _nearby(directory: Path) -> str:
         return ": no such directory"
     found = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG}"))
     return f"; there are adapters in its subfolders {', '.join(found)}" if found else ""
-
-
-def _digest(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -1,9 +1,6 @@
-"""What was measured of an adapter on texts: one matrix per module, in a file that knows which adapter it belongs to."""
+"""Task statistics: one matrix per module, measured on an adapter's texts, in a file that names its adapter by hash."""
 
 import dataclasses
-import hashlib
-import os
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -15,15 +12,20 @@ from torch import Tensor
 
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.source import Source
-from pcb_peft.errors import AdapterError, MismatchError, OptionError, OutputError
+from pcb_peft.errors import AdapterError, MismatchError, OptionError
+from pcb_peft.runtime.hashing import sha256_of_file
 from pcb_peft.version import __version__
+from pcb_peft.writing.atomic import write_file_atomically
 
 KINDS: dict[str, Callable[[tuple[int, int]], tuple[int, int]]] = {
     "gram": lambda shape: (shape[1], shape[1]),
     "gradient": lambda shape: shape,
 }
-"""From a statistic to the shape that it has for a ΔW (out, in). "gram": XᵀX / n, of the n tokens that the module sees
-with the adapter in the model; "gradient": ∂L/∂W there, of the mean loss."""
+"""For each kind of statistic, its shape for a ΔW of shape (out, in).
+
+"gram": XᵀX / n, for the n tokens that reach the module while the adapter is in the model. "gradient": ∂L/∂W of the mean
+loss at W + ΔW.
+"""
 
 FORMAT = "pcb_peft statistics 1"
 
@@ -32,15 +34,23 @@ StatisticsLike: TypeAlias = "str | Path | Source | TaskStatistics"
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class TaskStatistics:
-    """One statistic of one adapter; a tensor is read when it is asked for.
+    """One statistic of one adapter's task; a module's matrix is read when it is asked for.
 
     Attributes:
-        kind: A key of `KINDS`.
-        shapes: By module.
-        load: From a module to the statistic, float32.
-        count: Of tokens or examples that it was taken over.
-        sha256: Of the adapter's tensors' file; None vouches for it without one.
-        source: The file, with its own hash.
+        kind: "gram" or "gradient".
+        shapes: The shape of each module's statistic.
+        load: Reads the statistic of a module, float32.
+        count: Number of tokens ("gram") or labels ("gradient") that it is the mean over.
+        sha256: Hash of the tensors' file of the adapter that it was measured with; None if nobody checks.
+        source: The file that it was read from, with the file's own hash; None if it is in memory.
+
+    Example:
+        >>> import torch
+        >>> from pcb_peft import TaskStatistics
+        >>> grams = {"layers.0.q_proj": torch.eye(8)}
+        >>> shapes = {module: tuple(gram.shape) for module, gram in grams.items()}
+        >>> TaskStatistics("gram", shapes, grams.__getitem__).name
+        'statistics'
     """
 
     kind: str
@@ -52,21 +62,34 @@ class TaskStatistics:
 
     @property
     def name(self) -> str:
-        """Of the file, if there is one."""
+        """The file's name, or "statistics" if it is in memory."""
         return self.source.name if self.source else "statistics"
 
     def of(self, module: str, shape: tuple[int, int]) -> Tensor:
-        """The statistic of a module whose ΔW is (out, in); zero for one that the adapter does not touch."""
+        """Return a module's statistic; zeros if the adapter does not change the module.
+
+        Args:
+            module: The module's path.
+            shape: (out, in) of its ΔW.
+        """
         return self.load(module) if module in self.shapes else torch.zeros(KINDS[self.kind](shape))
 
 
+Statistics = TaskStatistics
+"""Deprecated name of `TaskStatistics`, for one release."""
+
+
 def save_statistics(statistics: TaskStatistics, path: Path, *, overwrite: bool = False) -> None:
-    """Writes the file, whole or not at all.
+    """Write task statistics to a file, whole or not at all.
+
+    Args:
+        statistics: What to write.
+        path: The file.
+        overwrite: Replace the file if it exists.
 
     Raises:
-        OutputError: It is there already, or cannot be written.
+        OutputError: The file exists, or cannot be written.
     """
-    check_file(path, overwrite=overwrite)
     metadata = {
         "format": FORMAT,
         "kind": statistics.kind,
@@ -75,51 +98,46 @@ def save_statistics(statistics: TaskStatistics, path: Path, *, overwrite: bool =
         "version": __version__,
     }
     tensors = {module: statistics.load(module).contiguous() for module in statistics.shapes}
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        safetensors.torch.save_file(tensors, temporary, metadata=metadata)
-        temporary.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    def write(file: Path) -> None:
+        try:
+            safetensors.torch.save_file(tensors, file, metadata=metadata)
+        except safetensors.SafetensorError as error:  # what it makes of a full disk
+            raise OSError(str(error)) from error
+
+    write_file_atomically(path, write, overwrite=overwrite)
 
 
-def check_file(path: Path, *, overwrite: bool) -> None:
-    """Raises OutputError where a file cannot be written, or must not."""
-    if path.is_dir() or not os.access(path.resolve().parent, os.W_OK):
-        raise OutputError(f"{path} is a directory, or lies in none that can be written")
-    if path.exists() and not overwrite:
-        raise OutputError(
-            f"{path} exists; name another file, or allow its replacement: overwrite=True, --overwrite"
-        )
+def open_statistics(statistics: StatisticsLike) -> TaskStatistics:
+    """Open a file of task statistics; what is open already is returned as it is.
 
+    Args:
+        statistics: A path, a `Source` with the hash that the file must have, or `TaskStatistics`.
 
-def open_statistics(given: StatisticsLike) -> TaskStatistics:
-    """The statistics in a file.
+    Returns:
+        The statistics; each module's matrix is read when it is asked for.
 
     Raises:
-        AdapterError: It holds none, or others than the hash says.
+        AdapterError: The file holds no statistics, or has another hash.
     """
-    if isinstance(given, TaskStatistics):
-        return given
-    source = given if isinstance(given, Source) else Source(str(given))
+    if isinstance(statistics, TaskStatistics):
+        return statistics
+    source = statistics if isinstance(statistics, Source) else Source(str(statistics))
     path = Path(source.path).expanduser()
     try:
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+        sha256 = sha256_of_file(path)
         with safe_open(path, framework="pt") as file:  # pyright: ignore[reportUnknownVariableType]
             metadata: dict[str, str] = file.metadata() or {}
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, safetensors.SafetensorError) as error:
         raise AdapterError(f"statistics {path} cannot be read: {error}") from error
     if metadata.get("format") != FORMAT or metadata.get("kind") not in KINDS:
-        raise AdapterError(f"{path} holds no statistics: `pcb-peft collect` writes them")
-    if source.sha256 not in (None, digest.hexdigest()):
         raise AdapterError(
-            f"{path} has changed: it has SHA-256 {digest.hexdigest()}, the recipe says {source.sha256}; restore it, or "
+            f"{path} is not a file of task statistics; `pcb-peft collect` writes them"
+        )
+    if source.sha256 not in (None, sha256):
+        raise AdapterError(
+            f"{path} has changed: its SHA-256 is {sha256}, but the recipe says {source.sha256}; restore the file, or "
             "take sha256 out of the recipe"
         )
 
@@ -128,40 +146,52 @@ def open_statistics(given: StatisticsLike) -> TaskStatistics:
             return file.get_tensor(module)
 
     return TaskStatistics(
-        metadata["kind"],
-        shapes,
-        load,
-        int(metadata["count"]),
-        metadata["adapter_sha256"],
-        dataclasses.replace(source, sha256=digest.hexdigest()),
+        kind=metadata["kind"],
+        shapes=shapes,
+        load=load,
+        count=int(metadata["count"]),
+        sha256=metadata["adapter_sha256"] or None,
+        source=dataclasses.replace(source, sha256=sha256),
     )
 
 
 def check_statistics(statistics: Sequence[TaskStatistics], adapters: Sequence[Adapter]) -> None:
-    """Whether there is one for each adapter, of one kind, that was taken of that adapter.
+    """Check that there is one statistic for each adapter, all of one kind, measured with that adapter.
 
     Raises:
-        OptionError: There are more, or fewer, or several kinds.
-        MismatchError: They belong to something else, or lack a module.
+        OptionError: There are more or fewer, or several kinds.
+        MismatchError: One was measured with another adapter, or lacks a module.
     """
     if len(statistics) != len(adapters):
         raise OptionError(
-            f"{len(adapters)} adapters and {len(statistics)} statistics: give one file per adapter, in order"
+            f"there are {len(adapters)} adapters and {len(statistics)} statistics; give one file per adapter, in order"
         )
-    kinds = sorted({some.kind for some in statistics})
+    kinds = sorted({one.kind for one in statistics})
     if len(kinds) > 1:
-        raise OptionError(f"statistics are of kinds {' and '.join(kinds)}: give files of one kind")
-    for some, adapter in zip(statistics, adapters, strict=True):
-        where = some.source.path if some.source else f"the statistics of {adapter.name}"
-        digest = adapter.source.sha256 if adapter.source else None
-        if some.sha256 is not None and some.sha256 != digest:
-            raise MismatchError(
-                f"{where}: collected with an adapter whose tensors have SHA-256 {some.sha256}, but {adapter.name} has "
-                f"{digest}; give the files in the adapters' order, or collect anew from the saved adapter"
-            )
-        for module, entry in adapter.modules.entries.items():
-            wanted = KINDS[some.kind](entry.shape)
-            if some.shapes.get(module) != wanted:
-                raise MismatchError(
-                    f"{where}: {module} has shape {some.shapes.get(module)}, and {wanted} is needed; collect anew"
-                )
+        raise OptionError(
+            f"the statistics are of kinds {' and '.join(kinds)}; give files of one kind"
+        )
+    for one, adapter in zip(statistics, adapters, strict=True):
+        _check_adapter(one, adapter)
+
+
+def _check_adapter(statistics: TaskStatistics, adapter: Adapter) -> None:
+    """Check that statistics belong to an adapter.
+
+    Raises:
+        MismatchError: They do not.
+    """
+    source = statistics.source
+    where = source.path if source else f"the statistics of {adapter.name}"
+    sha256 = adapter.source.sha256 if adapter.source else None
+    if statistics.sha256 is not None and statistics.sha256 != sha256:
+        raise MismatchError(
+            f"{where}: collected with an adapter whose tensors have SHA-256 {statistics.sha256}, but {adapter.name} "
+            f"has {sha256}; give the files in the adapters' order, or collect them again from the saved adapter"
+        )
+    for module, entry in adapter.modules.entries.items():
+        needed = KINDS[statistics.kind](entry.shape)
+        shape = statistics.shapes.get(module)
+        if shape != needed:
+            state = "is missing" if shape is None else f"has shape {shape}, but {needed} is needed"
+            raise MismatchError(f"{where}: {module} {state}; collect the statistics again")

@@ -1,11 +1,11 @@
-"""A directory that appears whole or not at all."""
+"""Directories and files that appear whole or not at all."""
 
 import concurrent.futures
 import contextlib
 import os
 import shutil
 import uuid
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 
 from pcb_peft.errors import OutputError
@@ -63,6 +63,53 @@ def shared_directory(target: Path, processes: Processes, *, overwrite: bool) -> 
         yield directory
         processes.barrier()
     processes.barrier()
+
+
+def write_file_atomically(target: Path, write: Callable[[Path], None], *, overwrite: bool) -> None:
+    """Write a file that appears whole or not at all.
+
+    It is written beside the target under another name, gets the mode that the umask gives, is synced, and then renamed:
+    a run that is killed leaves the old file.
+
+    Args:
+        target: The file. A symbolic link is followed and stays.
+        write: Writes the content to the path that it is given.
+        overwrite: Replace `target` if it exists.
+
+    Raises:
+        OutputError: `target` cannot be written, or must not be replaced.
+    """
+    check_file_target(target, overwrite=overwrite)
+    target = target.resolve()
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with _writing(target):
+            temporary.touch()
+            mode = temporary.stat().st_mode & 0o666
+            write(temporary)
+            temporary.chmod(mode)
+            _sync(temporary, os.O_RDWR)
+        check_file_target(target, overwrite=overwrite)
+        with _writing(target):
+            temporary.replace(target)
+            _sync_directory(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_file_target(target: Path, *, overwrite: bool) -> None:
+    """Raise OutputError if a file cannot be written at `target`, or must not be replaced."""
+    if target.is_dir():
+        raise OutputError(f"{target} is a directory; name a file in it")
+    folder = target.resolve().parent
+    if not folder.is_dir():
+        raise OutputError(f"{target} lies in {folder}, which does not exist; make it first")
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"{target} lies in {folder}, which cannot be written; name another file")
+    if target.exists() and not overwrite:
+        raise OutputError(
+            f"{target} exists; name another file, or allow its replacement: overwrite=True, --overwrite"
+        )
 
 
 class GrowingFile:

@@ -1,0 +1,89 @@
+"""A base model with one adapter on it, loaded by transformers and PEFT."""
+
+import contextlib
+import warnings
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.adapters.source import Source
+from pcb_peft.errors import BaseModelError, MismatchError
+
+
+@contextlib.contextmanager
+def adapted_model(adapter: Adapter, source: Source, base_model: Any) -> Generator[Any]:
+    """Load the base model with the adapter, in evaluation mode.
+
+    At the end the adapter is taken off a model that was given.
+
+    Raises:
+        BaseModelError: The base model cannot be loaded.
+        MismatchError: PEFT found no place for a module of the adapter.
+    """
+    from peft import PeftModel
+
+    given = not isinstance(base_model, str | Path)
+    base = base_model if given else _load_base(adapter, base_model)
+    with warnings.catch_warnings():  # peft asks transformers for this under its old name
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        directory, options = _peft_arguments(source)
+        try:
+            model = PeftModel.from_pretrained(base, directory, is_trainable=True, **options).eval()
+        except (RuntimeError, ValueError) as error:
+            raise MismatchError(f"{adapter.name} does not fit the base model: {error}") from error
+    try:
+        _check_layers(model, adapter)
+        yield model
+    finally:
+        if given:
+            model.unload()
+
+
+def _check_layers(model: Any, adapter: Adapter) -> None:
+    """Raise MismatchError if PEFT put no adapter of the right shape on a module."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    base = model.get_base_model()
+    layers: dict[str, Any] = dict(base.named_modules())
+    for module, entry in adapter.modules.entries.items():
+        layer = layers.get(module)
+        tuned = isinstance(layer, BaseTunerLayer)
+        weight: Any = layers[module].get_base_layer().weight if tuned else None
+        if weight is None or weight.numel() != entry.shape[0] * entry.shape[1]:
+            raise MismatchError(
+                f"{adapter.name}: PEFT put no adapter of shape {entry.shape} on {module} of {type(base).__name__}; "
+                "give the model that the adapter was trained on"
+            )
+
+
+def _peft_arguments(source: Source) -> tuple[str, dict[str, Any]]:
+    """The path or id, and the keyword arguments, with which PEFT finds an adapter."""
+    directory = Path(source.path).expanduser()
+    if directory.is_dir():
+        return str(directory / source.subfolder if source.subfolder else directory), {}
+    options = {"revision": source.revision, "subfolder": source.subfolder}
+    return source.path, {name: value for name, value in options.items() if value is not None}
+
+
+def _load_base(adapter: Adapter, base_model: str | Path) -> Any:
+    """Load the base model in the class that the adapter's task needs."""
+    import transformers
+
+    classes: dict[str, Any] = {
+        "CAUSAL_LM": transformers.AutoModelForCausalLM,
+        "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+        "TOKEN_CLS": transformers.AutoModelForTokenClassification,
+        "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
+    }
+    head = [load for name, load in adapter.head.parameters.items() if name.endswith(".weight")]
+    try:
+        config = transformers.AutoConfig.from_pretrained(base_model)
+        if adapter.task_type in ("SEQ_CLS", "TOKEN_CLS") and head:
+            config.num_labels = len(head[-1]())
+        stated: Any = getattr(transformers, (config.architectures or ["AutoModel"])[0])
+        return classes.get(str(adapter.task_type), stated).from_pretrained(
+            base_model, config=config
+        )
+    except (OSError, ValueError, AttributeError) as error:
+        raise BaseModelError(f"{base_model} cannot be loaded with transformers: {error}") from error
