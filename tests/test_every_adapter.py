@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import pickle
 import warnings
 from typing import Any
 
@@ -273,6 +274,18 @@ def test_it_is_read_as_peft_merges_it(shared_workshop, name, pair):
     assert not found.keys() - wanted.keys()
     for parameter, delta in found.items():
         shared_workshop.assert_close(delta, wanted[parameter], 1e-5, parameter)
+
+
+@every_case
+def test_it_goes_through_a_pickle(shared_workshop, name, pair):
+    case = CASES[name]
+    base = shared_workshop.base(case.kind)
+    adapter = load_adapter(pair[0], base_model=base if case.needs_base else None)
+    twin = pickle.loads(pickle.dumps(adapter))
+    assert twin.modules.entries.keys() == adapter.modules.entries.keys()
+    for module in adapter.modules:
+        wanted = adapter.delta(module, base_model=base)
+        assert torch.equal(twin.delta(module, base_model=base), wanted)
 
 
 @every_case

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 
 import peft
 import pytest
@@ -353,3 +354,13 @@ def test_a_delta_on_a_part_of_what_another_adapter_replaces_is_folded_and_not_sa
     head = load_file(one / "adapter_model.safetensors")[f"base_model.model.{name}"]
     delta = load_adapter(two).delta("classifier.dense")
     workshop.assert_close(found, head + delta, 1e-6)
+
+
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_heads_and_rows_go_through_a_pickle_and_a_deep_copy(workshop, twin_of):
+    rows = lora("q_proj", trainable_token_indices={"embed_tokens": [3, 1]})
+    adapter = load_adapter(made(workshop, "rows", rows))
+    head = load_adapter(made(workshop, "head", lora("q_proj", modules_to_save=["lm_head"])))
+    assert torch.equal(twin_of(adapter).head.rows[EMBED].load(), adapter.head.rows[EMBED].load())
+    name = f"{HEAD}.weight"
+    assert torch.equal(twin_of(head).head.parameters[name](), head.head.parameters[name]())

@@ -1,8 +1,5 @@
 """PEFT's formats, one file each: how deltas are stored. A file in this folder is registered by being imported."""
 
-import importlib
-import pkgutil
-
 from pcb_peft.formats.base_weights import Base, BaseWeight, Weights, base_weight
 from pcb_peft.formats.lazy_delta import (
     AdapterContents,
@@ -13,9 +10,9 @@ from pcb_peft.formats.lazy_delta import (
     vector_delta,
 )
 from pcb_peft.formats.registry import Format, Writer, format_for, format_of, writer_named
+from pcb_peft.plugins.registry import import_files
 
-for _module in pkgutil.iter_modules(__path__, __name__ + "."):
-    importlib.import_module(_module.name)
+import_files(__path__, __name__)
 
 __all__ = [
     "AdapterContents",

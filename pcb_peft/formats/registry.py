@@ -16,6 +16,7 @@ from pcb_peft.formats.base_weights import Base
 from pcb_peft.formats.checkpoint import Tensors
 from pcb_peft.formats.lazy_delta import AdapterContents, AdapterFiles, Config
 from pcb_peft.formats.refusals import REASONS
+from pcb_peft.plugins.registry import Registry
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ class Format:
         kinds: Types of delta that `write` writes; an adapter holds one of them.
         write: From deltas by module to file contents; None for a format that is only read.
         rows: How it stores rows that an adapter replaces; None where it has no place for them.
+        defined_by: Function that the format was made of, for messages; default: `read`.
     """
 
     peft_type: str
@@ -50,6 +52,7 @@ class Format:
     kinds: tuple[type[Delta], ...] = ()
     write: Callable[..., AdapterFiles] | None = None
     rows: RowStore | None = None
+    defined_by: Callable[..., Any] | None = None
 
 
 class WriteLoras(Protocol):
@@ -73,16 +76,20 @@ class Writer:
     write: WriteLoras
 
 
-_FORMATS: dict[str, Format] = {}
-_WRITERS: dict[str, Writer] = {}
+_FORMATS = Registry[Format]("format", entry_points="pcb_peft.formats")
+_WRITERS = Registry[Writer]("format", entry_points="pcb_peft.formats")
 
 
 def register(entry: Format | Writer) -> None:
-    """Register a format of PEFT's, or a writer for another program."""
+    """Register a format of PEFT's, or a writer for another program.
+
+    Raises:
+        OptionError: The name is taken.
+    """
     if isinstance(entry, Writer):
-        _WRITERS[entry.name] = entry
+        _WRITERS.add(entry.name, entry, defined_by=entry.write)
     else:
-        _FORMATS[entry.peft_type] = entry
+        _FORMATS.add(entry.peft_type, entry, defined_by=entry.defined_by or entry.read)
 
 
 def format_of(config: Config) -> Format:
@@ -92,13 +99,13 @@ def format_of(config: Config) -> Format:
         UnsupportedError: It is not one that can be read.
     """
     peft_type = str(config["peft_type"])
-    if peft_type not in _FORMATS:
-        names, reason = ", ".join(sorted(_FORMATS)), REASONS.get(peft_type)
-        because = f": {reason}" if reason else ""
+    format_ = _FORMATS.find(peft_type)
+    if format_ is None:
+        because = f": {REASONS[peft_type]}" if peft_type in REASONS else ""
         raise UnsupportedError(
-            f"peft_type {peft_type} is not supported{because}; supported are {names}"
+            f"peft_type {peft_type} is not supported{because}; supported are {', '.join(_FORMATS.list())}"
         )
-    return _FORMATS[peft_type]
+    return format_
 
 
 def format_for(kind: type[Delta] | None) -> Format:
@@ -107,7 +114,7 @@ def format_for(kind: type[Delta] | None) -> Format:
     Raises:
         UnsupportedError: PEFT has no format for them.
     """
-    for format_ in _FORMATS.values():
+    for format_ in _FORMATS.list().values():
         if kind in format_.kinds or (kind is None and not format_.kinds and format_.rows):
             return format_
     name = "replaced rows" if kind is None else f"a {kind.kind_name}"
@@ -122,8 +129,9 @@ def writer_named(name: str) -> Writer:
     Raises:
         OptionError: There is no writer of that name.
     """
-    if name not in _WRITERS:
+    writer = _WRITERS.find(name)
+    if writer is None:
         raise OptionError(
-            f"format is {name!r}; it must be peft, or one of {', '.join(sorted(_WRITERS))}"
+            f"format is {name!r}; it must be peft, or one of {', '.join(_WRITERS.list())}"
         )
-    return _WRITERS[name]
+    return writer

@@ -115,7 +115,7 @@ def tuner(peft_type: str, prefix: str, entry: Callable[[ModuleTensors], LazyDelt
         prefix: Beginning of the names of the tuner's tensors.
         entry: From the tensors of one module to its change.
     """
-    return Format(peft_type, functools.partial(_read, prefix, entry))
+    return Format(peft_type, functools.partial(_read, prefix, entry), defined_by=entry)
 
 
 def _read(
