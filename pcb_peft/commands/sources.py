@@ -80,7 +80,7 @@ def constant(file: str, name: str) -> Any:
 
 @functools.cache
 def _entry_point_groups() -> frozenset[str]:
-    """Groups of entry points that installed packages add to."""
+    """Groups of the entry points of all installed packages."""
     return frozenset(importlib.metadata.entry_points().groups)
 
 

@@ -62,12 +62,14 @@ def _is_watched() -> bool:
 
 
 def _tracked(items: Iterable[Item], description: str) -> Generator[Item]:
+    total = len(items) if isinstance(items, Sized) else None
     with _display.opened() as bars:
-        task = bars.add_task(description, total=len(items) if isinstance(items, Sized) else None)
+        task = bars.add_task(description, total=total, count="", left="left" if total else "")
         try:
-            for item in items:
+            for done, item in enumerate(items, 1):
                 yield item
-                bars.advance(task)
+                count = f"{done}/{total}" if total else ""
+                bars.update(task, advance=1, count=count)
         finally:
             bars.remove_task(task)
 
@@ -108,7 +110,6 @@ def _new_bars() -> "Progress":
     from rich.console import Console
     from rich.progress import (
         BarColumn,
-        MofNCompleteColumn,
         Progress,
         TextColumn,
         TimeElapsedColumn,
@@ -118,10 +119,10 @@ def _new_bars() -> "Progress":
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        TextColumn("{task.fields[count]}"),
         TimeElapsedColumn(),
-        TextColumn("left:", style="dim"),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[left]}"),
         console=Console(stderr=True),
         transient=True,
         speed_estimate_period=SECONDS_AVERAGED,
