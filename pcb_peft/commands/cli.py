@@ -20,11 +20,12 @@ from pcb_peft.commands.command import Answer, Command
 from pcb_peft.commands.parser import Parser, UsageError
 from pcb_peft.errors import PcbPeftError
 from pcb_peft.runtime import progress
-from pcb_peft.runtime.processes import Processes, current, joined, stoppable
+from pcb_peft.runtime.processes import Processes, joined, stoppable
 from pcb_peft.version import __version__
 
 COMMANDS = ("merge", "fold", "extract", "collect", "methods", "demo")  # in the order of the help
 EXAMPLE = "pcb-peft merge math-lora code-lora -o merged"
+RED, YELLOW, CYAN = 31, 33, 36  # ANSI colours
 LIBRARIES = ("torch", "peft", "transformers", "safetensors")
 
 
@@ -48,10 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (KeyboardInterrupt, SystemExit):
             if not came:
                 raise
-            processes = current()
-            which = f"process {processes.rank} of {processes.size}: " if processes.size > 1 else ""
+            rank, size = _rank_and_size()
+            which = f"process {rank} of {size}: " if size > 1 else ""
             progress.close()
-            print(f"error: {which}interrupted ({came[0].name})", file=sys.stderr)
+            print(
+                f"{_coloured('error:', RED)} {which}interrupted ({came[0].name})", file=sys.stderr
+            )
             return 128 + came[0]
         except BrokenPipeError:  # nobody reads on, as in `pcb-peft methods | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -140,7 +143,7 @@ def _print_answer(
     progress.close()
     if not is_quiet(parsed):
         for warning in answer.warnings:
-            print(f"{_coloured('warning:', 33)} {warning}", file=sys.stderr)
+            print(f"{_coloured('warning:', YELLOW)} {warning}", file=sys.stderr)
     if getattr(parsed, "json", False):
         data = {"command": command.name, **answer.data, "warnings": [*caught, *answer.warnings]}
         print(json.dumps(data, ensure_ascii=False, default=str))
@@ -150,13 +153,13 @@ def _print_answer(
 
 def _print_error(error: PcbPeftError, words: Sequence[str]) -> None:
     progress.close()
-    if not _speaks():
+    if _rank_and_size()[0] > 0:
         return
     message = " ".join(str(error).split())  # those of other libraries may have many lines
-    print(f"{_coloured('error:', 31)} {message}", file=sys.stderr)
+    print(f"{_coloured('error:', RED)} {message}", file=sys.stderr)
     hint = error.hint if isinstance(error, UsageError) else ""
     if hint:
-        print(f"{_coloured('hint:', 36)} {hint}".rstrip(), file=sys.stderr)
+        print(f"{_coloured('hint:', CYAN)} {hint}".rstrip(), file=sys.stderr)
     if "--json" in words:
         print(
             json.dumps(
@@ -170,9 +173,9 @@ def _print_unexpected(error: Exception, words: Sequence[str]) -> None:
     progress.close()
     if {"-v", "--verbose"} & {*words}:
         traceback.print_exc()
-    print(f"{_coloured('error:', 31)} unexpected {type(error).__name__}: {error}", file=sys.stderr)
+    print(f"{_coloured('error:', RED)} unexpected {type(error).__name__}: {error}", file=sys.stderr)
     if not {"-v", "--verbose"} & {*words}:
-        print(f"{_coloured('hint:', 36)} run it again with -v to see where", file=sys.stderr)
+        print(f"{_coloured('hint:', CYAN)} run it again with -v to see where", file=sys.stderr)
     if "--json" in words:
         print(
             json.dumps({"error": {"kind": type(error).__name__, "message": str(error), "hint": ""}})
@@ -198,14 +201,14 @@ def _collector(caught: list[str], processes: Processes, *, quiet: bool) -> Calla
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         caught.append(str(message))
         if processes.is_main and not quiet:
-            print(f"{_coloured('warning:', 33)} {message}", file=sys.stderr)
+            print(f"{_coloured('warning:', YELLOW)} {message}", file=sys.stderr)
 
     return show
 
 
-def _speaks() -> bool:
-    """True in the first process, also before the processes have joined."""
-    return current().is_main and os.environ.get("RANK", "0") == "0"
+def _rank_and_size() -> tuple[int, int]:
+    """Number of this process and of all, as the launcher has them: also before they have joined, and after."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _coloured(word: str, colour: int) -> str:
