@@ -11,7 +11,7 @@ import peft
 import pytest
 
 from pcb_peft import get_method, list_calibrations, list_methods, list_spaces, read_recipe
-from pcb_peft.commands.cli import _parser
+from pcb_peft.commands.cli import parse
 from pcb_peft.recipes.peft_aliases import PEFT_ALIASES
 
 ROOT = Path(__file__).parents[1]
@@ -96,7 +96,7 @@ def commands():
 @pytest.mark.parametrize("command", commands())
 def test_commands_parse(command):
     words = shlex.split(command)
-    assert _parser(words).parse_args(words).run
+    assert parse(words).command.name == words[0]
 
 
 # ------------------------------------------------------------------------------------------- Python
@@ -244,6 +244,7 @@ def test_the_picture_names_files_and_what_is_in_them():
     for file, name, member in named:
         tree = ast.parse((PACKAGE / file).read_text("utf-8"))
         found = {n.name: n for n in tree.body if isinstance(n, ast.ClassDef | ast.FunctionDef)}
+        found |= {ast.unparse(n.targets[0]): n for n in tree.body if isinstance(n, ast.Assign)}
         assert name in found, f"{file} has no {name}"
         if member:
             members = {n.name for n in found[name].body if isinstance(n, ast.FunctionDef)}
