@@ -1,16 +1,16 @@
-"""Measure how time and memory of a merge grow: one command per table, one process per merge.
+"""How time and memory of a merge grow, one command per table; each merge runs in a process of its own.
 
-Processor seconds hardly depend on other work on the machine. For several processes, the table shows the busiest one.
+Processor seconds hardly depend on what else the machine does. Of several processes the table has the most of one.
 
     python benchmarks/scaling.py adapters      # 2 to 16 adapters
     python benchmarks/scaling.py rank          # ranks 4 to 64
     python benchmarks/scaling.py size          # hidden sizes 512 to 2048
     python benchmarks/scaling.py processes     # 1 to 4 processes
-    python benchmarks/scaling.py estimated     # what `pcb-peft merge --dry-run` says, beside measurements
-    python benchmarks/scaling.py projected     # what it says for Llama's sizes up to 405B
+    python benchmarks/scaling.py estimated     # what `pcb-peft merge --dry-run` says, and what came of it
+    python benchmarks/scaling.py projected     # what it says of Llama's sizes up to 405B
 
-The first five use a Llama of two layers. ``projected`` writes adapter files that have headers and no tensors: a dry run
-reads nothing else.
+The model of the first five has the shapes of a Llama of two layers. ``projected`` writes the headers of adapters
+without their tensors: a dry run reads nothing else.
 """
 
 import argparse
@@ -40,7 +40,7 @@ MODELS = {  # hidden, key and value, mlp, layers
 
 
 def shapes(hidden: int, key_value: int, mlp: int) -> dict[str, tuple[int, int]]:
-    """Return (out, in) of the seven linear layers."""
+    """(out, in) of the seven linear layers."""
     return {
         "self_attn.q_proj": (hidden, hidden),
         "self_attn.k_proj": (key_value, hidden),
@@ -53,7 +53,7 @@ def shapes(hidden: int, key_value: int, mlp: int) -> dict[str, tuple[int, int]]:
 
 
 def adapters(folder: Path, count: int, rank: int, hidden: int) -> list[str]:
-    """Write random adapters and return their paths."""
+    """Random ones."""
     paths = [folder / str(seed) for seed in range(count)]
     for seed, path in enumerate(paths):
         write_adapter(path, 2, rank, seed, shapes(hidden, hidden // 4, 4 * hidden))
@@ -61,7 +61,7 @@ def adapters(folder: Path, count: int, rank: int, hidden: int) -> list[str]:
 
 
 def headers(folder: Path, count: int, rank: int, model: str) -> list[str]:
-    """Write adapters without tensors, whose files are as large as if they had them."""
+    """Adapters without tensors, as large as if they had them."""
     *sizes, layers = MODELS[model]
     tensors: dict[str, object] = {}
     end = 0
@@ -85,7 +85,7 @@ def headers(folder: Path, count: int, rank: int, model: str) -> list[str]:
 
 
 def child() -> None:
-    """Run a merge of the command line, then print its seconds, processor seconds and peak GiB."""
+    """A merge of the command line; then its seconds, its processor seconds and its peak GiB."""
     from pcb_peft.commands.cli import main
 
     started, used = time.perf_counter(), time.process_time()
@@ -97,7 +97,7 @@ def child() -> None:
 
 
 def measured(words: Sequence[str], processes: int = 1) -> list[float]:
-    """Return seconds, processor seconds and peak GiB of a merge, each of the process that has most."""
+    """Seconds, processor seconds and peak, each the most that one of the processes that merge together has."""
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, __file__, "child", *words, "-o", str(Path(scratch, "merged"))]
         common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511", "OMP_NUM_THREADS": "1"}
@@ -118,7 +118,7 @@ def measured(words: Sequence[str], processes: int = 1) -> list[float]:
 
 
 def runs(table: str, folder: Path) -> Iterator[tuple[int, list[str], int]]:
-    """Yield the growing number, the adapters and the number of processes, row by row."""
+    """What grows, the adapters, and the number of processes."""
     if table == "adapters":
         paths = adapters(folder, 16, 16, 512)
         yield from ((count, paths[:count], 1) for count in (2, 4, 8, 16))
@@ -134,7 +134,7 @@ def runs(table: str, folder: Path) -> Iterator[tuple[int, list[str], int]]:
 
 
 def measure(table: str, folder: Path) -> None:
-    """Print a table of measurements."""
+    """Prints a table of measurements."""
     print(f"| {table} | merge | seconds | processor seconds | peak GiB |")
     print("|---|---|---|---|---|")
     for size, paths, processes in runs(table, folder):
@@ -145,15 +145,15 @@ def measure(table: str, folder: Path) -> None:
 
 
 def compare(folder: Path) -> None:
-    """Print estimates beside measurements."""
-    from pcb_peft import Recipe, Source, estimate_merge
+    """Prints estimates beside measurements."""
+    from pcb_peft import Recipe, estimate_merge
 
     print("| merge | seconds: estimated | measured | peak GiB: estimated | measured |")
     print("|---|---|---|---|---|")
     paths = adapters(folder, 4, 16, 1024)
     for space in ("core", "dense", "factor", "knots"):
         for scope in ("global", "module"):
-            recipe = Recipe(adapters=tuple(map(Source, paths)), space=space, scope=scope, rank=16)
+            recipe = Recipe.parse(adapters=paths, space=space, scope=scope, rank=16)
             found = estimate_merge(recipe)
             words = ["--space", space, "--scope", scope, "--rank", "16"]
             seconds, _, peak = measured([*paths, *words])
@@ -165,7 +165,7 @@ def compare(folder: Path) -> None:
 
 
 def project(folder: Path) -> None:
-    """Print what dry runs say."""
+    """Prints what dry runs say."""
     from pcb_peft import Recipe, Source, estimate_merge
 
     print("| model | adapters | merge | values per adapter | hours | peak GiB | GiB written |")
@@ -176,7 +176,7 @@ def project(folder: Path) -> None:
             place.mkdir()
             sources = tuple(map(Source, headers(place, count, 16, model)))
             for merge, words in MERGES.items():
-                recipe = Recipe(
+                recipe = Recipe.parse(
                     adapters=sources,
                     space=words[1],
                     scope=words[3],
@@ -191,7 +191,7 @@ def project(folder: Path) -> None:
 
 
 def main() -> None:
-    """Read the command line and run."""
+    """Reads the command line."""
     if sys.argv[1:2] == ["child"]:
         child()
         return

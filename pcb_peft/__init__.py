@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pcb_peft.dry_run.estimate import Estimate, estimate_merge
     from pcb_peft.errors import (
         AdapterError,
+        AdapterNotFoundError,
         BaseModelError,
         MismatchError,
         OptionError,
@@ -50,6 +51,7 @@ _NAMES = {
     "dry_run.estimate": ("Estimate", "estimate_merge"),
     "errors": (
         "AdapterError",
+        "AdapterNotFoundError",
         "BaseModelError",
         "MismatchError",
         "OptionError",
@@ -73,6 +75,7 @@ _MODULES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for
 __all__ = [
     "Adapter",
     "AdapterError",
+    "AdapterNotFoundError",
     "BaseModelError",
     "Estimate",
     "MergeMethod",

@@ -1,29 +1,36 @@
 """Every exception that this package raises on purpose.
 
 PcbPeftError
-├── AdapterError        an adapter: a file, a configuration or a tensor that cannot be read as it stands
-│   └── UnsupportedError    ... is well-formed, and holds something that is not supported
-├── MismatchError       adapters that do not fit each other, or the base model
-├── BaseModelError      a base model that is missing, needed, or not in a readable form
-├── OptionError         a value that a caller or a recipe gave
-├── OutputError         a place that cannot be written
-└── ProcessError        one of several processes that stopped
+├── AdapterError            an adapter cannot be read as it stands: a file, a configuration, a tensor
+│   ├── AdapterNotFoundError    ... there is none, or a file of it is missing; also a FileNotFoundError
+│   └── UnsupportedError        ... it is well-formed, and holds something that is not supported; also a ValueError
+├── MismatchError           adapters do not fit each other, or the base model; also a ValueError
+├── BaseModelError          a base model is missing, needed, or not in a readable form
+├── OptionError             a value from a caller or a recipe is not allowed; also a ValueError
+├── OutputError             an output cannot be written; also an OSError
+└── ProcessError            another process of the merge stopped
+
+Code written for PEFT, which raises ValueError and OSError, catches these too.
 """
 
 
 class PcbPeftError(Exception):
-    """Base of all errors of this package."""
+    """Base class of all errors of this package."""
 
 
 class AdapterError(PcbPeftError):
     """An adapter cannot be read as it stands."""
 
 
-class UnsupportedError(AdapterError):
+class AdapterNotFoundError(AdapterError, FileNotFoundError):
+    """An adapter, or a file of it, is not there."""
+
+
+class UnsupportedError(AdapterError, ValueError):
     """An adapter is well-formed and holds something that is not supported."""
 
 
-class MismatchError(PcbPeftError):
+class MismatchError(PcbPeftError, ValueError):
     """Adapters do not fit each other, or the base model."""
 
 
@@ -31,12 +38,12 @@ class BaseModelError(PcbPeftError):
     """A base model is missing, needed, or not in a readable form."""
 
 
-class OptionError(PcbPeftError):
-    """A value given by a caller or a recipe is not allowed."""
+class OptionError(PcbPeftError, ValueError):
+    """A value from a caller or a recipe is not allowed."""
 
 
-class OutputError(PcbPeftError):
-    """A place cannot be written."""
+class OutputError(PcbPeftError, OSError):
+    """An output cannot be written."""
 
 
 class ProcessError(PcbPeftError):

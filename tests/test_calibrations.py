@@ -478,4 +478,4 @@ def test_get_calibration_knows_both_shelves():
 
 def test_a_recipe_normalizes_its_steps():
     source = merge_adapters(adapters(low_rank(1, 1)), method="linear").recipe.adapters
-    assert Recipe(adapters=source, after=["svc"]).after == ({"svc": {}},)
+    assert Recipe.parse(adapters=source, after=["svc"]).after == ({"svc": {}},)

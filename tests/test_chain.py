@@ -119,4 +119,4 @@ def test_a_later_head_takes_the_place_of_an_earlier_one(workshop):
 
 def test_a_chain_is_true_or_false():
     with pytest.raises(Exception, match="chain is 'yes'; it must be true or false"):
-        Recipe(adapters=("a",), chain="yes")
+        Recipe.parse(adapters=("a",), chain="yes")

@@ -534,10 +534,10 @@ def test_what_does_not_fit_is_refused_before_a_merge(workshop):
     refused(OptionError, "of kinds gradient and gram", other, two)
     refused(MismatchError, "collected with an adapter whose tensors have SHA-256", two, one)
     refused(OptionError, "those given are of kind gram", one, two, method="sta")
-    refused(OptionError, "linear asks for none", one, two, method="linear")
+    refused(OptionError, "linear needs none", one, two, method="linear")
     refused(
         OptionError,
-        "space core, which does not show the gram.*dense, knots",
+        "space core, which has no gram.*dense, knots",
         one,
         two,
         space="core",

@@ -38,7 +38,7 @@ def adapters(shared_workshop):
 
 
 def recipe(adapters, **choices):
-    return Recipe(adapters=tuple(Source(str(path)) for path in adapters), **choices)
+    return Recipe.parse(adapters=tuple(Source(str(path)) for path in adapters), **choices)
 
 
 @pytest.fixture

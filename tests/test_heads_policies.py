@@ -39,7 +39,7 @@ def test_the_average_is_weighted_and_normalised(workshop, tmp_path):
     merged = merge_adapters(adapters, "linear", [*WEIGHTS, 3], heads="average")
     merged.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out" / "heads").exists()
-    assert merged.report.notes == ["classifier: the weighted average, of adapter1, adapter2"]
+    assert merged.report.notes == ("classifier: the weighted average, of adapter1, adapter2",)
     found = state_of(workshop, tmp_path / "out")
     first, second = (state_of(workshop, adapter) for adapter in adapters[:2])
     for name in NAMES:
@@ -63,7 +63,7 @@ def test_the_first_is_that_of_the_first_adapter_that_has_one(workshop, tmp_path)
     merged.save_pretrained(tmp_path / "out")
     found, wanted = state_of(workshop, tmp_path / "out"), state_of(workshop, adapters[1])
     assert all(torch.equal(found[name], wanted[name]) for name in NAMES)
-    assert merged.report.notes == ["classifier: that of adapter2, of adapter2, adapter3"]
+    assert merged.report.notes == ("classifier: that of adapter2, of adapter2, adapter3",)
 
 
 @pytest.mark.parametrize("policy", ["keep-each", "average", "first"])

@@ -4,7 +4,8 @@ import peft
 import pytest
 
 from pcb_peft import OptionError, load_adapter, merge, merge_adapters, read_recipe
-from pcb_peft.recipes.overrides import at_depth, layer_of
+from pcb_peft.deltas.rank_choice import FixedRank, parse_rank
+from pcb_peft.recipes.weights import at_depth, layer_of
 
 LORA = peft.LoraConfig(r=3, target_modules="all-linear")
 QUERY, UP = "model.layers.{}.self_attn.q_proj", "model.layers.{}.mlp.up_proj"
@@ -84,8 +85,10 @@ def test_an_override_keeps_the_options_of_the_same_method_only(adapters):
     [
         ({"modules": "*.nothing"}, "matches no module"),
         ({"modules": "re:("}, "not a regular expression"),
-        ({"module": "*"}, "must be a mapping with modules"),
-        ({"modules": "*", "methd": "ties"}, "must be a mapping with modules"),
+        ({"module": "*"}, "must be a mapping with the key modules"),
+        ({"modules": "*", "methd": "ties"}, "unknown key 'methd'; did you mean 'method'"),
+        ({"modules": "*", "scope": "globl"}, "scope is 'globl'; did you mean 'global'"),
+        ({"modules": "*", "options": [1]}, r"options is \[1\]; it must be a mapping"),
         ({"modules": "*", "method": "tise"}, "did you mean 'ties'"),
         ({"modules": "*", "weights": [1.0]}, "2 adapters and 1 weights"),
         ({"modules": "*", "options": {"density": 2.0}}, "density is 2.0"),
@@ -127,9 +130,14 @@ def test_pefts_names_stand_for_methods_in_the_space_of_deltas(
     adapters, name, method, space, scope, rank
 ):
     recipe = merge_adapters([load_adapter(adapter) for adapter in adapters], name).recipe
-    assert (recipe.method, recipe.space, recipe.scope, recipe.rank) == (method, space, scope, rank)
+    assert (recipe.method, recipe.space, recipe.scope, recipe.rank) == (
+        method,
+        space,
+        scope,
+        parse_rank(rank),
+    )
 
 
 def test_what_is_said_stands_against_pefts_name(adapters):
     recipe = merge_adapters(adapters, "ties_svd", space="core", rank=5).recipe
-    assert (recipe.space, recipe.rank) == ("core", 5)
+    assert (recipe.space, recipe.rank) == ("core", FixedRank(5))

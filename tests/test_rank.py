@@ -1,6 +1,7 @@
 """Decompositions and truncation, against numpy's SVD of the dense matrix."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +13,16 @@ from pcb_peft.deltas import rank
 from pcb_peft.deltas.delta import Core, Dense, LowRank
 from pcb_peft.deltas.layout import CONV1D, LINEAR
 from pcb_peft.deltas.linalg import Basis, column_signs, leading_svd, spanned, svd
-from pcb_peft.deltas.rank import balanced, check_rank, decompose, truncate
+from pcb_peft.deltas.rank import balanced, decompose, truncate
+from pcb_peft.deltas.rank_choice import (
+    EnergyFraction,
+    FixedRank,
+    Full,
+    Lossless,
+    NetUtility,
+    RankBudget,
+    parse_rank,
+)
 
 DTYPES = {torch.float32: 2e-6, torch.float64: 1e-12}  # and how exact a decomposition is
 SHAPES = [(1, 1), (1, 9), (9, 1), (12, 12), (40, 12), (12, 40), (30, 20), (20, 30)]
@@ -237,7 +247,7 @@ def test_balanced_factors_do_not_depend_on_the_gauge(seed):
 @pytest.mark.parametrize("count", [1, 2, 4, 100])
 @deltas
 def test_truncation_to_a_rank_is_optimal(delta, count):
-    found, energy = truncate(delta, count)
+    found, energy = truncate(delta, FixedRank(count))
     wanted, wanted_energy = best(dense_of(delta), count)
     assert distance(dense_of(found), wanted) < 3e-6
     assert energy == pytest.approx(wanted_energy, abs=1e-6)
@@ -250,7 +260,7 @@ def test_truncation_to_a_rank_is_optimal(delta, count):
 @pytest.mark.parametrize("part", [0.01, 0.5, 0.9, 0.999])
 @deltas
 def test_truncation_to_an_energy_keeps_the_fewest_directions_that_hold_it(delta, part):
-    found, energy = truncate(delta, part)
+    found, energy = truncate(delta, EnergyFraction(part))
     s = np.linalg.svd(dense_of(delta), compute_uv=False)
     energies = (s**2).cumsum() / (s**2).sum()
     assert found.rank == 1 + (energies < part).sum()
@@ -260,7 +270,7 @@ def test_truncation_to_an_energy_keeps_the_fewest_directions_that_hold_it(delta,
 
 @deltas
 def test_truncation_to_no_rank_drops_nothing_but_rounding(delta):
-    found, energy = truncate(delta, None)
+    found, energy = truncate(delta, Lossless())
     dense = dense_of(delta)
     assert found.rank == np.linalg.matrix_rank(dense, tol=1e-5 * np.linalg.norm(dense, 2))
     assert distance(dense_of(found), dense) < 3e-6
@@ -269,7 +279,7 @@ def test_truncation_to_no_rank_drops_nothing_but_rounding(delta):
 
 @deltas
 def test_truncated_factors_are_balanced(delta):
-    found, _ = truncate(delta, 3)
+    found, _ = truncate(delta, FixedRank(3))
     gram_A, gram_B = found.lora_A @ found.lora_A.T, found.lora_B.T @ found.lora_B
     assert_allclose(gram_A, gram_B, rtol=0, atol=1e-5 * float(gram_A.max()))
 
@@ -277,8 +287,8 @@ def test_truncated_factors_are_balanced(delta):
 def test_truncation_cuts_the_noise_of_the_precision_it_computes_in():
     """σ = 1, 1e-3, 1e-8: the last is rounding in float32 and a direction like any other in float64."""
     matrix = torch.as_tensor(with_spectrum(20, 15, np.array([1, 1e-3, 1e-8])))
-    assert truncate(Dense(matrix), None)[0].rank == 3
-    assert truncate(Dense(matrix.float()), None)[0].rank == 2
+    assert truncate(Dense(matrix), Lossless())[0].rank == 3
+    assert truncate(Dense(matrix.float()), Lossless())[0].rank == 2
 
 
 @pytest.mark.parametrize("rank", [None, 1, 3, 0.5])
@@ -292,7 +302,7 @@ def test_truncation_cuts_the_noise_of_the_precision_it_computes_in():
     ids=["low-rank", "dense", "core"],
 )
 def test_zero_stays_zero(delta, rank):
-    found, energy = truncate(delta, rank)
+    found, energy = truncate(delta, parse_rank(rank))
     assert found.shape == (7, 9)
     assert found.rank == 1
     assert not found.matrix().any()
@@ -304,15 +314,15 @@ def test_zero_stays_zero(delta, rank):
 @pytest.mark.parametrize("delta", [low_rank(9, 7, 3), Dense(random(9, 7))], ids=["low", "dense"])
 def test_truncation_keeps_the_way_in_which_w_is_stored(delta):
     flipped = dataclasses.replace(delta, layout=CONV1D)
-    assert truncate(flipped, 2)[0].layout == CONV1D
-    assert truncate(delta, 2)[0].layout == LINEAR
-    assert truncate(flipped, 2)[0].delta().shape == (7, 9)
+    assert truncate(flipped, FixedRank(2))[0].layout == CONV1D
+    assert truncate(delta, FixedRank(2))[0].layout == LINEAR
+    assert truncate(flipped, FixedRank(2))[0].delta().shape == (7, 9)
 
 
 def test_inputs_are_not_modified():
     for delta in DELTAS.values():
         before = dense_of(delta).copy()
-        truncate(delta, 2)
+        truncate(delta, FixedRank(2))
         balanced(delta)
         assert np.array_equal(dense_of(delta), before)
 
@@ -334,13 +344,13 @@ def randomised(monkeypatch):
 @spectra
 def test_large_matrices_are_truncated_close_to_optimally(randomised, sigma):
     matrix = with_spectrum(160, 140, sigma)
-    found, energy = truncate(Dense(torch.as_tensor(matrix).float()), 16)
+    found, energy = truncate(Dense(torch.as_tensor(matrix).float()), FixedRank(16))
     optimum = (sigma[:16] ** 2).sum() / (sigma**2).sum()
     assert randomised == [16]
     assert found.rank == 16
     assert 0.99 * optimum <= energy <= optimum + 1e-6
     assert energy == pytest.approx(1 - distance(dense_of(found), matrix) ** 2, abs=1e-5)
-    again, _ = truncate(Dense(torch.as_tensor(matrix).float()), 16)
+    again, _ = truncate(Dense(torch.as_tensor(matrix).float()), FixedRank(16))
     assert torch.equal(found.lora_A, again.lora_A)
     assert torch.equal(found.lora_B, again.lora_B)
 
@@ -348,7 +358,9 @@ def test_large_matrices_are_truncated_close_to_optimally(randomised, sigma):
 @pytest.mark.parametrize("part", [0.3, 0.5, 0.7])
 def test_a_little_energy_of_a_large_matrix_takes_its_leading_directions_only(randomised, part):
     sigma = SPECTRA["decaying slowly"]
-    found, energy = truncate(Dense(torch.as_tensor(with_spectrum(160, 140, sigma)).float()), part)
+    found, energy = truncate(
+        Dense(torch.as_tensor(with_spectrum(160, 140, sigma)).float()), parse_rank(part)
+    )
     energies = (sigma**2).cumsum() / (sigma**2).sum()
     optimum = 1 + (energies < part).sum()
     assert randomised == [32]
@@ -359,7 +371,9 @@ def test_a_little_energy_of_a_large_matrix_takes_its_leading_directions_only(ran
 @pytest.mark.parametrize("part", [35, 120, 0.9999])
 def test_large_matrices_are_decomposed_in_full_for_a_high_rank_or_much_energy(randomised, part):
     sigma = SPECTRA["decaying slowly"]
-    found, energy = truncate(Dense(torch.as_tensor(with_spectrum(160, 140, sigma)).float()), part)
+    found, energy = truncate(
+        Dense(torch.as_tensor(with_spectrum(160, 140, sigma)).float()), parse_rank(part)
+    )
     energies = (sigma**2).cumsum() / (sigma**2).sum()
     count = part if isinstance(part, int) else 1 + (energies < part).sum()
     assert randomised == ([] if isinstance(part, int) else [32])
@@ -370,16 +384,33 @@ def test_large_matrices_are_decomposed_in_full_for_a_high_rank_or_much_energy(ra
 def test_factors_are_never_decomposed_at_random(randomised):
     """Their middle is as small as their rank, and however large W is they are truncated optimally."""
     delta = low_rank(500, 400, 30)
-    assert distance(dense_of(truncate(delta, 4)[0]), best(dense_of(delta), 4)[0]) < 3e-6
+    assert distance(dense_of(truncate(delta, FixedRank(4))[0]), best(dense_of(delta), 4)[0]) < 3e-6
     assert not randomised
 
 
-@pytest.mark.parametrize("value", [None, "full", 1, 64, 0.5, 0.999])
-def test_ranks(value):
-    assert check_rank(value) == value
+RANKS = {
+    None: Lossless(),
+    1: FixedRank(1),
+    64: FixedRank(64),
+    0.5: EnergyFraction(0.5),
+    0.999: EnergyFraction(0.999),
+    "budget:200": RankBudget(200),
+    "utility:7": NetUtility(7),
+    "full": Full(),
+}
 
 
-@pytest.mark.parametrize("value", [0, -3, 0.0, 1.0, 1.5, True, "half", float("nan"), "8"])
+@pytest.mark.parametrize(("given", "choice"), RANKS.items())
+def test_a_rank_is_parsed_once_and_said_as_it_was_given(given, choice):
+    assert parse_rank(given) == choice
+    assert parse_rank(choice) == choice
+    assert choice.as_given == given
+
+
+@pytest.mark.parametrize(
+    "value", [0, -3, 0.0, 1.0, 1.5, True, "half", float("nan"), "8", "budget:0", "budget:x", []]
+)
 def test_what_is_no_rank_is_refused_with_its_value(value):
-    with pytest.raises(OptionError, match=f"rank is {value!r}; it must be an integer from 1"):
-        check_rank(value)
+    message = f"rank is {value!r}; it must be an integer from 1"
+    with pytest.raises(OptionError, match=re.escape(message)):
+        parse_rank(value)

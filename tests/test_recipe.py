@@ -60,14 +60,18 @@ def write(tmp_path):
 
 
 RECIPES = [
-    Recipe(adapters=(Source("a"),)),
-    Recipe(adapters=(Source("a"), Source("org/b")), weights=(1, -0.5), method="ties", rank=4),
-    Recipe(adapters=(Source("a", "v1", "sub", "ab" * 32),), rank=0.9, scope="module", seed=7),
-    Recipe(adapters=(Source("a"),), rank="full", heads="refuse", base_model="org/base"),
-    Recipe(adapters=(Source("a"),), options={"density": 1e-05, "formula": "es", "winsor": None}),
-    Recipe(adapters=(Source("a"),), space="core", version="0.1", before="pico", after=["svc"]),
-    Recipe(adapters=(Source("a"),), after={"exponent": {"power": 0.5}}),
-    Recipe(
+    Recipe.parse(adapters=(Source("a"),)),
+    Recipe.parse(adapters=(Source("a"), Source("org/b")), weights=(1, -0.5), method="ties", rank=4),
+    Recipe.parse(adapters=(Source("a", "v1", "sub", "ab" * 32),), rank=0.9, scope="module", seed=7),
+    Recipe.parse(adapters=(Source("a"),), rank="full", heads="refuse", base_model="org/base"),
+    Recipe.parse(
+        adapters=(Source("a"),), options={"density": 1e-05, "formula": "es", "winsor": None}
+    ),
+    Recipe.parse(
+        adapters=(Source("a"),), space="core", version="0.1", before="pico", after=["svc"]
+    ),
+    Recipe.parse(adapters=(Source("a"),), after={"exponent": {"power": 0.5}}),
+    Recipe.parse(
         adapters=tuple(map(Source, ("12", "1e3", "null", "no", "~", "- a", "a: b", "#", "ä/ö")))
     ),
 ]
@@ -85,7 +89,7 @@ names = st.text(st.characters(exclude_categories=("C", "Zl", "Zp")), min_size=1)
 @given(st.lists(st.tuples(names, st.floats(-9, 9)), min_size=1, max_size=3))
 def test_any_path_and_any_weight_survive_the_file(tmp_path_factory, items):
     paths, weights = zip(*items, strict=True)
-    recipe = Recipe(adapters=tuple(map(Source, paths)), weights=weights, seed=3)
+    recipe = Recipe.parse(adapters=tuple(map(Source, paths)), weights=weights, seed=3)
     file = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
     file.write_text(recipe.to_yaml(), encoding="utf-8")
     assert read_recipe(file) == recipe
@@ -236,7 +240,7 @@ A = {"adapters": ["a"]}
 FAULTS = {  # content, words of the message
     "an unknown key": (A | {"methd": "ties"}, r"unknown key 'methd'; did you mean 'method'\?"),
     "a key of another tool": (A | {"slices": []}, "unknown key 'slices'; allowed: adapters"),
-    "a key that is no word": ({1: 2}, "unknown key 1"),
+    "a key that is no word": ({1: 2}, "unknown key '1'"),
     "no adapters": ({"method": "linear"}, "nothing to merge"),
     "an empty list": ({"adapters": []}, "nothing to merge"),
     "adapters in no list": ({"adapters": "a"}, "adapters must be a list"),

@@ -242,7 +242,7 @@ def test_rows_that_differ_follow_the_policy_one_by_one(workshop, rivals, tmp_pat
     first, second = (rows_of(adapter, model_of(workshop)) for adapter in rivals)
     merged = merge_adapters(rivals, "linear", [3, 1], heads=policy)
     how = "the weighted average" if policy == "average" else "the first"
-    assert merged.report.notes == [f"{EMBED}: {how}, of rows 7"]
+    assert merged.report.notes == (f"{EMBED}: {how}, of rows 7",)
     merged.save_pretrained(tmp_path / "out")
     found = rows_of(tmp_path / "out", model_of(workshop))
     mean = 0.75 * first[7] + 0.25 * second[7]
@@ -273,7 +273,7 @@ def test_a_merge_of_rows_alone_has_neither_ranks_nor_modules(workshop, tmp_path)
 
 def test_a_merge_of_rows_alone_has_a_cost(workshop, tmp_path):
     paths = [made(workshop, "a", tokens(1)), made(workshop, "b", tokens(2))]
-    recipe = Recipe(adapters=tuple(Source(str(path)) for path in paths))
+    recipe = Recipe.parse(adapters=tuple(Source(str(path)) for path in paths))
     found = estimate_merge(recipe)
     merge(recipe).save_pretrained(tmp_path / "out")
     assert found.written == sum(rows.nbytes for rows in load_file(tmp_path / "out" / FILE).values())

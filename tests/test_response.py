@@ -101,10 +101,11 @@ def test_scaled_is_in_the_recipe_and_in_the_report(workshop: Workshop):
         )
 
 
-def test_scaled_reports_a_dense_merge_as_it_is_made(workshop: Workshop):
+def test_a_scaled_dense_merge_is_reported_when_it_is_folded(workshop: Workshop):
     merged = merge_adapters(workshop.adapters("llama", [LORA, LORA]), rank="full").scaled(3)
-    module, delta = next(iter(merged.modules.items()))
-    assert merged.report.modules[module].norm == pytest.approx(delta.norm(), rel=1e-5)
+    report = merged.fold(workshop.base("llama"), workshop.directory / "out").report
+    for module, delta in merged.modules.items():
+        assert report.modules[module].norm == pytest.approx(delta.norm(), rel=1e-5)
 
 
 def test_a_scaled_adapter_is_not_taken_for_the_one_in_its_files(workshop: Workshop):

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from pcb_peft.adapters.delta_mapping import DeltaMapping
-from pcb_peft.adapters.saving import PEFT, save_adapter
+from pcb_peft.adapters.saving import PEFT, FileFormat, save_adapter
 from pcb_peft.adapters.source import OpenedAdapter, Source
 from pcb_peft.base.model import BaseModel, lazy_base, opened_base
 from pcb_peft.deltas.delta import Delta
 from pcb_peft.deltas.dtypes import parse_dtype
-from pcb_peft.deltas.replacements import TIES, Replacements, head_files
+from pcb_peft.deltas.replacements import TIES, Replacements, Tied, head_files
 from pcb_peft.errors import OptionError
 from pcb_peft.formats import Base, LazyDelta
 from pcb_peft.runtime.progress import tracker
@@ -54,7 +54,7 @@ class Adapter:
     revision: str | None = None
     task_type: str | None = None
     scale: float = 1.0
-    tied: str = TIES[0]
+    tied: Tied = TIES[0]
     head: Replacements = dataclasses.field(default_factory=Replacements)
     heads: Mapping[str, Replacements] = dataclasses.field(default_factory=dict[str, Replacements])
 
@@ -128,7 +128,7 @@ class Adapter:
         dtype: str | torch.dtype = torch.float32,
         rank_pattern: bool = False,
         overwrite: bool = False,
-        format: str = PEFT,  # noqa: A002  (as it is called where people ask for it)
+        format: FileFormat = PEFT,  # noqa: A002  (as it is called where people ask for it)
     ) -> None:
         """Write a PEFT adapter that `PeftModel.from_pretrained` loads, whole or not at all.
 
@@ -165,10 +165,10 @@ class Adapter:
         base_model: str | Path | BaseModel,
         output: str | Path,
         *,
-        tied: str | None = None,
+        tied: Tied | None = None,
         overwrite: bool = False,
         progress: bool | None = None,
-    ) -> None:
+    ) -> "Adapter":
         """Write the base model with W + ΔW in the place of W, shard by shard.
 
         Parameters that the adapter replaces (its head) are written too: in their place or, where the base model has
@@ -182,6 +182,9 @@ class Adapter:
                 merge's policy, else "refuse".
             overwrite: Replace a directory that is not empty.
             progress: Show a bar; default: on a terminal.
+
+        Returns:
+            The adapter. After a merge with rank "full" its report now covers all modules.
 
         Raises:
             MismatchError: The base model does not have these modules, or has them in other shapes.
@@ -206,6 +209,7 @@ class Adapter:
             overwrite=overwrite,
             progress=tracker(progress),
         )
+        return self
 
     def whole_biases(self) -> Mapping[str, Callable[[], Tensor]]:
         """Return functions that read the biases that PEFT stores whole, where a LoRA has no room for their changes."""

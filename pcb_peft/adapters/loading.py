@@ -4,12 +4,14 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.reading import read_adapter
 from pcb_peft.adapters.source import Source, files_of_model, open_files
 from pcb_peft.base.model import BaseModel, lazy_base
+from pcb_peft.deltas.replacements import Tied
+from pcb_peft.errors import OptionError
 from pcb_peft.formats.base_weights import Base
 from pcb_peft.runtime.threads import in_order
 
@@ -53,15 +55,22 @@ def load_adapters(
     return [parse(base_model) for parse in opened]
 
 
-def _opened(
-    source: Source | tuple[Any, str] | Adapter, *, hashed: bool
-) -> Callable[[Base], Adapter]:
-    """What reads an adapter, whose files are open, and hashed, by now."""
+def _opened(source: object, *, hashed: bool) -> Callable[[Base], Adapter]:
+    """Open, and hash, the files of an adapter; return what reads it.
+
+    Raises:
+        OptionError: It is nothing that can be an adapter.
+    """
     if isinstance(source, Adapter):
         return lambda _: source
     if isinstance(source, tuple):
-        model, name = source
+        model, name = cast("tuple[Any, str]", source)
         return functools.partial(read_adapter, name, None, files_of_model(model, name))
+    if not isinstance(source, Source):
+        raise OptionError(
+            f"adapters: {source!r} is no adapter; it must be a directory, a hub id, (PeftModel, adapter name), or what "
+            "load_adapter returns"
+        )
     files = open_files(source, hashed=hashed)
     hashes = {"sha256": files.sha256, "config_sha256": files.config_sha256}
     return functools.partial(
@@ -74,7 +83,7 @@ def fold_adapter(
     base_model: str | Path,
     output: str | Path,
     *,
-    tied: str | None = None,
+    tied: Tied | None = None,
     overwrite: bool = False,
     progress: bool | None = None,
 ) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import safetensors.torch
 import torch
@@ -24,7 +24,10 @@ from pcb_peft.runtime.processes import current
 from pcb_peft.writing.atomic import replace_directory, write_files
 from pcb_peft.writing.model_card import public_name
 
-PEFT = "peft"
+FileFormat: TypeAlias = Literal["peft", "diffusers", "kohya"]
+"""The programs whose adapter files can be written."""
+
+PEFT: FileFormat = "peft"
 
 
 class Savable(Protocol):
@@ -54,7 +57,7 @@ def save_adapter(
     *,
     rank_pattern: bool,
     overwrite: bool,
-    file_format: str,
+    file_format: FileFormat,
 ) -> None:
     """Write an adapter's directory, whole or not at all; of several processes, the first one writes.
 
@@ -74,7 +77,11 @@ def save_adapter(
 
 
 def adapter_files(
-    adapter: Savable, dtype: torch.dtype, *, rank_pattern: bool = False, file_format: str = PEFT
+    adapter: Savable,
+    dtype: torch.dtype,
+    *,
+    rank_pattern: bool = False,
+    file_format: FileFormat = PEFT,
 ) -> AdapterFiles:
     """Return the configuration and the tensors of an adapter's files.
 
@@ -117,7 +124,7 @@ def _written(
 
 def _other_files(
     adapter: Savable,
-    file_format: str,
+    file_format: FileFormat,
     kind: type[Delta] | None,
     dtype: torch.dtype,
     *,

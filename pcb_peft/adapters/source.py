@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pcb_peft.deltas.replacements import HEADS
-from pcb_peft.errors import AdapterError
+from pcb_peft.errors import AdapterError, AdapterNotFoundError, OptionError
 from pcb_peft.formats.checkpoint import (
     CONFIG,
     PICKLE,
@@ -68,7 +68,8 @@ def open_files(source: Source, *, hashed: bool = True) -> OpenedAdapter:
     """The files of an adapter in a directory or on the Hub.
 
     Raises:
-        AdapterError: There is no adapter there, or it is another one than the hash says.
+        AdapterNotFoundError: There is no adapter there.
+        AdapterError: It is another one than the hash says.
     """
     if source.path.startswith(IN_MEMORY):
         raise AdapterError(
@@ -82,7 +83,7 @@ def open_files(source: Source, *, hashed: bool = True) -> OpenedAdapter:
             pipeline_config(tensors), tensors, _tensors_digest(source, file, hashed=hashed)
         )
     if not (directory / CONFIG).is_file():
-        raise AdapterError(f"{directory} holds no {CONFIG}{_nearby(directory)}")
+        raise AdapterNotFoundError(f"{directory} holds no {CONFIG}{_nearby(directory)}")
     weights = (directory / name for name in (SAFETENSORS, PICKLE))
     digest = _tensors_digest(source, next(filter(Path.is_file, weights), None), hashed=hashed)
     configured = sha256_of_file(directory / CONFIG)
@@ -123,13 +124,13 @@ def files_of_model(model: Any, adapter_name: str) -> OpenedAdapter:
     """What `PeftModel.save_pretrained` would write for one adapter of a live model.
 
     Raises:
-        AdapterError: The model has no adapter of that name.
+        OptionError: The model has no adapter of that name.
     """
     from peft import get_peft_model_state_dict
 
     if adapter_name not in getattr(model, "peft_config", {}):
         known = ", ".join(getattr(model, "peft_config", {})) or "none (is it a PeftModel?)"
-        raise AdapterError(f"the model has no adapter {adapter_name!r}; its adapters are {known}")
+        raise OptionError(f"the model has no adapter {adapter_name!r}; its adapters are {known}")
     config = model.peft_config[adapter_name].to_dict()
     config["peft_type"] = str(getattr(config["peft_type"], "value", config["peft_type"]))
     config["task_type"] = getattr(config.get("task_type"), "value", config.get("task_type"))
@@ -160,7 +161,7 @@ def _downloaded(source: Source) -> Path:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         here = "" if Path(source.path).is_absolute() else f" (paths begin in {Path.cwd()})"
-        raise AdapterError(
+        raise AdapterNotFoundError(
             f"{source.path} is neither a directory nor a hub repository that can be reached{here}"
             f"{similar_path(source.path)}: {reason}"
         ) from error

@@ -93,17 +93,16 @@ def _pairs(words: Sequence[str], known: Sequence[str]) -> list[tuple[str, str]]:
 def _new_recipe(
     adapters: Sequence[str], fields: dict[str, Any], options: dict[str, Any]
 ) -> "Recipe":
-    from pcb_peft.adapters.source import Source
     from pcb_peft.recipes.recipe import Recipe
 
-    return Recipe(adapters=tuple(map(Source, adapters)), options=options, **fields)
+    return Recipe.parse(adapters=list(adapters), options=options, **fields)
 
 
 def _changed_recipe(
     file: Path, fields: dict[str, Any], options: dict[str, Any]
 ) -> "tuple[Recipe, list[str]]":
     """A recipe from a file, with these fields and options instead of its own."""
-    from pcb_peft.recipes.recipe import read_recipe
+    from pcb_peft.recipes.recipe import Recipe, read_recipe
 
     recipe = read_recipe(file)
     method, space = fields.get("method", recipe.method), fields.get("space", recipe.space)
@@ -116,4 +115,6 @@ def _changed_recipe(
         notes.append(f"changed on the command line, against {file}: {', '.join(changed)}")
     if dropped := [name for name in recipe.options if name not in {**kept, **options}]:
         notes.append(f"left out, because {method} has no such option: {', '.join(dropped)}")
-    return dataclasses.replace(recipe, options=kept | options, **fields), notes
+    parsed = Recipe.parse(adapters=recipe.adapters, **fields)
+    changes = {name: getattr(parsed, name) for name in fields}
+    return dataclasses.replace(recipe, options=kept | options, **changes), notes

@@ -1,6 +1,7 @@
 """Task statistics: one matrix per module, measured on an adapter's texts, in a file that names its adapter by hash."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -141,22 +142,30 @@ def open_statistics(statistics: StatisticsLike) -> TaskStatistics:
             "take sha256 out of the recipe"
         )
 
-    def load(module: str) -> Tensor:
-        with safe_open(path, framework="pt") as file:  # pyright: ignore[reportUnknownVariableType]
-            return file.get_tensor(module)
-
     return TaskStatistics(
         kind=metadata["kind"],
         shapes=shapes,
-        load=load,
+        load=functools.partial(_load, path),
         count=int(metadata["count"]),
         sha256=metadata["adapter_sha256"] or None,
         source=dataclasses.replace(source, sha256=sha256),
     )
 
 
-def check_statistics(statistics: Sequence[TaskStatistics], adapters: Sequence[Adapter]) -> None:
+def _load(path: Path, module: str) -> Tensor:
+    with safe_open(path, framework="pt") as file:  # pyright: ignore[reportUnknownVariableType]
+        return file.get_tensor(module)
+
+
+def check_statistics(
+    statistics: Sequence[TaskStatistics], adapters: Sequence[Adapter], *, hashed: bool = True
+) -> None:
     """Check that there is one statistic for each adapter, all of one kind, measured with that adapter.
+
+    Args:
+        statistics: Statistics, in the adapters' order.
+        adapters: The adapters.
+        hashed: False if the adapters' files were not read, so that their hashes may be unknown.
 
     Raises:
         OptionError: There are more or fewer, or several kinds.
@@ -172,10 +181,10 @@ def check_statistics(statistics: Sequence[TaskStatistics], adapters: Sequence[Ad
             f"the statistics are of kinds {' and '.join(kinds)}; give files of one kind"
         )
     for one, adapter in zip(statistics, adapters, strict=True):
-        _check_adapter(one, adapter)
+        _check_adapter(one, adapter, hashed=hashed)
 
 
-def _check_adapter(statistics: TaskStatistics, adapter: Adapter) -> None:
+def _check_adapter(statistics: TaskStatistics, adapter: Adapter, *, hashed: bool) -> None:
     """Check that statistics belong to an adapter.
 
     Raises:
@@ -184,7 +193,8 @@ def _check_adapter(statistics: TaskStatistics, adapter: Adapter) -> None:
     source = statistics.source
     where = source.path if source else f"the statistics of {adapter.name}"
     sha256 = adapter.source.sha256 if adapter.source else None
-    if statistics.sha256 is not None and statistics.sha256 != sha256:
+    known = hashed or sha256 is not None
+    if known and statistics.sha256 is not None and statistics.sha256 != sha256:
         raise MismatchError(
             f"{where}: collected with an adapter whose tensors have SHA-256 {statistics.sha256}, but {adapter.name} "
             f"has {sha256}; give the files in the adapters' order, or collect them again from the saved adapter"

@@ -1,23 +1,15 @@
-"""The rank of what leaves: optimal truncation of a delta, and the energy that it retains."""
+"""Optimal truncation of a delta to a rank, and the energy that it retains."""
 
 import functools
 import math
-import re
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from pcb_peft.deltas.delta import Core, Delta, Dense, LowRank, Rescaled
 from pcb_peft.deltas.linalg import Basis, Svd, column_signs, leading_svd, significant, spanned, svd
-from pcb_peft.errors import OptionError
+from pcb_peft.deltas.rank_choice import LOSSLESS, EnergyFraction, FixedRank, Lossless, Truncation
 from pcb_peft.runtime.threads import one_thread
-
-Rank: TypeAlias = int | float | str | None
-"""An integer, a fraction of the energy to retain, "budget:N" or "utility:N" (of all modules together), "full" (dense),
-or None: lossless where the space allows it."""
-
-BUDGET = re.compile(r"(budget|utility):([1-9]\d*)")
 
 EXACT_SIZE = 512  # a matrix that has at most so many rows or columns is decomposed in full
 FIRST_GUESS = (
@@ -26,36 +18,13 @@ FIRST_GUESS = (
 NOISE = {torch.float64: 1e-12, torch.float32: 1e-6}  # the part of the largest σ that is rounding
 
 
-def check_rank(rank: object) -> Rank:
-    """The rank, if it is one.
-
-    Raises:
-        OptionError: It is not.
-    """
-    if rank is None or rank == "full" or (isinstance(rank, str) and BUDGET.fullmatch(rank)):
-        return rank  # type: ignore[return-value]
-    if (type(rank) is int and rank >= 1) or (type(rank) is float and 0 < rank < 1):
-        return rank
-    raise OptionError(
-        f"rank is {rank!r}; it must be an integer from 1, an energy fraction in (0, 1), 'budget:N' (ranks of all "
-        "modules together, by energy), 'utility:N' (likewise, by net utility), 'full' (dense, for folding), or None "
-        "(lossless where the space allows it)"
-    )
-
-
-def budget_of(rank: object, kind: str = "budget") -> int | None:
-    """N of "budget:N", or of another kind of budget; None for any other rank."""
-    found = BUDGET.fullmatch(rank) if isinstance(rank, str) else None
-    return int(found[2]) if found and found[1] == kind else None
-
-
 @one_thread()
-def truncate(delta: Delta, rank: int | float | None) -> tuple[LowRank, float]:
+def truncate(delta: Delta, rank: Truncation) -> tuple[LowRank, float]:
     """The closest delta of lower rank (Eckart and Young), with balanced factors.
 
     Args:
         delta: Low-rank, core or dense.
-        rank: At most so many, or as few as retain this fraction of the energy; None drops nothing but rounding.
+        rank: At most this rank, or the lowest that keeps this fraction of the energy; `Lossless` drops only rounding.
 
     Returns:
         The truncated delta, float32, and the retained fraction of ‖ΔW‖²_F.
@@ -68,7 +37,7 @@ def truncate(delta: Delta, rank: int | float | None) -> tuple[LowRank, float]:
     return LowRank(lora_A.float(), lora_B.float(), layout=delta.layout), energy
 
 
-def truncate_low_rank_part(delta: Rescaled, rank: int | float | None) -> tuple[Delta, float]:
+def truncate_low_rank_part(delta: Rescaled, rank: Truncation) -> tuple[Delta, float]:
     """The closest delta with the same gain whose low-rank part has a lower rank.
 
     Args:
@@ -79,11 +48,11 @@ def truncate_low_rank_part(delta: Rescaled, rank: int | float | None) -> tuple[D
         The truncated delta, and 1 − ‖lost‖²_F / ‖ΔW‖²_F; 0 where more is lost than ΔW has.
     """
     delta = delta.without_zero_rows()
-    if rank is None and isinstance(delta.added, LowRank):
+    if rank == LOSSLESS and isinstance(delta.added, LowRank):
         return delta, 1.0
-    if isinstance(rank, float):
-        share = 1 - (1 - rank) * _energy_ratio(delta)
-        rank = share if share > 0 else 1
+    if isinstance(rank, EnergyFraction):
+        share = 1 - (1 - rank.fraction) * _energy_ratio(delta)
+        rank = EnergyFraction(share) if share > 0 else FixedRank(1)
     added, energy = truncate(delta.added, rank)
     return delta.with_low_rank_part(added), energy_of_whole(delta, energy)
 
@@ -151,27 +120,42 @@ def _across(basis: Basis | None, rows: Tensor) -> Tensor:
     return rows if basis is None else basis.across(rows)
 
 
-def _leading(matrix: Tensor, rank: int | float | None, total: float) -> Svd:
-    """The singular triplets that a rank asks for."""
+def _leading(matrix: Tensor, rank: Truncation, total: float) -> Svd:
+    """Return the singular triplets that a rank asks for."""
     u, s, vh = _enough(matrix, rank, total)
     count = max(1, min(_count(s, rank, total), int((s > NOISE[s.dtype] * s[0]).sum())))
     return u[:, :count], s[:count], vh[:count]
 
 
-def _enough(matrix: Tensor, rank: int | float | None, total: float) -> Svd:
-    """The leading triplets, at least as many as the rank asks for: a few of a large matrix, or else all."""
-    smaller = min(matrix.shape)
-    count = rank if isinstance(rank, int) else FIRST_GUESS
-    while rank is not None and smaller > EXACT_SIZE and count < smaller // 4:
-        triplets = leading_svd(matrix.float(), count)
-        if isinstance(rank, int) or float(triplets[1].double().square().sum()) >= rank * total:
-            return triplets
-        count *= 2
+def _enough(matrix: Tensor, rank: Truncation, total: float) -> Svd:
+    """Return the leading triplets, at least as many as the rank asks for: a few of a large matrix, or else all."""
+    match rank:
+        case FixedRank(count) if _worth_searching(matrix, count):
+            return leading_svd(matrix.float(), count)
+        case EnergyFraction(fraction):
+            count = FIRST_GUESS
+            while _worth_searching(matrix, count):
+                triplets = leading_svd(matrix.float(), count)
+                if float(triplets[1].double().square().sum()) >= fraction * total:
+                    return triplets
+                count *= 2
+        case _:
+            pass
     return svd(matrix)
 
 
-def _count(s: Tensor, rank: int | float | None, total: float) -> int:
-    """How many of the singular values a rank asks for."""
-    if isinstance(rank, float):
-        return int((s.double().square().cumsum(0) < rank * total).sum()) + 1
-    return len(s) if rank is None else rank
+def _worth_searching(matrix: Tensor, count: int) -> bool:
+    """True if a randomised search for so many triplets is faster than a full decomposition."""
+    smaller = min(matrix.shape)
+    return smaller > EXACT_SIZE and count < smaller // 4
+
+
+def _count(s: Tensor, rank: Truncation, total: float) -> int:
+    """Return the number of singular values that a rank asks for."""
+    match rank:
+        case Lossless():
+            return len(s)
+        case FixedRank(count):
+            return count
+        case EnergyFraction(fraction):
+            return int((s.double().square().cumsum(0) < fraction * total).sum()) + 1

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pcb_peft.deltas.delta import Delta, LowRank
 from pcb_peft.deltas.rank import truncate
+from pcb_peft.deltas.rank_choice import LOSSLESS
 from pcb_peft.errors import OptionError
 
 
@@ -23,7 +24,7 @@ def within_budget(deltas: Mapping[str, Delta], total: int) -> dict[str, tuple[Lo
         raise OptionError(
             f"rank is a budget of {total}, but there are {len(deltas)} modules: give at least one each"
         )
-    balanced = {module: truncate(delta, None) for module, delta in deltas.items()}
+    balanced = {module: truncate(delta, LOSSLESS) for module, delta in deltas.items()}
     spectra = {module: _spectrum(delta) for module, (delta, _) in balanced.items()}
     ranks = shared_out(spectra, total)
     return {

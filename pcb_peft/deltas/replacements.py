@@ -1,15 +1,24 @@
 """Values that an adapter replaces in the base model instead of adding to them: parameters, and rows of embeddings."""
 
 import dataclasses
+import typing
 from collections.abc import Callable, Collection, Container, Iterable, Mapping
+from typing import Literal, TypeAlias
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
 HEADS = "heads"  # folder beside an adapter
-TIES = ("refuse", "untie", "both")
-POLICIES = ("keep-each", "average", "first", "refuse")
+
+Tied: TypeAlias = Literal["refuse", "untie", "both"]
+"""What a fold does with tied weights that would change differently."""
+
+HeadPolicy: TypeAlias = Literal["keep-each", "average", "first", "refuse"]
+"""What a merge does with parameters that several adapters replace."""
+
+TIES: tuple[Tied, ...] = typing.get_args(Tied)
+POLICIES: tuple[HeadPolicy, ...] = typing.get_args(HeadPolicy)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

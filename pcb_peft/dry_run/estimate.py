@@ -15,25 +15,21 @@ import torch
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.loading import load_adapters
 from pcb_peft.base.model import lazy_base
-from pcb_peft.data.statistics_file import open_statistics
+from pcb_peft.deltas.dtypes import parse_dtype
+from pcb_peft.deltas.rank_choice import Full
 from pcb_peft.dry_run.module_cost import ModuleCost, module_costs, modules_at_once
 from pcb_peft.dry_run.output_size import (
     adapter_bytes,
     folded_bytes,
     head_bytes,
-    with_unreadable_heads,
 )
 from pcb_peft.dry_run.probes import best_of
-from pcb_peft.merging.compatibility import AdapterSet, common_base
-from pcb_peft.merging.dora_or_lora import fall_back_to_lora
-from pcb_peft.merging.engine import DEFAULT_MEMORY, load_and_resolve
+from pcb_peft.merging.compatibility import AdapterSet
 from pcb_peft.merging.finish import check_writable
-from pcb_peft.merging.heads import merge_heads
-from pcb_peft.merging.plan import Setting, calibrations_of, plan
-from pcb_peft.methods import get_method
-from pcb_peft.recipes.peft_aliases import method_of, resolve_peft_alias
+from pcb_peft.merging.plan import Setting
+from pcb_peft.merging.prepare import prepare
 from pcb_peft.recipes.recipe import Recipe
-from pcb_peft.runtime.resources import number_of_bytes
+from pcb_peft.runtime.resources import DEFAULT_MEMORY, number_of_bytes
 from pcb_peft.tasks.limits import DEFAULT_LIMITS
 
 PROCESS_BYTES = 250 << 20  # Python with torch and this package
@@ -77,7 +73,7 @@ def estimate_merge(
     recipe: Recipe,
     *,
     max_memory: int | str = DEFAULT_MEMORY,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     rank_pattern: bool = False,
     fold: bool = False,
 ) -> Estimate:
@@ -94,17 +90,12 @@ def estimate_merge(
         PcbPeftError: As they do, where that can be known from the headers.
     """
     check_writable(recipe, fold=fold)
-    base, room = lazy_base(recipe.base_model), number_of_bytes(max_memory)
+    dtype, room = parse_dtype(dtype), number_of_bytes(max_memory)
+    base = lazy_base(recipe.base_model)
     given = load_adapters(recipe.adapters, base_model=base, hashed=False)
-    adapters, _ = fall_back_to_lora(load_and_resolve(recipe, given, base), base)
-    common_base(adapters, recipe.base_model)  # refuses different ones
-    alignment = AdapterSet(adapters)
-    method = get_method(method_of(recipe.method))
-    measured = next(map(open_statistics, recipe.statistics), None)
-    kind = measured.kind if measured else None
-    recipe, settings = plan(resolve_peft_alias(recipe, adapters), method, alignment, kind)
-    recipe, before, after = calibrations_of(recipe, alignment)
-    merged_heads = merge_heads(with_unreadable_heads(adapters), recipe.weights or (), recipe.heads)
+    prepared = prepare(recipe, given, headers_only=True)
+    alignment, merged_heads = prepared.adapter_set, prepared.heads
+    settings, (before, after) = prepared.plan.settings, prepared.plan[2:]
     costs = [
         cost
         for setting in settings
@@ -130,7 +121,7 @@ def estimate_merge(
         + stored
         + min(room, kept)
         + max((cost.working for cost in costs), default=0)
-        + (0 if recipe.rank == "full" else result + copied)
+        + (0 if recipe.rank == Full() else result + copied)
         + max((_statistics_bytes(alignment, setting, costs) for setting in settings), default=0),
         seconds=sum(cost.seconds + again * cost.encode for cost in costs)
         + stored * _hash_seconds(),

@@ -10,7 +10,16 @@ import torch
 from pcb_peft.calibrations import Calibration, prepared
 from pcb_peft.deltas.delta import Delta, Dense, Diagonal, LowRank, Rescaled
 from pcb_peft.deltas.linalg import GROUP
-from pcb_peft.deltas.rank import Rank, budget_of, truncate
+from pcb_peft.deltas.rank import truncate
+from pcb_peft.deltas.rank_choice import (
+    LOSSLESS,
+    EnergyFraction,
+    FixedRank,
+    Full,
+    NetUtility,
+    RankBudget,
+    RankChoice,
+)
 from pcb_peft.dry_run.output_size import OutputShape
 from pcb_peft.dry_run.probes import Kinds, Probe, Shape, best_of, probes_of, timed
 from pcb_peft.merging.compatibility import AdapterSet
@@ -53,7 +62,7 @@ class ModuleCost:
 def module_costs(
     alignment: AdapterSet,
     setting: Setting,
-    rank: Rank,
+    rank: RankChoice,
     before: Sequence[Calibration],
     after: Sequence[Calibration],
     room: int,
@@ -95,12 +104,12 @@ def _limited(
     alignment: AdapterSet,
     module: str,
     setting: Setting,
-    rank: Rank,
+    rank: RankChoice,
     after: Sequence[Calibration],
 ) -> OutputShape:
     """What is left of a module, of no higher rank than there can be."""
-    limits = [budget_of(rank, kind) for kind in ("budget", "utility")]
-    if isinstance(rank, float) and not setting.space.low_rank_output:
+    limits: list[int | None] = [rank.total] if isinstance(rank, RankBudget | NetUtility) else []
+    if isinstance(rank, EnergyFraction) and not setting.space.low_rank_output:
         limits.append(left.rank)
     elif not after:
         limits.append(alignment.total_rank(module, in_parts=setting.in_parts))
@@ -131,7 +140,7 @@ class _Pair:
     def __init__(
         self,
         setting: Setting,
-        rank: Rank,
+        rank: RankChoice,
         weights: Sequence[float],
         before: Sequence[Calibration],
         after: Sequence[Calibration],
@@ -234,13 +243,13 @@ class _Pair:
 
     def _left(self, delta: Delta) -> OutputShape:
         """What becomes of a delta; of at most that rank where only the data knows."""
-        if self.rank == "full" or isinstance(delta, Diagonal):
+        if self.rank == Full() or isinstance(delta, Diagonal):
             return OutputShape(delta.shape, None)
         rescales = isinstance(delta, Rescaled)
-        rank = self.rank if isinstance(self.rank, int) else None
-        if rank is None and not self.setting.space.low_rank_output:
-            rank = self.total_rank
-        if isinstance(delta, LowRank) and rank is None:
+        rank = self.rank if isinstance(self.rank, FixedRank) else LOSSLESS
+        if rank == LOSSLESS and not self.setting.space.low_rank_output:
+            rank = FixedRank(self.total_rank)
+        if isinstance(delta, LowRank) and rank == LOSSLESS:
             return OutputShape(delta.shape, delta.rank)
         return OutputShape(delta.shape, truncate(delta.low_rank_part, rank)[0].rank, rescales)
 

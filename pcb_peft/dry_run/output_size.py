@@ -2,14 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 
 import torch
-from torch import Tensor
 
-from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.base.model import BaseModel, split_parameter_name
-from pcb_peft.deltas.replacements import Parameter, Replacements
+from pcb_peft.deltas.replacements import Parameter
 from pcb_peft.merging.heads import MergedHeads
 
 FLOAT = torch.float32.itemsize  # of magnitudes, and of what stands beside the weights
@@ -83,32 +81,6 @@ def folded_bytes(
         ends = {base.parameter(*split_parameter_name(n)) for n in weights if base.names.tied(n)}
         total += sum(sizes[name] for name in ends)
     return total
-
-
-def with_unreadable_heads(adapters: Sequence[Adapter]) -> list[Adapter]:
-    """The same adapters, as far as headers tell: no two replace a parameter by the same values."""
-    return [
-        dataclasses.replace(
-            adapter,
-            head=_unread(adapter.head),
-            heads={name: _unread(head) for name, head in adapter.heads.items()},
-        )
-        for adapter in adapters
-    ]
-
-
-def _unread(head: Replacements) -> Replacements:
-    parameters = {name: _other(new.shape) for name, new in head.parameters.items()}
-    return dataclasses.replace(head, parameters=parameters)
-
-
-def _other(shape: tuple[int, ...]) -> Parameter:
-    """A parameter that equals no other, and takes no memory."""
-
-    def load() -> Tensor:
-        return torch.full((), math.nan).expand(shape)
-
-    return Parameter(shape, load)
 
 
 def _kept_bytes(merged_heads: MergedHeads) -> int:

@@ -11,16 +11,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pcb_peft.adapters.adapter import Adapter, DeltaMapping
+from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.adapters.delta_mapping import DeltaMapping
 from pcb_peft.adapters.source import Source
 from pcb_peft.base.model import BaseModel, open_base_model
 from pcb_peft.deltas.delta import Dense, LowRank
-from pcb_peft.deltas.rank import check_rank, truncate
+from pcb_peft.deltas.rank import truncate
+from pcb_peft.deltas.rank_choice import EnergyFraction, FixedRank, Lossless, parse_rank
 from pcb_peft.deltas.replacements import Parameter, Replacements
 from pcb_peft.errors import AdapterError, MismatchError, OptionError, UnsupportedError
 from pcb_peft.formats import LazyDelta
 from pcb_peft.formats.lazy_delta import vector_delta
-from pcb_peft.merging.report import ModuleReport, Report
+from pcb_peft.merging.report import ModuleReport, Report, ReportBuilder
 from pcb_peft.runtime.progress import Track, tracker
 
 MATRICES = (".weight", ".in_proj_weight")  # parameters that a LoRA can change, if they are matrices
@@ -73,35 +75,35 @@ def extract_adapter(
         UnsupportedError: A LoRA cannot hold a change; the message names it.
         AdapterError: Nothing has changed.
     """
-    if isinstance(check_rank(rank), str):
+    choice = parse_rank(rank)
+    if not isinstance(choice, Lossless | FixedRank | EnergyFraction):
         raise OptionError(f"rank is {rank!r}; extraction takes an integer, a fraction, or None")
     started = time.perf_counter()
     tuned, base = _opened(finetuned), _opened(base_model)
     comparison = _compare(tuned, base, tuple(leave_out), tracker(progress))
-    report = Report("extract", "dense", "module", notes=comparison.notes)
+    report = ReportBuilder(comparison.notes)
     entries = {
         _module(name): _entry(tuned, base, name, before)
         for name, before in comparison.changed.items()
     }
     head = _head(tuned, base, comparison, {name.rpartition(".")[0] for name in comparison.new})
     biases: dict[str, Callable[[], Tensor]] = {}
-    if rank is not None:
+    if not isinstance(choice, Lossless):
         vectors = [
             name
             for name in comparison.changed
             if len(tuned.tensors[tuned.names.files[name]].shape) == 1
         ]
-        lora = _as_lora(entries, rank, base, report)
+        lora = _as_lora(entries, choice, base, report)
         biases, whole = _vectors(tuned, vectors, lora)
         entries = lora | {name: entries[name] for name in biases}
         head = _head(tuned, base, comparison, whole | set(head.modules))
-    report.seconds = time.perf_counter() - started
     return ExtractedAdapter(
         name=Source(tuned.source).name,
         modules=DeltaMapping(entries),
         base_model=base.source,
         head=head,
-        report=report,
+        report=report.build("extract", "dense", "module", time.perf_counter() - started),
         biases=biases,
     )
 
@@ -233,7 +235,10 @@ def _head(
 
 
 def _as_lora(
-    entries: Mapping[str, LazyDelta], rank: int | float, base: BaseModel, report: Report
+    entries: Mapping[str, LazyDelta],
+    rank: FixedRank | EnergyFraction,
+    base: BaseModel,
+    report: ReportBuilder,
 ) -> dict[str, LazyDelta]:
     """The changes of matrices at this rank."""
     lora: dict[str, LazyDelta] = {}

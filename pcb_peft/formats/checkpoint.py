@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pcb_peft.deltas.dtypes import SAFETENSORS_FLOATS
 from pcb_peft.deltas.linalg import all_finite
-from pcb_peft.errors import AdapterError
+from pcb_peft.errors import AdapterError, AdapterNotFoundError
 from pcb_peft.runtime.threads import one_thread
 
 CONFIG = "adapter_config.json"
@@ -160,7 +160,7 @@ def open_tensors(directory: Path) -> Tensors:
         return SafetensorsFile(directory / SAFETENSORS)
     path = directory / PICKLE
     if not path.is_file():
-        raise AdapterError(f"{directory} has neither {SAFETENSORS} nor {PICKLE}")
+        raise AdapterNotFoundError(f"{directory} has neither {SAFETENSORS} nor {PICKLE}")
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

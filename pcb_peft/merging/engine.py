@@ -1,142 +1,149 @@
-"""The merge: check, let the adapters compete, set the rank, report."""
+"""The merge: prepare, merge every module, set the rank, report."""
 
 import dataclasses
 import functools
-import itertools
 import time
 import warnings
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pcb_peft.adapters.adapter import Adapter, DeltaMapping
+from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.adapters.delta_mapping import DeltaMapping
 from pcb_peft.adapters.loading import load_adapters
-from pcb_peft.adapters.source import IN_MEMORY, Source
-from pcb_peft.base.model import BaseModel, lazy_base
-from pcb_peft.data.statistics_file import (
-    StatisticsLike,
-    TaskStatistics,
-    check_statistics,
-    open_statistics,
-)
-from pcb_peft.deltas.rank import Rank, budget_of
-from pcb_peft.errors import OptionError, ProcessError
+from pcb_peft.adapters.source import Source
+from pcb_peft.base.model import lazy_base
+from pcb_peft.data.statistics_file import StatisticsLike, TaskStatistics, open_statistics
+from pcb_peft.deltas.rank_choice import Full, NetUtility, RankLike, module_rank
+from pcb_peft.deltas.replacements import HeadPolicy, Tied
+from pcb_peft.errors import OptionError
 from pcb_peft.formats import LazyDelta
-from pcb_peft.merging.compatibility import AdapterSet, common_base, refuse_other_names
-from pcb_peft.merging.dora_or_lora import fall_back_to_lora, lift_to_dora
-from pcb_peft.merging.finish import ModuleFinalizer, apply_rank_budget
-from pcb_peft.merging.heads import merge_heads
-from pcb_peft.merging.module_merger import MergeModule, ModuleMerger
+from pcb_peft.merging.compatibility import AdapterSet
+from pcb_peft.merging.dora_or_lora import lift_to_dora
+from pcb_peft.merging.finish import ModuleFinisher, PendingModule, apply_rank_budget, gather
+from pcb_peft.merging.module_merger import Machine, MergeModule, ModuleMerger
 from pcb_peft.merging.net_utility import select_by_net_utility
-from pcb_peft.merging.plan import Setting, calibrations_of, plan
-from pcb_peft.merging.report import LOW_ENERGY, Report
-from pcb_peft.merging.resolve_base import chain_on_base, resolve_against_base
+from pcb_peft.merging.plan import Setting
+from pcb_peft.merging.prepare import Prepared, prepare, sources_of
+from pcb_peft.merging.report import LOW_ENERGY, Report, ReportBuilder
 from pcb_peft.merging.result import MergedAdapter
+from pcb_peft.merging.scopes import Calibrated, GlobalScope, ModuleScope, Passthrough
 from pcb_peft.methods import MergeMethod, get_method
-from pcb_peft.recipes.overrides import Override, read_overrides, read_weights
-from pcb_peft.recipes.peft_aliases import method_of, resolve_peft_alias
-from pcb_peft.recipes.recipe import Recipe, Step, steps
-from pcb_peft.runtime.processes import Processes, current
+from pcb_peft.recipes.overrides import OverrideLike, Scope
+from pcb_peft.recipes.peft_aliases import method_of
+from pcb_peft.recipes.recipe import Recipe, read_recipe
+from pcb_peft.recipes.steps import StepsLike
+from pcb_peft.recipes.weights import WeightsLike
 from pcb_peft.runtime.progress import Track, tracker
-from pcb_peft.runtime.resources import number_of_bytes, working_device
-from pcb_peft.spaces import get_space
-from pcb_peft.version import __version__
-
-DEFAULT_MEMORY = 2 << 30
+from pcb_peft.runtime.resources import DEFAULT_MEMORY, number_of_bytes, working_device
 
 
 def merge_adapters(  # noqa: PLR0913  (every choice of a merge, by name)
     adapters: Sequence[str | Path | Source | tuple[Any, str] | Adapter],
     method: str | MergeMethod = "pcb",
-    weights: Sequence[float | Sequence[float]] | None = None,
+    weights: WeightsLike | None = None,
     space: str = "auto",
-    scope: str = "auto",
-    rank: Rank = None,
+    scope: Scope = "auto",
+    rank: RankLike = None,
     base_model: str | Path | None = None,
     device: str | torch.device | None = None,
     seed: int = 0,
     progress: bool | None = None,
     *,
-    overrides: Sequence[Override | Mapping[str, Any]] = (),
-    before: Step | Sequence[Step] = (),
-    after: Step | Sequence[Step] = (),
-    heads: str = "keep-each",
-    tied: str = "refuse",
+    overrides: Sequence[OverrideLike] = (),
+    before: StepsLike = (),
+    after: StepsLike = (),
+    heads: HeadPolicy = "keep-each",
+    tied: Tied = "refuse",
     chain: bool = False,
     max_memory: int | str = DEFAULT_MEMORY,
     statistics: Sequence[StatisticsLike] = (),
     **options: Any,
 ) -> MergedAdapter:
-    """Merges adapters of one base model into one adapter.
+    """Merge adapters of one base model into one adapter.
 
     Args:
         adapters: Directories, hub ids, (PeftModel, adapter name) or loaded adapters; one or more.
         method: A name from `list_methods()`, one of PEFT's (`cat`, `svd`, `ties_svd` …), or a `MergeMethod`.
         weights: The λ of the papers, one per adapter; default 1.0 each. A list of numbers instead of one is a gradient
             from the first layer to the last.
-        space: Where the adapters compete: a name from `list_spaces()`; "auto": the method's own.
-        scope: Of the statistics: "global", "module" (each weight alone) or "auto": the method's own.
-        rank: Of the result: an integer; a fraction in (0, 1) of the energy to keep; "budget:N": N ranks, shared out by
-            energy over all modules (save with ``rank_pattern=True``); "utility:N": the N directions of the adapters
-            that help their own task more than they disturb the others, chosen before the merge;
-            "full": dense, for folding; None: lossless where the space allows it, else the sum of the adapters' ranks.
-        base_model: Path or hub id; settles which base model it is where the adapters' names for it differ.
-        device: Where tiles are computed; default: the CPU.
-        seed: Of random methods.
-        progress: Show bars; default: on a terminal.
+        space: The coordinates in which the adapters are merged: a name from `list_spaces()`; "auto": the method's own.
+        scope: Where the method takes its statistics: "global" (the whole adapter, as in the papers), "module" (each
+            weight alone), or "auto": the method's own.
+        rank: Rank of the result: an integer; a fraction in (0, 1) of the energy to keep; "budget:N": N ranks,
+            distributed over all modules (save with ``rank_pattern=True``); "utility:N": the N directions of the
+            adapters with the best benefit-to-interference score, chosen before the merge; "full": dense, for folding;
+            None: lossless where the space allows it, else the sum of the adapters' ranks.
+        base_model: Path or hub id of the base model. Needed where a delta depends on W (DoRA, PiSSA, (IA)³ among
+            LoRAs), and where the adapters name different base models.
+        device: Where tiles are computed, such as "cuda"; default: the CPU.
+        seed: Seed of random methods.
+        progress: Show progress bars; default: on a terminal.
         overrides: What some modules do differently, such as ``{"modules": "*.mlp.*", "method": "ties", "options":
-            {"density": 0.3}}``; the first that matches a module has it. See `Override`.
+            {"density": 0.3}}``; the first override that matches a module wins. See `Override`.
         before: Calibrations of the adapters, in this order: names, or name to options (`list_calibrations`).
         after: Calibrations of the merge, such as "svc" or {"exponent": {"power": 0.5}}, likewise.
-        heads: What becomes of what several adapters replace by different values (modules_to_save, embeddings, token
-            rows): "keep-each" (a file per adapter), "average" (by weight), "first" or "refuse". What only one replaces,
-            or all alike, is part of the result.
-        tied: What a fold of the result does with tied weights that do not change alike: "refuse", "untie" or "both".
+        heads: What happens to fully trained layers (modules_to_save, embeddings, token rows) that differ between
+            adapters: "keep-each" (a file per adapter), "average" (by weight), "first" or "refuse". A layer that only
+            one adapter holds, or all alike, is part of the result.
+        tied: How the result is folded when only one of two tied matrices changes: "refuse", "untie" or "both".
         chain: Each adapter was trained on top of those before it, not on the bare base model.
-        max_memory: Bytes that the merge may hold on to between its passes, beside one module and the result: a number,
-            or "1G". It changes how long a merge takes, never what comes out.
+        max_memory: Limit of what is cached between passes, in bytes or as "1G". Peak memory is roughly this, the
+            largest module and the result. It changes how long a merge takes, never the result.
         statistics: For methods that need data: one file per adapter, from `collect_statistics` or `pcb-peft collect`.
-        **options: Of the method and the space, as `density` for `pcb`.
+        **options: Options of the method and the space, such as `density` of `pcb`.
+
+    Returns:
+        The merged adapter. Its `report` says what was decided and what it cost.
 
     Raises:
-        OptionError: A value that is not allowed.
-        AdapterError: An adapter that cannot be read, or holds what is not supported.
-        MismatchError: Adapters that do not fit each other.
+        OptionError: A value is not allowed.
+        AdapterError: An adapter cannot be read, or holds something that is not supported.
+        MismatchError: The adapters do not fit each other.
+
+    Example:
+        merged = merge_adapters(["math-lora", "code-lora"], "ties", [1.0, 0.5], density=0.3)
+        merged.save_pretrained("merged")
     """
-    if isinstance(adapters, str | Path):
-        raise OptionError(f"adapters is {str(adapters)!r}; it must be a list: [{str(adapters)!r}]")
+    _refuse_one_adapter(adapters)
     chosen = method if isinstance(method, MergeMethod) else get_method(method_of(method))
     loaded = load_adapters(adapters, base_model=lazy_base(base_model))
-    measured = [open_statistics(one) for one in statistics]
-    recipe = Recipe(
-        adapters=_sources(loaded),
-        weights=None if weights is None else read_weights(weights),
+    opened = [open_statistics(one) for one in statistics]
+    recipe = Recipe.parse(
+        adapters=sources_of(loaded),
+        weights=weights,
         method=method if isinstance(method, str) else method.name,
         space=space,
         scope=scope,
         rank=rank,
         options=options,
-        overrides=read_overrides(overrides),
-        before=steps("before", before),
-        after=steps("after", after),
+        overrides=overrides,
+        before=before,
+        after=after,
         heads=heads,
         tied=tied,
         chain=chain,
-        base_model=None if base_model is None else str(base_model),
+        base_model=base_model,
         seed=seed,
-        statistics=_sources(measured),
+        statistics=sources_of(opened),
     )
     return merge(
-        recipe, loaded, chosen, measured, device=device, progress=progress, max_memory=max_memory
+        recipe, loaded, chosen, opened, device=device, progress=progress, max_memory=max_memory
     )
+
+
+def _refuse_one_adapter(given: object) -> None:
+    """Raises OptionError for something that is not a list."""
+    if isinstance(given, str | Path) or not isinstance(given, Sequence):
+        shown = str(given) if isinstance(given, Path) else given
+        raise OptionError(f"adapters is {shown!r}; it must be a list: [{shown!r}]")
 
 
 def merge(
-    recipe: Recipe,
+    recipe: Recipe | str | Path,
     adapters: Sequence[Adapter] | None = None,
     method: MergeMethod | None = None,
     statistics: Sequence[TaskStatistics] | None = None,
@@ -145,224 +152,173 @@ def merge(
     progress: bool | None = None,
     max_memory: int | str = DEFAULT_MEMORY,
 ) -> MergedAdapter:
-    """Makes what a recipe describes; arguments and errors as those of `merge_adapters`."""
-    started, base = time.perf_counter(), lazy_base(recipe.base_model)
-    method, track = method or get_method(method_of(recipe.method)), tracker(progress)
-    adapters, notes = fall_back_to_lora(load_and_resolve(recipe, adapters, base), base)
-    notes = [*_of_another_version(recipe), *notes]
-    recipe, measured = _with_sources(resolve_peft_alias(recipe, adapters), adapters, statistics)
-    alignment, common = AdapterSet(adapters), common_base(adapters, recipe.base_model)
-    recipe, settings = plan(recipe, method, alignment, measured[0].kind if measured else None)
-    recipe, before, after = calibrations_of(recipe, alignment)
-    merged_heads = merge_heads(adapters, recipe.weights or (), recipe.heads)
-    notes = [*merged_heads.notes, *notes, *common.notes]
-    report = Report(recipe.method, recipe.space, recipe.scope, notes=notes)
-    left = _useful(alignment, settings, recipe.rank, report, track)
-    compete = functools.partial(
-        _competition,
-        device=working_device(device),
-        track=track,
-        max_memory=number_of_bytes(max_memory),
-        seed=recipe.seed,
-        before=before,
-        after=after,
+    """Make the merge that a recipe describes.
+
+    Args:
+        recipe: A recipe, or the path of a recipe file.
+        adapters: The recipe's adapters, if they are loaded already.
+        method: The recipe's method, if it has no registered name.
+        statistics: The recipe's statistics, if they are open already.
+        device: As `merge_adapters` takes it.
+        progress: Likewise.
+        max_memory: Likewise.
+
+    Returns:
+        The merged adapter.
+
+    Raises:
+        PcbPeftError: What `merge_adapters` raises.
+
+    Example:
+        merge("recipe.yaml").save_pretrained("merged")
+    """
+    started = time.perf_counter()
+    asked = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
+    machine = Machine(working_device(device), tracker(progress), number_of_bytes(max_memory))
+    prepared = prepare(asked, adapters, method, statistics)
+    report = ReportBuilder(prepared.notes)
+    chosen = _choose_directions(prepared, machine.track, report)
+    merged: dict[str, LazyDelta] = {}
+    pending: dict[str, PendingModule] = {}
+    for setting in prepared.plan.settings:
+        merger = _merger(setting, chosen, prepared, machine)
+        if not merger.adapter_set.modules:
+            continue  # no direction of these modules was kept
+        finish = _finisher(merger, setting, prepared, report)
+        if finish.rank == Full():
+            pending |= {
+                module: PendingModule(finish, module) for module in merger.adapter_set.modules
+            }
+        else:
+            merged |= gather(finish, report)
+    merged |= {module: one.entry for module, one in pending.items()}
+    lifted = lift_to_dora(merged, prepared.base, prepared.adapter_set.adapters, report)
+    entries = apply_rank_budget(lifted, prepared.recipe.rank, report)
+    return _result(entries, pending, prepared, report, started)
+
+
+def _choose_directions(prepared: Prepared, track: Track, report: ReportBuilder) -> AdapterSet:
+    """The adapters, or with a budget of net utility the part of them that it keeps.
+
+    Raises:
+        OptionError: It keeps nothing.
+    """
+    rank, adapter_set = prepared.recipe.rank, prepared.adapter_set
+    if not isinstance(rank, NetUtility):
+        return adapter_set
+    weights = {
+        module: setting.weights_in(adapter_set.modules)(module)
+        for setting in prepared.plan.settings
+        for module in setting.modules
+    }
+    chosen = AdapterSet(select_by_net_utility(adapter_set, weights, rank.total, track))
+    if not chosen.modules:
+        raise OptionError(
+            f"rank is {rank.as_given!r}, but no direction helps its own task more than it disturbs the others: the "
+            f"adapters are too much alike; 'budget:{rank.total}' distributes the ranks by energy"
+        )
+    counts = {
+        adapter.name: sum(entry.rank or 0 for entry in adapter.modules.entries.values())
+        for adapter in chosen.adapters
+    }
+    kept = ", ".join(f"{count} of {name}" for name, count in counts.items())
+    report.note(f"directions of positive net utility that were kept: {kept}")
+    return chosen
+
+
+def _merger(
+    setting: Setting, chosen: AdapterSet, prepared: Prepared, machine: Machine
+) -> ModuleMerger:
+    """Collect what the modules of a setting need to be merged."""
+    modules = prepared.adapter_set.modules
+    kind = setting.method.needs_statistic
+    shapes = {module: entry.shape for module, entry in modules.items()}
+    return ModuleMerger(
+        chosen.only(setting.modules),
+        setting.weights_in(modules),
+        setting.encode,
+        setting.decide,
+        machine,
+        prepared.recipe.seed,
+        before=prepared.plan.before,
+        statistic=None
+        if kind is None
+        else (kind, functools.partial(_read, prepared.statistics, shapes)),
+        side_by_side=setting.space.low_rank_output,
+        in_parts=setting.in_parts,
     )
-    entries: dict[str, LazyDelta] = {}
-    for setting in settings:
-        entries |= _entries(compete(setting, alignment, left, measured), setting, recipe, report)
-    entries = apply_rank_budget(lift_to_dora(entries, base, adapters, report), recipe.rank, report)
-    report.seconds = time.perf_counter() - started
-    _warn_of_lost_energy(report)
+
+
+def _read(
+    statistics: Sequence[TaskStatistics], shapes: Mapping[str, tuple[int, int]], module: str
+) -> Sequence[Tensor]:
+    """One statistic of a module per adapter."""
+    return [one.of(module, shapes[module]) for one in statistics]
+
+
+def _finisher(
+    merger: ModuleMerger, setting: Setting, prepared: Prepared, report: ReportBuilder
+) -> ModuleFinisher:
+    """Prepare to merge modules one by one; a global scope takes its statistics here."""
+    merge = _in_scope(merger, setting, report)
+    for calibration in prepared.plan.after:
+        merge = Calibrated(merge, merger, calibration)
+    return ModuleFinisher(
+        merger, merge, module_rank(prepared.recipe.rank), setting.space.low_rank_output
+    )
+
+
+def _in_scope(merger: ModuleMerger, setting: Setting, report: ReportBuilder) -> MergeModule:
+    """Choose the scope; a method that keeps an adapter that is alone is not run on it."""
+    adapters = merger.adapter_set.adapters
+    if len(adapters) == 1 and setting.method.identity_on_one:
+        report.note(
+            f"{adapters[0].name} is the only adapter: it is scaled by its weight, and otherwise unchanged"
+        )
+        return Passthrough(merger)
+    if setting.scope == "module":
+        return ModuleScope(merger)
+    scope = GlobalScope(merger)
+    for note in scope.notes:
+        report.note(note)
+    return scope
+
+
+def _result(
+    entries: Mapping[str, LazyDelta],
+    pending: Mapping[str, PendingModule],
+    prepared: Prepared,
+    report: ReportBuilder,
+    started: float,
+) -> MergedAdapter:
+    recipe, adapters = prepared.recipe, prepared.adapter_set.adapters
+    seconds = time.perf_counter() - started
+    counted = report.build(recipe.method, recipe.space, recipe.scope, seconds, len(pending))
+    if (warning := _warning_of_lost_energy(counted)) is not None:
+        report.note(warning)
+        warnings.warn(warning, stacklevel=4)
+    tasks = {adapter.task_type for adapter in adapters}
     return MergedAdapter(
         name="merged",
         modules=DeltaMapping(entries),
-        base=base,
-        base_model=common.name,
-        revision=common.revision,
-        task_type=_common_task(adapters),
-        head=merged_heads.head,
+        base=prepared.base,
+        base_model=prepared.common.name,
+        revision=prepared.common.revision,
+        task_type=tasks.pop() if len(tasks) == 1 else None,
+        head=prepared.heads.head,
         tied=recipe.tied,
-        heads=merged_heads.kept,
+        heads=prepared.heads.kept,
         recipe=dataclasses.replace(recipe, scale=1.0),
-        report=report,
+        report=report.build(recipe.method, recipe.space, recipe.scope, seconds, len(pending)),
+        pending=pending,
     ).scaled(recipe.scale)
 
 
-def _competition(
-    setting: Setting,
-    alignment: AdapterSet,
-    left: AdapterSet,
-    measured: Sequence[TaskStatistics],
-    **common: Any,
-) -> ModuleMerger:
-    """Of the modules of a setting, as far as they are left."""
-    return ModuleMerger(
-        left.only(setting.modules),
-        setting.weights_in(alignment.modules),
-        setting.encode,
-        setting.decide,
-        data=_data(setting.method, measured, alignment),
-        side_by_side=setting.space.low_rank_output,
-        in_parts=setting.in_parts,
-        **common,
-    )
-
-
-def _of_another_version(recipe: Recipe) -> list[str]:
-    """A note on a recipe that belongs to a result of another version of this package."""
-    if recipe.version in (None, __version__):
-        return []
-    return [
-        f"the recipe belongs to a result of pcb_peft {recipe.version}, and this is {__version__}: bytes may differ"
-    ]
-
-
-def load_and_resolve(
-    recipe: Recipe, adapters: Sequence[Adapter] | None, base: Callable[[], BaseModel] | None
-) -> list[Adapter]:
-    """The adapters, by different names, and read beside the base model where that is needed."""
-    loaded = adapters or load_adapters(recipe.adapters, base_model=base)
-    asked = None if recipe.space == "auto" else get_space(recipe.space)
-    loaded = _named_apart(loaded)
-    _refuse_other_files(loaded, current())
-    refuse_other_names(loaded, base)
-    return resolve_against_base(
-        chain_on_base(loaded, base) if recipe.chain else loaded, base, asked
-    )
-
-
-def _refuse_other_files(adapters: Sequence[Adapter], processes: Processes) -> None:
-    """Raises ProcessError where processes do not read the same adapters."""
-    own = [(a.name, a.source and (a.source.sha256, a.source.config_sha256)) for a in adapters]
-    first, *others = processes.all_gather(own)
-    for rank, theirs in enumerate(others, 1):
-        if theirs != first:
-            names = ", ".join(sorted({name for name, _ in set(first) ^ set(theirs)}))
-            raise ProcessError(
-                f"processes 0 and {rank} read different files under the name of {names}; let all processes see the "
-                "same adapters"
-            )
-
-
-def _with_sources(
-    recipe: Recipe, adapters: Sequence[Adapter], given: Sequence[TaskStatistics] | None
-) -> tuple[Recipe, Sequence[TaskStatistics]]:
-    """The recipe with the hashes of its adapters and statistics, and the statistics, checked.
-
-    Raises:
-        OptionError: There is not one for each adapter.
-        MismatchError: One belongs to another adapter.
-    """
-    statistics = given or [open_statistics(source) for source in recipe.statistics]
-    if statistics:
-        check_statistics(statistics, adapters)
-    sources = {"adapters": _sources(adapters), "statistics": _sources(statistics)}
-    return dataclasses.replace(recipe, **sources), statistics
-
-
-def _sources(some: Sequence[Adapter] | Sequence[TaskStatistics]) -> tuple[Source, ...]:
-    """Where they are; those that are in no file have a name only."""
-    return tuple(one.source or Source(f"{IN_MEMORY}{one.name}") for one in some)
-
-
-def _data(
-    method: MergeMethod, statistics: Sequence[TaskStatistics], alignment: AdapterSet
-) -> tuple[str, Callable[[str], Sequence[Tensor]]] | None:
-    """What a competition hands to the method of what was measured."""
-    if method.needs_statistic is None:
+def _warning_of_lost_energy(report: Report) -> str | None:
+    if report.energy >= LOW_ENERGY:
         return None
-
-    def read(module: str) -> Sequence[Tensor]:
-        return [some.of(module, alignment.modules[module].shape) for some in statistics]
-
-    return method.needs_statistic, read
-
-
-def _entries(
-    competition: ModuleMerger, setting: Setting, recipe: Recipe, report: Report
-) -> dict[str, LazyDelta]:
-    """The result of a competition, by module; nothing where there is none to decide on."""
-    if not competition.alignment.modules:
-        return {}
-    produce = competition.calibrated(_contest(competition, setting, report))
-    rank = None if isinstance(recipe.rank, str) and recipe.rank != "full" else recipe.rank
-    finalizer = ModuleFinalizer(
-        competition.alignment, produce, rank, setting.space.low_rank_output, report
+    worst = min(report.modules, key=lambda module: report.modules[module].energy)
+    return (
+        f"the merged adapter retains {report.energy:.1%} of the merged energy (least in {worst}: "
+        f"{report.modules[worst].energy:.1%}); a higher rank, a lossless space or rank='full' and a fold keep more"
     )
-    if rank == "full":
-        return {module: finalizer.lazy(module) for module in competition.alignment.modules}
-    own = dict(zip(competition.own, competition.each(finalizer.finalize, "merge"), strict=True))
-    return finalizer.gather(own, competition.processes)
-
-
-def _contest(competition: ModuleMerger, setting: Setting, report: Report) -> MergeModule:
-    """The competition over the scope, or none where the method keeps an adapter that is alone."""
-    adapters = competition.alignment.adapters
-    if len(adapters) == 1 and setting.method.identity_on_one:
-        name = adapters[0].name
-        report.note(f"{name} is alone: without a competitor it is only scaled by its weight")
-        return competition.passthrough()
-    if setting.scope == "module":
-        return competition.per_module()
-    return competition.global_scope(report.note)
-
-
-def _useful(
-    alignment: AdapterSet, settings: Sequence[Setting], rank: Rank, report: Report, track: Track
-) -> AdapterSet:
-    """The same adapters, or what a budget of net utility leaves of them.
-
-    Raises:
-        OptionError: It leaves nothing.
-    """
-    total = budget_of(rank, "utility")
-    if total is None:
-        return alignment
-    rules = {
-        m: setting.weights_in(alignment.modules) for setting in settings for m in setting.modules
-    }
-    left = AdapterSet(
-        select_by_net_utility(alignment, lambda module: rules[module](module), total, track)
-    )
-    ranks = {
-        adapter.name: sum(e.rank or 0 for e in adapter.modules.entries.values())
-        for adapter in left.adapters
-    }
-    if not left.modules:
-        raise OptionError(
-            f"rank is {rank!r}, but no direction helps its own task more than it disturbs the others: the adapters are "
-            f"too much alike; 'budget:{total}' shares the ranks out by energy"
-        )
-    kept = ", ".join(f"{count} of {name}" for name, count in ranks.items())
-    report.note(f"directions of positive net utility that were kept: {kept}")
-    return left
-
-
-def _named_apart(adapters: Sequence[Adapter]) -> list[Adapter]:
-    """The same adapters, numbered where two have the same name."""
-    total = Counter(adapter.name for adapter in adapters)
-    taken = {name for name, count in total.items() if count == 1}
-    named: list[Adapter] = []
-    for adapter in adapters:
-        numbered = (f"{adapter.name}-{number}" for number in itertools.count(1))
-        single = total[adapter.name] == 1
-        name = adapter.name if single else next(n for n in numbered if n not in taken)
-        taken.add(name)
-        named.append(dataclasses.replace(adapter, name=name))
-    return named
-
-
-def _common_task(adapters: Sequence[Adapter]) -> str | None:
-    tasks = {adapter.task_type for adapter in adapters}
-    return tasks.pop() if len(tasks) == 1 else None
-
-
-def _warn_of_lost_energy(report: Report) -> None:
-    if report.energy < LOW_ENERGY:
-        worst = min(report.modules, key=lambda module: report.modules[module].energy)
-        message = (
-            f"the merged adapter retains {report.energy:.1%} of the merged energy (least in {worst}: "
-            f"{report.modules[worst].energy:.1%}); a higher rank, a lossless space or rank='full' and a fold keep more"
-        )
-        report.note(message)
-        warnings.warn(message, stacklevel=4)

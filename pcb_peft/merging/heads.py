@@ -1,4 +1,4 @@
-"""What becomes of the parameters that several adapters replace: a policy, by name."""
+"""Heads, embeddings and token rows that several adapters replace: what becomes of them, by a policy."""
 
 import dataclasses
 import functools
@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from pcb_peft.adapters.adapter import Adapter
-from pcb_peft.deltas.replacements import Parameter, Replacements, Rows
+from pcb_peft.deltas.replacements import HeadPolicy, Parameter, Replacements, Rows
 from pcb_peft.errors import MismatchError, OptionError, UnsupportedError
-from pcb_peft.recipes.overrides import Weight, at_depth, layer_of
+from pcb_peft.recipes.weights import Weight, at_depth, number_of_layers
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MergedHeads:
-    """What is replaced in the end.
+    """The parameters that a merged adapter replaces.
 
     Attributes:
-        head: By the result itself.
-        kept: By each source, for itself.
+        head: Replaced by the result itself.
+        kept: Replaced by each source for itself, in a file beside the result.
         notes: What was decided, for the report.
     """
 
@@ -34,9 +34,9 @@ class _HeadOwner:
     """One head, and whose it is.
 
     Attributes:
-        name: Of the adapter, or of the one whose head a merged adapter keeps.
+        name: The adapter's name, or that of the source whose head a merged adapter keeps.
         head: What it replaces.
-        weight: By parameter path; None for a head that is kept beside a merged adapter.
+        weight: From a parameter's path to the adapter's weight there; None for a head kept beside a merged adapter.
     """
 
     name: str
@@ -44,21 +44,28 @@ class _HeadOwner:
     weight: Callable[[str], float] | None
 
 
-def merge_heads(adapters: Sequence[Adapter], weights: Sequence[Weight], policy: str) -> MergedHeads:
-    """What the result replaces, and what is kept beside it, by adapter.
+def merge_heads(
+    adapters: Sequence[Adapter],
+    weights: Sequence[Weight],
+    policy: HeadPolicy,
+    *,
+    compare: bool = True,
+) -> MergedHeads:
+    """Decide what the result replaces, and what is kept beside it for each adapter.
 
-    What only one adapter replaces, or all in the same way, to the bit, is part of the result. Parameters that PEFT
-    saves together (a head's weight and bias) stay together; the rows of an embedding are settled one by one.
+    What only one adapter replaces, or all by the same values, is part of the result. Parameters that PEFT saves
+    together (a head's weight and bias) stay together; the rows of an embedding are decided one by one.
 
     Args:
-        adapters: Those that are merged.
+        adapters: The adapters that are merged.
         weights: One per adapter.
         policy: "keep-each", "average", "first" or "refuse".
+        compare: False if the values of several heads are not to be read: they then count as different.
 
     Raises:
         UnsupportedError: The policy refuses, or cannot be followed.
         MismatchError: Parameters of different shapes have no average.
-        OptionError: The weights of those who hold a parameter sum to 0.
+        OptionError: The weights of the adapters that replace a parameter sum to 0.
     """
     owners = _head_owners(adapters, weights)
     if owners and policy == "refuse":
@@ -66,21 +73,21 @@ def merge_heads(adapters: Sequence[Adapter], weights: Sequence[Weight], policy: 
             f"{', '.join(owner.name for owner in owners)} replace parameters of the base model (modules_to_save, token "
             "rows) and heads='refuse'; heads='keep-each' keeps them in a file per adapter"
         )
-    merged_heads = MergedHeads(Replacements(), {}, [])
+    merged = MergedHeads(Replacements(), {}, [])
     for group in _groups(owners):
-        merged_heads = _with_group(merged_heads, owners, group, policy)
+        merged = _with_group(merged, owners, group, policy, compare)
     rows: dict[str, Rows] = {}
     for module in sorted({module for owner in owners for module in owner.head.rows}):
         holders = [owner for owner in owners if module in owner.head.rows]
-        rows[module] = _rows(module, holders, policy, merged_heads.notes)
+        rows[module] = _rows(module, holders, policy, merged.notes)
     copies = {copy: of for owner in owners for copy, of in owner.head.copies.items()}
     return dataclasses.replace(
-        merged_heads, head=dataclasses.replace(merged_heads.head, rows=rows, copies=copies)
+        merged, head=dataclasses.replace(merged.head, rows=rows, copies=copies)
     )
 
 
 def _head_owners(adapters: Sequence[Adapter], weights: Sequence[Weight]) -> list[_HeadOwner]:
-    layers = 1 + max((layer_of(m) or 0 for adapter in adapters for m in adapter.modules), default=0)
+    layers = number_of_layers(module for adapter in adapters for module in adapter.modules)
     owners: list[_HeadOwner] = []
     taken = {adapter.name for adapter in adapters}
     for index, adapter in enumerate(adapters):
@@ -89,8 +96,8 @@ def _head_owners(adapters: Sequence[Adapter], weights: Sequence[Weight]) -> list
             return at_depth(weights, parameter, layers)[index]
 
         owners.append(_HeadOwner(adapter.name, adapter.head, weight))
-        for part, head in adapter.heads.items():
-            name = part
+        for source, head in adapter.heads.items():
+            name = source
             while name in taken:
                 name = f"{adapter.name}-{name}"
             taken.add(name)
@@ -99,7 +106,7 @@ def _head_owners(adapters: Sequence[Adapter], weights: Sequence[Weight]) -> list
 
 
 def _groups(owners: Sequence[_HeadOwner]) -> list[set[str]]:
-    """The parameters, those together that an adapter saves under one word."""
+    """The parameters, those together that an adapter saves under one key of modules_to_save."""
     groups: list[set[str]] = []
     for owner in owners:
         for group in owner.head.groups().values():
@@ -109,33 +116,38 @@ def _groups(owners: Sequence[_HeadOwner]) -> list[set[str]]:
 
 
 def _with_group(
-    merged_heads: MergedHeads, owners: Sequence[_HeadOwner], group: set[str], policy: str
+    merged: MergedHeads,
+    owners: Sequence[_HeadOwner],
+    group: set[str],
+    policy: HeadPolicy,
+    compare: bool,
 ) -> MergedHeads:
-    """What was settled before, and these parameters."""
-    holders = [v for v in owners if group & v.head.parameters.keys()]
+    """The decisions so far, and that on one group of parameters."""
+    holders = [owner for owner in owners if group & owner.head.parameters.keys()]
     heads = [owner.head.only(group) for owner in holders]
-    words = ", ".join(heads[0].modules)
+    keys = ", ".join(heads[0].modules)
     names = ", ".join(owner.name for owner in holders)
-    if len(holders) == 1 or _identical(heads):
-        return dataclasses.replace(merged_heads, head=_joined(merged_heads.head, heads[0]))
+    if len(holders) == 1 or (compare and _identical(heads)):
+        return dataclasses.replace(merged, head=_union(merged.head, heads[0]))
     if policy == "keep-each":
         kept = {
-            owner.name: _joined(merged_heads.kept.get(owner.name, Replacements()), head)
+            owner.name: _union(merged.kept.get(owner.name, Replacements()), head)
             for owner, head in zip(holders, heads, strict=True)
         }
-        note = f"{words}: {names} keep their own"
-        return MergedHeads(merged_heads.head, merged_heads.kept | kept, [*merged_heads.notes, note])
+        note = (
+            f"{keys}: {names} have different ones, which are saved to heads/; the merged adapter itself has none: load "
+            "one before use"
+        )
+        return MergedHeads(merged.head, merged.kept | kept, [*merged.notes, note])
     head = heads[0] if policy == "first" else _average(holders, heads)
     how = f"that of {holders[0].name}" if policy == "first" else "the weighted average"
-    note = f"{words}: {how}, of {names}"
-    return MergedHeads(
-        _joined(merged_heads.head, head), merged_heads.kept, [*merged_heads.notes, note]
-    )
+    note = f"{keys}: {how}, of {names}"
+    return MergedHeads(_union(merged.head, head), merged.kept, [*merged.notes, note])
 
 
-def _joined(one: Replacements, other: Replacements) -> Replacements:
-    words = tuple(dict.fromkeys([*one.modules, *other.modules]))
-    return Replacements(words, {**one.parameters, **other.parameters})
+def _union(one: Replacements, other: Replacements) -> Replacements:
+    keys = tuple(dict.fromkeys([*one.modules, *other.modules]))
+    return Replacements(keys, {**one.parameters, **other.parameters})
 
 
 def _identical(heads: Sequence[Replacements]) -> bool:
@@ -179,7 +191,7 @@ def _mean(loads: Sequence[Callable[[], Tensor]], shares: Sequence[float]) -> Ten
 
 
 def _shares(holders: Sequence[_HeadOwner], parameter: str) -> list[float]:
-    """The weights of those who hold a parameter, divided by their sum."""
+    """The weights of the owners of a parameter, divided by their sum."""
     weights: list[float] = []
     for owner in holders:
         if owner.weight is None:
@@ -197,8 +209,8 @@ def _shares(holders: Sequence[_HeadOwner], parameter: str) -> list[float]:
     return [weight / total for weight in weights]
 
 
-def _rows(module: str, holders: Sequence[_HeadOwner], policy: str, notes: list[str]) -> Rows:
-    """The union of all rows of a module's weight; notes which of them had to be decided."""
+def _rows(module: str, holders: Sequence[_HeadOwner], policy: HeadPolicy, notes: list[str]) -> Rows:
+    """The union of all rows of a module's weight; rows that had to be decided are noted."""
     values = [owner.head.rows[module].load() for owner in holders]
     widths = {owner.name: tensor.shape[1] for owner, tensor in zip(holders, values, strict=True)}
     if len(set(widths.values())) > 1:
@@ -206,21 +218,27 @@ def _rows(module: str, holders: Sequence[_HeadOwner], policy: str, notes: list[s
             f"{module}: the rows that the adapters replace are as wide as {widths}; only adapters of one base model "
             "can be merged"
         )
-    found: dict[int, list[tuple[_HeadOwner, Tensor]]] = {}
+    by_index: dict[int, list[tuple[_HeadOwner, Tensor]]] = {}
     for owner, tensor in zip(holders, values, strict=True):
         for index, row in zip(owner.head.rows[module].indices, tensor, strict=True):
-            found.setdefault(index, []).append((owner, row))
-    indices = tuple(sorted(found))
-    merged = torch.stack([_row(module, index, found[index], policy) for index in indices])
-    disputed = [i for i in indices if any(not torch.equal(r, found[i][0][1]) for _, r in found[i])]
+            by_index.setdefault(index, []).append((owner, row))
+    indices = tuple(sorted(by_index))
+    merged = torch.stack([_row(module, index, by_index[index], policy) for index in indices])
+    disputed = [
+        index
+        for index, (first, *others) in sorted(by_index.items())
+        if any(not torch.equal(row, first[1]) for _, row in others)
+    ]
     if disputed:
         how = "the first" if policy == "first" else "the weighted average"
         notes.append(f"{module}: {how}, of rows {', '.join(map(str, disputed))}")
-    return Rows(indices, lambda: merged)
+    return Rows(indices, functools.partial(torch.Tensor.detach, merged))
 
 
-def _row(module: str, index: int, held: Sequence[tuple[_HeadOwner, Tensor]], policy: str) -> Tensor:
-    owners, rows = zip(*held, strict=True)
+def _row(
+    module: str, index: int, owned: Sequence[tuple[_HeadOwner, Tensor]], policy: HeadPolicy
+) -> Tensor:
+    owners, rows = zip(*owned, strict=True)
     if policy == "first" or all(torch.equal(row, rows[0]) for row in rows):
         return rows[0]
     if policy == "average":

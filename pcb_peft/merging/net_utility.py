@@ -1,4 +1,4 @@
-"""A total rank, given to the directions of the adapters that help their own task more than they disturb the others."""
+"""A total rank, spent on the directions of the adapters with the best benefit-to-interference score."""
 
 import dataclasses
 import functools
@@ -8,7 +8,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from pcb_peft.adapters.adapter import Adapter, DeltaMapping
+from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.adapters.delta_mapping import DeltaMapping
 from pcb_peft.deltas.delta import Delta, LowRank
 from pcb_peft.deltas.rank import triplets
 from pcb_peft.formats import LazyDelta
@@ -16,32 +17,32 @@ from pcb_peft.merging.compatibility import AdapterSet
 from pcb_peft.runtime.progress import Track
 
 Responses: TypeAlias = Sequence[Tensor]
-"""Of one module, for each adapter t: σ_k² ‖ΔW_s v_k‖² for every adapter s and direction k of t, (T, r_t)."""
+"""One module's responses, for each adapter t: σ_k² ‖ΔW_s v_k‖² for every adapter s and direction k of t, (T, r_t)."""
 
 Choice: TypeAlias = Mapping[tuple[int, str], Sequence[int]]
-"""From the number of an adapter and a module to those of its singular directions, in order, that are kept."""
+"""From an adapter's number and a module to the numbers of the singular directions that are kept, in order."""
 
 
 def select_by_net_utility(
-    alignment: AdapterSet,
-    weights: Callable[[str], Sequence[float]],
+    adapter_set: AdapterSet,
+    weights: Mapping[str, Sequence[float]],
     total: int,
     track: Track,
 ) -> list[Adapter]:
-    """The adapters, cut to the `total` directions of the highest net utility, over all modules and adapters together.
+    """Cut the adapters to the `total` directions of the highest net utility, over all modules and adapters together.
 
-    A direction is a singular triplet σ u vᵀ of some λ_t ΔW_t. Its utility is what it contributes to its own task, its
-    interference what it does to the inputs of the others:
+    A direction is a singular triplet σ u vᵀ of some λ_t ΔW_t. Its utility is its contribution to its own task, its
+    interference its effect on the inputs of the others:
 
         ‖σ u vᵀ‖²_t − Σ_{s≠t} ‖σ u vᵀ‖²_s,   ‖D‖²_s = ‖D ΔW_sᵀ‖²_F / Σ_modules ‖ΔW_s ΔW_sᵀ‖²_F
 
-    Where that is not positive the direction is dropped, even if the budget has room for it; a module in which nothing
-    is left is not touched by the result.
+    A direction whose net utility is not positive is dropped, even if the budget would allow it; a module that loses all
+    its directions is not touched by the result.
 
     Args:
-        alignment: The adapters; none of them is changed.
-        weights: From a module to the λ_t there.
-        total: How many directions to keep.
+        adapter_set: The adapters; none of them is changed.
+        weights: The λ_t of each module.
+        total: The number of directions to keep.
         track: Shows progress.
 
     Source: the net utility of Amballa et al. 2026, arXiv:2609.22237: directions of every task's SVD, scored without
@@ -50,27 +51,27 @@ def select_by_net_utility(
     what a direction alone changes in Σ_s ‖ΔW_s − ΔW‖²_s, where ΔW_sᵀ ΔW_s stands for the inputs of task s as in
     WUDI-Merging, each task relative to the whole of itself.
     """
-    modules = track(alignment.modules, "net utility")
-    responses = {m: _responses(alignment.deltas(m), weights(m)) for m in modules}
-    chosen = choose(responses, total)
-    return [_cut(adapter, number, chosen) for number, adapter in enumerate(alignment.adapters)]
+    modules = track(adapter_set.modules, "net utility")
+    responses = {m: _responses(adapter_set.deltas(m), weights[m]) for m in modules}
+    choice = choose(responses, total)
+    return [_cut(adapter, number, choice) for number, adapter in enumerate(adapter_set.adapters)]
 
 
 def choose(responses: Mapping[str, Responses], total: int) -> Choice:
-    """The directions of the highest net utility, of equal ones the first."""
-    whole = torch.stack([_own(some) for some in responses.values()]).sum(0)
-    share = torch.where(whole > 0, 1 / whole, 0)
+    """Choose the directions of the highest net utility; of equal ones the first."""
+    totals = torch.stack([_own_response(module) for module in responses.values()]).sum(0)
+    share = torch.where(totals > 0, 1 / totals, 0)
     scored = [
         (-float(utility), module, adapter, direction)
-        for module, some in responses.items()
-        for adapter, response in enumerate(some)
-        for direction, utility in enumerate(_net(response * share[:, None], adapter))
+        for module, by_adapter in responses.items()
+        for adapter, response in enumerate(by_adapter)
+        for direction, utility in enumerate(_net_utility(response * share[:, None], adapter))
         if utility > 0
     ]
-    chosen: dict[tuple[int, str], list[int]] = {}
+    choice: dict[tuple[int, str], list[int]] = {}
     for _, module, adapter, direction in sorted(scored)[:total]:
-        chosen.setdefault((adapter, module), []).append(direction)
-    return {key: sorted(directions) for key, directions in chosen.items()}
+        choice.setdefault((adapter, module), []).append(direction)
+    return {key: sorted(directions) for key, directions in choice.items()}
 
 
 def _responses(deltas: Sequence[Delta], weights: Sequence[float]) -> Responses:
@@ -85,34 +86,34 @@ def _responses(deltas: Sequence[Delta], weights: Sequence[float]) -> Responses:
     ]
 
 
-def _own(responses: Responses) -> Tensor:
+def _own_response(responses: Responses) -> Tensor:
     """‖ΔW_s ΔW_sᵀ‖²_F for every adapter (T,)."""
     return torch.stack([response[adapter].sum() for adapter, response in enumerate(responses)])
 
 
-def _net(shares: Tensor, adapter: int) -> Tensor:
-    """Utility less interference (r,), of the shares (T, r) that the directions of an adapter have in all tasks."""
+def _net_utility(shares: Tensor, adapter: int) -> Tensor:
+    """Utility less interference (r,), given the shares (T, r) of an adapter's directions in all tasks."""
     return 2 * shares[adapter] - shares.sum(0)
 
 
-def _cut(adapter: Adapter, number: int, chosen: Choice) -> Adapter:
+def _cut(adapter: Adapter, number: int, choice: Choice) -> Adapter:
     entries = {
         module: LazyDelta(
             LowRank,
             entry.shape,
-            functools.partial(_kept, entry.load, chosen[number, module]),
-            rank=len(chosen[number, module]),
+            functools.partial(_kept, entry.load, choice[number, module]),
+            rank=len(choice[number, module]),
         )
         for module, entry in adapter.modules.entries.items()
-        if (number, module) in chosen
+        if (number, module) in choice
     }
     return dataclasses.replace(adapter, modules=DeltaMapping(entries))
 
 
 def _kept(load: Callable[[], Delta], directions: Sequence[int]) -> LowRank:
-    """Some of the singular directions of a delta, with balanced factors."""
-    delta, some = load(), list(directions)
+    """The delta of some of a delta's singular directions, with balanced factors."""
+    delta, numbers = load(), list(directions)
     u, s, vh = triplets(delta)
-    root = s[some].sqrt()
-    factors = (root[:, None] * vh[some]).float(), (u[:, some] * root).float()
+    root = s[numbers].sqrt()
+    factors = (root[:, None] * vh[numbers]).float(), (u[:, numbers] * root).float()
     return LowRank(*factors, layout=delta.layout)

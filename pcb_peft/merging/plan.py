@@ -1,21 +1,29 @@
-"""What a merge will do to each module: decided, and checked, before a tensor is read."""
+"""How each module is merged: decided, and checked, before a tensor is read."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from pcb_peft.calibrations import Calibration, bound
 from pcb_peft.deltas.delta import Delta, Diagonal
+from pcb_peft.deltas.rank_choice import LOSSLESS
 from pcb_peft.errors import OptionError, UnsupportedError
 from pcb_peft.merging.compatibility import AdapterSet
 from pcb_peft.methods import MergeMethod, get_method, list_methods
-from pcb_peft.plugins.options import bind
-from pcb_peft.recipes.overrides import Override, Weight, at_depth, layer_of
+from pcb_peft.plugins.options import bind, did_you_mean
+from pcb_peft.recipes.overrides import Override
 from pcb_peft.recipes.recipe import Recipe
+from pcb_peft.recipes.weights import Weight, at_depth, number_of_layers
 from pcb_peft.spaces import Projection, Space, get_space, in_parts, list_spaces
 from pcb_peft.tasks.task_vectors import Merged
 from pcb_peft.version import __version__
+
+KEYWORDS = {
+    *(field.name for field in dataclasses.fields(Recipe)),
+    *("device", "max_memory", "progress"),
+}
+"""The arguments of `merge_adapters`, among which a misspelt option may be meant."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -23,12 +31,12 @@ class Setting:
     """How some modules are merged.
 
     Attributes:
-        method: Who wins.
-        space: In which coordinates.
+        method: The method.
+        space: The space.
         scope: "global" (over these modules) or "module".
-        options: Of both, complete.
+        options: All options of both.
         weights: One per adapter.
-        modules: Those that are merged so.
+        modules: The modules that are merged so.
     """
 
     method: MergeMethod
@@ -47,7 +55,10 @@ class Setting:
 
     @property
     def in_parts(self) -> bool:
-        """Whether the parts of a delta compete side by side: not where the method wants to see ΔW as a matrix."""
+        """True if the parts of a DoRA's delta are merged side by side.
+
+        They are not where the method must see ΔW as one matrix.
+        """
         return self.space.low_rank_output and not (
             self.method.whole_matrix or self.method.needs_statistic
         )
@@ -60,83 +71,98 @@ class Setting:
         return functools.partial(space, **options)
 
     def weights_in(self, modules: Iterable[str]) -> Callable[[str], tuple[float, ...]]:
-        """The weights of a module, in a model whose layers are those of all `modules`."""
-        layers = 1 + max((layer_of(module) or 0 for module in modules), default=0)
-        return lambda module: at_depth(self.weights, module, layers)
+        """From a module to its weights, in a model whose layers are those of all `modules`."""
+        return functools.partial(at_depth, self.weights, layers=number_of_layers(modules))
+
+
+class Plan(NamedTuple):
+    """A merge as it was decided.
+
+    Attributes:
+        recipe: The recipe with every default written out.
+        settings: Each with its modules; every module is in one of them.
+        before: Calibrations of the adapters.
+        after: Calibrations of the merge.
+    """
+
+    recipe: Recipe
+    settings: Sequence[Setting]
+    before: Sequence[Calibration]
+    after: Sequence[Calibration]
 
 
 def plan(
-    recipe: Recipe, method: MergeMethod, alignment: AdapterSet, data: str | None = None
-) -> tuple[Recipe, list[Setting]]:
-    """The settings, each with its modules, and the recipe with every default written out.
+    recipe: Recipe, method: MergeMethod, adapter_set: AdapterSet, statistic: str | None = None
+) -> Plan:
+    """Decide how each module is merged.
 
     Args:
         recipe: As it was given.
         method: Its method.
-        alignment: Of its adapters.
-        data: The kind of the statistics that are there.
+        adapter_set: Its adapters.
+        statistic: The kind of the statistics that are given, if there are any.
 
     Raises:
-        OptionError: A value that is not allowed; an override that matches nothing; a rank for what has none.
+        OptionError: A value is not allowed; an override matches nothing; a rank is given for what has none.
     """
-    weights = recipe.weights or ()
-    base = _setting(method, recipe.space, recipe.scope, recipe.options, weights, alignment)
-    if base.space.accepts == (Diagonal,) and recipe.rank is not None:
+    main = _setting(method, recipe.space, recipe.scope, recipe.options, recipe.weights, adapter_set)
+    if main.space.accepts == (Diagonal,) and recipe.rank != LOSSLESS:
         raise OptionError(
-            f"rank is {recipe.rank!r}, but an (IA)³ adapter is a vector and has no rank: leave it out"
+            f"rank is {recipe.rank.as_given!r}, but an (IA)³ adapter is a vector and has no rank: leave it out"
         )
-    settings = [_overridden(recipe, base, override, alignment) for override in recipe.overrides]
-    _check_data([base, *settings], data)
+    others = [_overridden(recipe, main, override, adapter_set) for override in recipe.overrides]
+    _check_statistics([main, *others], statistic)
+    before, complete_before = bound("before", recipe.before, adapter_set.kinds)
+    after, complete_after = bound("after", recipe.after, adapter_set.kinds)
     complete = dataclasses.replace(
         recipe,
         method=method.name,
-        space=base.space.name,
-        scope=base.scope,
-        options=base.options,
-        overrides=tuple(map(_complete, recipe.overrides, settings)),
+        space=main.space.name,
+        scope=main.scope,
+        options=main.options,
+        overrides=tuple(map(_complete, recipe.overrides, others)),
+        before=complete_before,
+        after=complete_after,
         version=__version__,
     )
-    return complete, _shared_out(
-        base, list(zip(recipe.overrides, settings, strict=True)), alignment
-    )
+    owners = list(zip(recipe.overrides, others, strict=True))
+    return Plan(complete, _distributed(main, owners, adapter_set), before, after)
 
 
-def _shared_out(
-    base: Setting, overrides: Sequence[tuple[Override, Setting]], alignment: AdapterSet
+def _distributed(
+    main: Setting, overrides: Sequence[tuple[Override, Setting]], adapter_set: AdapterSet
 ) -> list[Setting]:
-    """Each setting with its modules; the first override that matches a module has it."""
-    owners: dict[str, Setting] = {}
-    for override, setting in overrides:
-        matched = [module for module in alignment.modules if override.matches(module)]
-        if not matched:
-            example = next(iter(alignment.modules), "none: the adapters hold no deltas")
+    """Each setting with its modules; the first override that matches a module wins."""
+    for override, _ in overrides:
+        if not any(map(override.matches, adapter_set.modules)):
+            example = next(iter(adapter_set.modules), "none: the adapters hold no deltas")
             raise OptionError(
                 f"overrides: {override.modules!r} matches no module; one of them is {example}"
             )
-        owners = {**dict.fromkeys(matched, setting), **owners}
-    settings = [base, *(setting for _, setting in overrides)]
-    shares = [
-        dataclasses.replace(
-            setting, modules=tuple(m for m in alignment.modules if owners.get(m, base) is setting)
-        )
-        for setting in settings
+    modules: dict[int, list[str]] = {}
+    settings = [main, *(setting for _, setting in overrides)]
+    for module in adapter_set.modules:
+        matching = (n for n, (override, _) in enumerate(overrides, 1) if override.matches(module))
+        modules.setdefault(next(matching, 0), []).append(module)
+    return [
+        dataclasses.replace(settings[number], modules=tuple(modules[number]))
+        for number in sorted(modules)
     ]
-    return [setting for setting in shares if setting.modules]
 
 
 def _overridden(
-    recipe: Recipe, base: Setting, override: Override, alignment: AdapterSet
+    recipe: Recipe, main: Setting, override: Override, adapter_set: AdapterSet
 ) -> Setting:
-    same = override.method in (None, base.method.name)
-    method = base.method if same else get_method(str(override.method))
+    """The setting of an override; what it leaves open is the recipe's, if the method is the same."""
+    same = override.method in (None, main.method.name)
     inherited = {name: value for name, value in recipe.options.items() if same}
     return _setting(
-        method,
+        main.method if same else get_method(str(override.method)),
         override.space or (recipe.space if same else "auto"),
         override.scope or (recipe.scope if same else "auto"),
         inherited | dict(override.options),
-        base.weights if override.weights is None else override.weights,
-        alignment,
+        main.weights if override.weights is None else override.weights,
+        adapter_set,
     )
 
 
@@ -157,13 +183,29 @@ def _setting(
     scope: str,
     options: Mapping[str, Any],
     weights: tuple[Weight, ...],
-    alignment: AdapterSet,
+    adapter_set: AdapterSet,
 ) -> Setting:
-    _check_count(method, len(alignment.adapters))
-    space = _space_for(space_name, method, alignment.kinds)
-    owner = f"method {method.name} in space {space.name}"
-    complete = bind({**space.options, **method.options}, options, owner)
+    _check_count(method, len(adapter_set.adapters))
+    space = _space_for(space_name, method, adapter_set.kinds)
+    known, owner = (
+        {**space.options, **method.options},
+        f"method {method.name} in space {space.name}",
+    )
+    _refuse_unknown(options, known, owner)
+    complete = bind(known, options, owner)
     return Setting(method, space, method.scope if scope == "auto" else scope, complete, weights)
+
+
+def _refuse_unknown(given: Iterable[str], known: Collection[str], owner: str) -> None:
+    """Raises OptionError for an option that is neither the method's nor the space's, with what may be meant."""
+    for name in (name for name in given if name not in known):
+        users = [
+            m.name for m in (*list_methods().values(), *list_spaces().values()) if name in m.options
+        ]
+        meant = did_you_mean(name, [*known, *KEYWORDS])
+        hint = f": it is an option of {', '.join(users)}" if users else meant
+        allowed = f"its options are {', '.join(known)}" if known else "it has no options"
+        raise OptionError(f"{owner} has no option {name!r}{hint}; {allowed}")
 
 
 def _check_count(method: MergeMethod, count: int) -> None:
@@ -175,30 +217,31 @@ def _check_count(method: MergeMethod, count: int) -> None:
         )
 
 
-def _check_data(settings: Sequence[Setting], given: str | None) -> None:
-    """Raises OptionError where a method lacks statistics, its space cannot show them, or nobody asks for them."""
+def _check_statistics(settings: Sequence[Setting], given: str | None) -> None:
+    """Raises OptionError where a method lacks statistics, its space cannot use them, or no method needs them."""
     for setting in settings:
         needed, name = setting.method.needs_statistic, setting.method.name
         if needed is not None and needed != given:
             found = f"those given are of kind {given}" if given else "there are none"
             raise OptionError(
                 f"{name} needs statistics of kind {needed} of each adapter, and {found}: `pcb-peft collect ADAPTER "
-                f"--kind {needed} …` or collect_statistics() takes them, statistics=[…] or --statistics hands them over"
+                f"--kind {needed} …` or collect_statistics() collects them, statistics=[…] or --statistics passes them "
+                "to the merge"
             )
         if needed is not None and needed not in setting.space.statistics:
             able = ", ".join(s.name for s in list_spaces().values() if needed in s.statistics)
             raise OptionError(
-                f"{name} cannot work in space {setting.space.name}, which does not show the {needed} of a module; it "
-                f"can in {able}, with LoRA adapters"
+                f"{name} cannot work in space {setting.space.name}, which has no {needed} of a module; it can in "
+                f"{able}, with LoRA adapters"
             )
     if given and not any(setting.method.needs_statistic for setting in settings):
         raise OptionError(
-            f"statistics of kind {given} are given, and method {settings[0].method.name} asks for none: leave them out"
+            f"statistics of kind {given} are given, and method {settings[0].method.name} needs none: leave them out"
         )
 
 
 def _space_for(name: str, method: MergeMethod, kinds: set[type[Delta]]) -> Space:
-    """The space that was asked for, or the method's own if it can take the deltas, or the first that can.
+    """The space that was asked for; for "auto" the method's own if it can take the deltas, or the first that can.
 
     Raises:
         OptionError: The space cannot take deltas of these kinds.
@@ -220,17 +263,3 @@ def _space_for(name: str, method: MergeMethod, kinds: set[type[Delta]]) -> Space
             f"space {name!r} cannot take {found} deltas; allowed here: auto, {allowed}"
         )
     return space
-
-
-def calibrations_of(
-    recipe: Recipe, alignment: AdapterSet
-) -> tuple[Recipe, list[Calibration], list[Calibration]]:
-    """The recipe with every default of its calibrations written out, and those before and after.
-
-    Raises:
-        OptionError: An unknown name or option, or a calibration that cannot take these adapters.
-    """
-    before, complete_before = bound("before", recipe.before, alignment.kinds)
-    after, complete_after = bound("after", recipe.after, alignment.kinds)
-    recipe = dataclasses.replace(recipe, before=complete_before, after=complete_after)
-    return recipe, before, after

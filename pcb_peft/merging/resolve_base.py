@@ -5,7 +5,8 @@ import functools
 import re
 from collections.abc import Callable, Sequence
 
-from pcb_peft.adapters.adapter import Adapter, DeltaMapping
+from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.adapters.delta_mapping import DeltaMapping
 from pcb_peft.base.model import BaseModel
 from pcb_peft.deltas.delta import Dense, Diagonal, LowRank
 from pcb_peft.deltas.replacements import Parameter, Replacements

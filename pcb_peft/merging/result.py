@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import html
 from collections.abc import Callable, Container, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -11,55 +13,95 @@ from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.delta_mapping import DeltaMapping
 from pcb_peft.base.model import BaseModel
 from pcb_peft.deltas.delta import Delta, Rescaled
+from pcb_peft.deltas.replacements import Tied
 from pcb_peft.formats import LazyDelta, Weights
+from pcb_peft.merging.finish import PendingModule
 from pcb_peft.merging.report import ModuleReport, Report
-from pcb_peft.recipes.recipe import FILE_NAME, Recipe, in_words
+from pcb_peft.recipes.recipe import FILE_NAME, Recipe
+from pcb_peft.recipes.steps import in_words
+from pcb_peft.recipes.weights import plain
 from pcb_peft.runtime.processes import current, union
 from pcb_peft.writing.model_card import model_card, public_name
 
 
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class MergedAdapter(Adapter):
-    """A merged adapter.
+    """A merged adapter; it can be saved, folded, pickled, and merged again.
 
     Attributes:
         recipe: Everything that is needed to make it again.
         report: What was decided and what it cost.
+        pending: The modules that are merged when they are asked for (rank "full").
     """
 
     recipe: Recipe
     report: Report
+    pending: Mapping[str, PendingModule] = dataclasses.field(
+        default_factory=dict[str, PendingModule]
+    )
+
+    def __repr__(self) -> str:
+        return f"<MergedAdapter: {self._summary}>"
+
+    def _repr_html_(self) -> str:
+        """The merged adapter in a notebook."""
+        weights = plain(self.recipe.weights)
+        rows = "".join(
+            f"<tr><td>{html.escape(source.name)}</td><td>{html.escape(str(weight))}</td></tr>"
+            for source, weight in zip(self.recipe.adapters, weights, strict=True)
+        )
+        table = f"<table><tr><th>adapter</th><th>weight</th></tr>{rows}</table>"
+        return f"<p>{html.escape(self._summary)}</p>{table}{self.report.to_html()}"
+
+    @property
+    def _summary(self) -> str:
+        recipe, ranks = self.recipe, [entry.rank for entry in self.modules.entries.values()]
+        rank = max((rank for rank in ranks if rank is not None), default=None)
+        size = f"{len(ranks)} modules" + ("" if rank is None else f" of rank {rank}")
+        base = "" if self.base_model is None else f", base model {self.base_model}"
+        count = len(recipe.adapters)
+        return f"{count} adapter{'s' * (count > 1)} merged with {recipe.method} in {recipe.space} space, {size}{base}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out pending modules: they are merged again from what `pending` holds."""
+        state = dict(self.__dict__)
+        if self.pending:
+            del state["modules"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        pending: Mapping[str, PendingModule] = state["pending"]
+        if pending:
+            state["modules"] = _pending_deltas(pending)
+        self.__dict__.update(state)
 
     def scaled(self, weight: float) -> "MergedAdapter":
         scaled = super().scaled(weight)
         if scaled is self:
             return self
-        notes = [*self.report.notes, f"all deltas are multiplied by {weight:g}"]
-        lines = self.report.modules
         report = dataclasses.replace(
             self.report,
-            modules={m: _louder(line, weight) for m, line in lines.items()},
-            notes=notes,
+            modules={module: line.scaled(weight) for module, line in self.report.modules.items()},
+            notes=(*self.report.notes, f"all deltas are multiplied by {weight:g}"),
         )
-        entries = {
-            module: dataclasses.replace(
-                entry, load=functools.partial(_reported, entry, module, weight, lines, report)
-            )
-            for module, entry in scaled.modules.entries.items()
-        }
-        recipe = dataclasses.replace(self.recipe, scale=self.recipe.scale * weight)
+        pending = {module: one.scaled(weight) for module, one in self.pending.items()}
         return dataclasses.replace(
-            self, modules=DeltaMapping(entries), scale=scaled.scale, recipe=recipe, report=report
+            self,
+            modules=_pending_deltas(pending) if pending else scaled.modules,
+            scale=scaled.scale,
+            recipe=dataclasses.replace(self.recipe, scale=self.recipe.scale * weight),
+            report=report,
+            pending=pending,
         )
 
     def whole_biases(self) -> Mapping[str, Callable[[], Tensor]]:
         entries = self.modules.entries
         biases = {name: entry for name, entry in entries.items() if name.endswith(".bias")}
         changed = {name.removesuffix(".bias") for name in biases}
-        rest = entries.keys() - biases.keys()
-        rescaled = any(entries[name].kind is Rescaled for name in rest)
-        held = changed == rest and not rescaled  # a LoRA changes all biases or none, a DoRA none
-        if not rest or held or self.base is None:
+        weights = entries.keys() - biases.keys()
+        rescaled = any(entries[name].kind is Rescaled for name in weights)
+        fits = changed == weights and not rescaled  # a LoRA changes all biases or none, a DoRA none
+        if not weights or fits or self.base is None:
             return {}
         return {name: functools.partial(_whole, name, e, self.base) for name, e in biases.items()}
 
@@ -68,13 +110,27 @@ class MergedAdapter(Adapter):
         base_model: str | Path | BaseModel,
         output: str | Path,
         *,
-        tied: str | None = None,
+        tied: Tied | None = None,
         overwrite: bool = False,
         progress: bool | None = None,
-    ) -> None:
-        super().fold(base_model, output, tied=tied, overwrite=overwrite, progress=progress)
-        lines = union(current().all_gather(self.report.modules))
-        self.report.modules = {module: lines[module] for module in self.modules if module in lines}
+    ) -> "MergedAdapter":
+        lines: dict[str, ModuleReport] = {}
+        watched = {
+            name: dataclasses.replace(one.entry, load=functools.partial(_counted, one, name, lines))
+            for name, one in self.pending.items()
+        }
+        modules = DeltaMapping(watched) if watched else self.modules
+        counting = dataclasses.replace(self, modules=modules)
+        options = {"tied": tied, "overwrite": overwrite, "progress": progress}
+        Adapter.fold(counting, base_model, output, **options)  # type: ignore[arg-type]
+        if not self.pending:
+            return self
+        known = union(current().all_gather(lines))
+        counted = {name: known[name] for name in self.modules if name in known}
+        report = dataclasses.replace(
+            self.report, modules=counted, pending=len(self.modules) - len(counted)
+        )
+        return dataclasses.replace(self, report=report)
 
     def companion_files(self, without: Container[str] | None = None) -> dict[str, bytes]:
         return {FILE_NAME: self.recipe.to_yaml().encode(), **super().companion_files(without)}
@@ -83,16 +139,16 @@ class MergedAdapter(Adapter):
         recipe, report = self.recipe, self.report
         sources = [
             (public_name(source.path) or source.name, weight)
-            for source, weight in zip(recipe.adapters, recipe.weights or (), strict=True)
+            for source, weight in zip(recipe.adapters, recipe.weights, strict=True)
         ]
         settings = {
             "method": recipe.method,
             "space": recipe.space,
             "scope": recipe.scope,
             **{
-                when: in_words(some)
-                for when, some in (("before", recipe.before), ("after", recipe.after))
-                if some
+                when: in_words(steps)
+                for when, steps in (("before", recipe.before), ("after", recipe.after))
+                if steps
             },
             **{name: value for name, value in recipe.options.items() if value is not None},
             **({} if recipe.scale == 1 else {"scale": recipe.scale}),
@@ -108,18 +164,15 @@ class MergedAdapter(Adapter):
         )
 
 
-def _louder(line: ModuleReport, weight: float) -> ModuleReport:
-    return dataclasses.replace(line, norm=abs(weight) * line.norm)
+def _pending_deltas(pending: Mapping[str, PendingModule]) -> DeltaMapping:
+    return DeltaMapping({module: one.entry for module, one in pending.items()})
 
 
-def _reported(
-    entry: LazyDelta, module: str, weight: float, lines: Mapping[str, ModuleReport], report: Report
-) -> Delta:
-    """A scaled delta; its line goes into the report, because a dense merge writes its lines only now."""
-    delta = entry.load()
-    if module in lines:
-        report.modules[module] = _louder(lines[module], weight)
-    return delta
+def _counted(pending: PendingModule, name: str, lines: dict[str, ModuleReport]) -> Delta:
+    """Merge a module, and keep its line for the report."""
+    done = pending()
+    lines[name] = done.line
+    return done.delta
 
 
 def _whole(name: str, entry: LazyDelta, base: Callable[[], Weights]) -> Tensor:

@@ -1,13 +1,17 @@
-"""PEFT's names for merges, as this package computes them: in the space of deltas, as the name promises."""
+"""PEFT's names for merges (``cat``, ``svd``, ``ties_svd`` …), in terms of this package.
+
+They are computed on ΔW, as the name promises; PEFT computes some of them on the factors.
+"""
 
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.deltas.rank_choice import LOSSLESS, FixedRank
 from pcb_peft.recipes.recipe import Recipe
 
-LARGEST = "largest"  # the rank of the adapter that has the highest, as PEFT's svd_rank=None
+LARGEST = "largest"  # the highest rank of an adapter: PEFT's svd_rank=None
 
 DENSE = {"space": "dense", "scope": "module"}  # PEFT trims and drops each weight by itself
 
@@ -24,23 +28,22 @@ the factors; here they are methods like any other, and work where they are told 
 
 
 def method_of(name: str) -> str:
-    """The method behind one of PEFT's names; any other name as it is."""
+    """Return the method behind one of PEFT's names; any other name as it is."""
     return PEFT_ALIASES.get(name, {}).get("method", name)
 
 
 def resolve_peft_alias(recipe: Recipe, adapters: Sequence[Adapter]) -> Recipe:
-    """The recipe with PEFT's name for a method replaced by what it stands for; what the recipe says itself stands."""
+    """Replace PEFT's name for a method by its meaning; space, scope and rank stay where the recipe sets them."""
     meaning = dict(PEFT_ALIASES.get(recipe.method, {}))
     if meaning.get("rank") == LARGEST:
-        ranks = [
-            entry.rank or 0 for adapter in adapters for entry in adapter.modules.entries.values()
-        ]
-        meaning["rank"] = max(ranks, default=0) or None
-    said = {
+        entries = (entry for adapter in adapters for entry in adapter.modules.entries.values())
+        ranks = [entry.rank for entry in entries if entry.rank]
+        meaning["rank"] = FixedRank(max(ranks)) if ranks else LOSSLESS
+    given = {
         "space": recipe.space != "auto",
         "scope": recipe.scope != "auto",
-        "rank": recipe.rank is not None,
+        "rank": recipe.rank != LOSSLESS,
     }
     return dataclasses.replace(
-        recipe, **{name: value for name, value in meaning.items() if not said.get(name)}
+        recipe, **{name: value for name, value in meaning.items() if not given.get(name)}
     )

@@ -3,242 +3,221 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Annotated, Any
 
 import yaml
 
 from pcb_peft.adapters.source import Source
-from pcb_peft.deltas.rank import Rank, check_rank
-from pcb_peft.deltas.replacements import POLICIES, TIES
+from pcb_peft.deltas.rank_choice import LOSSLESS, RankChoice, parse_rank
+from pcb_peft.deltas.replacements import POLICIES, TIES, HeadPolicy, Tied
 from pcb_peft.errors import OptionError
-from pcb_peft.plugins.options import did_you_mean
-from pcb_peft.recipes.overrides import Override, Weight, plain, read_overrides, read_weights
+from pcb_peft.recipes.fields import (
+    a_mapping,
+    a_name,
+    a_number,
+    a_truth,
+    an_integer,
+    one_of,
+    parse_fields,
+    refuse_unknown_fields,
+    unnamed,
+)
+from pcb_peft.recipes.overrides import SCOPES, Override, Scope, read_overrides
+from pcb_peft.recipes.steps import Steps, read_steps
+from pcb_peft.recipes.weights import Weight, plain, read_weights
+from pcb_peft.recipes.yaml_text import dump_yaml, load_yaml
 
 FILE_NAME = "merge_recipe.yaml"
-_KINDS: dict[str, tuple[Any, str]] = {  # of the fields that nothing else checks
-    "method": (str, "a name"),
-    "space": (str, "a name"),
-    "options": (Mapping, "a mapping"),
-    "base_model": (str | None, "a path or hub id"),
-    "scale": (int | float, "a number"),
-    "chain": (bool, "true or false"),
-    "seed": (int, "an integer"),
-}
+_ADAPTER_KEYS = tuple(one.name for one in dataclasses.fields(Source))
+_FILE_KEYS = ("path", "sha256")
 
-Step: TypeAlias = str | Mapping[str, Mapping[str, Any] | None]
-"""A calibration: its name, or {name: options}."""
 
-Steps: TypeAlias = tuple[Mapping[str, Mapping[str, Any]], ...]
-"""Calibrations in the order in which they are applied, each as {name: options}."""
+def _adapters(_: str, given: Sequence[Any]) -> tuple[Source, ...]:
+    return tuple(_source("adapter", item, _ADAPTER_KEYS) for item in given)
+
+
+def _statistics(_: str, given: Any) -> tuple[Source, ...]:
+    files = given if isinstance(given, list | tuple) else [given]
+    return tuple(_source("statistics", item, _FILE_KEYS) for item in files)
+
+
+def _path(name: str, given: Any) -> str:
+    if not isinstance(given, str | Path):
+        raise OptionError(f"{name} is {given!r}; it must be a path or hub id")
+    return str(given)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """One merge, written down.
+    """One merge, written down; made by `Recipe.parse` or `read_recipe`, which check and convert.
+
+    The fields are the arguments of `merge_adapters`, which explains them.
 
     Attributes:
-        adapters: Where they are.
-        weights: λ of the papers, one per adapter, each a number or a gradient over the layers; default 1.0 each.
-        method: Its name.
-        space: Its name, or "auto": the method's own.
+        adapters: Where the adapters are.
+        weights: λ of the papers, one per adapter: a number, or a gradient over the layers.
+        method: A method's name.
+        space: A space's name, or "auto": the method's own.
         scope: "global", "module", or "auto": the method's own.
-        rank: As in `merge_adapters`.
-        scale: What the merged deltas are multiplied by at the end.
-        options: Of the method and the space.
+        rank: Rank of the result.
+        scale: The number by which the merged deltas are multiplied at the end.
+        options: Options of the method and the space.
         overrides: What some modules do differently.
         before: Calibrations of the adapters.
         after: Calibrations of the merge.
-        heads: What becomes of what several adapters replace: "keep-each", "average", "first" or "refuse".
-        tied: What a fold does with tied weights that do not change alike: "refuse", "untie" or "both".
+        heads: What the merge does with parameters that several adapters replace.
+        tied: What a fold does with tied weights that would change differently.
         base_model: Path or hub id, where one was given.
-        chain: Whether each adapter was trained on top of those before it.
-        seed: Of random methods.
-        statistics: Files of what was measured of each adapter, for methods that need it.
-        version: Of this package, where the recipe belongs to a result.
+        chain: True if each adapter was trained on top of those before it.
+        seed: Seed of random methods.
+        statistics: One file per adapter, for methods that need data.
+        version: The version of this package that completed the recipe, where it belongs to a result.
     """
 
-    adapters: tuple[Source, ...]
-    weights: tuple[Weight, ...] | None = None
-    method: str = "pcb"
-    space: str = "auto"
-    scope: str = "auto"
-    rank: Rank = None
-    scale: float = 1.0
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
-    overrides: tuple[Override, ...] = ()
-    before: Steps = ()
-    after: Steps = ()
-    heads: str = "keep-each"
-    tied: str = "refuse"
-    base_model: str | None = None
-    chain: bool = False
-    seed: int = 0
-    statistics: tuple[Source, ...] = ()
-    version: str | None = None
+    adapters: Annotated[tuple[Source, ...], _adapters]
+    weights: Annotated[tuple[Weight, ...], unnamed(read_weights)]
+    method: Annotated[str, a_name] = "pcb"
+    space: Annotated[str, a_name] = "auto"
+    scope: Annotated[Scope, one_of(SCOPES)] = "auto"
+    rank: Annotated[RankChoice, unnamed(parse_rank)] = LOSSLESS
+    scale: Annotated[float, a_number] = 1.0
+    options: Annotated[Mapping[str, Any], a_mapping] = dataclasses.field(
+        default_factory=dict[str, Any]
+    )
+    overrides: Annotated[tuple[Override, ...], unnamed(read_overrides)] = ()
+    before: Annotated[Steps, read_steps] = ()
+    after: Annotated[Steps, read_steps] = ()
+    heads: Annotated[HeadPolicy, one_of(POLICIES)] = "keep-each"
+    tied: Annotated[Tied, one_of(TIES)] = "refuse"
+    base_model: Annotated[str | None, _path] = None
+    chain: Annotated[bool, a_truth] = False
+    seed: Annotated[int, an_integer] = 0
+    statistics: Annotated[tuple[Source, ...], _statistics] = ()
+    version: Annotated[str | None, a_name] = None
 
-    def __post_init__(self) -> None:
-        """Checks what can be checked without reading anything."""
-        for name, (kind, words) in _KINDS.items():
-            if not isinstance(getattr(self, name), kind):
-                raise OptionError(f"{name} is {getattr(self, name)!r}; it must be {words}")
-        if not self.adapters:
-            raise OptionError("there is nothing to merge: name one adapter or more")
-        weights = [1.0] * len(self.adapters) if self.weights is None else self.weights
-        object.__setattr__(self, "weights", read_weights(weights))
-        object.__setattr__(self, "overrides", read_overrides(self.overrides))
-        for some in (weights, *(o.weights for o in self.overrides if o.weights is not None)):
-            if len(some) != len(self.adapters):
+    @classmethod
+    def parse(cls, **given: Any) -> "Recipe":
+        """Make a recipe of values as users write them; nothing is read yet.
+
+        Args:
+            **given: Fields of `Recipe`, as in a recipe file: an adapter is a path or hub id, or a mapping with `path`
+                and, if wanted, `revision`, `subfolder`, `sha256`, `config_sha256` and `weight`. None is the default.
+
+        Returns:
+            The recipe, with every field in its own type.
+
+        Raises:
+            OptionError: A field is unknown, or its value is not allowed.
+
+        >>> Recipe.parse(adapters=["math-lora", "code-lora"], weights=[1, 0.5], rank=16).rank
+        FixedRank(rank=16)
+        """
+        refuse_unknown_fields(cls, given)
+        adapters, weights = _weighed(given.get("adapters"), given.get("weights"))
+        fields = parse_fields(cls, {**given, "adapters": adapters, "weights": weights})
+        overrides: Sequence[Override] = fields.get("overrides", ())
+        for some in (fields["weights"], *(o.weights for o in overrides if o.weights is not None)):
+            if len(some) != len(adapters):
                 raise OptionError(
-                    f"{len(self.adapters)} adapters and {len(some)} weights: give one weight per adapter, in order"
+                    f"{len(adapters)} adapters and {len(some)} weights: give one weight per adapter, in order"
                 )
-        object.__setattr__(self, "statistics", _files(self.statistics))
-        object.__setattr__(self, "before", steps("before", self.before))
-        object.__setattr__(self, "after", steps("after", self.after))
-        _one_of("scope", self.scope, ("auto", "global", "module"))
-        _one_of("heads", self.heads, POLICIES)
-        _one_of("tied", self.tied, TIES)
-        check_rank(self.rank)
+        return cls(**fields)
 
     def to_yaml(self) -> str:
-        """The recipe file."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        """The text of the recipe file, which `read_recipe` reads."""
+        fields = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
+        weights = plain(fields.pop("weights"))
         adapters = [
-            {
-                key: value
-                for key, value in {**dataclasses.asdict(source), "weight": weight}.items()
-                if value is not None
-            }
-            for source, weight in zip(self.adapters, plain(self.weights or ()), strict=True)
+            _plain_source(source) | {"weight": weight}
+            for source, weight in zip(self.adapters, weights, strict=True)
         ]
-        fields |= {"adapters": adapters, "options": dict(self.options)}
-        fields["scale"] = None if self.scale == 1 else self.scale
-        files = [
-            {key: value for key, value in dataclasses.asdict(file).items() if value is not None}
-            for file in self.statistics
-        ]
-        fields["statistics"] = files or None
-        fields["overrides"] = [override.as_dict() for override in self.overrides] or None
-        fields |= {"before": list(self.before) or None, "after": list(self.after) or None}
-        del fields["weights"]
-        kept = {key: value for key, value in fields.items() if value is not None}
-        return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+        fields |= {
+            "adapters": adapters,
+            "rank": self.rank.as_given,
+            "scale": None if self.scale == 1 else self.scale,
+            "options": dict(self.options),
+            "overrides": [override.as_dict() for override in self.overrides] or None,
+            "before": list(self.before) or None,
+            "after": list(self.after) or None,
+            "statistics": list(map(_plain_source, self.statistics)) or None,
+        }
+        return dump_yaml({key: value for key, value in fields.items() if value is not None})
 
 
-def steps(when: str, given: Step | Sequence[Step] | None) -> Steps:
-    """One calibration or several, with or without options, as `Recipe` has them.
+def read_recipe(path: str | Path) -> Recipe:
+    """Read a recipe from a YAML file. Relative paths of adapters are relative to the current directory.
 
-    Raises:
-        OptionError: Something that is neither a name nor a mapping from a name to options.
-    """
-    some: Sequence[Any] = given if isinstance(given, list | tuple) else [given] if given else []
-    return tuple(_step(when, step) for step in some)
+    Args:
+        path: The file. Its keys are those of `Recipe.parse`.
 
-
-def in_words(steps: Steps) -> str:
-    """``pico, exponent (power=0.5)``."""
-    words: list[str] = []
-    for name, options in (item for step in steps for item in step.items()):
-        set_ = [f"{option}={value}" for option, value in options.items() if value is not None]
-        words.append(f"{name} ({', '.join(set_)})" if set_ else name)
-    return ", ".join(words)
-
-
-def _step(when: str, step: object) -> dict[str, dict[str, Any]]:
-    entry: Any = {step: {}} if isinstance(step, str) else step
-    if isinstance(entry, Mapping) and len(entry) == 1:
-        ((name, options),) = entry.items()
-        if isinstance(name, str) and isinstance(options or {}, Mapping):
-            return {name: dict(options or {})}
-    raise OptionError(
-        f"{when}: {step!r} is not a calibration; it must be a name, or {{name: {{option: value}}}}"
-    )
-
-
-def _files(given: Any) -> tuple[Source, ...]:
-    """Files from paths, or mappings with `path` and, if wanted, `sha256`.
-
-    Raises:
-        OptionError: Anything else.
-    """
-    files: list[Source] = []
-    for item in given if isinstance(given, list | tuple) else [given]:
-        entry = item if isinstance(item, Mapping) else {"path": item}
-        if isinstance(item, Source):
-            files.append(item)
-        elif isinstance(entry.get("path"), str) and not entry.keys() - {"path", "sha256"}:
-            files.append(Source(**entry))
-        else:
-            raise OptionError(
-                f"statistics: {item!r} is no file; it must be a path, or a mapping with path and, if wanted, sha256"
-            )
-    return tuple(files)
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise OptionError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
-
-
-def read_recipe(path: Path) -> Recipe:
-    """The recipe in a YAML file. Relative paths of adapters are relative to the current directory.
-
-    An adapter is a path or hub id, or a mapping with `path` and, if wanted, `revision`, `subfolder`, `sha256`,
-    `config_sha256` and `weight`; the other keys are the fields of `Recipe`.
+    Returns:
+        The recipe, checked; no adapter is read yet.
 
     Raises:
         OptionError: The file is not a recipe; the message names the key.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _OnceEach)
-    except (OSError, yaml.YAMLError) as error:
+        content = load_yaml(_file(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
         raise OptionError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(content, dict):
         raise OptionError(f"{path} is not a recipe: it must be a mapping with the key adapters")
-    known = [field.name for field in dataclasses.fields(Recipe)]
-    for key in content:
-        if key not in known:
-            raise OptionError(
-                f"{path}: unknown key {key!r}{did_you_mean(str(key), known)}; allowed: {', '.join(known)}"
-            )
-    sources, weights = _adapters(content.pop("adapters", None) or [], path)
-    if "weights" in content and any(weight is not None for weight in weights):
-        raise OptionError(f"{path}: give weights, or a weight with each adapter, not both")
-    if any(weight is not None for weight in weights):
-        content["weights"] = [1.0 if weight is None else weight for weight in weights]
-    if not isinstance(content.get("weights") or [], list):
-        raise OptionError(f"{path}: weights must be a list")
-    content["overrides"] = content.get("overrides") or ()
-    return Recipe(adapters=sources, **content)
+    try:
+        return Recipe.parse(**{str(key): value for key, value in content.items()})
+    except OptionError as error:
+        raise OptionError(f"{path}: {error}") from error
 
 
-class _OnceEach(yaml.SafeLoader):
-    """Plain values only, and no key twice: of two YAML takes the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if str(key.value) in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key {key.value!r} is there twice; give it once",
-                    problem_mark=key.start_mark,
-                )
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
+def _file(given: object) -> Path:
+    if not isinstance(given, str | Path):
+        raise OptionError(
+            f"the recipe is {given!r}; it must be a Recipe, or the path of a YAML file"
+        )
+    return Path(given)
 
 
-def _adapters(items: Any, path: Path) -> tuple[tuple[Source, ...], list[float | None]]:
-    if not isinstance(items, list):
-        raise OptionError(f"{path}: adapters must be a list")
-    sources, weights = [], []
-    known = {field.name for field in dataclasses.fields(Source)}
-    for item in items:
-        entry = dict(item) if isinstance(item, dict) else {"path": item}
-        weights.append(entry.pop("weight", None))
-        words = all(isinstance(value, str | None) for value in entry.values())
-        if not words or entry.get("path") is None or entry.keys() - known:
-            raise OptionError(
-                f"{path}: adapter {item!r} must be a path, or a mapping with path and, if wanted, revision, "
-                "subfolder, sha256, config_sha256 and weight"
-            )
-        sources.append(Source(**entry))
-    return tuple(sources), weights
+def _weighed(adapters: Any, weights: Any) -> tuple[list[Any], Any]:
+    """The adapters without their weights, and the weights, wherever they are given; 1 each if they are not.
+
+    Raises:
+        OptionError: There are no adapters, or weights in both places.
+    """
+    if not isinstance(adapters, list | tuple | None):
+        raise OptionError(f"adapters must be a list, and is {adapters!r}")
+    if not adapters:
+        raise OptionError("there is nothing to merge: name one adapter or more")
+    own = [item.get("weight") if isinstance(item, Mapping) else None for item in adapters]
+    items = [_without_weight(item) if isinstance(item, Mapping) else item for item in adapters]
+    if all(weight is None for weight in own):
+        return items, [1.0] * len(items) if weights is None else weights
+    if weights is not None:
+        raise OptionError("give weights, or a weight with each adapter, not both")
+    return items, [1.0 if weight is None else weight for weight in own]
+
+
+def _without_weight(item: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in item.items() if key != "weight"}
+
+
+def _source(what: str, given: Any, keys: tuple[str, ...]) -> Source:
+    """Parse an adapter or a file: a path, or a mapping with `path` and other keys.
+
+    Raises:
+        OptionError: It is anything else.
+    """
+    if isinstance(given, Source):
+        return given
+    entry = dict(given) if isinstance(given, Mapping) else {"path": given}
+    if isinstance(entry.get("path"), Path):
+        entry["path"] = str(entry["path"])
+    texts = all(isinstance(value, str | None) for value in entry.values())
+    if not texts or entry.get("path") is None or entry.keys() - set(keys):
+        others = ", ".join(keys[1:]) + (" and weight" if keys is _ADAPTER_KEYS else "")
+        raise OptionError(
+            f"{what} {given!r} must be a path, or a mapping with path and, if wanted, {others}"
+        )
+    return Source(**entry)
+
+
+def _plain_source(source: Source) -> dict[str, Any]:
+    return {key: value for key, value in dataclasses.asdict(source).items() if value is not None}

@@ -38,10 +38,12 @@ def tracker(progress: bool | None) -> Track:
     """
     visible = (_is_watched() if progress is None else progress) and current().is_main
 
-    def track(items: Iterable[Item], description: str) -> Iterable[Item]:
-        return _tracked(items, description) if visible else items
+    return _tracked if visible else silent
 
-    return track
+
+def silent(items: Iterable[Item], description: str) -> Iterable[Item]:  # noqa: ARG001  (a `Track` has it)
+    """Show nothing: a `Track` that can be pickled."""
+    return items
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import torch
 
 from pcb_peft.errors import OptionError
 
+DEFAULT_MEMORY = 2 << 30  # bytes that a merge may keep between its passes
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 

@@ -1,5 +1,6 @@
 """Deltas that rescale W, in a space of low-rank deltas: their parts compete side by side."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,26 +21,26 @@ def in_parts(encode: Encode) -> Encode:
     Args:
         encode: The space.
     """
+    return functools.partial(_encode_parts, encode)
 
-    def encode_parts(
-        deltas: Sequence[Delta], weights: Sequence[float], **options: Any
-    ) -> Projection:
-        rescaled = [delta for delta in deltas if isinstance(delta, Rescaled)]
-        if not rescaled:
-            return encode(deltas, weights, **options)
-        weight, layout = rescaled[0].weight, rescaled[0].layout
-        norms = torch.linalg.vector_norm(weight().double(), dim=1)
-        gains = torch.stack([_gain(delta, norms) for delta in deltas])
-        inner: Projection = encode([delta.low_rank_part for delta in deltas], weights, **options)
 
-        def decode(merged: Sequence[Tensor]) -> Rescaled:
-            gain = torch.where(norms > 0, merged[0][0].double() / norms, 0)
-            return Rescaled(gain, inner.decode(merged[1:]), weight, layout=layout)
+def _encode_parts(
+    encode: Encode, deltas: Sequence[Delta], weights: Sequence[float], **options: Any
+) -> Projection:
+    rescaled = [delta for delta in deltas if isinstance(delta, Rescaled)]
+    if not rescaled:
+        return encode(deltas, weights, **options)
+    weight, layout = rescaled[0].weight, rescaled[0].layout
+    norms = torch.linalg.vector_norm(weight().double(), dim=1)
+    gains = torch.stack([_gain(delta, norms) for delta in deltas])
+    inner = encode([delta.low_rank_part for delta in deltas], weights, **options)
 
-        blocks = (stacked(gains[:, None], weights), *inner.blocks)
-        return Projection(blocks, decode, _energy(deltas, weights, inner.energy))
+    def decode(merged: Sequence[Tensor]) -> Rescaled:
+        gain = torch.where(norms > 0, merged[0][0].double() / norms, 0)
+        return Rescaled(gain, inner.decode(merged[1:]), weight, layout=layout)
 
-    return encode_parts
+    blocks = (stacked(gains[:, None], weights), *inner.blocks)
+    return Projection(blocks, decode, _energy(deltas, weights, inner.energy))
 
 
 def _gain(delta: Delta, norms: Tensor) -> Tensor:

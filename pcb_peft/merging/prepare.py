@@ -1,0 +1,158 @@
+"""All that is decided before a merge, or its dry run: in one order, once, from files' headers where that is enough."""
+
+import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.adapters.loading import load_adapters
+from pcb_peft.adapters.source import IN_MEMORY, Source
+from pcb_peft.base.model import BaseModel, lazy_base
+from pcb_peft.data.statistics_file import TaskStatistics, check_statistics, open_statistics
+from pcb_peft.errors import ProcessError
+from pcb_peft.merging.compatibility import (
+    AdapterSet,
+    CommonBase,
+    common_base,
+    refuse_other_names,
+)
+from pcb_peft.merging.dora_or_lora import fall_back_to_lora
+from pcb_peft.merging.heads import MergedHeads, merge_heads
+from pcb_peft.merging.plan import Plan, plan
+from pcb_peft.merging.resolve_base import chain_on_base, resolve_against_base
+from pcb_peft.methods import MergeMethod, get_method
+from pcb_peft.recipes.peft_aliases import method_of, resolve_peft_alias
+from pcb_peft.recipes.recipe import Recipe
+from pcb_peft.runtime.processes import current
+from pcb_peft.spaces import get_space
+from pcb_peft.version import __version__
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """A merge that is ready to run.
+
+    Attributes:
+        recipe: The recipe with every default and every hash written out.
+        adapter_set: The adapters, resolved and checked against each other.
+        base: The base model, if one was given.
+        common: The base model that the adapters name.
+        plan: How each module is merged.
+        statistics: One per adapter, for methods that need them.
+        heads: The parameters that the result replaces.
+        notes: What was decided, for the report.
+    """
+
+    recipe: Recipe
+    adapter_set: AdapterSet
+    base: Callable[[], BaseModel] | None
+    common: CommonBase
+    plan: Plan
+    statistics: Sequence[TaskStatistics]
+    heads: MergedHeads
+    notes: Sequence[str]
+
+
+def prepare(
+    recipe: Recipe,
+    adapters: Sequence[Adapter] | None = None,
+    method: MergeMethod | None = None,
+    statistics: Sequence[TaskStatistics] | None = None,
+    *,
+    headers_only: bool = False,
+) -> Prepared:
+    """Load what a recipe names, check that it fits together, and plan the merge.
+
+    Args:
+        recipe: The recipe.
+        adapters: The recipe's adapters, if they are loaded already.
+        method: The recipe's method, if it is not one that has a name.
+        statistics: The recipe's statistics, if they are open already.
+        headers_only: Read no tensors but token rows: files are not hashed, and heads of several adapters count as
+            different, as in a dry run.
+
+    Raises:
+        PcbPeftError: The merge cannot be made.
+    """
+    chosen, base = method or get_method(method_of(recipe.method)), lazy_base(recipe.base_model)
+    given = adapters or load_adapters(recipe.adapters, base_model=base, hashed=not headers_only)
+    resolved = _resolved(_named_apart(given), recipe, base)
+    fitting, fallback_notes = fall_back_to_lora(resolved, base)
+    opened = statistics or [open_statistics(source) for source in recipe.statistics]
+    if opened:
+        check_statistics(opened, fitting, hashed=not headers_only)
+    adapter_set, common = AdapterSet(fitting), common_base(fitting, recipe.base_model)
+    planned = plan(
+        dataclasses.replace(
+            resolve_peft_alias(recipe, fitting),
+            adapters=sources_of(fitting),
+            statistics=sources_of(opened),
+        ),
+        chosen,
+        adapter_set,
+        opened[0].kind if opened else None,
+    )
+    heads = merge_heads(fitting, planned.recipe.weights, recipe.heads, compare=not headers_only)
+    return Prepared(
+        recipe=planned.recipe,
+        adapter_set=adapter_set,
+        base=base,
+        common=common,
+        plan=planned,
+        statistics=opened,
+        heads=heads,
+        notes=[*heads.notes, *_version_notes(recipe), *fallback_notes, *common.notes],
+    )
+
+
+def sources_of(opened: Sequence[Adapter] | Sequence[TaskStatistics]) -> tuple[Source, ...]:
+    """The files of adapters or statistics; those that are in no file have a name only."""
+    return tuple(one.source or Source(f"{IN_MEMORY}{one.name}") for one in opened)
+
+
+def _resolved(
+    adapters: Sequence[Adapter], recipe: Recipe, base: Callable[[], BaseModel] | None
+) -> list[Adapter]:
+    """The adapters, read beside the base model where that is needed."""
+    _refuse_different_files(adapters)
+    refuse_other_names(adapters, base)
+    chained = chain_on_base(adapters, base) if recipe.chain else adapters
+    asked = None if recipe.space == "auto" else get_space(recipe.space)
+    return resolve_against_base(chained, base, asked)
+
+
+def _refuse_different_files(adapters: Sequence[Adapter]) -> None:
+    """Raises ProcessError where processes do not read the same adapters."""
+    own = [(a.name, a.source and (a.source.sha256, a.source.config_sha256)) for a in adapters]
+    first, *others = current().all_gather(own)
+    for rank, theirs in enumerate(others, 1):
+        if theirs != first:
+            names = ", ".join(sorted({name for name, _ in set(first) ^ set(theirs)}))
+            raise ProcessError(
+                f"processes 0 and {rank} read different files under the name of {names}; let all processes see the "
+                "same adapters"
+            )
+
+
+def _named_apart(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """The adapters, numbered where two have the same name."""
+    total = Counter(adapter.name for adapter in adapters)
+    taken = {name for name, count in total.items() if count == 1}
+    named: list[Adapter] = []
+    for adapter in adapters:
+        numbered = (f"{adapter.name}-{number}" for number in itertools.count(1))
+        single = total[adapter.name] == 1
+        name = adapter.name if single else next(n for n in numbered if n not in taken)
+        taken.add(name)
+        named.append(dataclasses.replace(adapter, name=name))
+    return named
+
+
+def _version_notes(recipe: Recipe) -> list[str]:
+    """A note on a recipe that was completed by another version of this package."""
+    if recipe.version in (None, __version__):
+        return []
+    return [
+        f"the recipe was written by pcb_peft {recipe.version}, and this is {__version__}: bytes may differ"
+    ]

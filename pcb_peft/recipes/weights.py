@@ -1,0 +1,85 @@
+"""The weights of a merge: one λ per adapter, or a gradient over the layers.
+
+``weights=[1.0, [0.2, 0.8]]``: the first adapter counts with 1 everywhere, the second with 0.2 in the first layer, 0.8
+in the last, and evenly in between.
+"""
+
+import math
+import numbers
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias
+
+from pcb_peft.errors import OptionError
+
+Weight: TypeAlias = float | tuple[float, ...]
+"""λ of one adapter: a number, or a gradient: its values from the first layer to the last, evenly spaced."""
+
+WeightsLike: TypeAlias = Sequence[float | Sequence[float]]
+"""Weights as users write them: a number or a list of numbers per adapter."""
+
+
+def read_weights(given: Any) -> tuple[Weight, ...]:
+    """Parse weights: numbers, and lists of numbers.
+
+    >>> read_weights([1, [0.2, 0.8]])
+    (1.0, (0.2, 0.8))
+
+    Raises:
+        OptionError: They are anything else.
+    """
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise OptionError(f"weights is {given!r}; it must be a list with one weight per adapter")
+    return tuple(
+        tuple(map(_finite, value)) if isinstance(value, list | tuple) and value else _finite(value)
+        for value in given
+    )
+
+
+def _finite(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise OptionError(f"weights: {value!r} is not a finite number, nor a list of them")
+    return float(value)
+
+
+def plain(weights: Sequence[Weight]) -> list[float | list[float]]:
+    """Weights as plain data, for YAML."""
+    return [list(weight) if isinstance(weight, tuple) else weight for weight in weights]
+
+
+def layer_of(module: str) -> int | None:
+    """The number of the layer that a module belongs to: the first number in its path.
+
+    >>> layer_of("model.layers.12.mlp.up_proj")
+    12
+    """
+    return next((int(part) for part in module.split(".") if part.isdecimal()), None)
+
+
+def number_of_layers(modules: Iterable[str]) -> int:
+    """The number of layers of a model with these modules; 1 where no path has a number."""
+    return 1 + max((layer_of(module) or 0 for module in modules), default=0)
+
+
+def at_depth(weights: Sequence[Weight], module: str, layers: int) -> tuple[float, ...]:
+    """The weights of one module, a number per adapter.
+
+    Args:
+        weights: One per adapter.
+        module: Its path. A module outside of all layers gets the mean of a gradient's ends.
+        layers: The number of layers in the model.
+    """
+    layer = layer_of(module)
+    depth = None if layer is None else layer / max(1, layers - 1)
+    return tuple(
+        _interpolated(weight, depth) if isinstance(weight, tuple) else weight for weight in weights
+    )
+
+
+def _interpolated(values: tuple[float, ...], depth: float | None) -> float:
+    """The value of a gradient at a depth from 0 to 1; the mean of its ends for no depth."""
+    if depth is None:
+        return (values[0] + values[-1]) / 2
+    position = depth * (len(values) - 1)
+    below = min(int(position), len(values) - 1)
+    above = min(below + 1, len(values) - 1)
+    return values[below] + (values[above] - values[below]) * (position - below)

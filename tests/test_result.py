@@ -1,0 +1,172 @@
+"""The result of a merge: a report that does not change, short texts about it, and an object that can be copied."""
+
+import copy
+import dataclasses
+import html.parser
+import json
+import pickle
+
+import peft
+import pytest
+import torch
+
+from pcb_peft import MergedAdapter, Report, load_adapter, merge_adapters
+from pcb_peft.deltas.delta import Diagonal
+from pcb_peft.merging.report import ModuleReport
+
+LORA = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
+DORA = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], use_dora=True)
+IA3 = peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+HEAD = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+ROWS = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 2])
+
+CASES = {  # configurations, and arguments of the merge
+    "LoRA": ([LORA, LORA], {}),
+    "dense": ([LORA, LORA], {"rank": "full", "space": "dense", "method": "ties"}),
+    "dense, over all modules": ([LORA, LORA], {"rank": "full", "scope": "global", "method": "pcb"}),
+    "dense, calibrated": ([LORA, LORA], {"rank": "full", "before": "pico", "after": "amplitude"}),
+    "dense, random": ([LORA, LORA], {"rank": "full", "method": "dare_ties", "seed": 3}),
+    "dense, scaled": ([LORA], {"rank": "full"}),
+    "a budget": ([LORA, LORA], {"rank": "budget:9"}),
+    "a budget of utility": ([LORA, LORA], {"rank": "utility:9"}),
+    "DoRA": ([DORA, LORA], {"method": "linear"}),
+    "(IA)³": ([IA3, IA3], {"method": "linear"}),
+    "heads": ([HEAD, HEAD], {}),
+    "an average of heads": ([HEAD, HEAD], {"heads": "average"}),
+    "rows": ([ROWS, ROWS], {"heads": "first"}),
+}
+
+
+@pytest.fixture(params=CASES)
+def merged(request, workshop):
+    configs, options = CASES[request.param]
+    base = str(workshop.base("llama"))
+    result = merge_adapters(workshop.adapters("llama", configs), base_model=base, **options)
+    return result.scaled(0.5) if request.param == "dense, scaled" else result
+
+
+def same_delta(one, other):
+    assert type(one) is type(other)
+    if isinstance(one, Diagonal):
+        assert torch.equal(one.l, other.l)
+    else:
+        assert torch.equal(one.matrix(), other.matrix())
+
+
+def same(one, other):
+    assert list(one.modules) == list(other.modules)
+    for module, delta in one.modules.items():
+        same_delta(delta, other.modules[module])
+    assert one.heads.keys() == other.heads.keys()
+    for mine, theirs in (
+        (one.head, other.head),
+        *((h, other.heads[n]) for n, h in one.heads.items()),
+    ):
+        assert mine.read().keys() == theirs.read().keys()
+        assert all(torch.equal(x, theirs.read()[name]) for name, x in mine.read().items())
+        assert all(torch.equal(x.load(), theirs.rows[name].load()) for name, x in mine.rows.items())
+    assert (one.recipe, one.report, one.name) == (other.recipe, other.report, other.name)
+
+
+@pytest.mark.filterwarnings("ignore:the merged adapter retains")
+@pytest.mark.parametrize(
+    "copied",
+    [lambda merged: pickle.loads(pickle.dumps(merged)), copy.deepcopy],
+    ids=["pickle", "deepcopy"],
+)
+def test_a_merged_adapter_can_be_copied(merged, copied, workshop):
+    other = copied(merged)
+    assert isinstance(other, MergedAdapter)
+    same(merged, other)
+    folded = other.fold(workshop.base("llama"), workshop.directory / "out")
+    assert folded.report.pending == 0
+    assert set(folded.report.modules) == set(merged.modules)
+
+
+def test_an_adapter_can_be_copied_and_is_read_again(workshop):
+    adapter = load_adapter(workshop.adapter("llama", DORA), base_model=workshop.base("llama"))
+    for other in (pickle.loads(pickle.dumps(adapter)), copy.deepcopy(adapter)):
+        for module, delta in adapter.modules.items():
+            same_delta(delta, other.modules[module])
+        other.save_pretrained(workshop.directory / "out", overwrite=True)
+
+
+# ----------------------------------------------------------------------------------------- the report
+
+
+def test_the_report_does_not_change(workshop):
+    report = merge_adapters(workshop.adapters("llama", [LORA, LORA])).report
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        report.seconds = 0.0  # type: ignore[misc]
+    assert isinstance(report.notes, tuple)
+
+
+def test_a_dense_merge_says_what_is_pending_until_it_is_folded(workshop):
+    paths, base = workshop.adapters("llama", [LORA, LORA]), workshop.base("llama")
+    merged = merge_adapters(paths, "ties", rank="full")
+    assert (len(merged.report.modules), merged.report.pending) == (0, 4)
+    words = str(merged.report)
+    assert "4 modules" in words
+    assert "computed when it is read or folded" in words
+    assert "retained energy" not in words
+    list(merged.modules.values())
+    assert not merged.report.modules
+    folded = merged.fold(base, workshop.directory / "out")
+    assert not merged.report.modules
+    assert set(folded.report.modules) == set(merged.modules)
+    for module, line in folded.report.modules.items():
+        assert line.norm == pytest.approx(float(merged.delta(module).norm()), rel=1e-5)
+    assert "sign conflicts" in str(folded.report)
+
+
+def test_a_fold_of_what_is_counted_returns_the_adapter(workshop):
+    merged = merge_adapters(workshop.adapters("llama", [LORA, LORA]))
+    assert merged.fold(workshop.base("llama"), workshop.directory / "out") is merged
+
+
+def test_texts_about_a_merge_are_short(workshop):
+    merged = merge_adapters(workshop.adapters("llama", [LORA, LORA]), base_model="org/<base>")
+    assert repr(merged) == (
+        "<MergedAdapter: 2 adapters merged with pcb in knots space, 4 modules of rank 4, base model org/<base>>"
+    )
+    assert (
+        repr(merged.report)
+        == f"<Report: pcb in knots space, {merged.report.scope} scope: 4 modules>"
+    )
+
+
+class Balanced(html.parser.HTMLParser):
+    """Text of HTML in which every element that begins ends."""
+
+    def __init__(self, content):
+        super().__init__()
+        self.open, self.text = [], ""
+        self.feed(content)
+        assert not self.open
+
+    def handle_starttag(self, tag, _):
+        self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_notebooks_see_what_is_in_a_merge_and_no_name_becomes_markup(workshop):
+    merged = merge_adapters(workshop.adapters("llama", [LORA, LORA]), base_model="org/<b>&")
+    page = Balanced(merged._repr_html_())
+    for words in ("org/<b>&", "adapter1", "adapter2", *merged.modules):
+        assert words in page.text
+    line = ModuleReport((1, 2), 1, 1.0, 1.0, {"<i>": 0.5}, 0.0)
+    report = Report("m<", "s>", "module", {"a<u>": line}, ("<script>",))
+    found = Balanced(report._repr_html_()).text
+    assert all(words in found for words in ("m<", "s>", "a<u>", "<script>", "kept of <i>"))
+
+
+def test_a_report_is_plain_data_for_json(workshop):
+    merged = merge_adapters(workshop.adapters("llama", [LORA, LORA]))
+    found = json.loads(json.dumps(merged.report.as_dict()))
+    assert set(found["modules"]) == set(merged.modules)
+    assert (found["pending"], found["method"]) == (0, "pcb")
