@@ -49,7 +49,7 @@ def unread(monkeypatch):
         raise AssertionError("a tensor was read")
 
     monkeypatch.setattr(SafetensorsFile, "read", refuse)
-    monkeypatch.setattr(source, "_digest", refuse)
+    monkeypatch.setattr(source, "sha256_of_file", refuse)
 
 
 @pytest.mark.usefixtures("unread")

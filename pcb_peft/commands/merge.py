@@ -50,7 +50,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="estimate time, memory and size from the headers of the files; write nothing",
     )
     parser.add_argument("--device", help="where to compute, such as cuda (default: cpu)")
-    most = format_size(constant("merging/engine.py", "DEFAULT_MEMORY"))
+    most = format_size(constant("runtime/resources.py", "DEFAULT_MEMORY"))
     parser.add_argument(
         "--max-memory", metavar="SIZE", help=f"size of the cache, such as 1G (default: {most})"
     )
@@ -69,7 +69,7 @@ def _run(parsed: argparse.Namespace) -> Answer:
 
 def _estimate(parsed: argparse.Namespace, recipe: "Recipe", notes: list[str]) -> Answer:
     from pcb_peft.dry_run.estimate import estimate_merge
-    from pcb_peft.merging.engine import DEFAULT_MEMORY
+    from pcb_peft.runtime.resources import DEFAULT_MEMORY
 
     with phase("estimating", progress_of(parsed)):
         estimate = estimate_merge(
@@ -84,9 +84,9 @@ def _estimate(parsed: argparse.Namespace, recipe: "Recipe", notes: list[str]) ->
 
 
 def _merge(parsed: argparse.Namespace, recipe: "Recipe", notes: list[str]) -> Answer:
-    from pcb_peft.merging.engine import DEFAULT_MEMORY, merge
+    from pcb_peft.merging.engine import merge
     from pcb_peft.merging.finish import check_writable
-    from pcb_peft.runtime.resources import number_of_bytes, working_device
+    from pcb_peft.runtime.resources import DEFAULT_MEMORY, number_of_bytes, working_device
     from pcb_peft.writing.atomic import check_target
 
     memory = DEFAULT_MEMORY if parsed.max_memory is None else number_of_bytes(parsed.max_memory)
