@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from pcb_peft import TaskStatistics, collect_statistics, get_method, merge_adapters
+from pcb_peft.commands import demo
 from pcb_peft.errors import PcbPeftError
-from pcb_peft.evaluation import classification, demo
+from pcb_peft.evaluation import classification
 from pcb_peft.recipes.peft_aliases import method_of
 
 SCALES = (0.3, 0.5, 0.7, 1.0, 1.3, 1.6, 2.2)

@@ -167,6 +167,22 @@ def test_quiet_prints_errors_only(run):
     assert "pcb" in run("methods -q")[1]
 
 
+def test_verbose_adds_a_line_per_module_and_the_time(run):
+    code, out, err = run("merge math code -o @out --method linear --verbose")
+    assert code == 0
+    modules = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(2)]
+    for module in modules:
+        assert f"{module}: 16 x 16, rank 6, energy 1.0000, sign conflicts " in out
+    assert re.fullmatch(r"pcb-peft merge took [\d.]+ (ms|s)\n", err)
+    assert modules[0] not in run("merge math code -o @other --method linear")[1]
+
+
+def test_the_shell_completes_names():
+    actions = cli.build_parser()[1]["merge"]._actions
+    (method,) = (action for action in actions if action.dest == "method")
+    assert method.completer("TI", parsed_args=None) == ["ties", "ties_svd"]
+
+
 @pytest.mark.filterwarnings("default:the merged adapter retains")
 def test_json_is_one_object_on_stdout(run, tmp_path):
     code, out, _ = run("merge math-cls code-cls -o @out --method linear --rank 1 --json")

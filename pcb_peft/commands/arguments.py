@@ -64,6 +64,11 @@ def is_quiet(parsed: argparse.Namespace) -> bool:
     return getattr(parsed, "quiet", False)
 
 
+def is_json(parsed: argparse.Namespace) -> bool:
+    """True if the result is printed as JSON."""
+    return getattr(parsed, "json", False)
+
+
 def is_verbose(parsed: argparse.Namespace) -> bool:
     """True if details are printed, too."""
     return getattr(parsed, "verbose", False)

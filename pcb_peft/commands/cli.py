@@ -7,26 +7,30 @@ import argparse
 import contextlib
 import importlib
 import io
-import json
 import os
 import sys
-import traceback
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pcb_peft.commands.arguments import add_common_arguments, is_quiet
-from pcb_peft.commands.command import Answer, Command
-from pcb_peft.commands.parser import Parser, UsageError
+from pcb_peft.commands.arguments import add_common_arguments, is_quiet, is_verbose
+from pcb_peft.commands.command import Command
+from pcb_peft.commands.output import (
+    print_answer,
+    print_error,
+    print_interrupted,
+    print_unexpected,
+    print_version,
+    print_warning,
+)
+from pcb_peft.commands.parser import Parser
 from pcb_peft.errors import PcbPeftError
-from pcb_peft.runtime import progress
 from pcb_peft.runtime.processes import Processes, joined, stoppable
-from pcb_peft.version import __version__
+from pcb_peft.runtime.units import format_duration
 
 COMMANDS = ("merge", "fold", "extract", "collect", "methods", "demo")  # in the order of the help
 EXAMPLE = "pcb-peft merge math-lora code-lora -o merged"
-RED, YELLOW, CYAN = 31, 33, 36  # ANSI colours
-LIBRARIES = ("torch", "peft", "transformers", "safetensors")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,42 +48,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return _run(words)
         except PcbPeftError as error:
-            _print_error(error, words)
+            if _rank_and_size()[0] == 0:
+                print_error(error, words)
             return 2
         except (KeyboardInterrupt, SystemExit):
             if not came:
                 raise
             rank, size = _rank_and_size()
             which = f"process {rank} of {size}: " if size > 1 else ""
-            progress.close()
-            print(
-                f"{_coloured('error:', RED)} {which}interrupted ({came[0].name})", file=sys.stderr
-            )
+            print_interrupted(f"{which}interrupted ({came[0].name})")
             return 128 + came[0]
         except BrokenPipeError:  # nobody reads on, as in `pcb-peft methods | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         except Exception as error:  # noqa: BLE001
-            _print_unexpected(error, words)
+            print_unexpected(error, words)
             return 1
 
 
 def _run(words: Sequence[str]) -> int:
+    if "_ARGCOMPLETE" in os.environ:
+        _complete()
     parsed = parse(words)
-    if getattr(parsed, "version", False):
-        _print_version(parsed)
+    if parsed.version:
+        print_version(parsed)
         return 0
     command: Command | None = getattr(parsed, "command", None)
     if command is None:
         print(build_parser(words)[0].format_help(), end="")
         return 0
-    caught: list[str] = []
+    started, caught = time.perf_counter(), list[str]()
     with joined() as processes:
-        warnings.showwarning = _collector(caught, processes, quiet=is_quiet(parsed))
+        visible = processes.is_main and not is_quiet(parsed)
+        warnings.showwarning = _shower(caught, visible=visible)
         with _silenced(processes), processes.together():
             answer = command.run(parsed)
         if processes.is_main:
-            _print_answer(answer, parsed, command, caught)
+            print_answer(answer, parsed, command.name, caught)
+            if is_verbose(parsed):
+                took = format_duration(time.perf_counter() - started)
+                print(f"pcb-peft {command.name} took {took}", file=sys.stderr)
     return 0
 
 
@@ -130,6 +138,13 @@ def build_parser(words: Sequence[str] | None = None) -> tuple[Parser, dict[str, 
     return parser, parsers
 
 
+def _complete() -> None:
+    """Answer the shell, which asks how a command line may go on, and end; if argcomplete is installed."""
+    with contextlib.suppress(ImportError):
+        completer: Any = importlib.import_module("argcomplete")
+        completer.autocomplete(build_parser()[0], print_suppressed=True)
+
+
 def _silenced(processes: Processes) -> contextlib.AbstractContextManager[object]:
     """Let only the first process print."""
     if processes.is_main:
@@ -137,71 +152,13 @@ def _silenced(processes: Processes) -> contextlib.AbstractContextManager[object]
     return contextlib.redirect_stdout(io.StringIO())
 
 
-def _print_answer(
-    answer: Answer, parsed: argparse.Namespace, command: Command, caught: Sequence[str]
-) -> None:
-    progress.close()
-    if not is_quiet(parsed):
-        for warning in answer.warnings:
-            print(f"{_coloured('warning:', YELLOW)} {warning}", file=sys.stderr)
-    if getattr(parsed, "json", False):
-        data = {"command": command.name, **answer.data, "warnings": [*caught, *answer.warnings]}
-        print(json.dumps(data, ensure_ascii=False, default=str))
-    elif answer.text and (answer.essential or not is_quiet(parsed)):
-        print(answer.text)
-
-
-def _print_error(error: PcbPeftError, words: Sequence[str]) -> None:
-    progress.close()
-    if _rank_and_size()[0] > 0:
-        return
-    message = " ".join(str(error).split())  # those of other libraries may have many lines
-    print(f"{_coloured('error:', RED)} {message}", file=sys.stderr)
-    hint = error.hint if isinstance(error, UsageError) else ""
-    if hint:
-        print(f"{_coloured('hint:', CYAN)} {hint}".rstrip(), file=sys.stderr)
-    if "--json" in words:
-        print(
-            json.dumps(
-                {"error": {"kind": type(error).__name__, "message": str(error), "hint": hint}}
-            )
-        )
-
-
-def _print_unexpected(error: Exception, words: Sequence[str]) -> None:
-    """Say that something went wrong that this package does not know; with ``-v`` where."""
-    progress.close()
-    if {"-v", "--verbose"} & {*words}:
-        traceback.print_exc()
-    print(f"{_coloured('error:', RED)} unexpected {type(error).__name__}: {error}", file=sys.stderr)
-    if not {"-v", "--verbose"} & {*words}:
-        print(f"{_coloured('hint:', CYAN)} run it again with -v to see where", file=sys.stderr)
-    if "--json" in words:
-        print(
-            json.dumps({"error": {"kind": type(error).__name__, "message": str(error), "hint": ""}})
-        )
-
-
-def _print_version(parsed: argparse.Namespace) -> None:
-    from importlib.metadata import version
-
-    versions = {"pcb_peft": __version__}
-    if getattr(parsed, "verbose", False):
-        versions |= {"python": sys.version.split()[0]}
-        versions |= {library: version(library) for library in LIBRARIES}
-    if getattr(parsed, "json", False):
-        print(json.dumps(versions))
-    else:
-        print("\n".join(f"{name} {number}" for name, number in versions.items()))
-
-
-def _collector(caught: list[str], processes: Processes, *, quiet: bool) -> Callable[..., None]:
-    """Make what shows warnings: in the first process, as one line each."""
+def _shower(caught: list[str], *, visible: bool) -> Callable[..., None]:
+    """Make what Python calls to show a warning."""
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         caught.append(str(message))
-        if processes.is_main and not quiet:
-            print(f"{_coloured('warning:', YELLOW)} {message}", file=sys.stderr)
+        if visible:
+            print_warning(message)
 
     return show
 
@@ -209,9 +166,3 @@ def _collector(caught: list[str], processes: Processes, *, quiet: bool) -> Calla
 def _rank_and_size() -> tuple[int, int]:
     """Number of this process and of all, as the launcher has them: also before they have joined, and after."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _coloured(word: str, colour: int) -> str:
-    """The word in an ANSI colour, where standard error is a terminal that shows it."""
-    plain = not sys.stderr.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
-    return word if plain else f"\033[1;{colour}m{word}\033[0m"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from pcb_peft.commands.arguments import (
     add_saving_arguments,
     dtype_of,
+    is_verbose,
     progress_of,
 )
 from pcb_peft.commands.command import Answer, Command
@@ -25,6 +26,7 @@ from pcb_peft.runtime.progress import phase
 from pcb_peft.runtime.units import format_size
 
 if TYPE_CHECKING:
+    from pcb_peft.merging.report import Report
     from pcb_peft.merging.result import MergedAdapter
     from pcb_peft.recipes.recipe import Recipe
 
@@ -119,7 +121,8 @@ def _answer(merged: "MergedAdapter", parsed: argparse.Namespace, notes: list[str
     rank, size = highest_rank(report), size_on_disk(output) if output.is_dir() else 0
     warning = None if parsed.fold else missing_heads(merged, output)
     following = after_fold(output) if parsed.fold else after_merge(merged, output, rank)
-    lines = [str(report), *notes, where_written(output, rank, size), following]
+    details = _module_lines(report) if is_verbose(parsed) else []
+    lines = [str(report), *notes, *details, where_written(output, rank, size), following]
     data = {
         "output": str(output),
         "bytes": size,
@@ -131,6 +134,15 @@ def _answer(merged: "MergedAdapter", parsed: argparse.Namespace, notes: list[str
         "report": report.as_dict(),
     }
     return Answer("\n".join(lines), data, warnings=[warning] if warning else ())
+
+
+def _module_lines(report: "Report") -> list[str]:
+    """One line per module, for ``--verbose``."""
+    return [
+        f"{name}: {' x '.join(map(str, module.shape))}, rank {module.rank or 'full'}, "
+        f"energy {module.energy:.4f}, sign conflicts {module.conflicts:.1%}"
+        for name, module in report.modules.items()
+    ]
 
 
 COMMAND = Command(

