@@ -223,5 +223,7 @@ def test_a_calibration_that_does_not_exist_is_found_without_the_merge(adapters):
 def test_a_dry_run_says_it_and_writes_nothing(adapters, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["merge", *map(str, adapters), "--dry-run", "--space", "dense"]) == 0
-    assert "6 modules, 1536 values per adapter, passes over them: 3" in capsys.readouterr().out
+    assert (
+        "6 modules, 1,536 values per adapter, 3 passes over them\nreads " in capsys.readouterr().out
+    )
     assert list(tmp_path.iterdir()) == []

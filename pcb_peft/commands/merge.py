@@ -86,6 +86,8 @@ def _estimate(parsed: argparse.Namespace, recipe: "Recipe", notes: list[str]) ->
 
 
 def _merge(parsed: argparse.Namespace, recipe: "Recipe", notes: list[str]) -> Answer:
+    from pcb_peft.adapters.loading import load_adapters
+    from pcb_peft.base.model import lazy_base
     from pcb_peft.merging.engine import merge
     from pcb_peft.merging.finish import check_writable
     from pcb_peft.runtime.resources import DEFAULT_MEMORY, number_of_bytes, working_device
@@ -95,8 +97,10 @@ def _merge(parsed: argparse.Namespace, recipe: "Recipe", notes: list[str]) -> An
     device, progress = working_device(parsed.device), progress_of(parsed)
     check_target(parsed.output, overwrite=parsed.overwrite)
     check_writable(recipe, fold=parsed.fold)
+    with phase("reading", progress):
+        adapters = load_adapters(recipe.adapters, base_model=lazy_base(recipe.base_model))
     with phase("merging", progress):
-        merged = merge(recipe, device=device, max_memory=memory, progress=progress)
+        merged = merge(recipe, adapters, device=device, max_memory=memory, progress=progress)
     with phase("writing", progress):
         _write(merged, parsed)
     return _answer(merged, parsed, notes)

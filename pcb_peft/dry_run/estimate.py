@@ -30,11 +30,11 @@ from pcb_peft.merging.plan import Setting
 from pcb_peft.merging.prepare import prepare
 from pcb_peft.recipes.recipe import Recipe
 from pcb_peft.runtime.resources import DEFAULT_MEMORY, number_of_bytes
+from pcb_peft.runtime.units import format_count, format_duration, format_size
 from pcb_peft.tasks.limits import DEFAULT_LIMITS
 
 PROCESS_BYTES = 250 << 20  # Python with torch and this package
 TILES_HELD = 10  # what a method makes of a tile, in tiles
-GIB = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,10 +61,11 @@ class Estimate:
     seconds: float
 
     def __str__(self) -> str:
+        passes = "1 pass" if self.passes == 1 else f"{self.passes} passes"
         return (
-            f"{self.modules} modules, {self.values:.4g} values per adapter, passes over them: {self.passes}\n"
-            f"reads {self.read / GIB:.3g} GiB, writes {self.written / GIB:.3g} GiB\n"
-            f"peak memory about {self.memory / GIB:.2g} GiB; time about {self.seconds:.2g} s in one process, "
+            f"{self.modules} modules, {format_count(self.values)} values per adapter, {passes} over them\n"
+            f"reads {format_size(self.read)}, writes {format_size(self.written)}\n"
+            f"peak memory about {format_size(self.memory)}, time about {format_duration(self.seconds)} in one process, "
             "as fast as this machine is now"
         )
 
