@@ -1,12 +1,14 @@
 """Merging inside a live PeftModel: PEFT's names, PEFT's rejected cases, in the space of deltas."""
 
 import copy
+import inspect
 
 import peft
 import pytest
 import torch
+from peft.tuners.lora import LoraModel
 
-from pcb_peft import OptionError, UnsupportedError, add_weighted_adapter
+from pcb_peft import OptionError, PcbPeftError, UnsupportedError, add_weighted_adapter
 
 PLAIN = peft.LoraConfig(r=4, target_modules="all-linear")
 AWKWARD = (
@@ -96,6 +98,45 @@ def test_nothing_is_added_where_something_is_wrong(workshop):
         with pytest.raises(OptionError, match=message):
             add_weighted_adapter(model, ["math", "code"], weights, name, **arguments)
     assert set(model.peft_config) == {"math", "code"}
+
+
+def test_arguments_stand_where_peft_has_them(workshop):
+    model = model_with(workshop, {"math": PLAIN, "code": AWKWARD})
+    theirs = list(inspect.signature(LoraModel.add_weighted_adapter).parameters.values())[1:]
+    ours = list(inspect.signature(add_weighted_adapter).parameters.values())[1:-1]
+    assert [(p.name, p.default) for p in ours] == [(p.name, p.default) for p in theirs]
+    positional = ["svd", 5, None, False, "gesvd", None, "total"]
+    add_weighted_adapter(model, ["math", "code"], [1.0, 1.0], "merged", *positional)
+    assert model.peft_config["merged"].r == 5
+
+
+REFUSED = {  # arguments, words of the message
+    "svd_clamp": ({"svd_clamp": 0.9}, "svd_clamp is 0.9, and only None is supported"),
+    "svd_driver": ({"svd_driver": "x"}, "svd_driver is 'x'; it must be one of None, gesvd"),
+    "svd_full_matrices": ({"svd_full_matrices": 3}, "svd_full_matrices is 3; it must be True"),
+    "majority_sign_method": (
+        {"majority_sign_method": "frequency"},
+        "majority_sign_method is 'frequency'; only 'total'",
+    ),
+    "combination_type": (
+        {"combination_type": "tise"},
+        "no merge method 'tise'; did you mean 'ties'",
+    ),
+    "an unknown argument": ({"svd_clmp": 1}, "has no option 'svd_clmp'"),
+    "an unknown adapter": ({"adapters": ["mth"]}, "no adapter 'mth'; did you mean 'math'"),
+    "a name": ({"adapters": "math"}, r"adapters is 'math'; it must be a list"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_understood_is_refused_by_name_and_is_a_value_error_as_in_peft(workshop, case):
+    changed, words = REFUSED[case]
+    arguments = {"adapters": ["math"], "weights": [1.0], "adapter_name": "merged"} | changed
+    model = model_with(workshop, {"math": PLAIN})
+    with pytest.raises(ValueError, match=words) as caught:
+        add_weighted_adapter(model, **arguments)
+    assert isinstance(caught.value, PcbPeftError)
+    assert set(model.peft_config) == {"math"}
 
 
 def test_two_heads_do_not_fit_into_one_adapter(workshop):

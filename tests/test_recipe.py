@@ -1,7 +1,10 @@
 """A recipe is everything that is needed to make a merge again, and the file says nothing else."""
 
 import dataclasses
+import doctest
 import hashlib
+import inspect
+from pathlib import Path
 
 import numpy as np
 import peft
@@ -23,6 +26,10 @@ from pcb_peft import (
     merge_adapters,
     read_recipe,
 )
+from pcb_peft.deltas import rank_choice
+from pcb_peft.merging.plan import KEYWORDS
+from pcb_peft.recipes import fields, steps, weights, yaml_text
+from pcb_peft.recipes import recipe as recipe_module
 
 # PEFT 0.21 asks transformers 5.23 for it
 
@@ -332,6 +339,77 @@ def test_a_request_that_cannot_be_met_is_refused_before_a_tensor_is_read(worksho
         workshop.edit_tensors(directory, lambda t: {k: v * float("nan") for k, v in t.items()})
     with pytest.raises(OptionError, match=words):
         merge_adapters(directories, **options)
+
+
+@pytest.mark.parametrize("word", ["wieghts", "weight"])
+def test_a_misspelt_argument_is_told_from_an_option(adapters, word):
+    with pytest.raises(OptionError, match=f"has no option '{word}'; did you mean 'weights'"):
+        merge_adapters(adapters, **{word: [1, 2]})
+
+
+def test_every_argument_can_be_suggested():
+    arguments = inspect.signature(merge_adapters).parameters
+    assert set(arguments) - {"options"} <= KEYWORDS
+
+
+def test_an_option_of_another_method_is_told_whose_it_is(adapters):
+    with pytest.raises(
+        OptionError, match=r"has no option 'density': it is an option of .*pcb.*ties"
+    ):
+        merge_adapters(adapters, "linear", density=0.3)
+
+
+NO_LIST = ["x", Path("x"), 1, None, {"a": 1}]
+
+
+@pytest.mark.parametrize("given", NO_LIST, ids=repr)
+def test_adapters_that_are_no_list_are_refused(given):
+    with pytest.raises(OptionError, match=r"adapters is .*; it must be a list"):
+        merge_adapters(given)
+
+
+@pytest.mark.parametrize("given", [1, None, {"path": "a"}], ids=repr)
+def test_an_adapter_that_is_none_is_refused_with_what_may_be_given(given):
+    with pytest.raises(OptionError, match=r"adapters: .* is no adapter; it must be a directory"):
+        merge_adapters([given])
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_recipe_may_be_named_by_its_file(write, adapters, kind):
+    path = write({"adapters": [str(path) for path in adapters], "method": "linear"})
+    assert merge(kind(path)).recipe == merge(read_recipe(kind(path))).recipe
+
+
+@pytest.mark.parametrize("given", [3, None, b"recipe.yaml"])
+def test_what_is_no_recipe_is_refused(given):
+    for function in (merge, read_recipe):
+        with pytest.raises(OptionError, match="it must be a Recipe, or the path of a YAML file"):
+            function(given)
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", "+1e-3", "1.e-3", "0.1e-2", ".01e-1", "10e-4"])
+def test_a_number_with_an_exponent_is_a_number(write, text):
+    recipe = read_recipe(write(f"adapters: [a]\noptions: {{ridge: {text}, word: 1e3x, name: e3}}"))
+    assert recipe.options == {"ridge": float(text), "word": "1e3x", "name": "e3"}
+
+
+def test_a_recipe_of_paths_is_one_of_words(tmp_path):
+    assert Recipe.parse(adapters=[tmp_path]) == Recipe.parse(adapters=[str(tmp_path)])
+    assert Recipe.parse(adapters=["a"], base_model=tmp_path).base_model == str(tmp_path)
+
+
+def test_errors_are_those_that_peft_raises_too(tmp_path):
+    with pytest.raises(ValueError, match="rank is -1"):
+        Recipe.parse(adapters=["a"], rank=-1)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"holds no adapter_config\.json") as caught:
+        load_adapter(tmp_path / "empty")
+    assert isinstance(caught.value, AdapterError)
+
+
+@pytest.mark.parametrize("module", [fields, rank_choice, recipe_module, steps, weights, yaml_text])
+def test_examples_are_true(module):
+    assert doctest.testmod(module).failed == 0
 
 
 def test_a_rank_for_ia3s_is_refused(ia3s):
