@@ -1,4 +1,4 @@
-"""Adapters, as they are read from directories, from the Hub and from live models."""
+"""Loading adapters from directories, from the Hub and from live models."""
 
 import dataclasses
 import functools
@@ -24,18 +24,27 @@ def load_adapter(
     base_model: str | Path | BaseModel | Base = None,
     hashed: bool = True,
 ) -> Adapter:
-    """Reads an adapter that PEFT saved. Its tensors are read when they are asked for; no base model is needed.
+    """Open an adapter that PEFT saved. Its tensors are read when they are asked for.
 
     Args:
         source: A directory, a hub id, or (PeftModel, adapter name).
-        revision: Of the hub repository.
-        subfolder: In the directory or the repository.
-        base_model: Path or hub id; opened only where a delta depends on W (DoRA, PiSSA, trained biases …).
+        revision: Revision of the hub repository.
+        subfolder: Folder in the directory or the repository.
+        base_model: Path or hub id of the base model; opened only where a delta depends on W (DoRA, PiSSA, trained
+            biases …).
         hashed: Read the whole file once for its hash, by which recipes and random masks know the adapter.
+
+    Returns:
+        The adapter: its deltas by module, its head, and methods that save it or fold it into its base model.
 
     Raises:
         AdapterError: There is no adapter, or its files are damaged.
-        UnsupportedError: It holds what cannot be read; the message names it.
+        UnsupportedError: It holds something that cannot be read; the message names it.
+
+    Example:
+        >>> from pcb_peft import load_adapter
+        >>> adapter = load_adapter("math-lora")
+        >>> adapter.delta("model.layers.0.self_attn.q_proj")  # ΔW, float32
     """
     base = base_model if callable(base_model) else lazy_base(base_model)
     if isinstance(source, str | Path):
@@ -49,17 +58,17 @@ def load_adapters(
     base_model: Base,
     hashed: bool = True,
 ) -> list[Adapter]:
-    """Several adapters, whose files are read side by side; arguments and errors are `load_adapter`'s."""
+    """Open several adapters, whose files are read at the same time, as `load_adapter` does."""
     given = [Source(str(one)) if isinstance(one, str | Path) else one for one in sources]
     opened = in_order(functools.partial(_opened, hashed=hashed), given)
     return [parse(base_model) for parse in opened]
 
 
 def _opened(source: object, *, hashed: bool) -> Callable[[Base], Adapter]:
-    """Open, and hash, the files of an adapter; return what reads it.
+    """Open and hash the files of an adapter, and return the function that reads it beside a base model.
 
     Raises:
-        OptionError: It is nothing that can be an adapter.
+        OptionError: The source is nothing that can be an adapter.
     """
     if isinstance(source, Adapter):
         return lambda _: source
@@ -87,7 +96,26 @@ def fold_adapter(
     overwrite: bool = False,
     progress: bool | None = None,
 ) -> None:
-    """Writes the base model with an adapter folded into its weights; as `load_adapter(adapter).fold(...)`."""
+    """Write the base model with an adapter added into its weights.
+
+    Args:
+        adapter: A directory, a hub id, (PeftModel, adapter name), or an adapter that is loaded.
+        base_model: Path or hub id of a transformers checkpoint in safetensors.
+        output: Directory to write.
+        tied: Policy for tied weights, as in `Adapter.fold`.
+        overwrite: Replace a directory that is not empty.
+        progress: Show a bar; default: on a terminal.
+
+    Raises:
+        AdapterError: There is no adapter, or its files are damaged.
+        MismatchError: The base model does not have the adapter's modules, or has them in other shapes.
+        BaseModelError: Tied weights would change differently, and the policy refuses it.
+        OutputError: The directory cannot be written.
+
+    Example:
+        >>> from pcb_peft import fold_adapter
+        >>> fold_adapter("math-lora", "base-model", "math-model")
+    """
     known = isinstance(adapter, Source) and adapter.sha256 is not None
     loaded = load_adapter(adapter, base_model=base_model, hashed=known)
     loaded.fold(base_model, output, tied=tied, overwrite=overwrite, progress=progress)

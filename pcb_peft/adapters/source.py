@@ -1,10 +1,11 @@
-"""Where adapters come from: a directory, the Hub, or a live PeftModel; and what is written down to find them again."""
+"""Sources of adapters: a directory, the Hub, or a live PeftModel; and the record by which one is found again."""
 
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pcb_peft.base.hub import download
 from pcb_peft.deltas.replacements import HEADS
 from pcb_peft.errors import AdapterError, AdapterNotFoundError, OptionError
 from pcb_peft.formats.checkpoint import (
@@ -20,21 +21,20 @@ from pcb_peft.formats.checkpoint import (
     read_config,
 )
 from pcb_peft.runtime.hashing import sha256_of_file
-from pcb_peft.runtime.paths import similar_path
 
 IN_MEMORY = "in memory: "
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Source:
-    """Where one adapter is.
+    """The source of one adapter.
 
     Attributes:
-        path: A directory or a hub id; `IN_MEMORY` and a name, where there are no files.
-        revision: Of the hub repository.
-        subfolder: In the directory or the repository.
-        sha256: Of the tensors' file, when it was read.
-        config_sha256: Of the configuration's file.
+        path: A directory or a hub id; `IN_MEMORY` and a name, if there are no files.
+        revision: Revision of the hub repository.
+        subfolder: Folder in the directory or the repository.
+        sha256: Hash of the tensors' file, when it was read.
+        config_sha256: Hash of the configuration's file.
     """
 
     path: str
@@ -45,16 +45,21 @@ class Source:
 
     @property
     def name(self) -> str:
-        """A short name, without the way to it."""
+        """Last part of the path, for messages and reports."""
         name = Path(self.subfolder or self.path).resolve().name
         return name.removesuffix(".safetensors") or "adapter"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class OpenedAdapter:
-    """An adapter's configuration and tensors, and the hashes of what they were read from.
+    """An adapter's configuration and tensors.
 
-    A merged adapter has heads beside it: those of its sources, by name.
+    Attributes:
+        config: The configuration.
+        tensors: The tensors.
+        sha256: Hash of the tensors' file.
+        config_sha256: Hash of the configuration's file.
+        heads: Heads beside a merged adapter: those of its sources, by the source's name.
     """
 
     config: Mapping[str, Any]
@@ -65,15 +70,15 @@ class OpenedAdapter:
 
 
 def open_files(source: Source, *, hashed: bool = True) -> OpenedAdapter:
-    """The files of an adapter in a directory or on the Hub.
+    """Open the files of an adapter in a directory or on the Hub.
 
     Raises:
         AdapterNotFoundError: There is no adapter there.
-        AdapterError: It is another one than the hash says.
+        AdapterError: Its hash is not the one that the source names.
     """
     if source.path.startswith(IN_MEMORY):
         raise AdapterError(
-            f"{source.path} is no file: the recipe was written of a merge of adapters in memory; save that adapter, "
+            f"{source.path} has no files: the recipe comes from a merge of adapters in memory; save that adapter, "
             "and write its directory into the recipe"
         )
     directory = _local(source) or _downloaded(source)
@@ -112,16 +117,16 @@ def _refuse_other(
         )
 
 
-def _pipeline_file(place: Path) -> Path | None:
-    """The LoRA of a diffusion pipeline, where a place is such a file, or a directory that holds one alone."""
-    if place.is_file():
-        return place
-    alone = (place / PIPELINE).is_file() and not (place / CONFIG).is_file()
-    return place / PIPELINE if alone else None
+def _pipeline_file(path: Path) -> Path | None:
+    """Return the LoRA of a diffusion pipeline: the file itself, or the only adapter in a directory."""
+    if path.is_file():
+        return path
+    alone = (path / PIPELINE).is_file() and not (path / CONFIG).is_file()
+    return path / PIPELINE if alone else None
 
 
 def files_of_model(model: Any, adapter_name: str) -> OpenedAdapter:
-    """What `PeftModel.save_pretrained` would write for one adapter of a live model.
+    """Return what `PeftModel.save_pretrained` would write for one adapter of a live model.
 
     Raises:
         OptionError: The model has no adapter of that name.
@@ -150,27 +155,21 @@ def _local(source: Source) -> Path | None:
 
 
 def _downloaded(source: Source) -> Path:
-    """The adapter's directory in the Hub's cache."""
-    from huggingface_hub import snapshot_download
-
+    """Return the adapter's directory in the Hub's cache."""
     prefix = f"{source.subfolder}/" if source.subfolder else ""
     names = (CONFIG, SAFETENSORS, PICKLE, PIPELINE, f"{HEADS}/*.safetensors")
-    wanted = [prefix + name for name in names]
-    try:
-        root = snapshot_download(source.path, revision=source.revision, allow_patterns=wanted)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        here = "" if Path(source.path).is_absolute() else f" (paths begin in {Path.cwd()})"
-        raise AdapterNotFoundError(
-            f"{source.path} is neither a directory nor a hub repository that can be reached{here}"
-            f"{similar_path(source.path)}: {reason}"
-        ) from error
-    return Path(root) / prefix
+    root = download(
+        source.path,
+        source.revision,
+        wanted=[prefix + name for name in names],
+        error_type=AdapterNotFoundError,
+    )
+    return root / prefix
 
 
 def _nearby(directory: Path) -> str:
-    """A hint: where under the directory there are adapters."""
+    """Return a hint for messages: the subfolders of a directory that hold adapters."""
     if not directory.is_dir():
         return ": no such directory"
-    found = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG}"))
-    return f"; there are adapters in its subfolders {', '.join(found)}" if found else ""
+    names = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG}"))
+    return f"; there are adapters in its subfolders {', '.join(names)}" if names else ""

@@ -10,15 +10,14 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from pcb_peft.errors import BaseModelError
-from pcb_peft.runtime.paths import similar_path
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_DOWNLOADED = [
+DOWNLOADED = [
     *("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "LICENSE*"),
     *("*.bpe", "*.codes", "*.spm", "*.tiktoken"),
 ]
-_NOT_DOWNLOADED = ["consolidated*", "original/*", "onnx/*", "openvino/*"]
+NOT_DOWNLOADED = ["consolidated*", "original/*", "onnx/*", "openvino/*"]
 _QUANTISED = re.compile(
     r"\.(qweight|qzeros|SCB|weight_packed|weight_scale(_inv)?|weight\.(absmax|quant_map))$"
 )
@@ -41,28 +40,6 @@ class TensorInfo:
     end: int
     shape: tuple[int, ...]
     dtype: str
-
-
-def download(source: str, revision: str | None) -> Path:
-    """Return the directory of a model on the Hub, in its cache.
-
-    Raises:
-        BaseModelError: It cannot be reached.
-    """
-    from huggingface_hub import snapshot_download
-
-    try:
-        root = snapshot_download(
-            source,
-            revision=revision,
-            allow_patterns=_DOWNLOADED,
-            ignore_patterns=_NOT_DOWNLOADED,
-        )
-        return Path(root)
-    except (OSError, ValueError) as error:
-        raise BaseModelError(
-            f"{source} is neither a directory nor a hub repository that can be reached{similar_path(source)}: {error}"
-        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

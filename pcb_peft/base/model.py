@@ -14,14 +14,16 @@ from torch import Tensor, nn
 
 from pcb_peft.base.architecture import Skeleton, build_skeleton
 from pcb_peft.base.files import (
+    DOWNLOADED,
+    NOT_DOWNLOADED,
     SINGLE_FILE,
     TensorInfo,
-    download,
     read_index,
     read_json,
     read_tensor_infos,
     refuse_quantised,
 )
+from pcb_peft.base.hub import download
 from pcb_peft.base.names import ParameterNames
 from pcb_peft.deltas.layout import CONV1D, LINEAR, Layout, ParameterForm, layout_of
 from pcb_peft.errors import BaseModelError, MismatchError
@@ -63,7 +65,13 @@ def open_base_model(source: str | Path, revision: str | None = None) -> "BaseMod
     """
     directory = Path(source).expanduser()
     if not directory.is_dir():
-        directory = download(str(source), revision)
+        directory = download(
+            str(source),
+            revision,
+            wanted=DOWNLOADED,
+            unwanted=NOT_DOWNLOADED,
+            error_type=BaseModelError,
+        )
     return _open(str(source), directory)
 
 

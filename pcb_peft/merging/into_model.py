@@ -64,7 +64,7 @@ def add_weighted_adapter(  # noqa: PLR0913  (PEFT's own arguments, in PEFT's ord
         raise OptionError(
             f"majority_sign_method is {majority_sign_method!r}; only 'total' is supported: the sign of the sum decides"
         )
-    given = options if density is None else {**options, "density": density}
+    given: dict[str, Any] = options if density is None else {**options, "density": density}
     base = LiveBase(model)
     loaded = [load_adapter((model, name), base_model=base) for name in adapters]
     merged = merge_adapters(loaded, combination_type, weights, rank=svd_rank, **given)

@@ -16,18 +16,18 @@ _SYNCED_AT_ONCE = 64 << 20
 
 @contextlib.contextmanager
 def replace_directory(target: Path, *, overwrite: bool) -> Generator[Path]:
-    """A temporary directory that takes the place of `target` once the block ends without an exception.
+    """Yield a temporary directory that takes the place of `target` once the block ends without an exception.
 
-    It lies beside the target, under a name of its own: what a killed run left behind is never met again. At the end
-    every file gets the mode that the umask gives and is synced, then the directory is renamed. Until that rename
+    It lies beside the target, under a new name each time, so that the remains of a killed run are never used. At the
+    end every file gets the mode that the umask gives and is synced, then the directory is renamed. Until that rename
     `target` is untouched.
 
     Args:
-        target: Where the directory shall be. A symbolic link is followed and stays.
+        target: Directory to write. A symbolic link is followed and stays.
         overwrite: Replace `target` even though it holds something. An empty directory is always replaced.
 
     Raises:
-        OutputError: `target` cannot be replaced, or must not be.
+        OutputError: `target` cannot be replaced, or holds something and `overwrite` is False.
     """
     target = target.resolve()
     check_target(target, overwrite=overwrite)
@@ -45,19 +45,19 @@ def replace_directory(target: Path, *, overwrite: bool) -> Generator[Path]:
 
 @contextlib.contextmanager
 def shared_directory(target: Path, processes: Processes, *, overwrite: bool) -> Generator[Path]:
-    """`replace_directory` of several processes, which all write into it; the first makes and renames it.
+    """Yield a directory as `replace_directory` does, in which several processes write; the first makes and renames it.
 
     Raises:
         OutputError: Also where the processes have no file system in common.
     """
     with contextlib.ExitStack() as stack:
-        own = None
+        made = None
         if processes.is_main:
-            own = stack.enter_context(replace_directory(target, overwrite=overwrite))
-        directory = processes.reduce(own, lambda paths: paths[0])
+            made = stack.enter_context(replace_directory(target, overwrite=overwrite))
+        directory = processes.reduce(made, lambda paths: paths[0])
         if directory is None or not directory.is_dir():
             raise OutputError(
-                f"{directory} was made by the first process and is not seen by this one: "
+                f"{directory} was made by the first process, and this process does not see it: "
                 "name a directory on a file system that all machines share"
             )
         yield directory
@@ -113,7 +113,7 @@ def check_file_target(target: Path, *, overwrite: bool) -> None:
 
 
 class GrowingFile:
-    """A new file that is synced while it is written: when all is there, little is left to wait for."""
+    """A new file that is synced while it is written, so that little is left to sync at the end."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -124,17 +124,17 @@ class GrowingFile:
         self._unsynced = 0
 
     def write(self, content: bytes | memoryview) -> None:
-        """Appends.
+        """Append to the file.
 
         Raises:
             OutputError: The disk is full, or broken.
         """
-        rest = memoryview(content).cast("B")
-        self._unsynced += len(rest)
+        unwritten = memoryview(content).cast("B")
+        self._unsynced += len(unwritten)
         with _writing(self._path):
-            while rest:
-                rest = rest[self._stream.write(rest) :]
-            if self._unsynced >= _SYNCED_AT_ONCE and self._synced():
+            while unwritten:
+                unwritten = unwritten[self._stream.write(unwritten) :]
+            if self._unsynced >= _SYNCED_AT_ONCE and self._is_synced():
                 self._sync = self._thread.submit(os.fsync, self._stream.fileno())
                 self._unsynced = 0
 
@@ -145,15 +145,15 @@ class GrowingFile:
         self._thread.shutdown()
         with _writing(self._path):
             self._stream.close()
-            self._synced()
+            self._is_synced()
 
-    def _synced(self) -> bool:
-        """Whether nothing is being synced; raises what the last time has raised."""
+    def _is_synced(self) -> bool:
+        """Return whether the last sync is done; raise its error."""
         return self._sync is None or (self._sync.done() and self._sync.result() is None)
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
-    """Raises OutputError where a directory cannot take the place of `target`, or must not."""
+    """Raise OutputError where a directory cannot take the place of `target`, or must not."""
     target = target.resolve()
     if Path.cwd().resolve().is_relative_to(target):
         raise OutputError(
@@ -175,7 +175,7 @@ def check_target(target: Path, *, overwrite: bool) -> None:
 
 
 def _make(directory: Path) -> None:
-    """Makes a directory, with the mode that the umask gives."""
+    """Make a directory, with the mode that the umask gives."""
     try:
         directory.mkdir(parents=True)
     except OSError as error:
@@ -183,7 +183,7 @@ def _make(directory: Path) -> None:
 
 
 def _remove(directory: Path) -> None:
-    """Also where the signal that ends the process comes meanwhile."""
+    """Remove a directory, also if the signal that ends the process comes meanwhile."""
     try:
         shutil.rmtree(directory, ignore_errors=True)
     finally:
@@ -192,7 +192,7 @@ def _remove(directory: Path) -> None:
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Generator[None]:
-    """Turns what the disk says into words."""
+    """Raise the errors of the file system as OutputError."""
     try:
         yield
     except OSError as error:
@@ -202,7 +202,7 @@ def _writing(path: Path) -> Generator[None]:
 
 
 def _chmod_and_sync(directory: Path) -> None:
-    """Gives all files below `directory` an ordinary mode, then makes them durable."""
+    """Give all files in a directory the mode that the umask gives, and sync them."""
     mode = directory.stat().st_mode & 0o666
     for folder, _, files in os.walk(directory, topdown=False):
         for name in files:
@@ -213,7 +213,7 @@ def _chmod_and_sync(directory: Path) -> None:
 
 
 def _swap(new: Path, target: Path) -> None:
-    """Renames `new` to `target`; what was there comes back if that fails."""
+    """Rename `new` to `target`; the old target comes back if that fails."""
     aside = new.with_suffix(".old")
     try:
         if target.exists():
@@ -240,7 +240,7 @@ def _sync(path: Path, flags: int) -> None:
 
 
 def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
-    """Writes files, by path below the directory."""
+    """Write files into a directory, by their relative paths."""
     for name, content in files.items():
         (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_bytes(content)

@@ -1,21 +1,20 @@
-"""The model card of an output: Hub front matter, and what it was made of. It shows no local path."""
+"""The model card of an output: front matter for the Hub, and tables of sources and settings, without local paths."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 PIPELINES = {
     "CAUSAL_LM": "text-generation",
     "SEQ_CLS": "text-classification",
     "TOKEN_CLS": "token-classification",
 }
+"""PEFT's task type to the Hub's name of the pipeline."""
 
 
 def public_name(path: str | None) -> str | None:
-    """A hub id as it is; None for anything that is or may be a local path."""
+    """Return a hub id as it is; None for anything that is or may be a local path."""
     if path is None or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path.startswith("."):
         return None
     return None if Path(path).exists() else path
@@ -30,42 +29,40 @@ def model_card(
     sources: Sequence[tuple[str, object]],
     settings: Sequence[tuple[str, Any]],
 ) -> str:
-    """The text of README.md.
+    """Return the text of README.md.
 
     Args:
         title: Heading.
         base_model: Path or hub id; a path is left out.
-        task_type: PEFT's.
-        tags: Beside those that the Hub derives.
+        task_type: PEFT's task type.
+        tags: Tags beside those that every output has.
         sources: Name and weight of each merged adapter.
-        settings: Name and value of what was decided.
+        settings: Name and value of each choice of the merge.
     """
+    from huggingface_hub import ModelCardData  # only when something is saved
+
     base = public_name(base_model)
-    front: dict[str, Any] = {"library_name": "peft", "tags": sorted([*tags, "merge", "pcb_peft"])}
-    if base:
-        front |= {"base_model": base, "base_model_relation": "adapter"}
-        front["tags"] = sorted([*front["tags"], f"base_model:adapter:{base}"])
-    if task_type in PIPELINES:
-        front["pipeline_tag"] = PIPELINES[task_type]
-    lines = ["---", yaml.safe_dump(front, sort_keys=True).strip(), "---", "", f"# {title}", ""]
+    base_tags = [f"base_model:adapter:{base}"] if base else []
+    front = ModelCardData(
+        base_model=base,
+        base_model_relation="adapter" if base else None,
+        library_name="peft",
+        pipeline_tag=PIPELINES.get(str(task_type)),
+        tags=sorted([*tags, "merge", "pcb_peft", *base_tags]),
+    )
+    lines = ["---", front.to_yaml(), "---", "", f"# {title}", ""]
     if sources:
-        lines += [
-            "| adapter | weight |",
-            "|---|---|",
-            *(_row(name, weight) for name, weight in sources),
-            "",
-        ]
+        lines += [*_table(("adapter", "weight"), sources), ""]
     if settings:
-        lines += [
-            "| setting | value |",
-            "|---|---|",
-            *(_row(name, value) for name, value in settings),
-            "",
-        ]
+        lines += [*_table(("setting", "value"), settings), ""]
     return "\n".join(lines)
 
 
-def _row(*cells: object) -> str:
-    """Of a table, whatever stands in it."""
-    words = " | ".join(str(cell).replace("|", r"\|") for cell in cells)
-    return f"| {words} |"
+def _table(heading: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """Return the lines of a table in Markdown."""
+    return [_row(heading), "|" + "---|" * len(heading), *map(_row, rows)]
+
+
+def _row(cells: Sequence[object]) -> str:
+    escaped = [str(cell).replace("|", r"\|") for cell in cells]
+    return f"| {' | '.join(escaped)} |"

@@ -1,0 +1,46 @@
+"""Repositories on the Hugging Face Hub, as directories in its cache."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pcb_peft.errors import PcbPeftError
+from pcb_peft.runtime.paths import similar_path
+
+
+def download(
+    source: str,
+    revision: str | None,
+    *,
+    wanted: Sequence[str],
+    unwanted: Sequence[str] = (),
+    error_type: type[PcbPeftError],
+) -> Path:
+    """Return the directory of a repository in the Hub's cache; files that it lacks are downloaded, unless offline.
+
+    Args:
+        source: Id of the repository. A path that is no directory ends here too, and the message says so.
+        revision: Branch, tag or commit.
+        wanted: Globs of files to download.
+        unwanted: Globs of files that are not downloaded though they are wanted.
+        error_type: Type of the error.
+
+    Raises:
+        PcbPeftError: Of that type: there is no such repository, or it cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        root = snapshot_download(
+            source,
+            revision=revision,
+            allow_patterns=list(wanted),
+            ignore_patterns=list(unwanted),
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        here = "" if Path(source).is_absolute() else f" (paths begin in {Path.cwd()})"
+        raise error_type(
+            f"{source} is neither a directory nor a hub repository that can be reached{here}"
+            f"{similar_path(source)}: {reason}"
+        ) from error
+    return Path(root)
