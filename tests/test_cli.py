@@ -501,7 +501,7 @@ ERRORS = {  # command to words of the one line
     "merge math code -o code": "code exists and is not empty",
     "merge math code -o @out --fold": "give base_model too",
     "merge math code -o @out --rank full": "give a rank, or fold it",
-    "merge math math-ia3 -o @out": "Diagonal and LowRank",
+    "merge math math-ia3 -o @out": r"\(IA\)³ and LoRA",
     "merge math math-cls -o @out --heads refuse": "math-cls replace parameters",
     "merge math-ia3 code-ia3 -o @out --rank 3": "has no rank",
     "merge math-ia3 code-ia3 -o @out --rank-pattern": "rank_pattern",

@@ -418,7 +418,9 @@ def test_a_rank_for_ia3s_is_refused(ia3s):
 
 
 def test_a_space_that_cannot_take_ia3s_is_refused_with_those_that_can(ia3s):
-    with pytest.raises(OptionError, match=r"'core' cannot take Diagonal deltas.*auto, vector"):
+    with pytest.raises(
+        OptionError, match=r"'core' cannot take adapters of kind \(IA\)³.*auto, vector"
+    ):
         merge_adapters(ia3s, "linear", space="core")
 
 

@@ -1,4 +1,4 @@
-"""Do adapters fit each other? Checked before a tensor is read."""
+"""Adapters side by side, and the checks that they fit each other: made before a tensor is read."""
 
 import copy
 import itertools
@@ -8,21 +8,21 @@ from typing import NamedTuple
 
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.base.model import BaseModel
-from pcb_peft.deltas.delta import Delta, Diagonal, Rescaled
+from pcb_peft.deltas.delta import Delta
 from pcb_peft.errors import MismatchError
 from pcb_peft.formats import LazyDelta
 
-SAME = "only adapters of one base model and of one kind can be merged"
-SIDES = "an (IA)³ scales the input of its feedforward_modules and the output of others: all must scale the same side"
+ONE_KIND = "only adapters of one base model and of one kind can be merged"
+ONE_SIDE = "an (IA)³ scales the input of its feedforward_modules and the output of others: all must scale the same side"
 _NUMBER = re.compile(r"\.\d+\.")
 
 
 class AdapterSet:
-    """Adapters side by side: for every module that one of them touches, the delta of each.
+    """Several adapters: for every module that one of them touches, the delta of each.
 
     Attributes:
-        adapters: In the caller's order.
-        modules: Module path to the first entry there is for it, which stands for its kind and shape.
+        adapters: The adapters, in the caller's order.
+        modules: Module path to the entry of the first adapter that touches it, which stands for its kind and shape.
     """
 
     def __init__(self, adapters: Sequence[Adapter]) -> None:
@@ -38,49 +38,55 @@ class AdapterSet:
 
     @property
     def kinds(self) -> set[type[Delta]]:
+        """The kinds of all deltas."""
         return {
             entry.kind for adapter in self.adapters for entry in adapter.modules.entries.values()
         }
 
     def only(self, modules: Iterable[str]) -> "AdapterSet":
-        """The same adapters, on those of the modules that they touch."""
-        some = copy.copy(self)
-        some.modules = {m: self.modules[m] for m in modules if m in self.modules}
-        return some
+        """Return the same adapters, limited to some modules."""
+        limited = copy.copy(self)
+        limited.modules = {m: self.modules[m] for m in modules if m in self.modules}
+        return limited
 
     def deltas(self, module: str) -> list[Delta]:
-        """One per adapter; a zero for those that do not touch the module."""
+        """Load one delta per adapter; a zero for an adapter that does not touch the module."""
         present = {i: a.modules[module] for i, a in enumerate(self.adapters) if module in a.modules}
         template = next(iter(present.values()))
         return [present.get(i, template.zero()) for i in range(len(self.adapters))]
 
     def total_rank(self, module: str, *, in_parts: bool = False) -> int:
-        """R = Σ r_t over the adapters that touch the module; a dense delta counts in full.
+        """Return R = Σ r_t over the adapters that touch the module.
 
-        So does one that has a low-rank part, unless it is taken `in_parts`.
+        A dense delta counts with its full rank; so does a DoRA's, unless its low-rank part is taken by itself
+        (`in_parts`).
         """
         entries = [a.modules.entries[module] for a in self.adapters if module in a.modules]
-        whole = () if in_parts else (Rescaled,)
-        return sum(min(e.shape) if e.rank is None or e.kind in whole else e.rank for e in entries)
+        full = [e.rank is None or (e.kind.rescales and not in_parts) for e in entries]
+        return sum(
+            min(e.shape) if is_full else e.rank or 0
+            for e, is_full in zip(entries, full, strict=True)
+        )
 
 
 def _check_pair(
     module: str, one: tuple[Adapter, LazyDelta], other: tuple[Adapter, LazyDelta]
 ) -> None:
     (first, first_entry), (second, second_entry) = one, other
-    one_multiplies = (first_entry.kind is Diagonal) != (second_entry.kind is Diagonal)
-    if one_multiplies or first_entry.shape != second_entry.shape:
+    multiply = first_entry.kind.multiplies, second_entry.kind.multiplies
+    if multiply[0] != multiply[1] or first_entry.shape != second_entry.shape:
         raise MismatchError(
-            f"{module}: {first.name} holds a {first_entry.kind.__name__} of shape {first_entry.shape}, "
-            f"{second.name} a {second_entry.kind.__name__} of shape {second_entry.shape}; "
-            + (SIDES if first_entry.kind is second_entry.kind is Diagonal else SAME)
+            f"{module}: {first.name} has a delta of shape {first_entry.shape} ({first_entry.kind.kind_name}), "
+            f"{second.name} one of shape {second_entry.shape} ({second_entry.kind.kind_name}); "
+            + (ONE_SIDE if all(multiply) else ONE_KIND)
         )
 
 
 def refuse_other_names(adapters: Sequence[Adapter], base: Callable[[], BaseModel] | None) -> None:
-    """Refuses adapters of two classes of one model, whose paths begin at different modules.
+    """Refuse adapters of two classes of one model, whose module paths begin at different places.
 
-    Where PEFT looks for ``model.layers.0.mlp``, it does not load ``layers.0.mlp``, nor does it say so.
+    ``layers.0.mlp`` of AutoModel is ``model.layers.0.mlp`` of AutoModelForCausalLM. PEFT loads only the one that it
+    finds, and does not mention the other.
 
     Raises:
         MismatchError: Two adapters share no list of layers, but would if the paths of one were longer; and the base
@@ -103,9 +109,9 @@ def refuse_other_names(adapters: Sequence[Adapter], base: Callable[[], BaseModel
 
 
 def _lists(adapter: Adapter) -> dict[str, str]:
-    """The lists of layers that an adapter touches: path to a module in it."""
-    found = {m: _NUMBER.search(m) for m in sorted(adapter.modules.entries, reverse=True)}
-    return {m[: number.start()]: m for m, number in found.items() if number}  # of each the first
+    """Return the lists of layers that an adapter touches: the path of each, and its first module."""
+    numbers = {m: _NUMBER.search(m) for m in sorted(adapter.modules.entries, reverse=True)}
+    return {m[: number.start()]: m for m, number in numbers.items() if number}
 
 
 class CommonBase(NamedTuple):
@@ -113,8 +119,8 @@ class CommonBase(NamedTuple):
 
     Attributes:
         name: Path or hub id, as far as it is known.
-        revision: Of it, if all adapters name the same.
-        notes: On what was taken for the same.
+        revision: Its revision, if all adapters name the same.
+        notes: Names that were taken for one model, for the report.
     """
 
     name: str | None
@@ -123,13 +129,13 @@ class CommonBase(NamedTuple):
 
 
 def common_base(adapters: Sequence[Adapter], stated: str | None) -> CommonBase:
-    """The base model of all adapters.
+    """Find the base model of all adapters.
 
-    Names that end alike count as one model: a directory and a hub id, or copies in several places. What the caller
-    states is not compared.
+    Names that end alike count as one model: a directory and a hub id, or copies in several places. A base model that
+    the caller states is not compared.
 
     Raises:
-        MismatchError: They name different ones.
+        MismatchError: The adapters name different ones.
     """
     named = [adapter for adapter in adapters if adapter.base_model]
     bases: Mapping[str, Adapter] = {
@@ -147,13 +153,13 @@ def common_base(adapters: Sequence[Adapter], stated: str | None) -> CommonBase:
     revisions = {adapter.revision for adapter in named}
     revision = revisions.pop() if len(revisions) == 1 else None
     notes: list[str] = []
-    if len(spelled := {str(adapter.base_model) for adapter in named}) > 1:
+    if len(spellings := {str(adapter.base_model) for adapter in named}) > 1:
         notes.append(
-            f"{', '.join(sorted(spelled))} are taken for one base model: the names end alike"
+            f"{', '.join(sorted(spellings))} are taken for one base model: the names end alike"
         )
     if revisions:
-        words = ", ".join(sorted(str(revision) for revision in revisions))
-        notes.append(f"the base model's revision is left open: the adapters name {words}")
+        listed = ", ".join(sorted(str(revision) for revision in revisions))
+        notes.append(f"the base model's revision is left open: the adapters name {listed}")
     return CommonBase(hub.base_model, revision, notes)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pcb_peft.calibrations import Calibration, bound
-from pcb_peft.deltas.delta import Delta, Diagonal
+from pcb_peft.deltas.delta import Delta
 from pcb_peft.deltas.rank_choice import LOSSLESS
 from pcb_peft.errors import OptionError, UnsupportedError
 from pcb_peft.merging.compatibility import AdapterSet
@@ -106,7 +106,7 @@ def plan(
         OptionError: A value is not allowed; an override matches nothing; a rank is given for what has none.
     """
     main = _setting(method, recipe.space, recipe.scope, recipe.options, recipe.weights, adapter_set)
-    if main.space.accepts == (Diagonal,) and recipe.rank != LOSSLESS:
+    if all(kind.multiplies for kind in main.space.accepts) and recipe.rank != LOSSLESS:
         raise OptionError(
             f"rank is {recipe.rank.as_given!r}, but an (IA)³ adapter is a vector and has no rank: leave it out"
         )
@@ -248,10 +248,10 @@ def _space_for(name: str, method: MergeMethod, kinds: set[type[Delta]]) -> Space
         UnsupportedError: No space can.
     """
     able = [space for space in list_spaces().values() if kinds <= set(space.accepts)]
-    found = " and ".join(sorted(kind.__name__ for kind in kinds))
+    found = " and ".join(sorted(kind.kind_name for kind in kinds))
     if not able:
         raise UnsupportedError(
-            f"the adapters hold {found} deltas, and no space takes all of these: merge each kind by itself"
+            f"the adapters are of kinds {found}, which no space can merge together: merge each kind by itself"
         )
     if name == "auto":
         preferred = get_space(method.space)
@@ -260,6 +260,6 @@ def _space_for(name: str, method: MergeMethod, kinds: set[type[Delta]]) -> Space
     if space not in able:
         allowed = ", ".join(space.name for space in able)
         raise OptionError(
-            f"space {name!r} cannot take {found} deltas; allowed here: auto, {allowed}"
+            f"space {name!r} cannot take adapters of kind {found}; allowed here: auto, {allowed}"
         )
     return space

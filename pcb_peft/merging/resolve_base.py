@@ -1,4 +1,4 @@
-"""Adapters beside their base model, where merging them needs W, or the names of its files."""
+"""Adapters read beside their base model, where a merge needs W, or the names of its files."""
 
 import dataclasses
 import functools
@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.delta_mapping import DeltaMapping
 from pcb_peft.base.model import BaseModel
-from pcb_peft.deltas.delta import Dense, Diagonal, LowRank
+from pcb_peft.deltas.delta import Dense, LowRank
+from pcb_peft.deltas.layout import Layout
 from pcb_peft.deltas.replacements import Parameter, Replacements
 from pcb_peft.errors import BaseModelError
 from pcb_peft.formats import LazyDelta, as_dense, vector_delta
@@ -16,7 +17,7 @@ from pcb_peft.spaces import Space
 from pcb_peft.writing.edits import fitted
 from pcb_peft.writing.folded_model import folded
 
-ONE_BY_ONE = re.compile(r"\.experts\.\d+\.")  # the experts' names in transformers 4, and in files
+ONE_BY_ONE = re.compile(r"\.experts\.\d+\.")  # names of experts in transformers 4, and in files
 STACKED = re.compile(r"\.experts\.\w+\.\d+$")  # in transformers 5
 
 
@@ -25,13 +26,15 @@ def resolve_against_base(
     base: Callable[[], BaseModel] | None,
     space: Space | None = None,
 ) -> list[Adapter]:
-    """The same adapters, read beside the base model as far as the merge needs it, which is opened only then.
+    """Read adapters beside the base model, as far as the merge needs it; it is opened only then.
 
-    It does for deltas that depend on W; for (IA)³ among others, or in a space of others: W∘(l − 1) then; and where
-    adapters call the same experts by different names.
+    It is needed
+    - for deltas that depend on W;
+    - for (IA)³ adapters among others, or in a space for others: they are merged as W∘(l − 1);
+    - where adapters call the same experts by different names.
 
     Args:
-        adapters: Those that are merged.
+        adapters: The adapters that are merged.
         base: The base model, if there is one.
         space: The space that was asked for, if one was.
 
@@ -55,20 +58,21 @@ def resolve_against_base(
 
 
 def _mixed_kinds(adapters: Sequence[Adapter], space: Space | None) -> str:
-    """Why (IA)³ adapters must become additions to W, if they must."""
+    """Say why (IA)³ adapters must become additions to W; empty if they need not."""
     kinds = {entry.kind for adapter in adapters for entry in adapter.modules.entries.values()}
-    elsewhere = space is not None and Diagonal not in space.accepts
-    if Diagonal not in kinds or (len(kinds) == 1 and not elsewhere):
+    multiply = {kind for kind in kinds if kind.multiplies}
+    elsewhere = space is not None and not multiply <= set(space.accepts)
+    if not multiply or (kinds == multiply and not elsewhere):
         return ""
-    found = " and ".join(sorted(kind.__name__ for kind in kinds))
+    found = " and ".join(sorted(kind.kind_name for kind in kinds))
     return (
-        f"the adapters hold {found} deltas; an (IA)³ adapter multiplies W, and can be merged with others only as "
+        f"the adapters are of kinds {found}; an (IA)³ multiplies W, and can be merged with others only as the change "
         "W∘(l − 1)"
     )
 
 
 def _mixed_names(adapters: Sequence[Adapter]) -> str:
-    """Why experts must be called by the names of the files, if they must."""
+    """Say why experts must be called by the names of the files; empty if they need not."""
     stacked, single = (
         next((a.name for a in adapters if any(map(pattern.search, a.modules))), None)
         for pattern in (STACKED, ONE_BY_ONE)
@@ -82,38 +86,37 @@ def _mixed_names(adapters: Sequence[Adapter]) -> str:
 
 
 def unstack_experts(adapter: Adapter, base: BaseModel) -> Adapter:
-    """The same adapter, whose stacked experts go by the names that they have in the files."""
+    """Return the adapter with its stacked experts under the names that they have in the files."""
     entries: dict[str, LazyDelta] = {}
     for module, entry in adapter.modules.entries.items():
-        places = base.slices(module) if STACKED.search(module) else ()
-        if not places or places[0].index is not None:
+        slices = base.slices(module) if STACKED.search(module) else ()
+        if not slices or slices[0].index is not None:
             entries[module] = entry
             continue
-        for place in places:
-            name = place.parameter.removesuffix(".weight")
-            start, end = place.rows or (0, entry.shape[0])
+        for one in slices:
+            name = one.parameter.removesuffix(".weight")
+            start, end = one.rows or (0, entry.shape[0])
             entries[name] = LazyDelta(
                 LowRank,
                 (end - start, entry.shape[1]),
-                functools.partial(_rows, entry, start, end),
+                functools.partial(_load_rows, entry, start, end),
                 entry.rank,
             )
     return dataclasses.replace(adapter, modules=DeltaMapping(entries))
 
 
-def _rows(entry: LazyDelta, start: int, end: int) -> LowRank:
-    delta = entry.load()
-    lora_B, lora_A = delta.factors()
+def _load_rows(entry: LazyDelta, start: int, end: int) -> LowRank:
+    lora_B, lora_A = entry.load().factors()
     return LowRank(lora_A.float(), lora_B[start:end].float())
 
 
 def chain_on_base(
     adapters: Sequence[Adapter], base: Callable[[], BaseModel] | None
 ) -> list[Adapter]:
-    """The same adapters, each read on top of the base model with those before it in its weights.
+    """Read each adapter on top of the base model with the adapters before it in its weights.
 
-    So they were trained: an adapter, then another one (preferences after instructions) on the model that the first had
-    changed. Where a delta depends on W, that is the W it depends on. A later head takes the place of an earlier one.
+    That is how they were trained: preferences after instructions, say. A delta that depends on W depends on that W. A
+    later head takes the place of an earlier one.
 
     Args:
         adapters: In the order in which they were trained.
@@ -124,81 +127,96 @@ def chain_on_base(
     """
     chain: list[Adapter] = []
     for adapter in adapters:
-        below = _with_all_of(tuple(chain), base)
-        kinds = {entry.kind for entry in adapter.modules.entries.values()}
-        if below is None and chain and Diagonal in kinds:
+        multiplies = any(entry.kind.multiplies for entry in adapter.modules.entries.values())
+        if base is None and chain and multiplies:
             raise BaseModelError(
-                f"{adapter.name} multiplies W, on which {chain[-1].name} has added: give base_model (--base-model)"
+                f"{adapter.name} multiplies W, to which {chain[-1].name} has added: give base_model (--base-model)"
             )
-        if below is not None and chain:
-            read = adapter.on(below)
-            read = ia3_as_additive(read, below()) if Diagonal in kinds else read
-            adapter = dataclasses.replace(rescaling_as_dense(read), reopen=None)
-        names = adapter.head.parameters
-        chain = [dataclasses.replace(a, head=a.head.without(names)) for a in chain] + [adapter]
+        link = _on_top(adapter, ChainedBase(base, tuple(chain))) if base and chain else adapter
+        replaced = adapter.head.parameters
+        earlier = [dataclasses.replace(one, head=one.head.without(replaced)) for one in chain]
+        chain = [*earlier, link]
     return chain
 
 
-def _with_all_of(
-    adapters: Sequence[Adapter], base: Callable[[], BaseModel] | None
-) -> Callable[[], BaseModel] | None:
-    """The base model with all of these in its weights, opened when it is asked for."""
-    if base is None or not adapters:
-        return base
+def _on_top(adapter: Adapter, below: "ChainedBase") -> Adapter:
+    """Return the adapter as additions to a base model that other adapters have changed."""
+    read = adapter.on(below)
+    if any(entry.kind.multiplies for entry in adapter.modules.entries.values()):
+        read = ia3_as_additive(read, below())
+    return dataclasses.replace(rescaling_as_dense(read), reopen=None)
 
-    @functools.cache
-    def opened() -> BaseModel:
-        model = base()
-        for adapter in adapters:
-            held = {
+
+class ChainedBase:
+    """A base model with adapters in its weights, opened when it is first called for; it can be pickled."""
+
+    def __init__(self, base: Callable[[], BaseModel], adapters: tuple[Adapter, ...]) -> None:
+        self._base, self._adapters = base, adapters
+
+    def __call__(self) -> BaseModel:
+        return self._opened
+
+    def __reduce__(self) -> tuple[type["ChainedBase"], tuple[object, ...]]:
+        return ChainedBase, (self._base, self._adapters)
+
+    @functools.cached_property
+    def _opened(self) -> BaseModel:
+        model = self._base()
+        for adapter in self._adapters:
+            replaced = {
                 name: new
                 for name, new in adapter.head.parameters.items()
                 if model.names.in_files(name)
             }
-            model = folded(adapter.modules, model, Replacements((), held, adapter.head.rows))
+            model = folded(adapter.modules, model, Replacements((), replaced, adapter.head.rows))
         return model
-
-    return opened
 
 
 def ia3_as_additive(adapter: Adapter, base: BaseModel) -> Adapter:
-    """The same adapter, whose multiplications of W are additions to it."""
+    """Return the adapter with its multiplications of W as additions to it."""
     entries: dict[str, LazyDelta] = {}
     for module, entry in adapter.modules.entries.items():
-        if entry.kind is not Diagonal:
+        if not entry.kind.multiplies:
             entries[module] = entry
             continue
-        own = adapter.head.parameters.get(f"{module}.weight")
-        entries[module] = _product(module, entry, base, own)
+        replaced = adapter.head.parameters.get(f"{module}.weight")
+        entries[module] = _product(module, entry, base, replaced)
         if base.bias_parameter(module) is not None and entry.shape[0] > 1:
-            entries[f"{module}.bias"] = _bias_product(module, entry, base)
+            load = functools.partial(_load_bias_product, module, entry, base)
+            entries[f"{module}.bias"] = LazyDelta(LowRank, (entry.shape[0], 1), load, 1)
     return dataclasses.replace(adapter, modules=DeltaMapping(entries))
 
 
 def rescaling_as_dense(adapter: Adapter) -> Adapter:
-    """The same adapter, of which what rescales W is one matrix that is added to it."""
+    """Return the adapter with each DoRA's delta as one matrix that is added to W."""
     entries = {module: as_dense(e) for module, e in adapter.modules.entries.items()}
     return dataclasses.replace(adapter, modules=DeltaMapping(entries))
 
 
-def _product(module: str, entry: LazyDelta, base: BaseModel, own: Parameter | None) -> LazyDelta:
-    """W∘(l − 1), with the W that the adapter brings along, if it does."""
-    weight = own.shape if own else base.shape(module)
+def _product(
+    module: str, entry: LazyDelta, base: BaseModel, replaced: Parameter | None
+) -> LazyDelta:
+    """W∘(l − 1), with the W that replaces the base model's, if the adapter has one."""
+    shape = replaced.shape if replaced else base.shape(module)
     layout = base.layout(module, entry.shape)
-
-    def load() -> Dense:
-        delta = fitted(entry.load(), module, base, weight)
-        values = own() if own else base.weight(module)
-        return Dense(layout.matrix(delta.delta(values)), layout=layout)
-
-    return LazyDelta(Dense, layout.matrix_shape(weight), load)
+    load = functools.partial(_load_product, module, entry, base, replaced, shape, layout)
+    return LazyDelta(Dense, layout.matrix_shape(shape), load)
 
 
-def _bias_product(module: str, entry: LazyDelta, base: BaseModel) -> LazyDelta:
+def _load_product(
+    module: str,
+    entry: LazyDelta,
+    base: BaseModel,
+    replaced: Parameter | None,
+    shape: tuple[int, ...],
+    layout: Layout,
+) -> Dense:
+    delta = fitted(entry.load(), module, base, shape)
+    values = replaced() if replaced else base.weight(module)
+    return Dense(layout.matrix(delta.delta(values)), layout=layout)
+
+
+def _load_bias_product(module: str, entry: LazyDelta, base: BaseModel) -> LowRank:
     """b∘(l − 1)."""
-
-    def load() -> LowRank:
-        bias = base.tensor(str(base.bias_parameter(module))).float()
-        return vector_delta(entry.load().apply_to_bias(bias) - bias)
-
-    return LazyDelta(LowRank, (entry.shape[0], 1), load, 1)
+    bias = base.tensor(str(base.bias_parameter(module))).float()
+    return vector_delta(entry.load().apply_to_bias(bias) - bias)
