@@ -6,6 +6,7 @@ from pcb_peft.formats.lazy_delta import (
     AdapterFiles,
     LazyDelta,
     as_dense,
+    in_memory,
     is_vector,
     vector_delta,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "base_weight",
     "format_for",
     "format_of",
+    "in_memory",
     "is_vector",
     "vector_delta",
     "writer_named",

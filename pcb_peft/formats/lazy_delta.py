@@ -83,6 +83,15 @@ def _load_dense(entry: LazyDelta) -> Dense:
     return Dense(delta.matrix(), layout=delta.layout)
 
 
+def in_memory(delta: LowRank) -> LazyDelta:
+    """Return the entry of a low-rank delta that is in memory already."""
+    return LazyDelta(LowRank, delta.shape, functools.partial(_same, delta), delta.rank)
+
+
+def _same(delta: Delta) -> Delta:
+    return delta
+
+
 def vector_delta(values: Tensor) -> LowRank:
     """Return the change of a parameter (n,), such as a bias, as a matrix (n, 1) of rank 1."""
     return LowRank(torch.ones(1, 1), values[:, None], layout=Layout(shape=tuple(values.shape)))
