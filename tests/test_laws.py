@@ -1,6 +1,7 @@
-"""Laws that every method obeys in every space and over every scope. A new method or space needs no line here.
+"""Laws that every method and every space obey. A new method or space needs no line here.
 
-What breaks a law by design stands in EXCEPT, with the reason.
+Every method is tried in core and in dense space, a few methods in every space (see CASES). The exceptions stand in
+EXCEPT, each with its reason. The laws of one method: ``pytest tests/test_laws.py -k ties``.
 """
 
 import contextlib
@@ -54,13 +55,35 @@ def variants(shelf):
 
 
 LOW_RANK = {name: space for name, space in list_spaces().items() if LowRank in space.accepts}
-CASES = [
-    Case(method, space, scope, (*own, *others))
-    for (method, own), (space, others), scope in itertools.product(
-        variants(list_methods()), variants(LOW_RANK), ("global", "module")
-    )
-    if list_methods()[method].needs_statistic in (None, *LOW_RANK[space].statistics)
-]
+TRUNCATING = {"ctm"}  # spaces whose bases hold a part of the energy alone
+LOSSLESS = [name for name in LOW_RANK if name not in TRUNCATING]
+TURNED = [name for name in LOSSLESS if LOW_RANK[name].low_rank_output and name != "factor"]
+LOSSLESS_LOW_RANK = [name for name in LOSSLESS if LOW_RANK[name].low_rank_output]
+
+# Tried in every space: a method with order statistics, one with random masks, one that merges whole matrices.
+IN_EVERY_SPACE = ("pcb", "dare_ties", "tsv")
+
+
+def cases():
+    """Every method in core space and, over both scopes, in dense space; some methods in every space and scope.
+
+    A method that needs a statistic which core space does not have is tried in its default space instead.
+    """
+    for (name, choice), (space, options) in itertools.product(
+        variants(list_methods()), variants(LOW_RANK)
+    ):
+        method = list_methods()[name]
+        if method.needs_statistic not in (None, *LOW_RANK[space].statistics):
+            continue
+        in_core = method.needs_statistic in (None, *LOW_RANK["core"].statistics)
+        scopes = {"dense": ("global", "module"), "core" if in_core else method.space: ("module",)}
+        if name in IN_EVERY_SPACE and not choice:
+            scopes[space] = ("global", "module")
+        for scope in scopes.get(space, ()):
+            yield Case(name, space, scope, (*choice, *options))
+
+
+CASES = list(cases())
 WITHOUT_DATA = [name for name, method in list_methods().items() if method.needs_statistic is None]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -240,11 +263,11 @@ def exceptions(law, case):
     ]
 
 
-@pytest.mark.parametrize("law", LAWS)
-@every_case
+OBEYED = [(law, case) for law in LAWS for case in CASES if not exceptions(law, case)]
+
+
+@pytest.mark.parametrize(("law", "case"), OBEYED, ids=str)
 def test_every_method_obeys_the_law(law, case):
-    if reasons := exceptions(law, case):
-        pytest.skip(reasons[0])
     measure, tolerance = LAWS[law]
     assert measure(case) <= tolerance, measure.__doc__
 
@@ -278,7 +301,8 @@ def test_another_call_gives_the_same_bytes_whatever_tiles_threads_and_memory(cas
 
 
 @pytest.mark.filterwarnings("ignore:the merged adapter retains")
-@pytest.mark.parametrize("method", ["linear", "pcb", "tsv"])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["pcb", "tsv"])
 @pytest.mark.parametrize(("space", "options"), list(variants(LOW_RANK)))
 def test_threads_change_no_byte_where_matrices_are_large_enough_to_be_shared_by_them(
     method, space, options
@@ -356,13 +380,13 @@ def test_at_a_density_of_one_every_method_leaves_an_adapter_as_it_is(case):
 
 
 @pytest.mark.parametrize("scope", ["global", "module"])
-@pytest.mark.parametrize("space", [name for name in LOW_RANK if name not in ("factor", "ctm")])
+@pytest.mark.parametrize("space", [name for name in LOSSLESS if name != "factor"])
 def test_linear_is_the_weighted_sum_in_every_space_that_loses_nothing(space, scope):
     found = result(Case("linear", space, scope), pool())
     assert distance(found, dense(pool(), WEIGHTS)) <= 1e-6
 
 
-@pytest.mark.parametrize("space", ["core", "knots"])
+@pytest.mark.parametrize("space", TURNED)
 def test_a_linear_merge_of_linear_merges_is_the_merge_of_all(space):
     """Of the other methods none promises that; chunks of PCB are another merge."""
     adapters = made(pool(), NAMES)
@@ -375,7 +399,7 @@ def test_a_linear_merge_of_linear_merges_is_the_merge_of_all(space):
 
 
 @settings(max_examples=30, derandomize=True, deadline=None, database=None)
-@given(seed=st.integers(0, 1 << 20), space=st.sampled_from(["core", "knots"]))
+@given(seed=st.integers(0, 1 << 20), space=st.sampled_from(TURNED))
 def test_core_and_knots_space_lose_nothing_whatever_they_hold(seed, space):
     """Copies, zeros, and more directions than rows: at no rank in particular the sum is there, and in low rank."""
     adapters, weights = degenerate(seed)
@@ -389,7 +413,7 @@ def test_core_and_knots_space_lose_nothing_whatever_they_hold(seed, space):
             assert delta.rank <= max(1, min(total, *delta.shape))
 
 
-@settings(max_examples=60, derandomize=True, deadline=None, database=None)
+@settings(max_examples=30, derandomize=True, deadline=None, database=None)
 @given(
     seed=st.integers(0, 1 << 20),
     case=st.sampled_from([case for case in CASES if case.method in ("pcb", "ties", "linear")]),
@@ -416,11 +440,7 @@ def test_any_gauge_merges_like_any_other(seed, case):
 
 # What leaves: rank, energy, report.
 
-COMPLETE = [
-    (method, space)
-    for method in ("linear", "ties", "pcb")
-    for space in ("dense", "core", "knots", "factor")
-]
+COMPLETE = [(method, space) for method in ("linear", "ties", "pcb") for space in LOSSLESS]
 every_departure = pytest.mark.parametrize(("method", "space"), COMPLETE)
 
 
@@ -432,7 +452,7 @@ def spectra(case):
 
 
 @pytest.mark.filterwarnings("ignore:the merged adapter retains")
-@pytest.mark.parametrize("rank", [1, 2, 5])
+@pytest.mark.parametrize("rank", [1, 4])
 @every_departure
 def test_a_rank_leaves_the_best_approximation_of_the_dense_merge_and_reports_its_energy(
     method, space, rank
@@ -454,7 +474,7 @@ def test_a_rank_leaves_the_best_approximation_of_the_dense_merge_and_reports_its
 
 
 @pytest.mark.filterwarnings("ignore:the merged adapter retains")
-@pytest.mark.parametrize("part", [0.3, 0.7, 0.99])
+@pytest.mark.parametrize("part", [0.3, 0.95])
 @every_departure
 def test_a_fraction_leaves_the_lowest_rank_that_holds_as_much_of_the_energy(method, space, part):
     case = Case(method, space, "global")
@@ -469,7 +489,7 @@ def test_a_fraction_leaves_the_lowest_rank_that_holds_as_much_of_the_energy(meth
         assert found >= part
 
 
-@pytest.mark.parametrize("rank", [None, 1, 4, 0.5, 0.95])
+@pytest.mark.parametrize("rank", [None, 1, 0.5])
 @every_departure
 def test_less_than_nine_tenths_of_the_energy_is_warned_of(method, space, rank):
     case = Case(method, space, "global")
@@ -487,15 +507,23 @@ def test_less_than_nine_tenths_of_the_energy_is_warned_of(method, space, rank):
         assert warning.filename == __file__
 
 
-@pytest.mark.parametrize("space", ["core", "knots", "factor"])
-@pytest.mark.parametrize("method", WITHOUT_DATA)
-def test_without_a_rank_spaces_that_are_lossless_lose_nothing(method, space):
-    case = Case(method, space, "module")
-    count = number_of_adapters(method)
-    merged = merge(case, pool()[:count], WEIGHTS[:count], rank=None)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.scope == "module" and c.space in LOSSLESS], ids=str
+)
+def test_a_merge_without_a_rank_loses_nothing_and_its_report_can_be_read(case):
+    """Some modules have one owner: a method may have nothing to drop there."""
+    count = number_of_adapters(case.method)
+    merged = merge(
+        case,
+        pool()[:count],
+        WEIGHTS[:count],
+        rank=None if case.space in LOSSLESS_LOW_RANK else "full",
+    )
     found = {module: merged.delta(module).double().numpy() for module in merged.modules}
     assert distance(found, usual(case)) <= 1e-5
     assert merged.report.energy == pytest.approx(1, abs=1e-6)
+    assert str(merged.report)
+    assert all(0 <= fraction <= 1 for fraction in merged.report.as_dict()["kept"].values())
 
 
 def kept(method, scope, density, **options):
@@ -539,18 +567,6 @@ def test_in_global_scope_what_is_kept_is_counted_over_all_modules():
     assert merged.report.modules["b"].conflicts == pytest.approx(conflict[140:].mean())
     assert merged.report.conflicts == pytest.approx(conflict.mean())
     assert deltas.keys() == {"a", "b"}
-
-
-@pytest.mark.parametrize("space", ["core", "knots", "dense", "factor"])
-@pytest.mark.parametrize("method", WITHOUT_DATA)
-def test_a_report_can_be_read_where_some_modules_have_one_owner(method, space):
-    """In module scope a method may have nothing to drop there."""
-    count = number_of_adapters(method)
-    merged = merge(Case(method, space, "module"), pool()[:count], WEIGHTS[:count])
-    for module in merged.modules:
-        merged.delta(module)
-    assert str(merged.report)
-    assert all(0 <= fraction <= 1 for fraction in merged.report.as_dict()["kept"].values())
 
 
 @pytest.mark.parametrize("method", WITHOUT_DATA)
