@@ -6,21 +6,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import (
+    LOSSLESS,
+    Matrix,
+    Pair,
+    adapter,
+    adapters,
+    delta,
+    dense,
+    distance,
+    low_rank,
+    regauged,
+)
 from numpy.testing import assert_allclose
 
-from pcb_peft import Adapter, OptionError, merge_adapters, read_recipe
-from pcb_peft.adapters.adapter import DeltaMapping
+from pcb_peft import OptionError, merge_adapters, read_recipe
 from pcb_peft.calibrations import get_calibration, list_calibrations
 from pcb_peft.commands.cli import main
 from pcb_peft.deltas.delta import Core, Delta, Dense, Diagonal, LowRank
 from pcb_peft.deltas.layout import CONV1D
 from pcb_peft.deltas.linalg import Basis
-from pcb_peft.formats import LazyDelta
 from pcb_peft.merging.engine import merge
 from pcb_peft.recipes.recipe import Recipe, in_words
-
-Matrix = np.ndarray
-Pair = tuple[Matrix, Matrix]  # lora_B (out, r) and lora_A (r, in)
 
 BEFORE, AFTER = list_calibrations("before"), list_calibrations("after")
 
@@ -78,11 +85,6 @@ def norm(merged: Matrix, tasks: Sequence[Matrix], strength: float = 1.0) -> Matr
 # --- the deltas -------------------------------------------------------------------------------------------------------
 
 
-def low_rank(*ranks: int, shape: tuple[int, int] = (16, 12), seed: int = 0) -> list[Pair]:
-    rng = np.random.default_rng(seed)
-    return [(rng.normal(size=(shape[0], r)), rng.normal(size=(r, shape[1]))) for r in ranks]
-
-
 POOLS: dict[str, list[Pair]] = {
     "mixed ranks": low_rank(2, 4, 1),
     "wide": low_rank(2, 3, shape=(6, 30)),
@@ -93,11 +95,6 @@ POOLS: dict[str, list[Pair]] = {
 }
 
 
-def delta(pair: Pair, dtype: torch.dtype = torch.float64, scaling: float = 1.0) -> LowRank:
-    lora_B, lora_A = (torch.as_tensor(factor).to(dtype) for factor in pair)
-    return LowRank(lora_A / scaling, lora_B, scaling)
-
-
 TOLERANCE = {"low rank": 1e-9, "scaled": 1e-9, "core": 1e-9, "dense": 1e-6}  # dense is float32
 
 
@@ -106,8 +103,8 @@ def kinds(pair: Pair) -> dict[str, Delta]:
     product = torch.as_tensor(pair[0] @ pair[1])
     u, s, vh = torch.linalg.svd(product, full_matrices=False)
     return {
-        "low rank": delta(pair),
-        "scaled": delta(pair, scaling=2.5),
+        "low rank": delta(pair, torch.float64),
+        "scaled": delta(pair, torch.float64, scaling=2.5),
         "core": Core(Basis(u), torch.diag(s), Basis(vh.T)),
         "dense": Dense(product),
     }
@@ -118,33 +115,8 @@ def matrix(some: Delta) -> Matrix:
     return (left @ right).numpy()
 
 
-def dense(pairs: Sequence[Pair]) -> list[Matrix]:
-    return [b @ a for b, a in pairs]
-
-
-def regauged(pair: Pair, seed: int = 5) -> Pair:
-    gauge = np.random.default_rng(seed).normal(size=(len(pair[1]),) * 2) + 2 * np.eye(len(pair[1]))
-    return pair[0] @ gauge, np.linalg.solve(gauge, pair[1])
-
-
-def adapter(name: str, modules: dict[str, Pair]) -> Adapter:
-    entries = {}
-    for module, pair in modules.items():
-        some = delta(pair, torch.float32)
-        entries[module] = LazyDelta(LowRank, some.shape, lambda some=some: some, rank=some.rank)
-    return Adapter(name=name, modules=DeltaMapping(entries))
-
-
-def adapters(pairs: Sequence[Pair]) -> list[Adapter]:
-    return [adapter(f"task{i}", {"m": pair}) for i, pair in enumerate(pairs)]
-
-
 def merged(pairs: Sequence[Pair], **arguments) -> Matrix:
     return merge_adapters(adapters(pairs), **{"method": "linear", **arguments}).delta("m").numpy()
-
-
-def distance(found: Matrix, wanted: Matrix) -> float:
-    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
 # --- equal to the definition ------------------------------------------------------------------------------------------
@@ -206,13 +178,15 @@ def papers_pico(pairs: Sequence[Pair]) -> list[Matrix]:
 
 def test_pico_as_trained_is_the_papers():
     pairs = low_rank(2, 4, 3)
-    found = BEFORE["pico"].function([delta(pair) for pair in pairs], gauge="as_trained")
+    found = BEFORE["pico"].function(
+        [delta(pair, torch.float64) for pair in pairs], gauge="as_trained"
+    )
     assert_allclose([matrix(some) for some in found], papers_pico(pairs), atol=1e-10)
 
 
 def test_pico_is_the_papers_where_each_lora_a_has_orthonormal_rows():
     pairs = [(b, np.linalg.qr(a.T)[0].T) for b, a in low_rank(2, 4, 3)]
-    found = BEFORE["pico"].function([delta(pair) for pair in pairs])
+    found = BEFORE["pico"].function([delta(pair, torch.float64) for pair in pairs])
     assert_allclose([matrix(some) for some in found], papers_pico(pairs), atol=1e-10)
 
 
@@ -222,7 +196,7 @@ def test_pico_is_the_papers_where_each_lora_a_has_orthonormal_rows():
 @pytest.mark.parametrize("name", [name for name in BEFORE if name != "exponent"])
 def test_before_a_single_adapter_is_left_alone(name: str):
     (pair,) = low_rank(3)
-    alone, zero = delta(pair), delta((np.zeros((16, 1)), np.zeros((1, 12))))
+    alone, zero = (delta(p, torch.float64) for p in (pair, (np.zeros((16, 1)), np.zeros((1, 12)))))
     found, nothing = BEFORE[name].function([alone, zero])
     assert_allclose(matrix(found), matrix(alone), atol=1e-12)
     assert not matrix(nothing).any()
@@ -280,7 +254,7 @@ def test_svc_takes_back_what_was_counted_twice():
 def test_svc_does_not_care_about_the_scale_of_what_it_calibrates():
     """Above its floor: σ_r is divided by shares that grow with it."""
     pairs = [(b, abs(a)) for b, a in [(abs(b), a) for b, a in low_rank(1, 1, 1)]]
-    few = [delta(pair) for pair in pairs]
+    few = [delta(pair, torch.float64) for pair in pairs]
     total = Dense(torch.as_tensor(sum(dense(pairs))))
     one, two = (matrix(AFTER["svc"].function(t, few)) for t in (total, total.scaled(2.0)))
     u, s, vh = svd(one)
@@ -325,7 +299,7 @@ def test_norm_is_a_factor_for_each_module():
 # --- compositions -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("space", ["core", "knots", "dense", "factor"])
+@pytest.mark.parametrize("space", LOSSLESS)
 @pytest.mark.parametrize("method", ["linear", "pcb"])
 def test_a_composition_is_its_pieces_by_hand(method: str, space: str):
     pairs, weights = POOLS["mixed ranks"], [1.0, 0.5, 2.0]
@@ -334,15 +308,13 @@ def test_a_composition_is_its_pieces_by_hand(method: str, space: str):
     given = {"method": method, "space": space, "scope": "module", "rank": "full"}
     found = merged(pairs, weights=weights, before=before, after=after, **given)
 
-    deltas: Sequence[Delta] = [delta(pair, torch.float32) for pair in pairs]
+    deltas: Sequence[Delta] = [delta(pair) for pair in pairs]
     bent = BEFORE["pico"].function(BEFORE["exponent"].function(deltas, power=0.7))
     between = []
-    for i, some in enumerate(bent):
-        left, right = some.factors()
-        some = LowRank(right.float(), left.float())
-        entry = LazyDelta(LowRank, some.shape, lambda some=some: some, rank=some.rank)
-        between.append(Adapter(name=f"task{i}", modules=DeltaMapping({"m": entry})))
-    middle = Dense(merge_adapters(between, weights=weights, **given).delta("m").double())
+    for some in bent:
+        lora_B, lora_A = some.factors()
+        between.append(LowRank(lora_A.float(), lora_B.float()))
+    middle = Dense(merge_adapters(adapters(between), weights=weights, **given).delta("m").double())
     own = [some.scaled(weight) for some, weight in zip(deltas, weights, strict=True)]
     wanted = AFTER["norm"].function(AFTER["svc"].function(middle, own), own, strength=1.2)
     assert distance(found, wanted.matrix().numpy()) < 1e-4
@@ -372,14 +344,9 @@ def test_the_rank_comes_last():
 
 def test_conv1d_stays_conv1d():
     pairs = low_rank(2, 3)
-    flipped = []
-    for i, pair in enumerate(pairs):
-        some = delta(pair, torch.float32)
-        some = LowRank(some.lora_A, some.lora_B, layout=CONV1D)
-        entry = LazyDelta(LowRank, some.shape, lambda some=some: some, rank=some.rank)
-        flipped.append(Adapter(name=f"task{i}", modules=DeltaMapping({"m": entry})))
+    flipped = [LowRank(d.lora_A, d.lora_B, layout=CONV1D) for d in map(delta, pairs)]
     given = {"before": list(BEFORE), "after": list(AFTER)}
-    found = merge_adapters(flipped, method="linear", **given).delta("m").numpy()
+    found = merge_adapters(adapters(flipped), method="linear", **given).delta("m").numpy()
     assert distance(found.T, merged(pairs, **given)) < 1e-5
 
 
@@ -436,8 +403,7 @@ def test_a_mistake_is_named(steps: dict, message: str):
 
 
 def test_what_needs_directions_refuses_vectors():
-    entry = LazyDelta(Diagonal, (3, 1), lambda: Diagonal(torch.tensor([1.0, 2.0, 3.0])))
-    some = [Adapter(name=name, modules=DeltaMapping({"m": entry})) for name in "ab"]
+    some = adapters([Diagonal(torch.tensor([1.0, 2.0, 3.0]))] * 2)
     with pytest.raises(OptionError, match="svc cannot take these adapters"):
         merge_adapters(some, method="linear", after="svc")
     merge_adapters(some, method="linear", before="equalize", after=["norm", "amplitude"])

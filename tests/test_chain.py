@@ -5,6 +5,7 @@ import copy
 import peft
 import pytest
 import torch
+from helpers import lora
 from safetensors.torch import load_file
 
 from pcb_peft import BaseModelError, Recipe, load_adapter, merge, merge_adapters, read_recipe
@@ -13,10 +14,6 @@ from pcb_peft.commands import cli
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*lora_bias=True", "ignore:Already found a `peft_config`", "ignore:.*invalid shape"
 )
-
-
-def lora(**options):
-    return peft.LoraConfig(**{"r": 3, "lora_alpha": 5, "target_modules": ["up", "mix"]} | options)
 
 
 def ia3(**options):

@@ -3,22 +3,14 @@
 import re
 from pathlib import Path
 
-import peft
 import pytest
 import torch
+from helpers import ia3, lora
 from torch import nn
 
 from pcb_peft import BaseModelError, MismatchError, load_adapter, merge_adapters
 
 # PEFT 0.21 asks transformers 5.23 for it
-
-
-def lora(**options):
-    return peft.LoraConfig(**{"r": 3, "lora_alpha": 5, "target_modules": ["up", "mix"]} | options)
-
-
-def ia3(**options):
-    return peft.IA3Config(**{"target_modules": ["up", "mix"], "feedforward_modules": []} | options)
 
 
 def adapters_on(workshop, *bases):

@@ -5,18 +5,13 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from helpers import Matrix, Pair, adapters, delta, dense, distance, low_rank, regauged
 from numpy.testing import assert_allclose
 
-from pcb_peft import Adapter, list_methods, merge_adapters
-from pcb_peft.adapters.adapter import DeltaMapping
-from pcb_peft.deltas.delta import LowRank
-from pcb_peft.formats import LazyDelta
+from pcb_peft import list_methods, merge_adapters
 from pcb_peft.spaces import get_space
 
 pytestmark = pytest.mark.filterwarnings("ignore:the merged adapter retains")
-
-Matrix = np.ndarray
-Pair = tuple[Matrix, Matrix]  # lora_B (out, r) and lora_A (r, in)
 
 
 def tucker(
@@ -41,47 +36,12 @@ def tucker(
     return u, v
 
 
-def low_rank(*ranks: int, shape: tuple[int, int] = (16, 12), seed: int = 0) -> list[Pair]:
-    rng = np.random.default_rng(seed)
-    scales = 1 + np.arange(len(ranks))
-    return [
-        (scale * rng.normal(size=(shape[0], r)), rng.normal(size=(r, shape[1])))
-        for r, scale in zip(ranks, scales, strict=True)
-    ]
-
-
-def dense(pairs: Sequence[Pair]) -> list[Matrix]:
-    return [b @ a for b, a in pairs]
-
-
-def delta(pair: Pair) -> LowRank:
-    return LowRank(torch.as_tensor(pair[1]).float(), torch.as_tensor(pair[0]).float())
-
-
-def adapters(pairs: Sequence[Pair]) -> list[Adapter]:
-    some = [delta(pair) for pair in pairs]
-    entries = [LazyDelta(LowRank, d.shape, lambda d=d: d, rank=d.rank) for d in some]
-    return [
-        Adapter(name=f"task{i}", modules=DeltaMapping({"m": entry}))
-        for i, entry in enumerate(entries)
-    ]
-
-
 def merged(pairs: Sequence[Pair], **arguments) -> Matrix:
     given = {"method": "linear", "space": "ctm", "rank": "full", **arguments}
     return merge_adapters(adapters(pairs), **given).delta("m").numpy()
 
 
-def distance(found: Matrix, wanted: Matrix) -> float:
-    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
-
-
-def regauged(pair: Pair, seed: int = 5) -> Pair:
-    gauge = np.random.default_rng(seed).normal(size=(len(pair[1]),) * 2) + 2 * np.eye(len(pair[1]))
-    return pair[0] @ gauge, np.linalg.solve(gauge, pair[1])
-
-
-PAIRS = low_rank(3, 2, 4)
+PAIRS = [((1 + t) * b, a) for t, (b, a) in enumerate(low_rank(3, 2, 4))]
 TOTAL = 9
 
 

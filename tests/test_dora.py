@@ -8,9 +8,11 @@ import dataclasses
 import json
 import pickle
 
+import helpers
 import peft
 import pytest
 import torch
+from helpers import lora
 from safetensors.torch import load_file, save_file
 
 from pcb_peft import (
@@ -21,9 +23,7 @@ from pcb_peft import (
     load_adapter,
     merge_adapters,
 )
-from pcb_peft.adapters.adapter import Adapter, DeltaMapping
 from pcb_peft.deltas.delta import Dense, LowRank, Rescaled
-from pcb_peft.formats import LazyDelta
 from pcb_peft.recipes.recipe import read_recipe
 from pcb_peft.spaces import in_parts
 from pcb_peft.tasks.blocks import stacked
@@ -31,10 +31,6 @@ from pcb_peft.tasks.task_vectors import TaskVectors
 
 WEIGHTS = (1.5, -0.7)
 MAGNITUDE = "lora_magnitude_vector"
-
-
-def lora(*targets, **options):
-    return peft.LoraConfig(**{"r": 3, "lora_alpha": 5, "target_modules": list(targets)} | options)
 
 
 def dora(*targets, **options):
@@ -351,11 +347,7 @@ def test_what_a_smaller_basis_loses_is_a_part_of_the_whole():
 
 def as_dense(adapter):
     """The same adapter as matrices."""
-    entries = {
-        module: LazyDelta(Dense, entry.shape, lambda entry=entry: Dense(entry.load().matrix()))
-        for module, entry in adapter.modules.entries.items()
-    }
-    return Adapter(name=adapter.name, modules=DeltaMapping(entries))
+    return helpers.adapter(adapter.name, {m: Dense(d.matrix()) for m, d in adapter.modules.items()})
 
 
 MATRICES = sorted(name for name, method in list_methods().items() if method.whole_matrix)

@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from helpers import lora
 
 from pcb_peft import BaseModelError, load_adapter, merge_adapters
 
@@ -49,10 +50,6 @@ def other(tuner: type[peft.PeftConfig], *targets: str, kind: str = "mlp", **opti
         warnings.simplefilter("ignore")  # PEFT would rather have projections saved
         config = tuner(target_modules=list(targets or ("up", "mix")), **options)
     return Case(kind, config, **{"needs_base": True} | case)
-
-
-def lora(*targets: str, **options: Any) -> peft.LoraConfig:
-    return peft.LoraConfig(**{"r": 3, "lora_alpha": 5, "target_modules": list(targets)} | options)
 
 
 LYCORIS_PATTERNS = {"rank_pattern": {"mix": 2}, "alpha_pattern": {"blocks.0.mix": 3}}

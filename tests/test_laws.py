@@ -14,13 +14,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from helpers import COORDINATES, LOSSLESS, LOSSLESS_LOW_RANK, LOW_RANK, adapter, variants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pcb_peft import TaskStatistics, list_methods, list_spaces, merge_adapters
-from pcb_peft.adapters.adapter import Adapter, DeltaMapping
+from pcb_peft import TaskStatistics, list_methods, merge_adapters
 from pcb_peft.deltas.delta import LowRank
-from pcb_peft.formats import LazyDelta
 from pcb_peft.merging import engine
 from pcb_peft.merging.module_merger import ModuleMerger
 from pcb_peft.tasks.limits import Limits
@@ -46,19 +45,6 @@ class Case:
         own = [f"{key}={value}" for key, value in self.options if key in shelf[name].options]
         return " ".join([name, *own])
 
-
-def variants(shelf):
-    """Everything on a shelf as it is by default, and with each other choice of its options."""
-    for name, item in shelf.items():
-        choices = [(o.name, c) for o in item.options.values() for c in o.choices if c != o.default]
-        yield from [(name, ()), *((name, (choice,)) for choice in choices)]
-
-
-LOW_RANK = {name: space for name, space in list_spaces().items() if LowRank in space.accepts}
-TRUNCATING = {"ctm"}  # spaces whose bases hold a part of the energy alone
-LOSSLESS = [name for name in LOW_RANK if name not in TRUNCATING]
-TURNED = [name for name in LOSSLESS if LOW_RANK[name].low_rank_output and name != "factor"]
-LOSSLESS_LOW_RANK = [name for name in LOSSLESS if LOW_RANK[name].low_rank_output]
 
 # Tried in every space: a method with order statistics, one with random masks, one that merges whole matrices.
 IN_EVERY_SPACE = ("pcb", "dare_ties", "tsv")
@@ -122,14 +108,16 @@ def changed(adapters, change):
 
 def made(adapters, names=NAMES):
     """`Adapter` objects, whose tensors share their memory with the arrays."""
-    result = []
-    for name, modules in zip(names, adapters, strict=False):
-        entries = {}
-        for module, (lora_B, lora_A, scaling) in modules.items():
-            delta = LowRank(torch.as_tensor(lora_A), torch.as_tensor(lora_B), scaling)
-            entries[module] = LazyDelta(LowRank, delta.shape, lambda d=delta: d, rank=delta.rank)
-        result.append(Adapter(name=name, modules=DeltaMapping(entries)))
-    return result
+    return [
+        adapter(
+            name,
+            {
+                module: LowRank(torch.as_tensor(lora_A), torch.as_tensor(lora_B), scaling)
+                for module, (lora_B, lora_A, scaling) in modules.items()
+            },
+        )
+        for name, modules in zip(names, adapters, strict=False)
+    ]
 
 
 def measured(kind, modules, name):
@@ -380,13 +368,13 @@ def test_at_a_density_of_one_every_method_leaves_an_adapter_as_it_is(case):
 
 
 @pytest.mark.parametrize("scope", ["global", "module"])
-@pytest.mark.parametrize("space", [name for name in LOSSLESS if name != "factor"])
+@pytest.mark.parametrize("space", COORDINATES)
 def test_linear_is_the_weighted_sum_in_every_space_that_loses_nothing(space, scope):
     found = result(Case("linear", space, scope), pool())
     assert distance(found, dense(pool(), WEIGHTS)) <= 1e-6
 
 
-@pytest.mark.parametrize("space", TURNED)
+@pytest.mark.parametrize("space", COORDINATES)
 def test_a_linear_merge_of_linear_merges_is_the_merge_of_all(space):
     """Of the other methods none promises that; chunks of PCB are another merge."""
     adapters = made(pool(), NAMES)
@@ -399,7 +387,7 @@ def test_a_linear_merge_of_linear_merges_is_the_merge_of_all(space):
 
 
 @settings(max_examples=30, derandomize=True, deadline=None, database=None)
-@given(seed=st.integers(0, 1 << 20), space=st.sampled_from(TURNED))
+@given(seed=st.integers(0, 1 << 20), space=st.sampled_from(COORDINATES))
 def test_core_and_knots_space_lose_nothing_whatever_they_hold(seed, space):
     """Copies, zeros, and more directions than rows: at no rank in particular the sum is there, and in low rank."""
     adapters, weights = degenerate(seed)

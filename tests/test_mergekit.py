@@ -4,12 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import adapters
 from safetensors.torch import load_file
 
-from pcb_peft import Adapter, merge_adapters
-from pcb_peft.adapters.adapter import DeltaMapping
+from pcb_peft import merge_adapters
 from pcb_peft.deltas.delta import Dense
-from pcb_peft.formats import LazyDelta
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "mergekit.safetensors")
 WEIGHTS = (0.5, 1.5, -0.7)
@@ -35,11 +34,6 @@ def vectors(case):
     return stack
 
 
-def adapter(name, values):
-    entry = LazyDelta(Dense, tuple(values.shape), lambda: Dense(values))
-    return Adapter(name=name, modules=DeltaMapping({"layer": entry}))
-
-
 def test_every_golden_tensor_is_compared():
     assert CASES.keys() == GOLDEN.keys() - {"vectors"}
 
@@ -47,9 +41,10 @@ def test_every_golden_tensor_is_compared():
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_what_mergekit_makes(case):
     method, weights, options = CASES[case]
-    adapters = [adapter(str(i), values) for i, values in enumerate(vectors(case))]
     merged = merge_adapters(
-        adapters, method, weights, space="dense", scope="module", rank="full", **options
+        adapters([Dense(values) for values in vectors(case)]),
+        *(method, weights, "dense", "module", "full"),
+        **options,
     )
-    found, wanted = merged.delta("layer"), GOLDEN[case]
+    found, wanted = merged.delta("m"), GOLDEN[case]
     assert torch.linalg.vector_norm(found - wanted) < 1e-6 * torch.linalg.vector_norm(wanted)

@@ -4,11 +4,9 @@ import numpy as np
 import peft
 import pytest
 import torch
+from helpers import adapters, low_rank, regauged
 
 from pcb_peft import OptionError, merge_adapters
-from pcb_peft.adapters.adapter import Adapter, DeltaMapping
-from pcb_peft.deltas.delta import LowRank
-from pcb_peft.formats import LazyDelta
 
 LORA = peft.LoraConfig(r=4, target_modules="all-linear")
 WEIGHTS = (1.0, -0.5, 2.0)
@@ -39,29 +37,19 @@ def scored(deltas):
 
 @pytest.mark.parametrize("total", [1, 20, 60])
 def test_the_directions_of_the_highest_net_utility_are_merged(workshop, total):
-    adapters = workshop.adapters("llama", [LORA, LORA, LORA])
+    paths = workshop.adapters("llama", [LORA, LORA, LORA])
     deltas = [
         {m: w * x.numpy() for m, x in workshop.deltas("llama", adapter).items()}
-        for adapter, w in zip(adapters, WEIGHTS, strict=True)
+        for adapter, w in zip(paths, WEIGHTS, strict=True)
     ]
     wanted = {}
     for utility, module, d in scored(deltas)[:total]:
         assert utility > 0
         wanted[module] = wanted.get(module, 0) + d
-    merged = merge_adapters(adapters, "linear", WEIGHTS, rank=f"utility:{total}")
+    merged = merge_adapters(paths, "linear", WEIGHTS, rank=f"utility:{total}")
     workshop.assert_deltas(merged, {m: torch.from_numpy(x) for m, x in wanted.items()}, 1e-5)
     assert sum(delta.rank for delta in merged.modules.values()) <= total
     assert "net utility" in str(merged.report)
-
-
-def made(*pairs):
-    """Adapters of one module "m", each of factors (lora_B, lora_A)."""
-    adapters = []
-    for name, (lora_B, lora_A) in zip("xyz", pairs, strict=False):
-        delta = LowRank(torch.tensor(lora_A), torch.tensor(lora_B))
-        entry = LazyDelta(LowRank, delta.shape, lambda d=delta: d, rank=delta.rank)
-        adapters.append(Adapter(name=name, modules=DeltaMapping({"m": entry})))
-    return adapters
 
 
 def test_what_another_task_s_inputs_meet_is_dropped_though_it_is_large():
@@ -73,21 +61,20 @@ def test_what_another_task_s_inputs_meet_is_dropped_though_it_is_large():
     x = (eye[:, [0, 1]] * [3, 2], eye[[0, 1]])
     y = (eye[:, [2, 3]] * [4, 1], eye[[0, 2]])
     pairs = [(b.astype(np.float32), a) for b, a in (x, y)]
-    merged = merge_adapters(made(*pairs), "linear", rank="utility:4")
+    merged = merge_adapters(adapters(pairs), "linear", rank="utility:4")
     wanted = np.diag([3.0, 2, 0, 0])
     wanted[3, 2] = 1
     np.testing.assert_allclose(merged.delta("m").numpy(), wanted, atol=1e-6)
-    best = merge_adapters(made(*pairs), "linear", rank="utility:1").delta("m").numpy()
+    best = merge_adapters(adapters(pairs), "linear", rank="utility:1").delta("m").numpy()
     np.testing.assert_allclose(best, np.diag([3.0, 0, 0, 0]), atol=1e-6)
 
 
 def test_the_factors_do_not_matter():
-    rng = np.random.default_rng(0)
-    pairs = [(rng.normal(size=(6, 3)), rng.normal(size=(3, 5))) for _ in range(2)]
-    G = rng.normal(size=(3, 3)) + 2 * np.eye(3)
-    others = [(b @ G, np.linalg.solve(G, a)) for b, a in pairs]
+    pairs = low_rank(3, 3, shape=(6, 5))
+    others = [regauged(pair) for pair in pairs]
     one, other = (
-        merge_adapters(made(*some), "tsv", rank="utility:3").delta("m") for some in (pairs, others)
+        merge_adapters(adapters(some), "tsv", rank="utility:3").delta("m")
+        for some in (pairs, others)
     )
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
@@ -95,7 +82,7 @@ def test_the_factors_do_not_matter():
 def test_equal_adapters_leave_nothing_and_the_message_says_so():
     pair = (np.ones((3, 1), np.float32), np.ones((1, 4), np.float32))
     with pytest.raises(OptionError, match=r"too much alike; 'budget:5'"):
-        merge_adapters(made(pair, pair), "linear", rank="utility:5")
+        merge_adapters(adapters([pair, pair]), "linear", rank="utility:5")
 
 
 def test_an_adapter_that_is_alone_keeps_its_strongest_directions(workshop):

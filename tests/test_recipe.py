@@ -10,6 +10,7 @@ import numpy as np
 import peft
 import pytest
 import yaml
+from helpers import lora
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,10 +35,6 @@ from pcb_peft.recipes import recipe as recipe_module
 # PEFT 0.21 asks transformers 5.23 for it
 
 WRITTEN = ("adapter_model.safetensors", "adapter_config.json", "merge_recipe.yaml", "README.md")
-
-
-def lora(**options):
-    return peft.LoraConfig(**{"r": 3, "lora_alpha": 5, "target_modules": ["up", "mix"]} | options)
 
 
 @pytest.fixture(scope="module")

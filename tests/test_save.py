@@ -6,11 +6,13 @@ import os
 import re
 import stat
 
+import helpers
 import huggingface_hub
 import peft
 import pytest
 import torch
 import yaml
+from helpers import ia3, lora
 from safetensors.torch import load_file
 from torch import nn
 
@@ -22,23 +24,13 @@ from pcb_peft import (
     load_adapter,
     merge_adapters,
 )
-from pcb_peft.adapters.adapter import DeltaMapping
 from pcb_peft.deltas.delta import LowRank
-from pcb_peft.formats import LazyDelta
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def lora(**options):
-    return peft.LoraConfig(**{"r": 3, "lora_alpha": 5, "target_modules": ["up", "mix"]} | options)
-
-
 def conv1d(**options):
     return lora(**{"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True} | options)
-
-
-def ia3(**options):
-    return peft.IA3Config(**{"target_modules": ["up", "mix"], "feedforward_modules": []} | options)
 
 
 def classifier(**options):
@@ -629,11 +621,8 @@ def test_factors_that_share_memory_are_saved_one_by_one(workshop, tmp_path):
     adapter = load_adapter(workshop.adapter("mlp", lora()))
     both, rows = torch.rand(3, 4), torch.rand(6, 3)
     deltas = {"a": LowRank(both, rows[:3]), "b": LowRank(both, rows[3:])}
-    entries = {
-        name: LazyDelta(LowRank, delta.shape, lambda delta=delta: delta, rank=3)
-        for name, delta in deltas.items()
-    }
-    dataclasses.replace(adapter, modules=DeltaMapping(entries)).save_pretrained(tmp_path / "out")
+    modules = helpers.adapter("shared", deltas).modules
+    dataclasses.replace(adapter, modules=modules).save_pretrained(tmp_path / "out")
     tensors = load_file(tmp_path / "out" / WEIGHTS)
     for name, delta in deltas.items():
         assert torch.equal(tensors[f"base_model.model.{name}.lora_A.weight"], delta.lora_A)

@@ -8,6 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from helpers import lora
 from safetensors.torch import load_file
 
 from pcb_peft import AdapterError, Source, UnsupportedError, load_adapter, merge_adapters
@@ -15,10 +16,6 @@ from pcb_peft import AdapterError, Source, UnsupportedError, load_adapter, merge
 # PEFT 0.21 asks transformers 5.23 for it
 
 OLD, NEW = "1" * 40, "2" * 40  # commits
-
-
-def lora(**options):
-    return peft.LoraConfig(**{"r": 3, "lora_alpha": 5, "target_modules": ["up", "mix"]} | options)
 
 
 @pytest.fixture

@@ -5,17 +5,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 import torch
+from helpers import Matrix, Pair, adapter, adapters, dense, distance, low_rank, regauged
 from numpy.testing import assert_allclose
 
-from pcb_peft import Adapter, get_method, list_methods, merge_adapters
-from pcb_peft.adapters.adapter import DeltaMapping
-from pcb_peft.deltas.delta import LowRank
-from pcb_peft.formats import LazyDelta
+from pcb_peft import get_method, merge_adapters
 from pcb_peft.tasks.blocks import stacked
 from pcb_peft.tasks.task_vectors import TaskVectors
-
-Matrix = np.ndarray
-Pair = tuple[Matrix, Matrix]  # lora_B (out, r) and lora_A (r, in)
 
 ROUNDING = 1e-6  # part of the largest singular value that the methods take for 0
 EQUIVARIANT = ("tsv", "iso_c", "iso_cts", "wudi", "stf")  # bases do not matter to them
@@ -127,11 +122,6 @@ DEFINITIONS: dict[str, Callable[..., Matrix]] = {
 # --- the adapters -----------------------------------------------------------------------------------------------------
 
 
-def low_rank(*ranks: int, shape: tuple[int, int] = (26, 20), seed: int = 0) -> list[Pair]:
-    rng = np.random.default_rng(seed)
-    return [(rng.normal(size=(shape[0], r)), rng.normal(size=(r, shape[1]))) for r in ranks]
-
-
 def shared_right(seed: int = 1) -> list[Pair]:
     (_, lora_A), *pairs = low_rank(3, 3, 3, seed=seed)
     return [(lora_B, lora_A) for lora_B, _ in pairs]
@@ -140,18 +130,14 @@ def shared_right(seed: int = 1) -> list[Pair]:
 POOLS: dict[str, list[Pair]] = {
     "two": low_rank(3, 3),
     "mixed ranks": low_rank(2, 5, 1, 3),
-    "wide": low_rank(2, 3, 2, shape=(12, 40)),
+    "wide": low_rank(2, 3, 2, shape=(8, 40)),
     "more than the matrix holds": low_rank(4, 4, 4, shape=(10, 9)),
     "full rank": low_rank(8, 8, shape=(8, 8)),
     "shared A": shared_right(),
     "overlapping": [*low_rank(3, 2), tuple(np.array(f) for f in low_rank(3)[0])],
-    "one is zero": [*low_rank(3, 2), (np.zeros((26, 1)), np.zeros((1, 20)))],
+    "one is zero": [*low_rank(3, 2), (np.zeros((16, 1)), np.zeros((1, 12)))],
 }
-DISTINCT = tuple(name for name in POOLS if name not in ("overlapping", "one is zero"))
-
-
-def dense(pairs: Sequence[Pair]) -> list[Matrix]:
-    return [b @ a for b, a in pairs]
+HARD = ("mixed ranks", "more than the matrix holds", "one is zero")
 
 
 def apply(method: str, x: Sequence[Matrix], weights: Sequence[float] = (), **options) -> Matrix:
@@ -166,31 +152,6 @@ def cores(x: Sequence[Matrix]) -> tuple[Matrix, list[Matrix], Matrix]:
     u = svd(np.hstack(x))[0]
     v = svd(np.vstack(x))[2].T
     return u, [u.T @ matrix @ v for matrix in x], v
-
-
-def adapters(pairs: Sequence[Pair]) -> list[Adapter]:
-    return [adapter(f"task{i}", {"m": pair}) for i, pair in enumerate(pairs)]
-
-
-def adapter(name: str, modules: dict[str, Pair]) -> Adapter:
-    entries = {}
-    for module, (lora_B, lora_A) in modules.items():
-        delta = LowRank(torch.as_tensor(lora_A).float(), torch.as_tensor(lora_B).float())
-        entries[module] = LazyDelta(
-            LowRank, delta.shape, lambda delta=delta: delta, rank=delta.rank
-        )
-    return Adapter(name=name, modules=DeltaMapping(entries))
-
-
-def regauged(pairs: Sequence[Pair], seed: int = 5) -> list[Pair]:
-    """(BG, G⁻¹A)."""
-    rng = np.random.default_rng(seed)
-    gauges = [rng.normal(size=(len(a), len(a))) + 2 * np.eye(len(a)) for _, a in pairs]
-    return [(b @ g, np.linalg.solve(g, a)) for (b, a), g in zip(pairs, gauges, strict=True)]
-
-
-def distance(found: Matrix, wanted: Matrix) -> float:
-    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
 def definition(method: str, x: Sequence[Matrix], **options) -> Matrix:
@@ -222,7 +183,7 @@ def test_on_cores_it_equals_its_dense_definition(method: str, pool: str):
         ("wudi", {"ridge": 1.0}),
     ],
 )
-@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("pool", HARD)
 def test_options(method: str, options: dict[str, float], pool: str):
     x = dense(POOLS[pool])
     u, small, v = cores(x)
@@ -230,7 +191,7 @@ def test_options(method: str, options: dict[str, float], pool: str):
     assert distance(merged, definition(method, x, **options)) < 1e-8
 
 
-@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("pool", ["two", "wide", *HARD])
 @pytest.mark.parametrize(
     ("method", "options"),
     [
@@ -249,7 +210,7 @@ def test_what_looks_at_entries_equals_its_definition_on_the_same_matrices(
     assert distance(apply(method, x, **options), definition(method, x, **options)) < 1e-8
 
 
-@pytest.mark.parametrize("pool", DISTINCT)
+@pytest.mark.parametrize("pool", ["mixed ranks", "wide"])
 @pytest.mark.parametrize("method", EQUIVARIANT)
 def test_from_adapters_to_adapter(method: str, pool: str):
     """Adapters are float32."""
@@ -274,16 +235,8 @@ def test_weights_scale_the_task_vectors_first(method: str):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_it_keeps_one(method: str):
-    assert list_methods()[method].identity_on_one
-    pair = low_rank(4)
-    found = merge_adapters(adapters(pair), method=method).delta("m").numpy()
-    assert distance(found, dense(pair)[0]) < 1e-6
-
-
-@pytest.mark.parametrize("method", METHODS)
 def test_a_task_without_a_competitor_comes_back(method: str):
-    x = [dense(low_rank(4))[0], np.zeros((26, 20))]
+    x = [dense(low_rank(4))[0], np.zeros((16, 12))]
     assert_allclose(apply(method, x), x[0], rtol=0, atol=1e-12)
 
 
@@ -302,21 +255,6 @@ def test_equal_adapters_merge_to_themselves(method: str):
     assert distance(apply(method, [x, x, x]), x) < 1e-8
 
 
-@pytest.mark.parametrize("pool", POOLS)
-@pytest.mark.parametrize("method", METHODS)
-def test_the_order_does_not_matter(method: str, pool: str):
-    x = dense(POOLS[pool])
-    assert distance(apply(method, x[::-1]), apply(method, x)) < 1e-8
-
-
-@pytest.mark.parametrize("factor", [3.0, -1.0, 1e-5, 1e5])
-@pytest.mark.parametrize("method", METHODS)
-def test_the_scale_comes_out_again(method: str, factor: float):
-    x = dense(POOLS["mixed ranks"])
-    scaled = apply(method, [factor * matrix for matrix in x])
-    assert distance(scaled, factor * apply(method, x)) < 1e-8
-
-
 @pytest.mark.parametrize("method", EQUIVARIANT)
 def test_it_turns_with_the_bases(method: str):
     x = dense(POOLS["mixed ranks"])
@@ -326,21 +264,15 @@ def test_it_turns_with_the_bases(method: str):
     assert distance(turned, left @ apply(method, x) @ right) < 1e-8
 
 
-@pytest.mark.parametrize(
-    ("method", "pool"),
-    [
-        *((method, pool) for method in (*EQUIVARIANT, "fr") for pool in POOLS),
-        *(("robust_merge", pool) for pool in POOLS if pool not in ("shared A", "overlapping")),
-    ],
-)
-def test_the_factors_do_not_matter(method: str, pool: str):
-    """merge(BG, G⁻¹A) = merge(B, A): the methods see ΔW alone, and the space is canonical.
+@pytest.mark.parametrize("pool", ["shared A", "overlapping"])
+@pytest.mark.parametrize("method", [*EQUIVARIANT, "fr"])
+def test_the_factors_do_not_matter_where_adapters_share_directions(method: str, pool: str):
+    """There G in float32 leaves noise, which methods that ask for the numerical rank do not see.
 
-    Where adapters share directions, G in float32 leaves noise there. Methods that ask for the numerical rank do not see
-    it; one that counts entries does, as core space then has more of them.
+    (`robust_merge` counts entries, of which core space then has more.)
     """
     pairs = POOLS[pool]
-    found = merge_adapters(adapters(regauged(pairs)), method=method, rank="full")
+    found = merge_adapters(adapters([regauged(pair) for pair in pairs]), method=method, rank="full")
     wanted = merge_adapters(adapters(pairs), method=method, rank="full")
     assert distance(found.delta("m").numpy(), wanted.delta("m").numpy()) < 2e-5
 
