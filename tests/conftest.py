@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 import transformers
+from launching import Launcher
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -324,3 +325,10 @@ def workshop(tmp_path: Path) -> Workshop:
 def shared_workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     """One for all tests of a file: what lies in it must not be changed."""
     return Workshop(tmp_path_factory.mktemp("shared"))
+
+
+@pytest.fixture(scope="session")
+def launch() -> Iterator[Launcher]:
+    """Runs a command in several processes."""
+    with Launcher() as launcher:
+        yield launcher

@@ -1,16 +1,12 @@
 """Many processes make the bytes that one makes, or stop together."""
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import peft
 import pytest
+from helpers import content
 
 from pcb_peft.runtime.processes import ALONE, Processes, all_processes, current
 
@@ -53,65 +49,31 @@ def base(shared_workshop):
     return str(directory)
 
 
-def start(count, command, timeout=120, threads=1):
-    """Runs a command in so many processes, as torchrun would; returns exit codes, outputs and errors."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    common |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    common |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    runs = [
-        subprocess.Popen(
-            [sys.executable, *map(str, command)],
-            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-    end = time.monotonic() + timeout
-    try:
-        said = [run.communicate(timeout=max(1, end - time.monotonic())) for run in runs]
-    finally:
-        for run in runs:
-            run.kill()
-    return [run.returncode for run in runs], *zip(*said, strict=True)
-
-
-def merged_by(count, directory, adapters, cases, **options):
+def merged_by(launch, count, directory, adapters, cases, **options):
     """The cases, merged by so many processes into a new directory."""
     directory.mkdir()
     words = {"adapters": adapters, "cases": cases, "output": str(directory)}
     file = directory.with_suffix(".json")
     file.write_text(json.dumps(words))
-    return start(count, [HERE / "launched.py", file], **options)
-
-
-def content(directory):
-    return {
-        path.relative_to(directory).as_posix(): path.read_bytes()
-        for path in sorted(directory.rglob("*"))
-        if path.is_file()
-    }
+    return launch(count, [HERE / "launched.py", file], **options)
 
 
 @pytest.fixture(scope="module")
-def alone(shared_workshop, adapters, base):
+def alone(launch, shared_workshop, adapters, base):
     """What one process makes of all cases."""
     directory = shared_workshop.directory / "alone"
     cases = CASES | {name: case | {"fold": base} for name, case in FOLDS.items()}
-    codes, _, errors = merged_by(1, directory, adapters, cases)
+    codes, _, errors = merged_by(launch, 1, directory, adapters, cases)
     assert codes == [0], errors
     return content(directory)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3, 4])
-def test_many_processes_make_the_bytes_of_one(tmp_path, adapters, base, alone, count):
+def test_many_processes_make_the_bytes_of_one(launch, tmp_path, adapters, base, alone, count):
     cases = CASES | {name: case | {"fold": base} for name, case in FOLDS.items()}
-    codes, _, errors = merged_by(count, tmp_path / "together", adapters, cases)
+    fresh = count == 2  # once with hash seeds that differ
+    codes, _, errors = merged_by(launch, count, tmp_path / "together", adapters, cases, fresh=fresh)
     assert codes == [0] * count, errors
     together = content(tmp_path / "together")
     assert {name.split("/")[0] for name in together} == cases.keys()
@@ -120,7 +82,7 @@ def test_many_processes_make_the_bytes_of_one(tmp_path, adapters, base, alone, c
 
 
 @pytest.mark.slow
-def test_what_rescales_w_is_the_same_too(tmp_path, shared_workshop, adapters, base):
+def test_what_rescales_w_is_the_same_too(launch, tmp_path, shared_workshop, adapters, base):
     """A delta comes from another process without its W, which is read again."""
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj"], use_dora=True)
     workshop = type(shared_workshop)(tmp_path)
@@ -133,7 +95,7 @@ def test_what_rescales_w_is_the_same_too(tmp_path, shared_workshop, adapters, ba
     }
     cases = {name: case | {"base_model": base} for name, case in cases.items()}
     for count, name in ((1, "one"), (2, "two")):
-        codes, _, errors = merged_by(count, tmp_path / name, [*paths, adapters[0]], cases)
+        codes, _, errors = merged_by(launch, count, tmp_path / name, [*paths, adapters[0]], cases)
         assert codes == [0] * count, errors
     assert json.loads(content(tmp_path / "two")["pcb/adapter_config.json"])["use_dora"]
     assert content(tmp_path / "two") == content(tmp_path / "one")
@@ -141,25 +103,27 @@ def test_what_rescales_w_is_the_same_too(tmp_path, shared_workshop, adapters, ba
 
 @pytest.mark.slow
 def test_threads_that_merge_modules_side_by_side_make_the_bytes_of_one(
-    tmp_path, adapters, base, alone
+    launch, tmp_path, adapters, base, alone
 ):
     cases = CASES | {name: case | {"fold": base} for name, case in FOLDS.items()}
-    codes, _, errors = merged_by(1, tmp_path / "threads", adapters, cases, threads=3)
+    codes, _, errors = merged_by(launch, 1, tmp_path / "threads", adapters, cases, threads=3)
     assert codes == [0], errors
     assert content(tmp_path / "threads") == alone
 
 
 @pytest.mark.slow
-def test_the_command_line_in_more_processes_than_there_are_modules(tmp_path, shared_workshop):
+def test_the_command_line_in_more_processes_than_there_are_modules(
+    launch, tmp_path, shared_workshop
+):
     configs = [
         peft.LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[0]) for _ in "ab"
     ]
     workshop = type(shared_workshop)(tmp_path)
     paths = workshop.adapters("llama", configs)
     words = ["-m", "pcb_peft", "merge", *paths, "--space", "dense", "--scope", "global"]
-    codes, (_, *silent), errors = start(1, [*words, "-o", tmp_path / "one"])
+    codes, (_, *silent), errors = launch(1, [*words, "-o", tmp_path / "one"])
     assert codes == [0], errors
-    codes, (said, *silent), errors = start(3, [*words, "-o", tmp_path / "three"])
+    codes, (said, *silent), errors = launch(3, [*words, "-o", tmp_path / "three"])
     assert codes == [0, 0, 0], errors
     assert said.count("written to") == 1
     assert silent == ["", ""]
@@ -177,9 +141,11 @@ def test_the_command_line_in_more_processes_than_there_are_modules(tmp_path, sha
         ("raise SystemExit(3)", "ended without a word"),
     ],
 )
-def test_if_one_fails_all_stop_with_its_error_and_nothing_is_left(tmp_path, adapters, how, message):
+def test_if_one_fails_all_stop_with_its_error_and_nothing_is_left(
+    launch, tmp_path, adapters, how, message
+):
     cases = {"out": {"fail": {1: how}, "method": "failing"}}
-    codes, _, errors = merged_by(3, tmp_path / "failed", adapters, cases)
+    codes, _, errors = merged_by(launch, 3, tmp_path / "failed", adapters, cases)
     assert all(codes)
     assert message in errors[0]
     assert message in errors[2]
@@ -202,14 +168,14 @@ dist.barrier = interrupted
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("called", [True, False], ids=["calls", "waits"])
 def test_a_signal_ends_one_that_calls_or_waits_before_the_others_are_done(
-    tmp_path, adapters, number, called
+    launch, tmp_path, adapters, number, called
 ):
     """Process 1 goes on as soon as process 0 is gone."""
     how = {1: f"import os\nos.kill(pids[0], {number:d})\n{WAIT_FOR_ITS_END}"}
     if called:
         how = {0: IN_THE_CALL.format(number=int(number)), 1: WAIT_FOR_ITS_END}
     cases = {"out": {"fail": how, "method": "failing"}}
-    codes, _, errors = merged_by(2, tmp_path / "failed", adapters, cases)
+    codes, _, errors = merged_by(launch, 2, tmp_path / "failed", adapters, cases)
     assert codes[0] in (128 + number, -number)  # as Python says that an interruption ended it
     assert codes[1] == 1
     assert "ended without a word" in errors[1]
@@ -220,7 +186,7 @@ def test_a_signal_ends_one_that_calls_or_waits_before_the_others_are_done(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_signal_ends_a_fold_with_one_line_and_nothing_is_left(
-    tmp_path, adapters, base, count, number
+    launch, tmp_path, adapters, base, count, number
 ):
     code = (
         "import os, sys; from pcb_peft.commands import cli; from pcb_peft.writing import atomic\n"
@@ -229,7 +195,7 @@ def test_a_signal_ends_a_fold_with_one_line_and_nothing_is_left(
         "sys.exit(cli.main())"
     )
     out = tmp_path / "below" / "out"
-    codes, _, errors = start(count, ["-c", code, "fold", adapters[0], base, "-o", out])
+    codes, _, errors = launch(count, ["-c", code, "fold", adapters[0], base, "-o", out])
     which = "process 1 of 2: " if count > 1 else ""
     assert codes == [2, 128 + number][-count:]
     assert errors[-1] == f"error: {which}interrupted ({number.name})\n"
@@ -238,10 +204,10 @@ def test_a_signal_ends_a_fold_with_one_line_and_nothing_is_left(
 
 
 @pytest.mark.slow
-def test_a_fold_that_fails_in_one_process_leaves_nothing(tmp_path, adapters, base):
+def test_a_fold_that_fails_in_one_process_leaves_nothing(launch, tmp_path, adapters, base):
     bad = Path(shard_with(base, "model.layers.1.mlp.down_proj.weight", tmp_path))
     case = {"linear": {"method": "linear", "fold": str(bad)}}
-    codes, _, errors = merged_by(3, tmp_path / "failed", adapters, case)
+    codes, _, errors = merged_by(launch, 3, tmp_path / "failed", adapters, case)
     assert all(codes)
     assert all("would hold NaN" in error for error in errors)
     assert list((tmp_path / "failed").iterdir()) == []
@@ -264,7 +230,7 @@ def shard_with(base, parameter, directory):
 
 
 @pytest.mark.slow
-def test_processes_that_read_different_adapters_are_stopped(tmp_path, shared_workshop):
+def test_processes_that_read_different_adapters_are_stopped(launch, tmp_path, shared_workshop):
     config = peft.LoraConfig(r=2, target_modules=["up"])
     for rank in range(2):
         workshop = type(shared_workshop)(tmp_path / str(rank))
@@ -274,7 +240,7 @@ def test_processes_that_read_different_adapters_are_stopped(tmp_path, shared_wor
         "import os, sys; from pcb_peft.commands import cli\n"
         f"os.chdir({str(tmp_path)!r} + '/' + os.environ['RANK']); sys.exit(cli.main())"
     )
-    codes, _, errors = start(2, ["-c", code, "merge", "math", "code", "-o", tmp_path / "out"])
+    codes, _, errors = launch(2, ["-c", code, "merge", "math", "code", "-o", tmp_path / "out"])
     assert codes == [2, 2]
     assert errors[0].startswith(
         "error: processes 0 and 1 read different files under the name of code;"
@@ -283,9 +249,9 @@ def test_processes_that_read_different_adapters_are_stopped(tmp_path, shared_wor
 
 
 @pytest.mark.slow
-def test_the_error_of_all_is_said_once_and_without_a_number(tmp_path, adapters):
+def test_the_error_of_all_is_said_once_and_without_a_number(launch, tmp_path, adapters):
     words = ["-m", "pcb_peft", "merge", *adapters, "--density", "7", "-o", tmp_path / "out"]
-    codes, _, errors = start(2, words)
+    codes, _, errors = launch(2, words)
     assert codes == [2, 2]
     assert errors[0].startswith("error: method pcb in space knots: density is 7")
     assert "error" not in errors[1]
