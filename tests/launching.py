@@ -7,6 +7,7 @@ This file is also the server: ``python launching.py`` reads requests and answers
 """
 
 import functools
+import gc
 import json
 import os
 import runpy
@@ -53,12 +54,16 @@ class Launcher:
         threads: int = 1,
         timeout: float = 120,
         fresh: bool = False,
+        **variables: str,
     ) -> Ended:
-        """Runs ``python *command`` in `count` processes until all have ended, or the time is over."""
+        """Runs ``python *command`` in `count` processes until all have ended, or the time is over.
+
+        `variables` are added to the environment.
+        """
         with tempfile.TemporaryDirectory() as directory:
             request = {
                 "command": list(map(str, command)),
-                "environments": environments(count, threads),
+                "environments": [e | variables for e in environments(count, threads)],
                 "directory": directory,
                 "threads": threads,
                 "timeout": timeout,
@@ -193,14 +198,16 @@ def run(command: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    # What merges and folds import. Not PEFT: with it an interrupted Python ends with 1, and not by the signal.
     import accelerate  # noqa: F401
-    import peft  # noqa: F401
     import torch.distributed  # noqa: F401
+    from transformers import LlamaForCausalLM, conversion_mapping, pytorch_utils  # noqa: F401
 
     import pcb_peft.commands.cli
     import pcb_peft.data.collect
     import pcb_peft.merging.engine  # noqa: F401
 
+    gc.freeze()  # else every process that ends looks through all that was imported
     if (job := serve()) is not None:
         become(*job)
         run(job[0]["command"])

@@ -4,8 +4,6 @@ import dataclasses
 import inspect
 import json
 import os
-import subprocess
-import sys
 import textwrap
 
 import numpy as np
@@ -284,8 +282,10 @@ def test_texts_are_padded_and_labelled(workshop, tokenizer, tmp_path, model, kin
 
 
 @pytest.mark.slow
-@every_kind
-def test_two_processes_measure_what_one_does(workshop, tokenizer, tmp_path, kind):
+@pytest.mark.parametrize(("kind", "by_torchrun"), [("gram", True), ("gradient", False)])
+def test_two_processes_measure_what_one_does(
+    workshop, tokenizer, tmp_path, launch, kind, by_torchrun
+):
     """To 1e-5: they add up in another order. Five texts in batches of two: the processes have unequal shares."""
     base, adapter = workshop.base("llama"), workshop.adapter("llama", lora("llama"))
     tokenizer.save_pretrained(base)
@@ -293,18 +293,16 @@ def test_two_processes_measure_what_one_does(workshop, tokenizer, tmp_path, kind
     data, both = tmp_path / "rows.jsonl", tmp_path / "both"
     data.write_text("\n".join(json.dumps({"text": text}) for text in texts))
     one = collect_statistics(adapter, base, data, kind=kind, batch_size=2, max_memory="3K")
-    words = ["collect", adapter, "--base-model", base, "--data", data, "-o", both]
+    words = ["-m", "pcb_peft", "collect", adapter, "--base-model", base, "--data", data, "-o", both]
     words += ["--kind", kind, "--batch-size", "2", "--max-memory", "3K"]
-    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pcb_peft"]
-    ran = subprocess.run(
-        [sys.executable, "-m", *launch, *map(str, words)],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert ran.returncode == 0, ran.stderr
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    if by_torchrun:
+        codes, _, errors = launch(
+            1, [*torchrun, *words], fresh=True, ACCELERATE_USE_CPU="true", WORLD_SIZE="1"
+        )
+    else:
+        codes, _, errors = launch(2, words, ACCELERATE_USE_CPU="true")
+    assert not any(codes), errors
     two = open_statistics(both)
     assert one.count == two.count
     for module in one.shapes:
@@ -328,17 +326,25 @@ def oriented(model, delta):
     return (delta.T if model == "gpt2" else delta).numpy()
 
 
-@pytest.mark.parametrize("space", ["auto", "dense"])
-@pytest.mark.parametrize("alpha", [0.9, 0.1, 0.0])
-@every_model
-def test_regmean_is_the_regression_on_the_inputs_of_all(workshop, model, alpha, space):
+@pytest.fixture(scope="module", params=KINDS)
+def regression(request, shared_workshop, tmp_path_factory):
+    """A model's kind; its adapters, their statistics, and by adapter ΔW and the Gram matrices of each module."""
+    model = request.param
+    workshop = type(shared_workshop)(tmp_path_factory.mktemp(model))
     adapters = pool(workshop, model)
     statistics = collected(workshop, model, adapters, "gram")
+    deltas = [workshop.deltas(model, adapter) for adapter in adapters]
+    own = [grams(workshop, model, a, batches(model, seed)) for seed, a in enumerate(adapters)]
+    return model, adapters, statistics, deltas, own
+
+
+@pytest.mark.parametrize("space", ["auto", "dense"])
+@pytest.mark.parametrize("alpha", [0.9, 0.1, 0.0])
+def test_regmean_is_the_regression_on_the_inputs_of_all(workshop, regression, alpha, space):
+    model, adapters, statistics, deltas, own = regression
     merged = merge_adapters(
         adapters, "regmean", WEIGHTS, space, rank="full", statistics=statistics, alpha=alpha
     )
-    deltas = [workshop.deltas(model, adapter) for adapter in adapters]
-    own = [grams(workshop, model, a, batches(model, seed)) for seed, a in enumerate(adapters)]
     for module in merged.modules:
         wanted = regmean(
             [oriented(model, d[module]) for d in deltas], [g[module] for g in own], WEIGHTS, alpha

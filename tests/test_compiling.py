@@ -1,9 +1,6 @@
 """Compiled tiles: the values of plain torch, whatever the tiles and threads; and what happens without a compiler."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -84,21 +81,19 @@ def test_compiled_values_do_not_depend_on_tiles_and_threads():
 
 @COMPILES
 @pytest.mark.slow
-def test_what_is_compiled_is_compiled_once():
+def test_what_is_compiled_is_compiled_once(launch):
     """Whatever the lengths of tiles, and the threads that meet it for the first time."""
     code = (
         "import torch; from pcb_peft.tasks.limits import Limits; from pcb_peft.methods import get_method\n"
         "from pcb_peft.tasks.blocks import products; from pcb_peft.tasks.task_vectors import TaskVectors\n"
-        "torch.set_num_threads(2)\n"
+        "torch._logging.set_logs(recompiles=True)\n"
         "limits = Limits(double_values=0, compile_values=0, sample_values=500, tile_values=1000)\n"
         "blocks = [products([(torch.rand(n, 2), torch.rand(2, 67))] * 3, (1, 1, 1)) for n in (41, 130)]\n"
-        "get_method('pcb')(TaskVectors(blocks, limits=limits)).block(1)"
+        "tasks = TaskVectors(blocks, limits=limits); get_method('pcb')(tasks).block(1); print(tasks.compiled)"
     )
-    environment = {**os.environ, "TORCH_LOGS": "recompiles"}
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
-    assert "Recompiling" not in run.stderr
+    codes, outputs, errors = launch(1, ["-c", code], threads=2)
+    assert (codes, outputs) == ([0], ["True\n"]), errors
+    assert "Recompiling" not in errors[0]
 
 
 def test_what_takes_less_time_than_compiling_is_not_compiled():
@@ -108,6 +103,7 @@ def test_what_takes_less_time_than_compiling_is_not_compiled():
     assert not DEFAULT_LIMITS.worth_compiling(adapters=1000, size=1 << 30)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variables", "reason"),
     [
@@ -115,16 +111,15 @@ def test_what_takes_less_time_than_compiling_is_not_compiled():
         ({"TORCHDYNAMO_DISABLE": "1"}, "switched off"),
     ],
 )
-def test_without_a_compiler_the_arithmetic_is_plain_torch(variables, reason, tmp_path):
+def test_without_a_compiler_the_arithmetic_is_plain_torch(launch, variables, reason, tmp_path):
     code = (
         "import torch; from pcb_peft.tasks.limits import Limits; limits = Limits(compile_values=0)\n"
         "from pcb_peft.tasks.blocks import stacked; from pcb_peft.tasks.task_vectors import TaskVectors\n"
         "tasks = TaskVectors([stacked(torch.ones(2, 3, 4), (1, 1))], limits=limits)\n"
         "print(tasks.compiled, tasks.why_not_compiled)"
     )
-    environment = {**os.environ, **variables, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
-    assert run.stdout.startswith("False ")
-    assert reason in run.stdout
+    variables = {**variables, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    codes, (output,), errors = launch(1, ["-c", code], **variables)
+    assert codes == [0], errors
+    assert output.startswith("False ")
+    assert reason in output

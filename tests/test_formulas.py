@@ -555,6 +555,7 @@ def test_a_hundred_adapters(monkeypatch, name, double):
     agree(merged, over(dense(pool, shapes), formula))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pcb reference", "pcb vision"])
 def test_a_thousand_adapters_do_not_overflow_in_float64(name):
     """As e⁷¹⁰ does."""

@@ -8,7 +8,7 @@ import peft
 import pytest
 from helpers import content
 
-from pcb_peft.runtime.processes import ALONE, Processes, all_processes, current
+from pcb_peft.runtime.processes import ALONE, Processes, all_processes, current, stoppable
 
 HERE = Path(__file__).parent
 CASES = {
@@ -69,7 +69,7 @@ def alone(launch, shared_workshop, adapters, base):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("count", [2, 4])
 def test_many_processes_make_the_bytes_of_one(launch, tmp_path, adapters, base, alone, count):
     cases = CASES | {name: case | {"fold": base} for name, case in FOLDS.items()}
     fresh = count == 2  # once with hash seeds that differ
@@ -176,7 +176,9 @@ def test_a_signal_ends_one_that_calls_or_waits_before_the_others_are_done(
         how = {0: IN_THE_CALL.format(number=int(number)), 1: WAIT_FOR_ITS_END}
     cases = {"out": {"fail": how, "method": "failing"}}
     codes, _, errors = merged_by(launch, 2, tmp_path / "failed", adapters, cases)
-    assert codes[0] in (128 + number, -number)  # as Python says that an interruption ended it
+    assert codes[0] in (128 + number, -number), errors[
+        0
+    ]  # as Python says that an interruption ended it
     assert codes[1] == 1
     assert "ended without a word" in errors[1]
     assert list((tmp_path / "failed").iterdir()) == []
@@ -279,3 +281,29 @@ def test_one_process_is_alone():
 def test_an_error_of_one_process_is_raised_as_it_is():
     with pytest.raises(ValueError, match=r"^no luck$"), all_processes():
         raise ValueError("no luck")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_the_parent_ignores_stays_ignored(number):
+    """As ``nohup`` asks for: the block neither ends by it nor leaves another handler behind."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with stoppable() as came:
+            signal.raise_signal(number)
+        assert came == []
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
+@pytest.mark.parametrize("fresh", [False, True], ids=["forked", "fresh"])
+def test_processes_of_these_tests_hear_what_their_parent_ignores(launch, fresh):
+    code = (
+        "import os, signal; print(signal.getsignal(2) is signal.default_int_handler, flush=True)\n"
+        "os.kill(os.getpid(), 15)"
+    )
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert launch(1, ["-c", code], fresh=fresh) == ([-15], ["True\n"], [""])
+    finally:
+        signal.signal(signal.SIGINT, before)
