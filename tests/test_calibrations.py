@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import definitions
 import numpy as np
 import pytest
 import torch
+from definitions import pico, svd
 from helpers import (
     LOSSLESS,
     Matrix,
@@ -30,56 +32,6 @@ from pcb_peft.merging.engine import merge
 from pcb_peft.recipes.recipe import Recipe, in_words
 
 BEFORE, AFTER = list_calibrations("before"), list_calibrations("after")
-
-
-# --- the definitions --------------------------------------------------------------------------------------------------
-
-
-def svd(matrix: Matrix) -> tuple[Matrix, Matrix, Matrix]:
-    u, s, vh = np.linalg.svd(matrix)
-    rank = int((s > 1e-6 * s[0]).sum())
-    return u[:, :rank], s[:rank], vh[:rank]
-
-
-def svc(merged: Matrix, tasks: Sequence[Matrix], floor: float | None = None) -> Matrix:
-    u, s, vh = svd(merged)
-    tasks = [task for task in tasks if task.any()]
-    result = np.zeros_like(merged)
-    for r in range(len(s)):
-        response = u[:, r] @ merged
-        shares = []
-        for task in tasks:
-            own = u[:, r] @ task
-            shares.append(response @ own / (own @ own))
-        gain = len(tasks) / sum(max(floor or 1 / len(tasks), share) for share in shares)
-        result += gain * s[r] * np.outer(u[:, r], vh[r])
-    return result
-
-
-def pico(tasks: Sequence[Matrix]) -> list[Matrix]:
-    present = sum(task.any() for task in tasks)
-    u, s, _ = svd(np.hstack(tasks))
-    alpha = 1 / (1 + (present - 1) * s**2 / (s**2).sum())
-    return [task + u @ np.diag(alpha - 1) @ u.T @ task for task in tasks]
-
-
-def exponent(matrix: Matrix, power: float = 0.5) -> Matrix:
-    u, s, vh = svd(matrix)
-    return u * (s**power * s.sum() / (s**power).sum()) @ vh
-
-
-def equalize(tasks: Sequence[Matrix], beta: float = 0.0) -> list[Matrix]:
-    norms = [np.linalg.norm(task) for task in tasks]
-    mean = np.mean([norm for norm in norms if norm])
-    return [
-        task * (beta * norm + (1 - beta) * mean) / norm if norm else task
-        for task, norm in zip(tasks, norms, strict=True)
-    ]
-
-
-def norm(merged: Matrix, tasks: Sequence[Matrix], strength: float = 1.0) -> Matrix:
-    sizes = [np.linalg.norm(task) for task in tasks if task.any()]
-    return merged * strength * np.mean(sizes) / np.linalg.norm(merged)
 
 
 # --- the deltas -------------------------------------------------------------------------------------------------------
@@ -122,50 +74,48 @@ def merged(pairs: Sequence[Pair], **arguments) -> Matrix:
 # --- equal to the definition ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", TOLERANCE)
-@pytest.mark.parametrize("pool", POOLS)
-@pytest.mark.parametrize(
-    ("name", "options", "definition"),
+every_pool_and_kind = pytest.mark.parametrize(
+    ("pool", "kind"),
     [
-        ("pico", {}, pico),
-        ("equalize", {}, equalize),
-        ("equalize", {"beta": 0.25}, equalize),
-        ("exponent", {}, lambda tasks: [exponent(t) if t.any() else t for t in tasks]),
-        (
-            "exponent",
-            {"power": 0.0},
-            lambda tasks, power: [exponent(t, power) if t.any() else t for t in tasks],
-        ),
+        *((pool, "low rank") for pool in POOLS),
+        *(("mixed ranks", kind) for kind in TOLERANCE if kind != "low rank"),
+        ("one is zero", "dense"),
     ],
 )
-def test_before(name: str, options: dict[str, float], definition, pool: str, kind: str):
+
+
+@every_pool_and_kind
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*((name, {}) for name in BEFORE), ("equalize", {"beta": 0.25}), ("exponent", {"power": 0.0})],
+)
+def test_before(name: str, options: dict[str, float], pool: str, kind: str):
     pairs = POOLS[pool]
     found = BEFORE[name].function([kinds(pair)[kind] for pair in pairs], **options)
-    for result, wanted in zip(found, definition(dense(pairs), **options), strict=True):
+    for result, wanted in zip(
+        found, definitions.BEFORE[name](dense(pairs), **options), strict=True
+    ):
         assert_allclose(matrix(result), wanted, rtol=0, atol=TOLERANCE[kind] * 100)
 
 
-@pytest.mark.parametrize("kind", TOLERANCE)
-@pytest.mark.parametrize("pool", POOLS)
+@every_pool_and_kind
 @pytest.mark.parametrize(
-    ("name", "options", "definition"),
+    ("name", "options"),
     [
-        ("svc", {}, svc),
-        ("svc", {"floor": 1.0}, svc),
-        ("norm", {}, norm),
-        ("norm", {"strength": 1.5}, norm),
-        ("exponent", {}, lambda merged, _: exponent(merged)),
-        ("exponent", {"power": 1.5}, lambda merged, _, power: exponent(merged, power)),
+        *((name, {}) for name in AFTER if name not in definitions.WHOLE_MODEL),
+        ("svc", {"floor": 1.0}),
+        ("norm", {"strength": 1.5}),
+        ("exponent", {"power": 1.5}),
     ],
 )
-def test_after(name: str, options: dict[str, float], definition, pool: str, kind: str):
+def test_after(name: str, options: dict[str, float], pool: str, kind: str):
     pairs = POOLS[pool]
     total = sum(dense(pairs)) + 0.3 * dense(low_rank(2, shape=dense(pairs)[0].shape, seed=7))[0]
     u, s, vh = svd(total)
     found = AFTER[name].function(
         kinds((u * s, vh))[kind], [kinds(pair)[kind] for pair in pairs], **options
     )
-    wanted = definition(total, dense(pairs), **options)
+    wanted = definitions.AFTER[name](total, dense(pairs), **options)
     assert distance(matrix(found), wanted) < TOLERANCE[kind]
 
 
@@ -281,11 +231,11 @@ MODEL = [
 def test_amplitude_is_one_factor_for_the_whole_model(method: str, rank: str | None):
     plain = merge_adapters(MODEL, method=method)
     found = merge_adapters(MODEL, method=method, rank=rank, after={"amplitude": {"strength": 1.15}})
-    sizes = [sum(a.modules[m].norm() ** 2 for m in a.modules) for a in MODEL]
-    own = sum(plain.modules[module].norm() ** 2 for module in plain.modules)
-    factor = 1.15 * np.sqrt(np.mean(sizes) / own)
-    for module in plain.modules:
-        wanted = factor * plain.delta(module).numpy()
+    tasks = [[a.delta(module).numpy() for module in a.modules] for a in MODEL]
+    merged = [plain.delta(module).numpy() for module in plain.modules]
+    for module, wanted in zip(
+        plain.modules, definitions.amplitude(merged, tasks, 1.15), strict=True
+    ):
         assert distance(found.delta(module).numpy(), wanted) < 1e-5
 
 

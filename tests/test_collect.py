@@ -12,6 +12,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from definitions import regmean, sta
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -312,13 +313,6 @@ def test_two_processes_measure_what_one_does(
 # ------------------------------------------------------------------------------------------------ RegMean
 
 
-def regmean(deltas, measured, weights, alpha):
-    """(Σ_t λ_t ΔW_t G_t)(Σ_t G_t)⁻¹, with the entries of G_t beside its diagonal times alpha."""
-    shrunk = [alpha * g + (1 - alpha) * np.diag(np.diag(g)) for g in measured]
-    left = sum(w * d @ g for w, d, g in zip(weights, deltas, shrunk, strict=True))
-    return left @ np.linalg.pinv(sum(shrunk), rcond=1e-12, hermitian=True)
-
-
 WEIGHTS = (1.0, 0.5, -2.0)
 
 
@@ -414,16 +408,6 @@ def test_inputs_that_no_task_has_are_left_alone_and_others_are_answered(workshop
 
 
 # ---------------------------------------------------------------------------------------------------- STA
-
-
-def sta(deltas, measured, weights, density):
-    """Σ_t λ_t ΔW_t where |ΔW_t g_t| is among the int(density D) largest."""
-    merged = 0
-    for w, d, g in zip(weights, deltas, measured, strict=True):
-        importance = np.abs(d * g)
-        least = np.sort(importance, axis=None)[-max(1, int(density * d.size))]
-        merged = merged + w * d * (importance >= least)
-    return merged
 
 
 @every_model

@@ -1,10 +1,11 @@
 """The spectral methods against their dense definitions, in numpy on the m×n matrices, and against laws."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
+from definitions import SPECTRAL, svd
 from helpers import Matrix, Pair, adapter, adapters, dense, distance, low_rank, regauged
 from numpy.testing import assert_allclose
 
@@ -12,111 +13,8 @@ from pcb_peft import get_method, merge_adapters
 from pcb_peft.tasks.blocks import stacked
 from pcb_peft.tasks.task_vectors import TaskVectors
 
-ROUNDING = 1e-6  # part of the largest singular value that the methods take for 0
 EQUIVARIANT = ("tsv", "iso_c", "iso_cts", "wudi", "stf")  # bases do not matter to them
-METHODS = (*EQUIVARIANT, "robust_merge", "fr")
-
-
-# --- the definitions --------------------------------------------------------------------------------------------------
-
-
-def svd(matrix: Matrix, scale: float | None = None) -> tuple[Matrix, Matrix, Matrix]:
-    """The triplets of the numerical rank."""
-    u, s, vh = np.linalg.svd(matrix)
-    rank = int((s > ROUNDING * (s[0] if scale is None else scale)).sum())
-    return u[:, :rank], s[:rank], vh[:rank]
-
-
-def polar(columns: Matrix) -> Matrix:
-    """C (CᵀC)^{-1/2}, the inverse on the range."""
-    values, vectors = np.linalg.eigh(columns.T @ columns)
-    kept = values > ROUNDING**2 * values[-1]
-    return columns @ (vectors[:, kept] / np.sqrt(values[kept])) @ vectors[:, kept].T
-
-
-def tsv(x: Sequence[Matrix], density: float = 1.0) -> Matrix:
-    u, s, v = [], [], []
-    for matrix in x:
-        left, values, right = svd(matrix)
-        count = int(np.ceil(density * len(values)))
-        u.append(left[:, :count])
-        s.append(values[:count])
-        v.append(right[:count].T)
-    return polar(np.hstack(u)) @ np.diag(np.concatenate(s)) @ polar(np.hstack(v)).T
-
-
-def iso_c(x: Sequence[Matrix]) -> Matrix:
-    u, s, vh = svd(sum(x))
-    return s.mean() * u @ vh
-
-
-def iso_cts(x: Sequence[Matrix], common: float = 0.8) -> Matrix:
-    u, s, vh = svd(sum(x))
-    rank = len(s)
-    own = min(round((rank - int(rank * common)) / len(x)), rank // len(x))
-    k = rank - own * len(x)
-    left, values, right = [u[:, :k]], [s[:k]], [vh[:k].T]
-    for matrix in x:
-        rest = matrix - u[:, :k] @ u[:, :k].T @ matrix
-        a, b, c = svd(rest, np.linalg.norm(matrix))
-        left.append(a[:, :own])
-        values.append(b[:own])
-        right.append(c[:own].T)
-    return np.concatenate(values).mean() * polar(np.hstack(left)) @ polar(np.hstack(right)).T
-
-
-def wudi(x: Sequence[Matrix], ridge: float = 0.0) -> Matrix:
-    """The least-norm solution of the normal equations of the objective."""
-    grams = [matrix.T @ matrix / np.linalg.norm(matrix) ** 2 for matrix in x]
-    left = sum(grams) + ridge * np.eye(x[0].shape[1])
-    right = sum(matrix @ gram for matrix, gram in zip(x, grams, strict=True)) + ridge * sum(x)
-    return np.linalg.lstsq(left, right.T, rcond=ROUNDING**2)[0].T
-
-
-def stf(x: Sequence[Matrix]) -> Matrix:
-    """The smallest ΔW with u_kᵀ ΔW v_k = σ_k: one linear equation in the entries of ΔW per singular triplet."""
-    rows, values = [], []
-    for matrix in x:
-        u, s, vh = svd(matrix)
-        rows += [np.outer(u[:, k], vh[k]).ravel() for k in range(len(s))]
-        values += list(s)
-    solution = np.linalg.lstsq(np.array(rows), np.array(values), rcond=ROUNDING)[0]
-    return solution.reshape(x[0].shape)
-
-
-def robust_merge(x: Sequence[Matrix], density: float = 0.2) -> Matrix:
-    def largest(factor: Matrix) -> Matrix:
-        count = max(1, int(density * factor.size))
-        return factor * (abs(factor) >= np.sort(abs(factor).ravel())[-count])
-
-    factors, scales = [], np.zeros((len(x), min(x[0].shape)))
-    for t, matrix in enumerate(x):
-        u, s, vh = svd(matrix)
-        lora_A, lora_B = np.sqrt(s)[:, None] * vh, u * np.sqrt(s)
-        pruned = largest(lora_A)
-        for i in range(len(s)):
-            if pruned[i].any():
-                scales[t, i] = abs(lora_A[i]).sum() / abs(pruned[i]).sum()
-        factors.append((largest(lora_B), pruned))
-    total = scales.sum(0)
-    return sum(
-        scales[t, i] / total[i] * np.outer(lora_B[:, i], lora_A[i])
-        for t, (lora_B, lora_A) in enumerate(factors)
-        for i in range(len(lora_A))
-        if total[i]
-    )
-
-
-def fr(x: Sequence[Matrix], cutoff: float = 0.1) -> Matrix:
-    rows, cols = (np.fft.fftfreq(length) for length in x[0].shape)
-    radius = np.sqrt(rows[:, None] ** 2 + cols**2)
-    high = radius >= cutoff * np.sqrt(0.5)
-    return sum(np.fft.ifft2(high * np.fft.fft2(matrix)).real for matrix in x)
-
-
-DEFINITIONS: dict[str, Callable[..., Matrix]] = {
-    function.__name__: function for function in (tsv, iso_c, iso_cts, wudi, stf, robust_merge, fr)
-}
+METHODS = tuple(SPECTRAL)
 
 
 # --- the adapters -----------------------------------------------------------------------------------------------------
@@ -156,7 +54,7 @@ def cores(x: Sequence[Matrix]) -> tuple[Matrix, list[Matrix], Matrix]:
 
 def definition(method: str, x: Sequence[Matrix], **options) -> Matrix:
     """Zero task vectors have no say."""
-    return DEFINITIONS[method]([matrix for matrix in x if matrix.any()], **options)
+    return SPECTRAL[method]([matrix for matrix in x if matrix.any()], **options)
 
 
 # --- equal to the definition ------------------------------------------------------------------------------------------
@@ -195,15 +93,14 @@ def test_options(method: str, options: dict[str, float], pool: str):
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        ("robust_merge", {}),
+        *((name, {}) for name in METHODS),
         ("robust_merge", {"density": 0.05}),
         ("robust_merge", {"density": 1.0}),
-        ("fr", {}),
         ("fr", {"cutoff": 0.0}),
         ("fr", {"cutoff": 0.4}),
     ],
 )
-def test_what_looks_at_entries_equals_its_definition_on_the_same_matrices(
+def test_on_the_same_matrices_it_equals_its_definition(
     method: str, options: dict[str, float], pool: str
 ):
     x = dense(POOLS[pool])
@@ -221,7 +118,7 @@ def test_from_adapters_to_adapter(method: str, pool: str):
 def test_fr_from_adapters_to_a_dense_delta():
     pool = POOLS["mixed ranks"]
     merged = merge_adapters(adapters(pool), method="fr", rank="full").delta("m").numpy()
-    assert distance(merged, fr(dense(pool))) < 1e-5
+    assert distance(merged, definition("fr", dense(pool))) < 1e-5
 
 
 @pytest.mark.parametrize("method", METHODS)
