@@ -11,7 +11,7 @@ import numpy as np
 import peft
 import torch
 
-from pcb_peft import Adapter, list_spaces
+from pcb_peft import Adapter, MergedAdapter, list_spaces, merge_adapters
 from pcb_peft.adapters.adapter import DeltaMapping
 from pcb_peft.deltas.delta import Delta, LowRank
 from pcb_peft.formats import LazyDelta
@@ -78,6 +78,11 @@ def adapter(name: str, deltas: Mapping[str, Delta | Pair]) -> Adapter:
 def adapters(deltas: Sequence[Delta | Pair]) -> list[Adapter]:
     """One adapter per delta, each of the one module "m"."""
     return [adapter(f"task{i}", {"m": each}) for i, each in enumerate(deltas)]
+
+
+def merged(deltas: Sequence[Delta | Pair], **arguments: Any) -> MergedAdapter:
+    """Their merge, by `linear` unless told otherwise."""
+    return merge_adapters(adapters(deltas), **{"method": "linear", **arguments})
 
 
 def distance(found: Any, wanted: Any) -> float:
