@@ -26,8 +26,8 @@ from pcb_peft.commands import cli, sources
 from pcb_peft.commands.next_steps import VLLM_RANKS
 from pcb_peft.commands.recipe_fields import recipe_fields
 from pcb_peft.deltas import replacements
-from pcb_peft.merging.engine import DEFAULT_MEMORY
 from pcb_peft.recipes.peft_aliases import PEFT_ALIASES
+from pcb_peft.runtime.resources import DEFAULT_MEMORY
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -453,7 +453,7 @@ NOT_READ = {
 def test_constants_are_read_from_the_sources_as_they_are():
     assert sources.constant("deltas/replacements.py", "POLICIES") == replacements.POLICIES
     assert sources.constant("recipes/peft_aliases.py", "PEFT_ALIASES") == PEFT_ALIASES
-    assert sources.constant("merging/engine.py", "DEFAULT_MEMORY") == DEFAULT_MEMORY
+    assert sources.constant("runtime/resources.py", "DEFAULT_MEMORY") == DEFAULT_MEMORY
 
 
 def test_the_examples_of_merge_and_fold_do_what_they_say(place, monkeypatch, tmp_path, capsys):

@@ -21,6 +21,7 @@ from pcb_peft.calibrations import Calibration
 from pcb_peft.commands.cli import main
 from pcb_peft.dry_run import probes
 from pcb_peft.formats.checkpoint import SafetensorsFile
+from pcb_peft.runtime.hashing import sha256_of_file
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]  # of two layers: (16, 16), (8, 16), (16, 24)
 SIZES = {
@@ -43,13 +44,16 @@ def recipe(adapters, **choices):
 
 @pytest.fixture
 def unread(monkeypatch):
-    """A tensor, or a file's hash, that is read is an error."""
+    """A tensor that is read is an error, and so is a hash of tensors."""
 
     def refuse(*_):
         raise AssertionError("a tensor was read")
 
+    def hash_configurations(file):
+        return sha256_of_file(file) if file.suffix == ".json" else refuse()
+
     monkeypatch.setattr(SafetensorsFile, "read", refuse)
-    monkeypatch.setattr(source, "sha256_of_file", refuse)
+    monkeypatch.setattr(source, "sha256_of_file", hash_configurations)
 
 
 @pytest.mark.usefixtures("unread")

@@ -226,7 +226,7 @@ def test_an_adapter_in_memory_is_not_taken_for_a_directory(workshop, monkeypatch
     recipe = read_recipe(workshop.directory / "out" / "merge_recipe.yaml")
     workshop.adapter("mlp", lora(), "default")
     monkeypatch.chdir(workshop.directory)
-    with pytest.raises(AdapterError, match=r"in memory: default is no file.*save that adapter"):
+    with pytest.raises(AdapterError, match=r"in memory: default has no files.*save that adapter"):
         merge(recipe)
 
 
