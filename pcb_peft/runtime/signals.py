@@ -1,0 +1,62 @@
+"""Signals: how SIGINT and SIGTERM end a run so that it cleans up behind itself."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator
+
+REPEAT_SECONDS = (
+    3.0  # launchers send each process, within this time, the signal that all of them got already
+)
+
+
+@contextlib.contextmanager
+def raising_on_signals(on_first: Callable[[], None]) -> Generator[list[signal.Signals]]:
+    """Turn the first SIGINT or SIGTERM into an exception, so that the block cleans up; a later one ends the process.
+
+    Signals that the parent told this process to ignore (as `nohup` does) stay ignored. Only the main thread of Python
+    gets signals: elsewhere the block runs as it is.
+
+    Args:
+        on_first: Called when the first signal comes, before the exception is raised.
+
+    Yields:
+        A list that is empty until a signal comes, and then holds it.
+    """
+    received: list[signal.Signals] = []
+    first_at = 0.0
+
+    def handle(number: int, frame: object) -> None:
+        nonlocal first_at
+        del frame
+        if received:
+            if time.monotonic() - first_at > REPEAT_SECONDS:
+                os._exit(128 + number)
+            return
+        received.append(signal.Signals(number))
+        first_at = time.monotonic()
+        on_first()
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handled = [
+        number
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if in_main_thread and signal.getsignal(number) != signal.SIG_IGN
+    ]
+    handlers_before = {number: signal.signal(number, handle) for number in handled}
+    try:
+        yield received
+    finally:
+        for number, handler in handlers_before.items():
+            signal.signal(number, handler)
+
+
+def end_process(code: int) -> None:
+    """End the process at once, without the exit handlers of torch, which would wait for other processes."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
