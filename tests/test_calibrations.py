@@ -354,7 +354,7 @@ def test_a_mistake_is_named(steps: dict, message: str):
 
 def test_what_needs_directions_refuses_vectors():
     some = adapters([Diagonal(torch.tensor([1.0, 2.0, 3.0]))] * 2)
-    with pytest.raises(OptionError, match="svc cannot take these adapters"):
+    with pytest.raises(OptionError, match=r"svc cannot take \(IA\)³ adapters; it takes LoRA"):
         merge_adapters(some, method="linear", after="svc")
     merge_adapters(some, method="linear", before="equalize", after=["norm", "amplitude"])
 

@@ -1,4 +1,4 @@
-"""The norm of the whole merge."""
+"""Amplitude: the norm of the whole merge."""
 
 from collections.abc import Sequence
 from typing import Annotated
@@ -12,7 +12,7 @@ from pcb_peft.plugins.options import Range
 
 
 def _squares(merged: Delta, deltas: Sequence[Delta]) -> Tensor:
-    """‖ΔW‖² of the merge and of each adapter: (1 + T,)."""
+    """‖ΔW‖² of the merged module and of each adapter there: (1 + T,)."""
     norms = [merged.norm(), *(delta.norm() for delta in deltas)]
     return torch.tensor(norms, dtype=torch.float64).square()
 
@@ -33,14 +33,14 @@ def amplitude(
     """Give the merge as a whole the norm of a typical adapter: one factor for all modules, and no weight to choose.
 
     Args:
-        strength: κ in κ RMS_t‖λ_t ΔW_t‖ / ‖ΔW‖, the norms taken over all modules. The paper has 1.15 where the
-            adapters' norms are of one size and 0.5 where they are not.
+        strength: κ in the factor κ RMS_t‖λ_t ΔW_t‖ / ‖ΔW‖, with norms over all modules. The paper uses 1.15 for
+            adapters of similar norms, and 0.5 for others.
 
     Source: the measured amplitude restoration of CORAM, Sui et al. 2026, equations 3 and 4.
     """
     del deltas
-    own, tasks = squares[0], squares[1:]
-    present = tasks[tasks > 0]
-    if own == 0 or not len(present):
+    merged_square, adapter_squares = squares[0], squares[1:]
+    present = adapter_squares[adapter_squares > 0]
+    if merged_square == 0 or not len(present):
         return merged
-    return merged.scaled(strength * float((present.mean() / own).sqrt()))
+    return merged.scaled(strength * float((present.mean() / merged_square).sqrt()))

@@ -1,4 +1,4 @@
-"""The norms of adapters."""
+"""Equalize: the norms of the adapters."""
 
 from collections.abc import Sequence
 from typing import Annotated
@@ -15,8 +15,8 @@ def equalize(deltas: Sequence[Delta], *, beta: Annotated[float, Range(0, 1)] = 0
     Args:
         beta: ‖ΔW_t‖ becomes β ‖ΔW_t‖ + (1 − β) times the mean norm: 0 makes them equal, 1 changes nothing.
 
-    Source: the norm smoothing of Compress-then-Merge, He et al. 2026, there used for the bases only. Departure: the
-    mean goes over the adapters that touch the module.
+    Source: the norm smoothing of Compress-then-Merge, He et al. 2026, which uses it for the bases only. Difference: the
+    mean is over the adapters that touch the module.
     """
     norms = [delta.norm() for delta in deltas]
     mean = sum(norms) / max(1, sum(size > 0 for size in norms))

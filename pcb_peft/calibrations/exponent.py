@@ -1,4 +1,4 @@
-"""A power of the singular values, of adapters or of their merge."""
+"""Exponent: a power of the singular values, of the adapters or of their merge."""
 
 from collections.abc import Sequence
 from typing import Annotated, TypeAlias
@@ -21,7 +21,7 @@ def of_adapters(deltas: Sequence[Delta], *, power: Power = 0.5) -> list[Delta]:
     Args:
         power: p in σ ↦ c σᵖ, where c keeps the sum of the singular values: 1 changes nothing, 0 makes them equal.
 
-    Source: none for powers in between; 0 is what Iso-C does to a sum (Marczak et al. 2025).
+    Source: power 0 is what Iso-C does to a sum (Marczak et al. 2025); other powers are ours.
     """
     return [_bent(delta, power) for delta in deltas]
 
@@ -33,13 +33,16 @@ def of_the_merge(merged: Delta, deltas: Sequence[Delta], *, power: Power = 0.5) 
     Args:
         power: p in σ ↦ c σᵖ, where c keeps the sum of the singular values: 1 changes nothing, 0 makes them equal.
 
-    Source: none for powers in between; 0 after `linear` is Iso-C (Marczak et al. 2025).
+    Source: power 0 after `linear` is Iso-C (Marczak et al. 2025); other powers are ours.
     """
     del deltas
     return _bent(merged, power)
 
 
 def _bent(delta: Delta, power: float) -> Delta:
+    """The delta with its singular values raised to a power, and their sum kept."""
     u, s, vh = triplets(delta)
-    bent = s**power
-    return assembled(delta, (u, bent * (s.sum() / bent.sum()), vh)) if len(s) else delta
+    if not len(s):
+        return delta
+    powers = s**power
+    return assembled(delta, (u, powers * (s.sum() / powers.sum()), vh))

@@ -1,4 +1,4 @@
-"""The norm of a merged module."""
+"""Norm: the norm of each merged module."""
 
 from collections.abc import Sequence
 from typing import Annotated
@@ -15,11 +15,13 @@ def norm(
     """Give each merged module the mean norm of what was merged there: no weight has to be chosen.
 
     Args:
-        strength: The result's ‖ΔW‖ as a multiple of the mean of ‖λ_t ΔW_t‖.
+        strength: ‖ΔW‖ of the result as a multiple of the mean of ‖λ_t ΔW_t‖.
 
-    Source: the rescaling γ of Pico, Tang and Yang 2026. Departure: the mean goes over the adapters that touch the
+    Source: the rescaling γ of Pico, Tang and Yang 2026. Difference: the mean is over the adapters that touch the
     module.
     """
     norms = [size for delta in deltas if (size := delta.norm()) > 0]
-    own = merged.norm()
-    return merged.scaled(strength * sum(norms) / len(norms) / own) if norms and own > 0 else merged
+    merged_norm = merged.norm()
+    if not norms or merged_norm == 0:
+        return merged
+    return merged.scaled(strength * sum(norms) / len(norms) / merged_norm)

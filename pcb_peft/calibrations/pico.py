@@ -1,4 +1,4 @@
-"""Pre-merge interference calibration in output space: Pico."""
+"""Pico: pre-merge interference calibration in output space."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias
@@ -15,7 +15,7 @@ Factors: TypeAlias = tuple[Tensor, Tensor]
 
 
 def _canonical(delta: Delta) -> Factors:
-    """The second with orthonormal rows."""
+    """Factors of ΔW whose second has orthonormal rows."""
     left, right = delta.factors()
     q, triangle = torch.linalg.qr(right.T)
     return left @ triangle.T, q.T
@@ -37,10 +37,11 @@ def pico(
     every ΔW_t = B_t A_t. The paper then restores the norm of the merge: ``after: [norm]``.
 
     Args:
-        gauge: (BG, G⁻¹A) is the same adapter for every invertible G. `canonical` takes the B_t that go with an A_t of
-            orthonormal rows, so that U belongs to [ΔW_1 … ΔW_T]; `as_trained` takes the stored ones, as the paper does.
+        gauge: Which B_t are taken: (BG, G⁻¹A) is the same adapter for every invertible G. `canonical` takes those for
+            an A_t with orthonormal rows, so that U belongs to [ΔW_1 … ΔW_T]; `as_trained` takes the stored ones, as the
+            paper does.
 
-    Source: Tang and Yang 2026, and the authors' code. Departures: the gauge; and T counts the adapters that touch the
+    Source: Tang and Yang 2026, and the authors' code. Differences: the gauge; and T counts the adapters that touch the
     module.
     """
     tasks = sum(delta.norm() > 0 for delta in deltas)

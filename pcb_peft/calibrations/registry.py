@@ -122,9 +122,11 @@ def bound(
     for name, values in ((name, values) for step in steps for name, values in step.items()):
         calibration = get_calibration(when, name)
         if not kinds <= set(calibration.accepts):
-            accepted = ", ".join(kind.__name__ for kind in calibration.accepts)
+            names = [kind.kind_name for kind in calibration.accepts]
+            refused = [kind.kind_name for kind in kinds if kind not in calibration.accepts]
             raise OptionError(
-                f"{when}: {name} cannot take these adapters; it takes deltas of kind {accepted}"
+                f"{when}: {name} cannot take {' and '.join(sorted(refused))} adapters; it takes "
+                f"{', '.join(dict.fromkeys(names))}"
             )
         options = bind(calibration.options, values, f"{when} {name}")
         function = functools.partial(calibration.function, **options)

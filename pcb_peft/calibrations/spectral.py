@@ -1,4 +1,4 @@
-"""What spectral calibrations share."""
+"""Helper of the calibrations that change singular values."""
 
 import torch
 
@@ -7,6 +7,6 @@ from pcb_peft.deltas.linalg import Basis, Svd
 
 
 def assembled(like: Delta, triplets: Svd) -> Core:
-    """The delta U Σ Vᵀ, stored as `like` is."""
+    """Return the delta U Σ Vᵀ in the layout of another one."""
     u, s, vh = triplets
     return Core(Basis(u), torch.diag(s), Basis(vh.T), layout=like.layout)

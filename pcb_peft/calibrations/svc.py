@@ -1,4 +1,4 @@
-"""Singular value calibration: SVC."""
+"""SVC: singular value calibration."""
 
 from collections.abc import Sequence
 from typing import Annotated
@@ -23,14 +23,14 @@ def svc(
 ) -> Delta:
     """Shrink the directions of the merge that several tasks share, and were counted several times.
 
-    For ΔW = U Σ Vᵀ, with a = u_rᵀ ΔW and a_t = u_rᵀ ΔW_t: s_t = ⟨a, a_t⟩ / ‖a_t‖² says how much of task t's response in
-    direction r is there, and σ_r is multiplied by T / Σ_t max(floor, s_t).
+    For ΔW = U Σ Vᵀ, with a = u_rᵀ ΔW and a_t = u_rᵀ ΔW_t: s_t = ⟨a, a_t⟩ / ‖a_t‖² is the fraction of task t's response
+    in direction r that the merge has, and σ_r is multiplied by T / Σ_t max(floor, s_t).
 
     Args:
-        floor: α of the paper; default: its 1 / T. (The authors' script has 1 for TSV-M.)
+        floor: α of the paper; default: 1 / T, as in the paper. (The authors' script uses 1 for TSV-M.)
 
-    Source: Li et al. 2026, and github.com/lyymuwu/SVC at 6ad2b31. Departures: T counts the adapters that touch
-    the module; and they are meant times their weights, so that equal weights still scale the result.
+    Source: Li et al. 2026, and github.com/lyymuwu/SVC at 6ad2b31. Differences: T counts the adapters that touch the
+    module; and ΔW_t includes the weight λ_t, so that equal weights still scale the result.
     """
     present = [delta for delta in deltas if delta.norm() > 0]
     if not present:
@@ -42,9 +42,9 @@ def svc(
 
 
 def _share(merged: Svd, delta: Delta) -> Tensor:
-    """s_t of every direction; 0 where the task has no response."""
+    """Fraction s_t of every direction; 0 where the task has no response."""
     u, s, vh = merged
-    left, right = delta.factors()
-    response = (u.T @ left) @ right
-    size = response.square().sum(1)
-    return torch.where(size > 0, s * (response * vh).sum(1) / size, 0)
+    lora_B, lora_A = delta.factors()
+    response = (u.T @ lora_B) @ lora_A
+    square = response.square().sum(1)
+    return torch.where(square > 0, s * (response * vh).sum(1) / square, 0)

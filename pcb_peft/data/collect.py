@@ -18,7 +18,6 @@ from pcb_peft.adapters.source import Source
 from pcb_peft.data.adapted_model import adapted_model
 from pcb_peft.data.batches import IGNORED, Data, batches_of
 from pcb_peft.data.statistics_file import KINDS, TaskStatistics, open_statistics, save_statistics
-from pcb_peft.deltas.delta import Diagonal
 from pcb_peft.errors import OptionError, UnsupportedError
 from pcb_peft.runtime.progress import Track, tracker
 from pcb_peft.runtime.resources import number_of_bytes
@@ -284,7 +283,7 @@ def _measurable(adapter: Adapter) -> tuple[Adapter, Source]:
     Raises:
         UnsupportedError: It has no ΔW to measure, or no file to know it by.
     """
-    if any(entry.kind is Diagonal for entry in adapter.modules.entries.values()):
+    if any(entry.kind.multiplies for entry in adapter.modules.entries.values()):
         raise UnsupportedError(
             f"{adapter.name} is an (IA)³ adapter; statistics can be collected for adapters that have a ΔW, such as LoRA"
         )

@@ -1,4 +1,4 @@
-"""Model Breadcrumbs."""
+"""Model Breadcrumbs: task arithmetic without the largest and the smallest entries."""
 
 from typing import Annotated
 
@@ -20,28 +20,30 @@ def breadcrumbs(
 ) -> Merged:
     """Drop the outliers and the smallest entries of each task vector, then add: τ_m = Σ_t λ_t τ_t m_t.
 
-    m_t marks the fraction `density` of the entries whose |τ_t| come next below the fraction `gamma` of the largest.
+    The mask m_t drops the fraction `gamma` of the entries with the largest |τ_t|, and keeps the fraction `density` that
+    comes next in size.
 
     Args:
         density: Fraction of entries kept per task vector.
         gamma: Fraction of entries dropped as outliers, the largest in magnitude; at most 1 − density.
 
-    Good at: task vectors with outliers, according to its paper; far behind a sum here.
+    Good at: task vectors with outliers, says its paper; it scored below `linear` on our benchmark.
 
     Measured: LoRA 71.3 (54.5).
 
-    Source: Davari and Belilovsky 2024, the masks per layer, whose fraction β at the bottom is 1 − density − gamma here.
-    Departure: entries that tie with the smallest or the largest kept one are kept. Without ties, of one weight in dense
-    space, it is mergekit's `breadcrumbs` to rounding. (The authors' code masks each row of a weight for itself.)
+    Source: Davari and Belilovsky 2024, with a mask per layer. The paper's β, the fraction dropped at the bottom, is
+    1 − density − gamma here. Difference: entries that tie with the smallest or the largest kept one are kept. Without
+    ties, for one weight in dense space, it equals mergekit's `breadcrumbs` to rounding. (The authors' code masks each
+    row of a weight by itself.)
     """
-    kept = num_kept(tasks, density)
-    outliers = min(int(gamma * tasks.size), tasks.size - kept)
-    ends = [tasks.size - outliers - kept, tasks.size - outliers - 1]
-    low, high = tasks.order_statistics(torch.abs, ends).unbind(-1)
+    count = num_kept(tasks, density)
+    outliers = min(int(gamma * tasks.size), tasks.size - count)
+    first, last = tasks.size - outliers - count, tasks.size - outliers - 1  # kept, by magnitude
+    low, high = tasks.order_statistics(torch.abs, [first, last]).unbind(-1)
     low = clamp_positive(low)
 
     def merge(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        kept = (x.abs() >= low) & (x.abs() <= high)
-        return (weights * x * kept).sum(0), kept
+        mask = (x.abs() >= low) & (x.abs() <= high)
+        return (weights * x * mask).sum(0), mask
 
     return tasks.combine(merge)

@@ -1,4 +1,4 @@
-"""DARE: drop and rescale, then the election of TIES."""
+"""DARE: drop entries at random and rescale the others, then the sign election of TIES."""
 
 from torch import Tensor
 
@@ -12,19 +12,20 @@ from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 def dare_ties(tasks: TaskVectors, *, density: Density = 0.5, rescale: bool = True) -> Merged:
     """Drop entries at random, rescale the rest, elect a sign per entry, average those that have it.
 
-    It takes no statistics: both scopes give the same.
+    No statistics are taken, so both scopes give the same result.
 
     Args:
         density: Probability with which an entry is kept; the paper's 1 − p.
         rescale: Divide what is kept by the density.
 
-    Good at: as `dare_linear`.
+    Good at: fully fine-tuned models with much redundancy, says the paper of DARE.
 
     Measured: LoRA 85.3 (67.4), at 0.7 87.6 (68.3).
 
-    Source: Yu et al. 2024, the two steps of DARE, before Yadav et al. 2023, algorithm 1. Departures: dropping stands in
-    the place of trimming, as in PEFT and mergekit; masks as in `dare_linear`; weights and signs as in `ties`. Given the
-    masks and equal weights it is PEFT's `dare_ties` to rounding, but where an entry's sum is 0: PEFT elects + there.
+    Source: Yu et al. 2024, the two steps of DARE, before Yadav et al. 2023, algorithm 1. Differences: dropping replaces
+    trimming, as in PEFT and mergekit; masks as in `dare_linear`; weights and signs as in `ties`. With the same masks
+    and equal weights it equals PEFT's `dare_ties` to rounding, except where the sum of an entry is 0: there PEFT elects
+    the sign +.
     """
 
     def merge(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

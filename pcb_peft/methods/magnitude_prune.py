@@ -1,4 +1,4 @@
-"""Magnitude pruning."""
+"""Magnitude pruning: task arithmetic on the largest entries."""
 
 from torch import Tensor
 
@@ -15,18 +15,18 @@ def magnitude_prune(tasks: TaskVectors, *, density: Density = 0.5) -> Merged:
     Args:
         density: Fraction of entries kept per task vector, the largest in magnitude.
 
-    Good at: smaller task vectors for a sum; level with `linear` here.
+    Good at: sparse task vectors in a sum; it scored like `linear` on our benchmark.
 
     Measured: LoRA 88.9 (68.3), at 0.5 93.4 (81.7).
 
-    Source: Han et al. 2015, section 3.1, on task vectors, as PEFT's function of this name and as the baseline of DARE
-    (Yu et al. 2024). Departures: the threshold is taken over the scope and not per tensor, and entries that tie with
-    the smallest kept one are kept. Without ties, and per tensor, the result is PEFT's to rounding.
+    Source: Han et al. 2015, section 3.1, applied to task vectors, as PEFT's function of this name does and the baseline
+    of DARE (Yu et al. 2024). Differences: the threshold is taken over the scope, not per tensor; and entries that tie
+    with the smallest kept one are kept. Without ties, and per tensor, the result equals PEFT's to rounding.
     """
     threshold = magnitude_threshold(tasks, density)
 
     def merge(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        kept = x.abs() >= threshold
-        return (weights * x * kept).sum(0), kept
+        mask = x.abs() >= threshold
+        return (weights * x * mask).sum(0), mask
 
     return tasks.combine(merge)

@@ -1,4 +1,4 @@
-"""Spherical linear interpolation."""
+"""SLERP: spherical linear interpolation."""
 
 from typing import Annotated
 
@@ -9,6 +9,8 @@ from pcb_peft.methods.ops import average_on_sphere, normalize_direction
 from pcb_peft.methods.registry import merge_method
 from pcb_peft.plugins.options import Range
 from pcb_peft.tasks.task_vectors import Merged, TaskVectors
+
+SMALLEST_SINE = 1e-6  # sin Ω below which two vectors count as parallel or opposite
 
 
 @merge_method(
@@ -22,20 +24,27 @@ def slerp(tasks: TaskVectors, *, t: Annotated[float, Range(0, 1)] | None = None)
     λ turns its task vector around. Opposite vectors have no great circle: u_1 and u_2 are then mixed as 1 − t to t.
 
     Args:
-        t: How far, from 0 for the first adapter to 1 for the second; default: |λ_2| / (|λ_1| + |λ_2|).
+        t: Position between the two, from 0 (the first adapter) to 1 (the second); default: |λ_2| / (|λ_1| + |λ_2|).
 
     Good at: two adapters, to go from one to the other.
 
-    Source: Shoemake 1985, on the directions of task vectors; a zero one has no say. (mergekit's `slerp`, of whole
-    weights, and its `nuslerp` put the sines before vectors of their own lengths: the same where the lengths are equal;
-    otherwise the longer one pulls the direction.)
+    Source: Shoemake 1985, on the directions of task vectors; a zero one is left out. (mergekit's `slerp`, on whole
+    weights, and its `nuslerp` apply the sines to vectors of their own lengths. If the lengths are equal, that is the
+    same; otherwise the longer one pulls the direction.)
     """
     shares = None if t is None else torch.tensor([1 - t, t], dtype=torch.float64)
     return average_on_sphere(tasks, great_circle, shares)
 
 
 def great_circle(cosines: Tensor, shares: Tensor) -> Tensor:
-    """sin(share_t Ω) / sin Ω."""
+    """Return sin(share_t Ω) / sin Ω, the coefficients (2,) of the interpolated direction.
+
+    Args:
+        cosines: (2, 2), of the angles between the two directions.
+        shares: (2,), 1 − t and t.
+    """
     angle = torch.acos(cosines[0, 1])
-    coefficients = torch.sin(shares * angle) / torch.sin(angle)
-    return normalize_direction(cosines, coefficients) if torch.sin(angle) > 1e-6 else shares
+    sine = torch.sin(angle)
+    if sine <= SMALLEST_SINE:
+        return shares
+    return normalize_direction(cosines, torch.sin(shares * angle) / sine)

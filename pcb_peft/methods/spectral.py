@@ -4,18 +4,19 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from pcb_peft.deltas.linalg import Svd
 from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 
 def merge_matrices(tasks: TaskVectors, merge: Callable[[Tensor], Tensor]) -> Merged:
-    """Merges each block as a whole, in float64.
+    """Merge each block as a whole, in float64.
 
-    The weights scale the task vectors before anything else, so that −1 is the negated task vector and equal weights
-    are the papers' scaling of the result. A zero task vector has no say, and one that is alone comes back as it is.
+    The weights scale the task vectors before anything else: −1 is the negated task vector, and equal weights are the
+    papers' scaling of the result. A zero task vector is left out, and one that is then alone is returned unchanged.
 
     Args:
         tasks: The task vectors.
-        merge: From two or more matrices (T, rows, cols), none of them zero, to (rows, cols).
+        merge: A function of two or more matrices (T, rows, cols), none of them zero, to the merged one (rows, cols).
     """
 
     def rule(x: Tensor, weights: Tensor) -> Tensor:
@@ -24,3 +25,9 @@ def merge_matrices(tasks: TaskVectors, merge: Callable[[Tensor], Tensor]) -> Mer
         return merge(x) if len(x) > 1 else x.sum(0)
 
     return tasks.combine(rule, whole=True)
+
+
+def leading(svd: Svd, count: int) -> Svd:
+    """Return the first triplets of an SVD, those of the largest singular values."""
+    u, s, vh = svd
+    return u[:, :count], s[:count], vh[:count]

@@ -1,4 +1,4 @@
-"""Superposed task-specific features: STF."""
+"""STF: superposed task-specific features."""
 
 import torch
 from torch import Tensor
@@ -18,12 +18,13 @@ def stf(tasks: TaskVectors) -> Merged:
     With the singular triplets (u_k, σ_k, v_k) of all λ_t ΔW_t together: ΔW = Σ_k x_k u_k v_kᵀ, where x solves the
     linear system (UᵀU ∘ VᵀV) x = σ. It is the smallest ΔW that has these responses.
 
-    Good at: keeping each task's own response; level with a searched sum here.
+    Good at: keeping each task's own response; it scored like `linear` on our benchmark.
 
     Measured: LoRA 89.8 (71.4), at 0.5 93.2 (81.2).
 
-    Source: Qiu et al. 2025. Departures: a task has as many triplets as its numerical rank, and where features depend
-    on each other, as those of two equal adapters, x is the least-squares solution, so that these merge to themselves.
+    Source: Qiu et al. 2025. Differences: a task has as many triplets as its numerical rank; and where features depend
+    on each other, as those of two equal adapters do, x is the least-squares solution, so that equal adapters merge to
+    themselves.
     """
     return merge_matrices(tasks, _merge)
 

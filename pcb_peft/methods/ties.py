@@ -1,4 +1,4 @@
-"""TIES-Merging."""
+"""TIES-Merging: trim, elect signs, average what agrees."""
 
 from torch import Tensor
 
@@ -19,7 +19,7 @@ def ties(tasks: TaskVectors, *, density: Density = 0.2) -> Merged:
 
     Measured: LoRA 90.4 (83.0), in `dense` space 94.5 (88.4); (IA)³ 95.5 (91.7).
 
-    Source: Yadav et al. 2023, algorithm 1. Departures: the weights scale the task vectors before the election, so that
+    Source: Yadav et al. 2023, algorithm 1. Differences: the weights scale the task vectors before the election, so that
     a weight of −1 is the negated task vector and equal weights are the paper's λ; entries that tie with the smallest
     kept one are kept; an entry whose sum is 0 elects no sign and merges to 0 (the authors' code gives it the sign that
     most other entries have).
@@ -27,8 +27,8 @@ def ties(tasks: TaskVectors, *, density: Density = 0.2) -> Merged:
     threshold = magnitude_threshold(tasks, density)
 
     def merge(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        kept = x.abs() >= threshold
-        trimmed = weights * x * kept
-        return masked_mean(trimmed, majority_sign_mask(trimmed)), kept
+        mask = x.abs() >= threshold
+        trimmed = weights * x * mask
+        return masked_mean(trimmed, majority_sign_mask(trimmed)), mask
 
     return tasks.combine(merge)

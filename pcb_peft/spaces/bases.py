@@ -1,4 +1,4 @@
-"""Bases that all adapters of a module share, in a form that depends on the ΔW alone and not on their factors."""
+"""Bases that all adapters of a module share; they depend on the ΔW alone, not on how each is factored."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,8 +8,8 @@ from torch import Tensor
 
 from pcb_peft.deltas.linalg import Basis, spanned
 
-NOISE = 1e-10  # a direction with less than this part of the largest singular value is rounding
-SQUARED = 1e-9  # where the smallest eigenvalue is a larger part of the largest, rounding leaves it as it is
+RANK_TOLERANCE = 1e-10  # a direction below this fraction of the largest singular value is rounding
+GRAM_TOLERANCE = 1e-9  # smallest to largest eigenvalue of a Gram matrix, above which its eigenvectors are accurate
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -28,27 +28,23 @@ class SharedBases:
 
 
 def shared_bases(factors: Sequence[tuple[Tensor, Tensor]]) -> SharedBases:
-    """The canonical bases, from the spans of the stacked factors and decompositions of their size: no ΔW is formed.
+    """Compute the canonical bases from spans of the stacked factors and decompositions of that size; no ΔW is formed.
 
     Args:
-        factors: Per adapter (out, r_t) and (r_t, in), whose product is ΔW_t.
+        factors: Two factors per adapter, (out, r_t) and (r_t, in), whose product is ΔW_t.
     """
     left, left_parts = spanned(torch.cat([b.double() for b, _ in factors], dim=1))
     right, right_parts = spanned(torch.cat([a.double() for _, a in factors]).T)
     ranks = [b.shape[1] for b, _ in factors]
-    small = torch.stack(
-        [
-            b @ a.T
-            for b, a in zip(left_parts.split(ranks, 1), right_parts.split(ranks, 1), strict=True)
-        ]
-    )
+    parts = zip(left_parts.split(ranks, 1), right_parts.split(ranks, 1), strict=True)
+    small = torch.stack([b @ a.T for b, a in parts])  # ΔW_t in the two spans
     u, v = _span(small), _span(small.mT)
     u, v = u * signs(left.turned(u)), v * signs(right.turned(v))
     return SharedBases(left.turned(u), right.turned(v), u.T @ small @ v)
 
 
 def signs(basis: Basis) -> Tensor:
-    """±1 per direction: what makes its product with (cos 0, cos 1, cos 2 …) positive."""
+    """Return a sign per direction: it makes the product with (cos 0, cos 1, cos 2 …) positive, a fixed choice."""
     ruler = torch.arange(basis.shape[0], dtype=basis.columns.dtype).cos()
     return torch.where(basis.coordinates(ruler) < 0, -1, 1)
 
@@ -56,8 +52,8 @@ def signs(basis: Basis) -> Tensor:
 def _span(matrices: Tensor) -> Tensor:
     """The left singular vectors of [M_1 … M_T] (p, T q) that carry more than rounding; at least one."""
     values, vectors = torch.linalg.eigh((matrices @ matrices.mT).sum(0))
-    if values[0] > SQUARED * values[-1]:
+    if values[0] > GRAM_TOLERANCE * values[-1]:
         return vectors.flip(1)
     triangle = torch.linalg.qr(matrices.mT.flatten(0, 1), mode="r").R
     u, s, _ = torch.linalg.svd(triangle.T, full_matrices=False)
-    return u[:, : max(1, int((s > NOISE * s[0]).sum()))]
+    return u[:, : max(1, int((s > RANK_TOLERANCE * s[0]).sum()))]

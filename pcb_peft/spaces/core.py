@@ -12,17 +12,14 @@ from pcb_peft.tasks.blocks import stacked
 def core(deltas: Sequence[Delta], weights: Sequence[float]) -> Projection:
     """Uᵀ ΔW_t V, at most R×R for R = Σ r_t, in left and right singular bases shared by all adapters.
 
-    Source: Core Space, Panariello et al. 2025, arXiv:2509.17786. Departure: their bases are singular vectors of the
-    stacked B's and of the stacked A's, so that (BG, G⁻¹A) merges differently from (B, A); here they are those of the
+    Source: Core Space, Panariello et al. 2025, arXiv:2509.17786. Difference: their bases are singular vectors of the
+    stacked B's and of the stacked A's, so that (BG, G⁻¹A) merges differently from (B, A). Here they are those of the
     stacked ΔW's, which do not depend on the factors.
     """
     bases = shared_bases([delta.factors() for delta in deltas])
-    layout = deltas[0].layout
-    block = stacked(bases.cores, weights)
+    left, right, layout = bases.left, bases.right, deltas[0].layout
     return Projection(
-        (block,),
-        lambda merged: Core(bases.left, merged[0], bases.right, layout=layout),
-        project_statistic={
-            "gradient": lambda x: bases.right.coordinates(bases.left.coordinates(x).T).T
-        },
+        (stacked(bases.cores, weights),),
+        lambda merged: Core(left, merged[0], right, layout=layout),
+        project_statistic={"gradient": lambda x: right.coordinates(left.coordinates(x).T).T},
     )

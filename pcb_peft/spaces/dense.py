@@ -9,7 +9,7 @@ from pcb_peft.tasks.blocks import products
 
 @space("dense", accepts=MATRICES, low_rank_output=False, statistics=("gram", "gradient"))
 def dense(deltas: Sequence[Delta], weights: Sequence[float]) -> Projection:
-    """The entries of ΔW, as in the papers; computed tile by tile and never held at once."""
+    """The entries of ΔW, as in the papers; they are computed tile by tile, never all at once."""
     block = products([delta.factors() for delta in deltas], weights)
     layout = deltas[0].layout
     return Projection(

@@ -14,7 +14,7 @@ from pcb_peft.tasks.blocks import stacked
 
 
 def _as_trained(delta: Delta) -> tuple[Tensor, Tensor]:
-    """(lora_A, lora_B) as they stand, the scaling shared out evenly."""
+    """(lora_A, lora_B) as they are stored, each times the root of the scaling."""
     lora_B, lora_A = delta.factors()
     return lora_A, lora_B
 
@@ -32,14 +32,15 @@ def factor(
     *,
     gauge: Literal["balanced", "as_trained"] = "balanced",
 ) -> Projection:
-    """The entries of lora_A and lora_B, each merged for itself; the smaller ranks are padded with zeros.
+    """The entries of lora_A and lora_B, each merged by itself; smaller ranks are padded with zeros.
 
     A weight λ enters as √|λ| on both sides, with its sign on lora_B. The product of merged factors is not the merge of
     the products: even `linear` has cross terms here.
 
     Args:
-        gauge: (BG, G⁻¹A) is the same adapter for every invertible G. `balanced` uses B = U√Σ and A = √ΣVᵀ, which do
-            not depend on G; `as_trained` uses the stored factors, as PEFT's `add_weighted_adapter` does.
+        gauge: Which factors are merged: (BG, G⁻¹A) is the same adapter for every invertible G. `balanced` uses B = U√Σ
+            and A = √ΣVᵀ, which do not depend on G; `as_trained` uses the stored factors, as PEFT's
+            `add_weighted_adapter` does.
     """
     pairs = [GAUGES[gauge](delta) for delta in deltas]
     rank = max(lora_A.shape[0] for lora_A, _ in pairs)
@@ -55,4 +56,5 @@ def factor(
 
 
 def _padded(matrix: Tensor, rows: int) -> Tensor:
+    """The matrix with rows of zeros added at the end, up to that number."""
     return torch.nn.functional.pad(matrix, (0, 0, 0, rows - matrix.shape[0]))

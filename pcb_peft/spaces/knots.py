@@ -1,4 +1,4 @@
-"""KnOTS space: a shared left basis, and each adapter's own right part."""
+"""KnOTS space: a left basis that all adapters share, and a right part for each."""
 
 from collections.abc import Sequence
 
@@ -15,8 +15,8 @@ from pcb_peft.tasks.blocks import products
 def knots(deltas: Sequence[Delta], weights: Sequence[float]) -> Projection:
     """Uᵀ ΔW_t, at most R×in for R = Σ r_t, with U the left singular vectors of [ΔW_1 … ΔW_T].
 
-    Source: KnOTS, Stoica et al. 2025, arXiv:2410.19735, whose ΣV_tᵀ this is; U comes from the factors, without an SVD
-    of the concatenated ΔW's.
+    Source: KnOTS, Stoica et al. 2025, arXiv:2410.19735; the blocks are its ΣV_tᵀ. Difference: U is computed from the
+    factors, without an SVD of the concatenated ΔW's.
     """
     factors = [delta.factors() for delta in deltas]
     basis = shared_bases(factors).left
@@ -26,9 +26,10 @@ def knots(deltas: Sequence[Delta], weights: Sequence[float]) -> Projection:
 
     def decode(merged: Sequence[Tensor]) -> LowRank:
         right = merged[0].float()
-        wide = right.shape[0] <= right.shape[1]  # else ΔW has fewer columns than U
-        factors = (right, left) if wide else (torch.eye(right.shape[1]), left @ right)
-        return LowRank(*factors, layout=layout)
+        rank, columns = right.shape
+        if rank > columns:  # U has more columns than ΔW: the product itself is the smaller factor
+            return LowRank(torch.eye(columns), left @ right, layout=layout)
+        return LowRank(right, left, layout=layout)
 
     return Projection(
         (block,), decode, project_statistic={"gram": lambda x: x, "gradient": lambda x: left.T @ x}

@@ -1,4 +1,4 @@
-"""Deltas that rescale W, in a space of low-rank deltas: their parts compete side by side."""
+"""DoRA in spaces of low-rank deltas: the rescaling of W and the low-rank part compete side by side."""
 
 import functools
 from collections.abc import Sequence
@@ -13,13 +13,16 @@ from pcb_peft.tasks.blocks import stacked
 
 
 def in_parts(encode: Encode) -> Encode:
-    """A space in which ΔW_t = diag(g_t) W + L_t has one more block: g_t times the norms of the rows of W.
+    """Extend a space to deltas ΔW_t = diag(g_t) W + L_t by one more block: g_t times the norms of the rows of W.
 
-    These are the coordinates of diag(g_t) W in the orthonormal basis of the normed rows of W, so that they are of one
-    measure with those of L_t, which has the blocks of the space. What is low-rank as a whole has g_t = 0.
+    These are the coordinates of diag(g_t) W in the orthonormal basis of the normalised rows of W, so that they have the
+    same unit as those of L_t, which are in the space's own blocks. A plain low-rank delta has g_t = 0.
 
     Args:
         encode: The space.
+
+    Returns:
+        The extended space. Where no delta rescales W, it is the space itself.
     """
     return functools.partial(_encode_parts, encode)
 
@@ -44,16 +47,19 @@ def _encode_parts(
 
 
 def _gain(delta: Delta, norms: Tensor) -> Tensor:
-    """(out,)."""
+    """g_t times the norms of the rows of W (out,)."""
     return delta.gain * norms if isinstance(delta, Rescaled) else torch.zeros_like(norms)
 
 
-def _energy(deltas: Sequence[Delta], weights: Sequence[float], held: float) -> float:
-    """Fraction of Σ_t ‖λ_t ΔW_t‖²_F that is held where that of the low-rank parts is known."""
-    if held == 1:
-        return held
-    whole, added = (
-        sum((w * d.norm()) ** 2 for w, d in zip(weights, some, strict=True))
-        for some in (deltas, [delta.low_rank_part for delta in deltas])
-    )
-    return max(0.0, 1 - (1 - held) * added / whole)
+def _energy(deltas: Sequence[Delta], weights: Sequence[float], of_low_rank: float) -> float:
+    """Fraction of Σ_t ‖λ_t ΔW_t‖²_F that the blocks hold, given the fraction for the low-rank parts alone."""
+    if of_low_rank == 1:
+        return of_low_rank
+    total = _square_sum(deltas, weights)
+    low_rank = _square_sum([delta.low_rank_part for delta in deltas], weights)
+    return max(0.0, 1 - (1 - of_low_rank) * low_rank / total)
+
+
+def _square_sum(deltas: Sequence[Delta], weights: Sequence[float]) -> float:
+    """Σ_t ‖λ_t ΔW_t‖²_F."""
+    return sum((w * delta.norm()) ** 2 for w, delta in zip(weights, deltas, strict=True))

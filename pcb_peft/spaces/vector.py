@@ -12,7 +12,7 @@ from pcb_peft.tasks.blocks import stacked
 
 @space("vector", accepts=(Diagonal,), low_rank_output=True)
 def vector(deltas: Sequence[Delta], weights: Sequence[float]) -> Projection:
-    """The task vector l − 1 of an (IA)³ adapter: the merged l is 1 + Σ w (l − 1) for `linear`, never Σ w l."""
+    """Task vector l − 1 of an (IA)³ adapter: with `linear` the merged l is 1 + Σ λ (l − 1), never Σ λ l."""
     first = deltas[0]
     values = torch.stack([_task_vector(delta) for delta in deltas])
 
@@ -25,7 +25,7 @@ def vector(deltas: Sequence[Delta], weights: Sequence[float]) -> Projection:
 
 
 def _task_vector(delta: Delta) -> Tensor:
-    """(1, n)."""
+    """The task vector l − 1 as a row (1, n)."""
     if not isinstance(delta, Diagonal):
         raise TypeError(f"{type(delta).__name__} is not diagonal")
     return delta.l.double()[None] - 1
