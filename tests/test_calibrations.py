@@ -341,7 +341,7 @@ def test_the_recipe_says_all_and_makes_the_same_again(tmp_path: Path):
         ({"after": "pico"}, "after: no calibration 'pico'"),
         ({"after": "svd"}, "did you mean 'svc'"),
         ({"after": {"svc": {"flor": 1}}}, "did you mean 'floor'"),
-        ({"after": {"svc": {"floor": 2.0}}}, "it must be float in"),
+        ({"after": {"svc": {"floor": 2.0}}}, "it must be a number in"),
         ({"after": [1]}, "1 is not a calibration"),
         ({"after": {"svc": 1}}, "is not a calibration"),
         ({"after": [{"svc": {}, "norm": {}}]}, "is not a calibration"),

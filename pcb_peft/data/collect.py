@@ -206,7 +206,7 @@ class _Measurement:
 
 @dataclasses.dataclass(slots=True)
 class _BatchContext:
-    """What the hooks have to know of the batch that the model is run on.
+    """Facts about the current batch, for the hooks.
 
     Attributes:
         mask: (texts, tokens), False for padding.

@@ -1,4 +1,4 @@
-"""What spectral methods share: they merge whole matrices, and the bases of the space do not matter to them."""
+"""Helpers of spectral methods, which merge whole matrices and do not depend on the bases of the space."""
 
 from collections.abc import Callable
 

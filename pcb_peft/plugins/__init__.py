@@ -1,1 +1,1 @@
-"""What lets a method, a space or a calibration be one file: names, and options read from signatures."""
+"""Registries and options: what lets a method, a space or a calibration be one file."""

@@ -1,6 +1,6 @@
-"""Options: the keyword-only parameters of a method or a space are its schema.
+"""Options: the keyword-only parameters of a method, a space or a calibration.
 
-Names, kinds, bounds and defaults come from the signature; the explanations from the docstring's ``Args`` section.
+Names, kinds, bounds and defaults come from the signature, explanations from the docstring's ``Args`` section.
 """
 
 import dataclasses
@@ -18,7 +18,13 @@ from pcb_peft.errors import OptionError
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Range:
-    """Bounds of a number; an open end is not itself allowed."""
+    """Bounds of a number.
+
+    Attributes:
+        low: Smallest value.
+        high: Largest value.
+        low_open: Whether `low` itself is not allowed.
+    """
 
     low: float = -math.inf
     high: float = math.inf
@@ -34,10 +40,18 @@ class Range:
 
 
 Density: TypeAlias = Annotated[float, Range(0, 1, low_open=True)]
-"""The fraction of entries that is kept."""
+"""Fraction of entries that is kept."""
 
 Tail: TypeAlias = Annotated[float, Range(0, 0.5)]
-"""A fraction at either end of a distribution."""
+"""Fraction at either end of a distribution."""
+
+
+KIND_NAMES: dict[type, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,12 +59,12 @@ class Option:
     """One option.
 
     Attributes:
-        name: As the caller writes it.
+        name: Its name in Python and in recipes.
         kind: bool, int, float or str.
-        default: None also says that None is allowed.
-        bounds: Of a number.
-        choices: All allowed values, where they are few.
-        explanation: From the docstring.
+        default: Its default. If that is None, None may also be given.
+        bounds: Bounds of a number.
+        choices: All allowed values, if there are few.
+        explanation: Its text in the docstring.
     """
 
     name: str
@@ -62,16 +76,21 @@ class Option:
 
     @property
     def allowed(self) -> str:
-        """What may be given, in words."""
+        """Description of the allowed values, such as "a number in (0, 1]"."""
         if self.choices:
             return "one of " + ", ".join(self.choices)
-        return f"{self.kind.__name__}{'' if self.bounds == Range() else f' {self.bounds}'}"
+        kind = KIND_NAMES[self.kind]
+        return kind if self.bounds == Range() else f"{kind} {self.bounds}"
 
     def check(self, value: Any, owner: str) -> Any:
-        """The value in its own kind.
+        """Check a value, and return it as its kind: a float even if an int was given.
+
+        Args:
+            value: The value.
+            owner: The method, space or calibration, for the message.
 
         Raises:
-            OptionError: It is of another kind, or out of bounds.
+            OptionError: The value is of another kind, or out of bounds.
         """
         if value is None and self.default is None:
             return None
@@ -87,7 +106,7 @@ class Option:
 
 
 def options_of(function: Callable[..., Any]) -> dict[str, Option]:
-    """The keyword-only parameters of a function, by name."""
+    """Return the keyword-only parameters of a function, by name."""
     hints = typing.get_type_hints(function, include_extras=True)
     explanations = _explanations(inspect.getdoc(function) or "")
     return {
@@ -98,7 +117,12 @@ def options_of(function: Callable[..., Any]) -> dict[str, Option]:
 
 
 def bind(options: Mapping[str, Option], values: Mapping[str, Any], owner: str) -> dict[str, Any]:
-    """The values of all options: those given, checked, and the defaults of the others.
+    """Return the values of all options: those given, checked, and the defaults of the others.
+
+    Args:
+        options: The options by name.
+        values: The values that were given, by name.
+        owner: The method, space or calibration, for messages.
 
     Raises:
         OptionError: An unknown name or a value that is not allowed.
@@ -123,6 +147,7 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
 
 
 def _option(name: str, hint: Any, default: Any, explanation: str) -> Option:
+    """The option that a parameter with this type hint is; `X | None` counts as X."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         hint = next(member for member in typing.get_args(hint) if member is not types.NoneType)
     bounds = Range()
@@ -134,7 +159,7 @@ def _option(name: str, hint: Any, default: Any, explanation: str) -> Option:
 
 
 def _explanations(docstring: str) -> dict[str, str]:
-    """Name to explanation, out of a Google-style ``Args`` section."""
+    """The explanation of each name in a Google-style ``Args`` section."""
     section = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)*)", docstring, re.MULTILINE)
     entries = (
         re.findall(r"^ {4}(\w+): (.*(?:\n {8,}.*)*)", section[1], re.MULTILINE) if section else []

@@ -1,1 +1,1 @@
-"""What a run may use: processes, threads, a device, memory; and how it shows its progress."""
+"""Processes, threads, devices and memory of a run, and how it shows its progress."""

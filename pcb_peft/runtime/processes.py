@@ -38,7 +38,7 @@ LONGEST_PAUSE = 0.05  # seconds between two looks at whether all have come
 
 
 class State(enum.Enum):
-    """What a process may still do: see the top of this file."""
+    """State of a process: see the top of this file."""
 
     WORKING = enum.auto()
     MEETING = enum.auto()
@@ -76,7 +76,7 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes and prints."""
+        """True in the process that writes and prints."""
         return self.rank == 0
 
     def partition(self, items: Sequence[Item], cost: Callable[[Item], float]) -> list[Item]:

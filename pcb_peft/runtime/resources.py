@@ -1,4 +1,4 @@
-"""What a merge may use of a machine: a device, and so much memory."""
+"""Device and memory that a merge may use."""
 
 import torch
 
@@ -9,28 +9,28 @@ UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def working_device(given: str | torch.device | None) -> torch.device:
-    """A device that can be computed on here; the CPU where none is given.
+    """Return the device to compute on, after trying it; the CPU if none is given.
 
     Raises:
-        OptionError: It cannot.
+        OptionError: It does not work here.
     """
     try:
         device = torch.device("cpu" if given is None else given)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, TypeError) as error:
-        gpu = f"cuda ({torch.cuda.device_count()})" if torch.cuda.is_available() else "no cuda"
+        gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
         reason = str(error).partition("\n")[0]
         raise OptionError(
-            f"device is {given!r}, which does not work here ({reason}); there is cpu, and {gpu}"
+            f"device is {given!r}, which does not work here ({reason}); devices that do: {', '.join(['cpu', *gpus])}"
         ) from error
     return device
 
 
 def number_of_bytes(given: int | str) -> int:
-    """A number of bytes, as it stands or in words: "1G", "512M", "64K".
+    """Return a number of bytes that is given as such, or as a text: "1G", "512M", "64K".
 
     Raises:
-        OptionError: It is none, or negative.
+        OptionError: It is not a number of bytes, or it is negative.
     """
     number = str(given).strip().upper().removesuffix("IB").removesuffix("B")
     unit = UNITS.get(number[-1:])

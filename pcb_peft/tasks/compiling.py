@@ -58,5 +58,5 @@ def compile_tiles(
 
 
 def _probe(x: Tensor) -> tuple[Tensor, bool]:
-    """Something to compile, and whether it is being compiled."""
+    """A line to compile: −x, and whether it was compiled."""
     return x.neg(), torch.compiler.is_compiling()
