@@ -29,7 +29,8 @@ from pcb_peft.deltas.delta import Core, Delta, Dense, Diagonal, LowRank
 from pcb_peft.deltas.layout import CONV1D
 from pcb_peft.deltas.linalg import Basis
 from pcb_peft.merging.engine import merge
-from pcb_peft.recipes.recipe import Recipe, in_words
+from pcb_peft.recipes.recipe import Recipe
+from pcb_peft.recipes.steps import in_words
 
 BEFORE, AFTER = list_calibrations("before"), list_calibrations("after")
 
