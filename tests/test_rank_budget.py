@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pcb_peft import OptionError, merge_adapters
-from pcb_peft.deltas.rank_budget import shared_out
+from pcb_peft.deltas.rank_budget import ranks_within
 
 LORA = peft.LoraConfig(r=4, target_modules="all-linear")
 
@@ -41,7 +41,7 @@ def test_a_budget_is_saved_with_every_modules_own_rank(workshop, tmp_path):
 
 def test_equal_singular_values_are_shared_out_in_the_order_of_names():
     spectra = {"b": torch.tensor([3.0, 1.0, 1.0]), "a": torch.tensor([9.0, 1.0])}
-    assert shared_out(spectra, 4) == {"a": 2, "b": 2}
+    assert ranks_within(spectra, 4) == {"a": 2, "b": 2}
 
 
 @pytest.mark.parametrize("rank", ["budget:3", "budget:0", "budget:x", "large"])

@@ -5,7 +5,12 @@ import functools
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.delta_mapping import DeltaMapping
 from pcb_peft.adapters.source import OpenedAdapter, Source
-from pcb_peft.deltas.replacements import HEADS, Parameter, Replacements, modules_to_save_keys
+from pcb_peft.deltas.replacements import (
+    HEADS,
+    ReplacedParameter,
+    Replacements,
+    modules_to_save_keys,
+)
 from pcb_peft.errors import AdapterError, PcbPeftError, UnsupportedError
 from pcb_peft.formats import AdapterContents, Base, format_of
 from pcb_peft.formats.checkpoint import ReadFinite, Tensors
@@ -65,7 +70,7 @@ def _refuse_replaced_targets(contents: AdapterContents, names: set[str], where: 
 
 def _kept_head(where: str, tensors: Tensors) -> Replacements:
     """Return the head of one source of a merged adapter, from its file beside the adapter."""
-    parameters: dict[str, Parameter] = {}
+    parameters: dict[str, ReplacedParameter] = {}
     for name in tensors.names():
         try:
             tensors.dtype(name)
@@ -74,5 +79,5 @@ def _kept_head(where: str, tensors: Tensors) -> Replacements:
                 f"{where}: {name} holds numbers of type {error}; weights are floating-point numbers: save the adapter "
                 "again"
             ) from error
-        parameters[name] = Parameter(tensors.shape(name), ReadFinite(tensors, name))
+        parameters[name] = ReplacedParameter(tensors.shape(name), ReadFinite(tensors, name))
     return Replacements(modules_to_save_keys(parameters, ()), parameters)

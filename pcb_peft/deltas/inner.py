@@ -29,7 +29,7 @@ def inner(first: Delta, second: Delta) -> float:
         >>> inner(delta, delta.scaled(0.5))
         3.0
     """
-    if first.shape != second.shape or isinstance(first, Diagonal) != isinstance(second, Diagonal):
+    if first.shape != second.shape or first.multiplies != second.multiplies:
         raise MismatchError(
             f"two adapters change one weight in ways that cannot be compared: {_in_words(first)} and "
             f"{_in_words(second)}; compare adapters of one base model, all (IA)³ or all LoRA"

@@ -11,16 +11,17 @@ from pcb_peft.deltas.linalg import Basis, Svd, column_signs, leading_svd, signif
 from pcb_peft.deltas.rank_choice import LOSSLESS, EnergyFraction, FixedRank, Lossless, Truncation
 from pcb_peft.runtime.threads import one_thread
 
-EXACT_SIZE = 512  # a matrix that has at most so many rows or columns is decomposed in full
-FIRST_GUESS = (
-    32  # how many singular triplets of a large matrix are tried first for a fraction of the energy
-)
-NOISE = {torch.float64: 1e-12, torch.float32: 1e-6}  # the part of the largest σ that is rounding
+EXACT_SIZE = 512  # a matrix with at most so many rows or columns is decomposed in full
+FIRST_GUESS = 32  # singular triplets of a large matrix that are tried first for an energy fraction
+ROUNDING = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-6,
+}  # a smaller part of the largest σ is rounding
 
 
 @one_thread()
 def truncate(delta: Delta, rank: Truncation) -> tuple[LowRank, float]:
-    """The closest delta of lower rank (Eckart and Young), with balanced factors.
+    """Return the closest delta of lower rank (Eckart and Young), with balanced factors.
 
     Args:
         delta: Low-rank, core or dense.
@@ -38,11 +39,11 @@ def truncate(delta: Delta, rank: Truncation) -> tuple[LowRank, float]:
 
 
 def truncate_low_rank_part(delta: Rescaled, rank: Truncation) -> tuple[Delta, float]:
-    """The closest delta with the same gain whose low-rank part has a lower rank.
+    """Return the closest delta with the same gain whose low-rank part has a lower rank.
 
     Args:
-        delta: What is truncated.
-        rank: As `truncate` has it. A fraction is one of the energy of the whole ΔW, and so is what is returned.
+        delta: A DoRA.
+        rank: As in `truncate`. A fraction refers to the energy of the whole ΔW, and so does the energy returned.
 
     Returns:
         The truncated delta, and 1 − ‖lost‖²_F / ‖ΔW‖²_F; 0 where more is lost than ΔW has.
@@ -123,7 +124,7 @@ def _across(basis: Basis | None, rows: Tensor) -> Tensor:
 def _leading(matrix: Tensor, rank: Truncation, total: float) -> Svd:
     """Return the singular triplets that a rank asks for."""
     u, s, vh = _enough(matrix, rank, total)
-    count = max(1, min(_count(s, rank, total), int((s > NOISE[s.dtype] * s[0]).sum())))
+    count = max(1, min(_count(s, rank, total), int((s > ROUNDING[s.dtype] * s[0]).sum())))
     return u[:, :count], s[:count], vh[:count]
 
 

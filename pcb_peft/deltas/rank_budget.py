@@ -1,4 +1,4 @@
-"""A total rank, shared out over the modules so that the whole loses the least energy."""
+"""A total rank, divided among the modules so that all of them together lose the least energy."""
 
 from collections.abc import Mapping
 
@@ -12,7 +12,7 @@ from pcb_peft.errors import OptionError
 
 
 def within_budget(deltas: Mapping[str, Delta], total: int) -> dict[str, tuple[LowRank, float]]:
-    """Each delta truncated to its share of the budget, and the energy that it retains.
+    """Return each delta truncated to its share of the budget, and the energy that it retains.
 
     Every module keeps its leading direction; the rest of the budget goes to the largest singular values of all modules
     together, which is the least loss of Σ‖ΔW‖²_F that the budget allows.
@@ -26,15 +26,15 @@ def within_budget(deltas: Mapping[str, Delta], total: int) -> dict[str, tuple[Lo
         )
     balanced = {module: truncate(delta, LOSSLESS) for module, delta in deltas.items()}
     spectra = {module: _spectrum(delta) for module, (delta, _) in balanced.items()}
-    ranks = shared_out(spectra, total)
+    ranks = ranks_within(spectra, total)
     return {
-        module: _cut(delta, spectra[module], ranks[module], energy)
+        module: _truncated(delta, spectra[module], ranks[module], energy)
         for module, (delta, energy) in balanced.items()
     }
 
 
-def shared_out(spectra: Mapping[str, Tensor], total: int) -> dict[str, int]:
-    """How many of each module's singular values (in descending order) are among those that are kept."""
+def ranks_within(spectra: Mapping[str, Tensor], total: int) -> dict[str, int]:
+    """Return the number of each module's singular values (in descending order) that the budget keeps."""
     ranks = dict.fromkeys(spectra, 1)
     others = [(-float(s), module) for module, values in spectra.items() for s in values[1:]]
     for _, module in sorted(others)[: total - len(ranks)]:
@@ -43,12 +43,12 @@ def shared_out(spectra: Mapping[str, Tensor], total: int) -> dict[str, int]:
 
 
 def _spectrum(delta: LowRank) -> Tensor:
-    """The singular values of a delta with balanced factors."""
+    """Return the singular values of a delta with balanced factors."""
     return delta.lora_B.double().norm(dim=0) * delta.lora_A.double().norm(dim=1)
 
 
-def _cut(delta: LowRank, spectrum: Tensor, rank: int, energy: float) -> tuple[LowRank, float]:
-    whole, left = spectrum.square().sum(), spectrum[:rank].square().sum()
-    retained = energy * float(torch.where(whole > 0, left / whole, 1.0))
+def _truncated(delta: LowRank, spectrum: Tensor, rank: int, energy: float) -> tuple[LowRank, float]:
+    total, kept = spectrum.square().sum(), spectrum[:rank].square().sum()
+    retained = energy * float(torch.where(total > 0, kept / total, 1.0))
     lora_A, lora_B = delta.lora_A[:rank].contiguous(), delta.lora_B[:, :rank].contiguous()
     return LowRank(lora_A, lora_B, layout=delta.layout), retained

@@ -87,7 +87,7 @@ LOSSLESS = Lossless()
 
 
 def module_rank(rank: RankChoice) -> Truncation | Full:
-    """The rank of a module before any budget is distributed; a budget cuts modules that are kept whole until then."""
+    """Return the rank of a module before a budget is distributed, which truncates later what is kept in full now."""
     match rank:
         case RankBudget() | NetUtility():
             return Lossless()

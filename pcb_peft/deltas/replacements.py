@@ -12,22 +12,22 @@ from torch import Tensor
 HEADS = "heads"  # folder beside an adapter
 
 Tied: TypeAlias = Literal["refuse", "untie", "both"]
-"""What a fold does with tied weights that would change differently."""
+"""Policy of a fold for tied weights that would change differently."""
 
 HeadPolicy: TypeAlias = Literal["keep-each", "average", "first", "refuse"]
-"""What a merge does with parameters that several adapters replace."""
+"""Policy of a merge for parameters that several adapters replace."""
 
 TIES: tuple[Tied, ...] = typing.get_args(Tied)
 POLICIES: tuple[HeadPolicy, ...] = typing.get_args(HeadPolicy)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Parameter:
-    """A whole parameter, before it is read.
+class ReplacedParameter:
+    """A whole parameter that takes the place of the base model's, before it is read.
 
     Attributes:
-        shape: Its shape.
-        load: Reads it, float32.
+        shape: Shape of the parameter.
+        load: Reads the values, float32.
     """
 
     shape: tuple[int, ...]
@@ -38,52 +38,54 @@ class Parameter:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Rows:
-    """Some rows of a weight: PEFT's trainable tokens.
+class TokenRows:
+    """Rows of a weight that take the place of the base model's: PEFT's trainable tokens.
 
     Attributes:
-        indices: Which, in the order of the values.
-        load: Reads them, (rows, width), float32.
+        indices: Numbers of the rows, in the order of the values.
+        load: Reads the values (rows, width), float32.
     """
 
     indices: tuple[int, ...]
     load: Callable[[], Tensor]
 
     def put_into(self, weight: Tensor) -> Tensor:
-        """The weight with these rows in the place of its own."""
+        """Return the weight with these rows in the place of its own."""
         return weight.index_copy(0, torch.tensor(self.indices), self.load().to(weight.dtype))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Replacements:
-    """What an adapter replaces; most often a classification head.
+    """Parameters and rows that an adapter replaces; most often a classification head.
 
     Attributes:
-        modules: The names under which PEFT is told to save parameters (its modules_to_save).
-        parameters: By parameter path in the base model.
-        rows: Module path to rows of its weight.
-        copies: Module to the one that it was tied to when the adapter was trained; it has that one's rows.
+        modules: Names in PEFT's modules_to_save under which the parameters are saved.
+        parameters: Path of a parameter in the base model to its new values.
+        rows: Module path to the new rows of its weight.
+        copies: Module to the module that it was tied to when the adapter was trained, whose rows it has.
     """
 
     modules: tuple[str, ...] = ()
-    parameters: Mapping[str, Parameter] = dataclasses.field(default_factory=dict[str, Parameter])
-    rows: Mapping[str, Rows] = dataclasses.field(default_factory=dict[str, Rows])
+    parameters: Mapping[str, ReplacedParameter] = dataclasses.field(
+        default_factory=dict[str, ReplacedParameter]
+    )
+    rows: Mapping[str, TokenRows] = dataclasses.field(default_factory=dict[str, TokenRows])
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
 
     def __bool__(self) -> bool:
         return bool(self.parameters or self.rows)
 
     def only(self, names: Container[str]) -> "Replacements":
-        """Some of its parameters, without rows."""
-        some = {name: values for name, values in self.parameters.items() if name in names}
-        return Replacements(modules_to_save_keys(some, self.modules), some)
+        """Return the parameters of these names, without rows."""
+        parameters = {name: new for name, new in self.parameters.items() if name in names}
+        return Replacements(modules_to_save_keys(parameters, self.modules), parameters)
 
     def without(self, names: Container[str]) -> "Replacements":
-        """The other parameters, without rows."""
+        """Return the parameters that do not have these names, without rows."""
         return self.only({name for name in self.parameters if name not in names})
 
     def within(self, stores: Callable[[str], bool]) -> "Replacements":
-        """Return the parameters and rows that a base model has a place for, rows of copies included.
+        """Return the parameters that a base model has a place for, and all rows, those of copies included.
 
         Args:
             stores: Says whether the base model stores a parameter.
@@ -97,35 +99,43 @@ class Replacements:
         return Replacements((), parameters, {**self.rows, **copies})
 
     def groups(self) -> dict[str, set[str]]:
-        """The parameters that PEFT saves together, by the word that says so."""
+        """Return the parameters that PEFT saves together, by their name in modules_to_save."""
         groups: dict[str, set[str]] = {}
         for name in self.parameters:
             groups.setdefault(modules_to_save_key(name, self.modules), set()).add(name)
         return groups
 
     def read(self) -> dict[str, Tensor]:
-        """All parameters, by path."""
-        return {name: values() for name, values in self.parameters.items()}
+        """Read all parameters, by path."""
+        return {name: new() for name, new in self.parameters.items()}
 
 
-def modules_to_save_key(parameter: str, words: Iterable[str]) -> str:
-    """The word by which PEFT is told to save a parameter: it ends the path of a module around it.
+def modules_to_save_key(parameter: str, keys: Iterable[str]) -> str:
+    """Return the name in PEFT's modules_to_save that saves a parameter.
 
-    The path of the parameter's own module, where none of the words does.
+    It ends the path of a module around the parameter: ``score`` saves ``model.score.weight``.
+
+    Args:
+        parameter: Path of the parameter.
+        keys: Names in modules_to_save. If none of them fits, the path of the parameter's own module is returned.
     """
     path = parameter.split(".")
     around = [".".join(path[:end]) for end in range(1, len(path))]
-    return next((w for w in words if any(m.endswith(w) for m in around)), around[-1])
+    fitting = (key for key in keys if any(module.endswith(key) for module in around))
+    return next(fitting, around[-1])
 
 
-def modules_to_save_keys(parameters: Iterable[str], words: Collection[str]) -> tuple[str, ...]:
-    """The words by which PEFT is told to save parameters."""
-    needed = {modules_to_save_key(name, words) for name in parameters}
-    return tuple(w for w in words if w in needed) + tuple(sorted(needed.difference(words)))
+def modules_to_save_keys(parameters: Iterable[str], keys: Collection[str]) -> tuple[str, ...]:
+    """Return the names in PEFT's modules_to_save that save some parameters, those of `keys` first."""
+    needed = {modules_to_save_key(name, keys) for name in parameters}
+    return tuple(key for key in keys if key in needed) + tuple(sorted(needed.difference(keys)))
 
 
 def head_files(heads: Mapping[str, Replacements]) -> dict[str, bytes]:
-    """One file per adapter that has a head: ``model.load_state_dict(load_file(...), strict=False)`` loads it."""
+    """Return one file per adapter that has a head: its path to its content.
+
+    ``model.load_state_dict(load_file(path), strict=False)`` loads one.
+    """
     return {
         f"{HEADS}/{name}.safetensors": safetensors.torch.save(
             {key: values.contiguous() for key, values in head.read().items()},

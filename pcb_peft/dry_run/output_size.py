@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 import torch
 
 from pcb_peft.base.model import BaseModel, split_parameter_name
-from pcb_peft.deltas.replacements import Parameter
+from pcb_peft.deltas.replacements import ReplacedParameter
 from pcb_peft.merging.heads import MergedHeads
 
 FLOAT = torch.float32.itemsize  # of magnitudes, and of what stands beside the weights
@@ -88,7 +88,7 @@ def _kept_bytes(merged_heads: MergedHeads) -> int:
     return FLOAT * sum(_values(head.parameters.values()) for head in merged_heads.kept.values())
 
 
-def _values(parameters: Iterable[Parameter]) -> int:
+def _values(parameters: Iterable[ReplacedParameter]) -> int:
     return sum(math.prod(new.shape) for new in parameters)
 
 

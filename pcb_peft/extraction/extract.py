@@ -16,7 +16,7 @@ from pcb_peft.deltas.delta import Dense, LowRank
 from pcb_peft.deltas.layout import Layout
 from pcb_peft.deltas.rank import truncate
 from pcb_peft.deltas.rank_choice import EnergyFraction, FixedRank, Lossless, parse_rank
-from pcb_peft.deltas.replacements import Parameter, Replacements
+from pcb_peft.deltas.replacements import ReplacedParameter, Replacements
 from pcb_peft.errors import OptionError, UnsupportedError
 from pcb_peft.extraction.comparison import Comparison, compare_checkpoints
 from pcb_peft.formats import LazyDelta, in_memory, vector_delta
@@ -133,7 +133,10 @@ def _head(comparison: Comparison, modules: set[str]) -> Replacements:
     names = [name for name in comparison.tuned.names.files if name.rpartition(".")[0] in modules]
     return Replacements(
         tuple(sorted(modules)),
-        {name: Parameter(comparison.shape(name), comparison.reader(name)) for name in names},
+        {
+            name: ReplacedParameter(comparison.shape(name), comparison.reader(name))
+            for name in names
+        },
     )
 
 

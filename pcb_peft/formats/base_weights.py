@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pcb_peft.deltas.delta import LowRank
 from pcb_peft.deltas.layout import LINEAR, Layout, ParameterForm
-from pcb_peft.deltas.replacements import Parameter
+from pcb_peft.deltas.replacements import ReplacedParameter
 from pcb_peft.errors import BaseModelError, MismatchError
 from pcb_peft.formats.checkpoint import Tensors, read_finite
 from pcb_peft.formats.keys import AUTOMATIC_HEADS, TUNER_PART, parameter_of
@@ -52,7 +52,11 @@ def missing_base(module: str, why: str) -> BaseModelError:
 
 
 def base_weight(
-    base: Base | Parameter, module: str, shape: tuple[int, int], why: str, layout: Layout = LINEAR
+    base: Base | ReplacedParameter,
+    module: str,
+    shape: tuple[int, int],
+    why: str,
+    layout: Layout = LINEAR,
 ) -> tuple[Tensor, Layout]:
     """Return W of a module as a matrix (out, in), float32, and how it is stored.
 
@@ -69,7 +73,7 @@ def base_weight(
     """
     if base is None:
         raise missing_base(module, why)
-    if isinstance(base, Parameter):  # of an embedding or an output layer
+    if isinstance(base, ReplacedParameter):  # of an embedding or an output layer
         layout = layout if layout.lookup else LINEAR
         return layout.matrix(base()), layout
     model = base()
@@ -87,7 +91,7 @@ def base_weight(
 class BaseWeight:
     """Reads W of one module each time it is called; arguments and errors are those of `base_weight`."""
 
-    base: Base | Parameter
+    base: Base | ReplacedParameter
     module: str
     shape: tuple[int, int]
     why: str

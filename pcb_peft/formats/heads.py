@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from pcb_peft.deltas.replacements import (
-    Parameter,
+    ReplacedParameter,
     Replacements,
-    Rows,
+    TokenRows,
     modules_to_save_key,
     modules_to_save_keys,
 )
@@ -23,13 +23,13 @@ from pcb_peft.formats.registry import Format
 ROWS = "trainable_tokens_delta"  # PEFT's name; the rows take the place of others and are not added
 
 
-def saved_parameters(tensors: Tensors, names: Sequence[str]) -> dict[str, Parameter]:
+def saved_parameters(tensors: Tensors, names: Sequence[str]) -> dict[str, ReplacedParameter]:
     """Return the parameters that the adapter replaces, which all of `names` must be.
 
     Raises:
         UnsupportedError: A tensor belongs to a tuner that this format does not read.
     """
-    saved: dict[str, Parameter] = {}
+    saved: dict[str, ReplacedParameter] = {}
     for name in names:
         parameter = parameter_of(name)
         plain = name.startswith(PREFIX) and PLAIN_PARAMETER.fullmatch(parameter)
@@ -38,12 +38,12 @@ def saved_parameters(tensors: Tensors, names: Sequence[str]) -> dict[str, Parame
                 f"tensor {name} is neither a delta of this format nor a parameter of the base model that the adapter "
                 "replaces (modules_to_save); it cannot be merged and will not be dropped"
             )
-        saved[parameter] = Parameter(tensors.shape(name), ReadFinite(tensors, name))
+        saved[parameter] = ReplacedParameter(tensors.shape(name), ReadFinite(tensors, name))
     return saved
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ReplacedRows:
+class RowContents:
     """The rows among an adapter's tensors; see `Replacements` for `rows` and `copies`.
 
     Attributes:
@@ -52,7 +52,7 @@ class ReplacedRows:
         rest: Names of the tensors that are not rows.
     """
 
-    rows: dict[str, Rows]
+    rows: dict[str, TokenRows]
     copies: dict[str, str]
     rest: list[str]
 
@@ -62,7 +62,7 @@ def read_rows(
     names: Sequence[str],
     part: str,
     indices_of: Callable[[str], Sequence[int] | None],
-) -> ReplacedRows:
+) -> RowContents:
     """Return the rows that an adapter replaces.
 
     Where embeddings were tied, PEFT may store the rows a second time for the other end: a copy.
@@ -79,7 +79,7 @@ def read_rows(
     suffix = f".{part}{ROWS}"
     keys = {module_of(n.removesuffix(suffix)): n for n in names if n.endswith(suffix)}
     stated = {module: indices_of(module) for module in keys}
-    rows: dict[str, Rows] = {}
+    rows: dict[str, TokenRows] = {}
     copies: dict[str, str] = {}
     for module in sorted(keys, key=lambda module: stated[module] is None):
         original = next((m for m in rows if _equal(tensors, keys[m], keys[module])), None)
@@ -87,7 +87,7 @@ def read_rows(
             copies[module] = original
         else:
             rows[module] = _rows(tensors, keys[module], stated[module])
-    return ReplacedRows(rows, copies, [name for name in names if not name.endswith(suffix)])
+    return RowContents(rows, copies, [name for name in names if not name.endswith(suffix)])
 
 
 def without_copies(tensors: Tensors) -> Tensors:
@@ -117,7 +117,7 @@ def _equal(tensors: Tensors, one: str, other: str) -> bool:
     )
 
 
-def _rows(tensors: Tensors, name: str, indices: Sequence[int] | None) -> Rows:
+def _rows(tensors: Tensors, name: str, indices: Sequence[int] | None) -> TokenRows:
     """Return rows with their numbers from the configuration."""
     shape, stated = tensors.shape(name), list(indices or [])
     numbers = all(type(index) is int and index >= 0 for index in stated)
@@ -126,7 +126,7 @@ def _rows(tensors: Tensors, name: str, indices: Sequence[int] | None) -> Rows:
             f"{name} has shape {shape}, and the configuration says that it is rows {indices}: there must be one "
             "number, 0 or more, for each row, and none twice"
         )
-    return Rows(tuple(stated), ReadFinite(tensors, name))
+    return TokenRows(tuple(stated), ReadFinite(tensors, name))
 
 
 def write_head(

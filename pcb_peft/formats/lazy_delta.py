@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pcb_peft.deltas.delta import Delta, Dense, LowRank
 from pcb_peft.deltas.layout import Layout
-from pcb_peft.deltas.replacements import Parameter, Rows
+from pcb_peft.deltas.replacements import ReplacedParameter, TokenRows
 from pcb_peft.formats.checkpoint import SAFETENSORS
 
 Config: TypeAlias = Mapping[str, Any]
@@ -50,8 +50,8 @@ class AdapterContents:
     """
 
     modules: dict[str, LazyDelta]
-    saved: dict[str, Parameter]
-    rows: dict[str, Rows] = dataclasses.field(default_factory=dict[str, Rows])
+    saved: dict[str, ReplacedParameter]
+    rows: dict[str, TokenRows] = dataclasses.field(default_factory=dict[str, TokenRows])
     copies: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
 
 

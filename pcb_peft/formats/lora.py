@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pcb_peft.deltas.delta import Delta, LowRank, Rescaled
 from pcb_peft.deltas.layout import CONV1D
-from pcb_peft.deltas.replacements import Parameter
+from pcb_peft.deltas.replacements import ReplacedParameter
 from pcb_peft.errors import UnsupportedError
 from pcb_peft.formats.base_weights import Base, BaseWeight, bias_entries
 from pcb_peft.formats.checkpoint import Tensors, read_finite
@@ -137,10 +137,10 @@ def _entry(
     factors: LazyFactors,
     scaling: float,
     residual: InitResidual | None,
-    base: Base | Parameter,
+    base: Base | ReplacedParameter,
 ) -> LazyDelta:
     """Return the change of a module's weight: the base model's, or the one that the adapter brings along."""
-    brought_along = isinstance(base, Parameter)
+    brought_along = isinstance(base, ReplacedParameter)
     if factors.layout.shape or factors.layout.lookup or brought_along:
         residual = None  # PEFT takes nothing out of these
     is_dora = "lora_magnitude_vector" in lora.names

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pcb_peft.adapters.adapter import Adapter
-from pcb_peft.deltas.replacements import HeadPolicy, Parameter, Replacements, Rows
+from pcb_peft.deltas.replacements import HeadPolicy, ReplacedParameter, Replacements, TokenRows
 from pcb_peft.errors import MismatchError, OptionError, UnsupportedError
 from pcb_peft.recipes.weights import Weight, at_depth, number_of_layers
 
@@ -76,7 +76,7 @@ def merge_heads(
     merged = MergedHeads(Replacements(), {}, [])
     for group in _groups(owners):
         merged = _with_group(merged, owners, group, policy, compare)
-    rows: dict[str, Rows] = {}
+    rows: dict[str, TokenRows] = {}
     for module in sorted({module for owner in owners for module in owner.head.rows}):
         holders = [owner for owner in owners if module in owner.head.rows]
         rows[module] = _rows(module, holders, policy, merged.notes)
@@ -172,7 +172,7 @@ def _average(holders: Sequence[_HeadOwner], heads: Sequence[Replacements]) -> Re
                 "the same names and shapes have an average: heads='keep-each' or 'first'"
             )
     parameters = {
-        name: Parameter(
+        name: ReplacedParameter(
             shape,
             functools.partial(
                 _mean, [head.parameters[name] for head in heads], _shares(holders, name)
@@ -209,7 +209,9 @@ def _shares(holders: Sequence[_HeadOwner], parameter: str) -> list[float]:
     return [weight / total for weight in weights]
 
 
-def _rows(module: str, holders: Sequence[_HeadOwner], policy: HeadPolicy, notes: list[str]) -> Rows:
+def _rows(
+    module: str, holders: Sequence[_HeadOwner], policy: HeadPolicy, notes: list[str]
+) -> TokenRows:
     """The union of all rows of a module's weight; rows that had to be decided are noted."""
     values = [owner.head.rows[module].load() for owner in holders]
     widths = {owner.name: tensor.shape[1] for owner, tensor in zip(holders, values, strict=True)}
@@ -232,7 +234,7 @@ def _rows(module: str, holders: Sequence[_HeadOwner], policy: HeadPolicy, notes:
     if disputed:
         how = "the first" if policy == "first" else "the weighted average"
         notes.append(f"{module}: {how}, of rows {', '.join(map(str, disputed))}")
-    return Rows(indices, functools.partial(_given, merged))
+    return TokenRows(indices, functools.partial(_given, merged))
 
 
 def _given(rows: Tensor) -> Tensor:

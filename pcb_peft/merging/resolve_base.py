@@ -10,7 +10,7 @@ from pcb_peft.adapters.delta_mapping import DeltaMapping
 from pcb_peft.base.model import BaseModel
 from pcb_peft.deltas.delta import Dense, LowRank
 from pcb_peft.deltas.layout import Layout
-from pcb_peft.deltas.replacements import Parameter, Replacements
+from pcb_peft.deltas.replacements import ReplacedParameter, Replacements
 from pcb_peft.errors import BaseModelError
 from pcb_peft.formats import LazyDelta, as_dense, vector_delta
 from pcb_peft.spaces import Space
@@ -194,7 +194,7 @@ def rescaling_as_dense(adapter: Adapter) -> Adapter:
 
 
 def _product(
-    module: str, entry: LazyDelta, base: BaseModel, replaced: Parameter | None
+    module: str, entry: LazyDelta, base: BaseModel, replaced: ReplacedParameter | None
 ) -> LazyDelta:
     """W∘(l − 1), with the W that replaces the base model's, if the adapter has one."""
     shape = replaced.shape if replaced else base.shape(module)
@@ -207,7 +207,7 @@ def _load_product(
     module: str,
     entry: LazyDelta,
     base: BaseModel,
-    replaced: Parameter | None,
+    replaced: ReplacedParameter | None,
     shape: tuple[int, ...],
     layout: Layout,
 ) -> Dense:

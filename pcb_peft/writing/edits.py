@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pcb_peft.base.model import BaseModel, WeightSlice
 from pcb_peft.deltas.delta import Delta, Dense
-from pcb_peft.deltas.replacements import Parameter, Rows
+from pcb_peft.deltas.replacements import ReplacedParameter, TokenRows
 from pcb_peft.errors import MismatchError
 
 
@@ -97,7 +97,7 @@ class ChangeBias(TensorEdit):
 class ReplaceParameter(TensorEdit):
     """Puts the adapter's values in the place of the base model's."""
 
-    new: Parameter
+    new: ReplacedParameter
 
     def apply(self, values: Tensor) -> Tensor:
         return self.new().to(values.dtype, copy=True)
@@ -113,7 +113,7 @@ class ReplaceRows(TensorEdit):
     """
 
     name: str
-    rows: Rows
+    rows: TokenRows
 
     def apply(self, values: Tensor) -> Tensor:
         last, shape = max(self.rows.indices), self.rows.load().shape
