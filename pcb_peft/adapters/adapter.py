@@ -24,7 +24,7 @@ from pcb_peft.writing.fold import fold_deltas
 from pcb_peft.writing.model_card import model_card
 
 
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Adapter:
     """The change that one adapter makes to its base model.
 
@@ -58,6 +58,11 @@ class Adapter:
     head: Replacements = dataclasses.field(default_factory=Replacements)
     heads: Mapping[str, Replacements] = dataclasses.field(default_factory=dict[str, Replacements])
 
+    def __repr__(self) -> str:
+        kinds = {entry.kind.kind_name for entry in self.modules.entries.values()}
+        words = ", ".join(sorted(kinds)) or "no deltas"
+        return f"<{type(self).__name__} {self.name!r}: {words}, {len(self.modules)} modules>"
+
     def on(self, base: Base) -> "Adapter":
         """Return the same adapter, read beside a base model, for deltas that depend on W."""
         return self if self.reopen is None else self.reopen(base).scaled(self.scale)
@@ -78,6 +83,7 @@ class Adapter:
             OptionError: `weight` is not finite.
 
         Example:
+            >>> from pcb_peft import merge_adapters
             >>> merged = merge_adapters(["math-lora", "code-lora"])
             >>> merged.scaled(1.4).save_pretrained("stronger")
         """
@@ -109,9 +115,10 @@ class Adapter:
             MismatchError: The base model does not have this module, or has it in another shape.
 
         Example:
-            >>> adapter = load_adapter("math-lora")
-            >>> adapter.delta("model.layers.0.self_attn.q_proj").shape
-            torch.Size([2048, 2048])
+            >>> from pcb_peft import load_adapter
+            >>> delta = load_adapter("math-lora").delta("model.layers.0.self_attn.q_proj")
+            >>> delta.ndim, delta.dtype
+            (2, torch.float32)
         """
         base = lazy_base(base_model)
         if base is None:
@@ -148,6 +155,7 @@ class Adapter:
             OutputError: The directory cannot be written.
 
         Example:
+            >>> from pcb_peft import merge_adapters
             >>> merged = merge_adapters(["math-lora", "code-lora"])
             >>> merged.save_pretrained("merged", dtype="bfloat16")
         """
@@ -192,7 +200,8 @@ class Adapter:
             OutputError: The directory cannot be written.
 
         Example:
-            >>> load_adapter("math-lora").fold("base-model", "math-model")
+            >>> from pcb_peft import load_adapter
+            >>> folded = load_adapter("math-lora").fold("base-model", "math-model-again")
         """
         base = opened_base(base_model)
         policy = tied or self.tied

@@ -44,7 +44,8 @@ def load_adapter(
     Example:
         >>> from pcb_peft import load_adapter
         >>> adapter = load_adapter("math-lora")
-        >>> adapter.delta("model.layers.0.self_attn.q_proj")  # ΔW, float32
+        >>> adapter.modules["model.layers.0.self_attn.q_proj"].kind_name
+        'LoRA'
     """
     base = base_model if callable(base_model) else lazy_base(base_model)
     if isinstance(source, str | Path):
@@ -116,6 +117,6 @@ def fold_adapter(
         >>> from pcb_peft import fold_adapter
         >>> fold_adapter("math-lora", "base-model", "math-model")
     """
-    known = isinstance(adapter, Source) and adapter.sha256 is not None
-    loaded = load_adapter(adapter, base_model=base_model, hashed=known)
+    must_match = isinstance(adapter, Source) and adapter.sha256 is not None
+    loaded = load_adapter(adapter, base_model=base_model, hashed=must_match)
     loaded.fold(base_model, output, tied=tied, overwrite=overwrite, progress=progress)

@@ -134,8 +134,8 @@ def files_of_model(model: Any, adapter_name: str) -> OpenedAdapter:
     from peft import get_peft_model_state_dict
 
     if adapter_name not in getattr(model, "peft_config", {}):
-        known = ", ".join(getattr(model, "peft_config", {})) or "none (is it a PeftModel?)"
-        raise OptionError(f"the model has no adapter {adapter_name!r}; its adapters are {known}")
+        names = ", ".join(getattr(model, "peft_config", {})) or "none (is it a PeftModel?)"
+        raise OptionError(f"the model has no adapter {adapter_name!r}; its adapters are {names}")
     config = model.peft_config[adapter_name].to_dict()
     config["peft_type"] = str(getattr(config["peft_type"], "value", config["peft_type"]))
     config["task_type"] = getattr(config.get("task_type"), "value", config.get("task_type"))

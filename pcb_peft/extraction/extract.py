@@ -26,7 +26,7 @@ from pcb_peft.runtime.progress import tracker
 LORA_PARAMETERS = (".weight", ".in_proj_weight")  # ends of matrices that a LoRA can change
 
 
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class ExtractedAdapter(Adapter):
     """An adapter that is the difference of two checkpoints.
 
@@ -79,7 +79,7 @@ def extract_adapter(
 
     Example:
         >>> from pcb_peft import extract_adapter
-        >>> extract_adapter("math-model", "base-model", rank=16).save_pretrained("math-lora")
+        >>> extract_adapter("math-model", "base-model", rank=16).save_pretrained("extracted-lora")
     """
     choice = parse_rank(rank)
     if not isinstance(choice, Lossless | FixedRank | EnergyFraction):

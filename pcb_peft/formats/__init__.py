@@ -10,7 +10,14 @@ from pcb_peft.formats.lazy_delta import (
     is_vector,
     vector_delta,
 )
-from pcb_peft.formats.registry import Format, Writer, format_for, format_of, writer_named
+from pcb_peft.formats.registry import (
+    Format,
+    Writer,
+    format_for,
+    format_of,
+    list_formats,
+    writer_named,
+)
 from pcb_peft.plugins.registry import import_files
 
 import_files(__path__, __name__)
@@ -30,6 +37,7 @@ __all__ = [
     "format_of",
     "in_memory",
     "is_vector",
+    "list_formats",
     "vector_delta",
     "writer_named",
 ]

@@ -92,6 +92,11 @@ def register(entry: Format | Writer) -> None:
         _FORMATS.add(entry.peft_type, entry, defined_by=entry.defined_by or entry.read)
 
 
+def list_formats() -> dict[str, Format]:
+    """Return PEFT's formats that can be read, by PEFT's name of the tuner."""
+    return _FORMATS.list()
+
+
 def format_of(config: Config) -> Format:
     """Return the format that an adapter's configuration names.
 
