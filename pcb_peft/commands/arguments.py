@@ -48,29 +48,29 @@ def add_saving_arguments(parser: argparse.ArgumentParser, *, required: bool = Tr
 
 
 def dtype_of(parsed: argparse.Namespace) -> Any:
-    """The torch dtype that ``--dtype`` names."""
+    """Return the torch dtype that ``--dtype`` names."""
     import torch
 
     return getattr(torch, parsed.dtype)
 
 
 def progress_of(parsed: argparse.Namespace) -> bool | None:
-    """Whether to show progress: never with ``--quiet``, else where a person looks at it."""
+    """Return False with ``--quiet``, else None: progress is shown where a person looks at it."""
     return False if is_quiet(parsed) else None
 
 
 def is_quiet(parsed: argparse.Namespace) -> bool:
-    """True if only errors are printed."""
+    """Return whether only errors are printed."""
     return getattr(parsed, "quiet", False)
 
 
 def is_json(parsed: argparse.Namespace) -> bool:
-    """True if the result is printed as JSON."""
+    """Return whether the result is printed as JSON."""
     return getattr(parsed, "json", False)
 
 
 def is_verbose(parsed: argparse.Namespace) -> bool:
-    """True if details are printed, too."""
+    """Return whether details are printed, too."""
     return getattr(parsed, "verbose", False)
 
 
@@ -126,7 +126,7 @@ def parse_step(text: str) -> dict[str, dict[str, Any]]:
 
 
 def in_known_case(word: str, names: Iterable[str]) -> str:
-    """A name as it is known, whatever case it was written in; an unknown one stays as it is.
+    """Return a name in the case in which it is known; an unknown one as it is.
 
     >>> in_known_case("TIES", ["pcb", "ties"])
     'ties'

@@ -132,7 +132,7 @@ def _purpose(method: Entry) -> str:
 
 
 def _kept(method: Entry) -> str:
-    """What was measured on LoRA adapters: mean and worst."""
+    """Scores of a merge of LoRA adapters: mean and worst task."""
     first = method.paragraph("Measured").split(";")[0].split(",")[0].rstrip(".")
     return first.removeprefix("LoRA ") if first.startswith("LoRA ") else "-"
 
