@@ -14,6 +14,7 @@ from pcb_peft.version import __version__
 if TYPE_CHECKING:
     from pcb_peft.adapters.adapter import Adapter
     from pcb_peft.adapters.loading import fold_adapter, load_adapter
+    from pcb_peft.adapters.response import responses
     from pcb_peft.adapters.source import Source
     from pcb_peft.calibrations import list_calibrations
     from pcb_peft.data.collect import collect_statistics
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
         ProcessError,
         UnsupportedError,
     )
+    from pcb_peft.evaluation.evaluate import evaluate
+    from pcb_peft.evaluation.evaluation import Evaluation
     from pcb_peft.extraction.extract import extract_adapter
     from pcb_peft.merging.engine import merge, merge_adapters
     from pcb_peft.merging.into_model import add_weighted_adapter
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "adapters.adapter": ("Adapter",),
     "adapters.loading": ("fold_adapter", "load_adapter"),
+    "adapters.response": ("responses",),
     "adapters.source": ("Source",),
     "calibrations": ("list_calibrations",),
     "data.collect": ("collect_statistics",),
@@ -60,6 +64,8 @@ _NAMES = {
         "ProcessError",
         "UnsupportedError",
     ),
+    "evaluation.evaluate": ("evaluate",),
+    "evaluation.evaluation": ("Evaluation",),
     "extraction.extract": ("extract_adapter",),
     "merging.engine": ("merge", "merge_adapters"),
     "merging.into_model": ("add_weighted_adapter",),
@@ -78,6 +84,7 @@ __all__ = [
     "AdapterNotFoundError",
     "BaseModelError",
     "Estimate",
+    "Evaluation",
     "MergeMethod",
     "MergedAdapter",
     "MismatchError",
@@ -95,6 +102,7 @@ __all__ = [
     "all_processes",
     "collect_statistics",
     "estimate_merge",
+    "evaluate",
     "extract_adapter",
     "fold_adapter",
     "get_method",
@@ -107,6 +115,7 @@ __all__ = [
     "merge_method",
     "open_statistics",
     "read_recipe",
+    "responses",
 ]
 
 

@@ -66,8 +66,12 @@ def batches_of(
     return DataLoader(rows, batch_size=batch_size, collate_fn=collate)  # type: ignore[arg-type]
 
 
-def read_rows(data: str | Path | Sequence[Any]) -> list[Row]:
+def read_rows(data: str | Path | Sequence[Any], keys: Sequence[str] = ("text",)) -> list[Row]:
     """Read the rows of a ``.jsonl`` file, or of a list of rows or texts.
+
+    Args:
+        data: The file, or the list.
+        keys: Names under which a row may hold its text.
 
     Raises:
         OptionError: The file cannot be read, or a row has no text.
@@ -75,9 +79,9 @@ def read_rows(data: str | Path | Sequence[Any]) -> list[Row]:
     items: Sequence[Any] = data if not isinstance(data, str | Path) else _json_lines(Path(data))
     rows: list[Any] = [{"text": item} if isinstance(item, str) else item for item in items]
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, Mapping) or not isinstance(row.get("text"), str):
+        if not isinstance(row, Mapping) or not any(isinstance(row.get(k), str) for k in keys):
             raise OptionError(
-                f"data: row {number} is {row!r}; it must be an object with a string `text`"
+                f"data: row {number} is {row!r}; it must be an object with a string `{'` or `'.join(keys)}`"
             )
     if not rows:
         raise OptionError("data: there are no rows; give at least one text")

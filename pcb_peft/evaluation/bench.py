@@ -1,0 +1,288 @@
+"""Subjects on tasks: each runs once, with the right head, and what was run before comes from the cache."""
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.errors import OptionError, PcbPeftError
+from pcb_peft.evaluation.budget import PROBED, SHARE, parse_budget, texts_within, tokens_per_second
+from pcb_peft.evaluation.cache import OutcomeCache, default_cache_directory
+from pcb_peft.evaluation.harness import harness_outcomes, harness_version
+from pcb_peft.evaluation.host import Head, ModelHost
+from pcb_peft.evaluation.measures import Runner
+from pcb_peft.evaluation.pairing import Pair
+from pcb_peft.evaluation.scores import Score
+from pcb_peft.evaluation.settings import Settings
+from pcb_peft.evaluation.subjects import BASE, Subject, head_of
+from pcb_peft.evaluation.texts import METRIC, TextTask, read_task, spread
+from pcb_peft.runtime.processes import current
+from pcb_peft.runtime.progress import Track, tracker
+from pcb_peft.runtime.resources import working_device
+
+SAMPLED = 64  # texts whose tokens are counted to estimate those of all
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Job:
+    """A task that is ready to run.
+
+    Attributes:
+        pair: Its name, adapter and data.
+        task_type: PEFT's word for the model it needs.
+        texts: The texts; None where something else measures.
+    """
+
+    pair: Pair
+    task_type: str
+    texts: TextTask | None = None
+
+    @property
+    def name(self) -> str:
+        """The task's name."""
+        return self.pair.name
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """The adapter that was trained on it."""
+        return self.pair.adapter
+
+    @property
+    def metric(self) -> str:
+        """The name of its score."""
+        if self.texts is not None:
+            return METRIC[self.texts.measure]
+        return "accuracy" if self.pair.harness_task else "score"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Bench:
+    """One model in memory, and what it is run with.
+
+    Attributes:
+        host: The base model.
+        base_digest: SHA-256 of the base model's files; None where they are not known, and nothing is cached.
+        runner: Runs texts.
+        cache: Keeps outcomes.
+        limit: Texts per task; None for all.
+        track: Shows progress.
+    """
+
+    host: ModelHost
+    base_digest: str | None
+    runner: Runner
+    cache: OutcomeCache
+    limit: int | None
+    track: Track
+
+    def score(self, subject: Subject, job: Job) -> Score:
+        """How well a subject does a task.
+
+        Raises:
+            PcbPeftError: The model, the adapter and the task do not fit each other.
+        """
+        if job.texts is None and job.pair.harness_task is None:
+            return Score(self._measured(subject, job))
+        outcomes = self._outcomes(subject, job)
+        losses = job.texts is not None and job.texts.measure == "loss"
+        return Score.of(outcomes, losses=losses)
+
+    def _outcomes(self, subject: Subject, job: Job) -> list[float]:
+        if self.base_digest is None:
+            return self._run(subject, job)
+        head = head_of(job.adapter)
+        own = job.adapter.source if job.adapter and head else None
+        key = {
+            "base": self.base_digest,
+            "subject": subject.digest,
+            "head": own and own.sha256,
+            "task": job.texts.digest() if job.texts else [job.pair.harness_task, self.limit],
+            "class": job.task_type,
+            "dtype": str(self.host.dtype),
+            "max_length": self.runner.max_length,
+            "versions": versions(),
+        }
+        return self.cache.get(key, lambda: self._run(subject, job))
+
+    def _run(self, subject: Subject, job: Job) -> list[float]:
+        with self._model(subject, job) as model:
+            if job.texts is not None:
+                return self.runner.outcomes(model, job.texts)
+            return harness_outcomes(
+                model,
+                self.runner.tokenizer,
+                str(job.pair.harness_task),
+                batch_size=self.runner.batch_size,
+                limit=self.limit,
+            )
+
+    def _model(self, subject: Subject, job: Job) -> Any:
+        head: Head | None = subject.head_for(job.adapter) if job.task_type == "SEQ_CLS" else None
+        return self.host.adapted(
+            job.task_type, subject.place, head, name=subject.name, checkpoint=subject.checkpoint
+        )
+
+    def _measured(self, subject: Subject, job: Job) -> float:
+        """What a function of the user's returns.
+
+        Raises:
+            OptionError: It is no number.
+        """
+        measure: Any = job.pair.data
+        with self._model(subject, job) as model, torch.inference_mode():
+            value = current().reduce(measure(model), lambda values: values[0])
+        try:
+            return float(value)
+        except (TypeError, ValueError) as error:
+            raise OptionError(
+                f"{job.name}: the function returned {value!r}; it must return a number, the higher the better"
+            ) from error
+
+    def cut(self, jobs: Sequence[Job], passes: Sequence[int], budget: float | str) -> list[Job]:
+        """The jobs with as many texts each as a budget allows.
+
+        Args:
+            jobs: What is to be run.
+            passes: How many subjects run each job.
+            budget: Time or tokens, as `parse_budget` reads it.
+        """
+        seconds, tokens = parse_budget(budget)
+        pairs = zip(jobs, passes, strict=True)
+        costs = [(self._lengths(job.texts), n) for job, n in pairs if job.texts]
+        if not costs:
+            return list(jobs)
+        if tokens is None:
+            tokens = (seconds or 0) * SHARE * self._speed(jobs)
+        lengths, counts = zip(*costs, strict=True)
+        count = texts_within(lengths, counts, tokens)
+        return [limited(job, count) for job in jobs]
+
+    def _lengths(self, texts: TextTask) -> list[int]:
+        """About how many tokens each text takes, with all answers to choose from: the mean of some of them."""
+        sample = spread(texts.rows, SAMPLED)
+        counts = [len(self.runner.encode(texts.prompt(row))["input_ids"]) for row in sample]
+        answers = len(texts.choices(sample[0])) if texts.measure == "choose" else 1
+        return [max(1, round(answers * fmean(counts)))] * len(texts.rows)
+
+    def _speed(self, jobs: Sequence[Job]) -> float:
+        """Tokens per second of the base model on a few texts of each job; all processes agree on it."""
+        few = [job for job in (limited(job, PROBED) for job in jobs) if job.texts]
+
+        def run() -> int:
+            for job in few:
+                self._run(BASE, job)
+            return sum(sum(self._lengths(job.texts)) for job in few if job.texts)
+
+        run()  # loads the model
+        return current().reduce(tokens_per_second(run), min)
+
+
+def limited(job: Job, count: int | None) -> Job:
+    """The same job with at most so many texts."""
+    return dataclasses.replace(job, texts=job.texts.first(count)) if job.texts else job
+
+
+def job_of(pair: Pair, host: ModelHost, settings: Settings) -> Job:
+    """Read a task's data; errors are `read_task`'s."""
+    head = head_of(pair.adapter)
+    stated = pair.adapter.task_type if pair.adapter else None
+    task_type = "SEQ_CLS" if head else stated or host.task_type()
+    if callable(pair.data) or pair.harness_task:
+        return Job(pair, task_type)
+    classes = next(reversed(head.values())).shape[0] if head else None
+    if classes is None and task_type == "SEQ_CLS":
+        classes = host.config().num_labels
+    texts = read_task(
+        pair.name,
+        pair.data,  # pyright: ignore[reportArgumentType]
+        adapter=pair.adapter,
+        task_type=task_type,
+        classes=classes,
+        measure=settings.measure,
+        labels=settings.labels.get(pair.name),
+        rename=settings.rename,
+        length_normalised=settings.length_normalised,
+    )
+    return Job(pair, task_type, texts)
+
+
+def open_bench(base_model: str, settings: Settings) -> Bench:
+    """A bench for a base model, which is not loaded yet.
+
+    Raises:
+        OptionError: There is no tokenizer, or no such device.
+        BaseModelError: There is no such model.
+    """
+    cache = OutcomeCache(_directory(settings.cache))
+    device = working_device(settings.device or default_device())
+    host = ModelHost(base_model, dtype=settings.dtype, device=device)
+    tokenizer, track = settings.tokenizer or load_tokenizer(base_model), tracker(settings.progress)
+    positions = getattr(host.config(), "max_position_embeddings", None) or settings.max_length
+    length = min(settings.max_length, positions, tokenizer.model_max_length)
+    return Bench(
+        host=host,
+        base_digest=base_digest(base_model, cache),
+        runner=Runner(tokenizer, device, settings.batch_size, length, track),
+        cache=cache,
+        limit=settings.limit,
+        track=track,
+    )
+
+
+def default_device() -> torch.device:
+    """A GPU if there is one: of several processes each has its own."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", current().rank % torch.cuda.device_count())
+
+
+def _directory(cache: bool | str | Path) -> Path | None:
+    if isinstance(cache, bool):
+        return default_cache_directory() if cache else None
+    return Path(cache)
+
+
+def base_digest(base_model: str, cache: OutcomeCache) -> str | None:
+    """SHA-256 of a base model's files; None where they are not at hand."""
+    from pcb_peft.base.model import open_base_model
+
+    directory = Path(base_model).expanduser()
+    try:
+        directory = directory if directory.is_dir() else open_base_model(base_model).directory
+    except PcbPeftError:
+        return None
+    return cache.directory_digest(directory)
+
+
+def load_tokenizer(base_model: str) -> Any:
+    """The base model's tokenizer; one without a padding token pads with its last.
+
+    Raises:
+        OptionError: There is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base_model)
+    except (OSError, ValueError) as error:
+        raise OptionError(
+            f"{base_model} has no tokenizer that can be loaded ({error}); give one: tokenizer=…"
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages on which outcomes depend."""
+    names = ("torch", "transformers", "peft")
+    found = {name: importlib.metadata.version(name) for name in names}
+    try:
+        return {**found, "lm_eval": harness_version()}
+    except OptionError:
+        return found

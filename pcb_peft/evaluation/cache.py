@@ -1,0 +1,109 @@
+"""Outcomes of models on texts, kept by what they were computed from."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pcb_peft.runtime.processes import current
+
+HASHED = {".safetensors", ".bin", ".json", ".txt", ".model", ".jinja"}
+
+
+def default_cache_directory() -> Path:
+    """The user's cache directory for outcomes: ``$XDG_CACHE_HOME/pcb_peft/evaluation``."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "pcb_peft" / "evaluation"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class OutcomeCache:
+    """Outcomes on disk, each in a file that is named by the hash of what it was computed from.
+
+    Attributes:
+        directory: Where the files are; None keeps nothing.
+    """
+
+    directory: Path | None
+
+    def get(self, key: Mapping[str, Any], compute: Callable[[], list[float]]) -> list[float]:
+        """The outcomes for a key, computed and kept if they are not there. All processes must call it together.
+
+        Args:
+            key: Everything that the outcomes depend on, as plain data.
+            compute: Called in all processes, or in none.
+        """
+        path = self._path(key)
+        outcomes: list[float] | None = current().reduce(path, lambda paths: _read(paths[0]))
+        if outcomes is not None:
+            return outcomes
+        outcomes = compute()
+        if path is not None and current().is_main:
+            write_json(path, {"key": dict(key), "outcomes": outcomes})
+        return outcomes
+
+    def file_digest(self, path: Path) -> str:
+        """SHA-256 of a file; kept by its path, size and time of change, so that large files are read once."""
+        status = path.stat()
+        facts = {
+            "file": str(path.resolve()),
+            "size": status.st_size,
+            "changed": status.st_mtime_ns,
+        }
+        memo = self._path(facts)
+        known = _read(memo)
+        if known is not None:
+            return known
+        digest = _sha256(path)
+        if memo is not None:
+            write_json(memo, {"key": facts, "outcomes": digest})
+        return digest
+
+    def directory_digest(self, directory: Path) -> str:
+        """SHA-256 of the weights, configuration and tokenizer in a directory."""
+        files = sorted(
+            path for path in directory.iterdir() if path.is_file() and path.suffix in HASHED
+        )
+        return digest_of({path.name: self.file_digest(path) for path in files})
+
+    def _path(self, key: Mapping[str, Any]) -> Path | None:
+        digest = digest_of(key)
+        return None if self.directory is None else self.directory / digest[:2] / f"{digest}.json"
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of plain data."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, suffix=".part", delete=False
+    ) as stream:
+        json.dump(content, stream)
+    Path(stream.name).replace(path)
+
+
+def _read(path: Path | None) -> Any:
+    """What is kept in a file; None where there is none, or a damaged one."""
+    if path is None or not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["outcomes"]
+    except (OSError, ValueError, KeyError):
+        return None

@@ -1,0 +1,79 @@
+"""The evaluation in the model card of a saved merge, and beside it as JSON."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pcb_peft.errors import OutputError
+from pcb_peft.evaluation.evaluation import Evaluation
+from pcb_peft.evaluation.tables import markdown_table
+
+CARD, FILE = "README.md", "evaluation.json"
+BEGIN, END = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"
+
+
+def write_to_card(evaluation: Evaluation, directory: str | Path) -> None:
+    """Put the table and the `model-index` metadata into README.md, and all numbers into evaluation.json.
+
+    A table that an earlier evaluation put there is replaced.
+
+    Args:
+        evaluation: Of the merge in the directory.
+        directory: Where the merge is.
+
+    Raises:
+        OutputError: There is no such directory, or it cannot be written.
+    """
+    directory = Path(directory)
+    card = directory / CARD
+    try:
+        text = card.read_text(encoding="utf-8") if card.is_file() else ""
+        _replace(card, _with_table(text, evaluation))
+        _replace(directory / FILE, json.dumps(evaluation.as_dict(), indent=2) + "\n")
+    except OSError as error:
+        raise OutputError(
+            f"{directory}: the evaluation cannot be written into {CARD}: {error}"
+        ) from error
+
+
+def _with_table(text: str, evaluation: Evaluation) -> str:
+    front, body = _split(text)
+    front["model-index"] = evaluation.model_index()
+    lines = [
+        BEGIN,
+        "## Evaluation",
+        "",
+        markdown_table(evaluation.tasks),
+        "",
+        *evaluation.summary(),
+        END,
+    ]
+    section = "\n".join(lines)
+    if BEGIN in body and END in body:
+        before, rest = body.split(BEGIN, 1)
+        body = before + section + rest.split(END, 1)[1]
+    else:
+        body = f"{body.rstrip()}\n\n{section}\n".lstrip()
+    return f"---\n{yaml.safe_dump(front, sort_keys=True, allow_unicode=True)}---\n\n{body}"
+
+
+def _split(text: str) -> tuple[dict[str, Any], str]:
+    """The metadata at the head of a card, and the rest."""
+    parts = text.split("---\n", 2)
+    if text.startswith("---\n") and len(parts) == 3:
+        front: dict[str, Any] = yaml.safe_load(parts[1]) or {}
+        return front, parts[2].lstrip("\n")
+    return {}, text
+
+
+def _replace(path: Path, text: str) -> None:
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, suffix=".part", delete=False
+    ) as stream:
+        stream.write(text)
+    part = Path(stream.name)
+    part.chmod(path.stat().st_mode & 0o777 if path.exists() else 0o644)
+    part.replace(path)

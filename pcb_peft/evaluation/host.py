@@ -1,0 +1,303 @@
+"""The one model in memory: a base model that puts on one adapter after another, loaded by PEFT as users load it."""
+
+import contextlib
+import copy
+import dataclasses
+import re
+import warnings
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pcb_peft.errors import BaseModelError, MismatchError
+
+AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+"""PEFT's task types, and the class of transformers that does each."""
+
+MISSING_KEY = re.compile(r"'([^']+)'")
+"""A parameter in PEFT's warning about those that an adapter's files lack."""
+
+Head = Mapping[str, Tensor]
+"""A classification head: its parameters by their names in the base model."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Place:
+    """Where PEFT finds an adapter.
+
+    Attributes:
+        path: A directory or a hub id.
+        revision: Of the hub repository.
+        subfolder: In the directory or the repository.
+    """
+
+    path: str
+    revision: str | None = None
+    subfolder: str | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """What `PeftModel.from_pretrained` is called with, beside the model."""
+        directory = Path(self.path).expanduser()
+        if directory.is_dir():
+            return {"model_id": str(directory / (self.subfolder or ""))}
+        options = {"revision": self.revision, "subfolder": self.subfolder}
+        given = {name: value for name, value in options.items() if value is not None}
+        return {"model_id": self.path, **given}
+
+
+class ModelHost:
+    """A base model in memory.
+
+    It is loaded once per class of transformers. Its weights are compared with what they were after each adapter, and
+    read again if an adapter has left something behind.
+    """
+
+    def __init__(
+        self,
+        base_model: str,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self.base_model = base_model
+        self.dtype = dtype or torch.float32
+        self.device = device or torch.device("cpu")
+        self._model: Any = None
+        self._loaded: tuple[str, str] | None = None  # source and class
+        self._sums: dict[str, float] = {}
+
+    def config(self) -> Any:
+        """The base model's configuration.
+
+        Raises:
+            BaseModelError: There is none.
+        """
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(self.base_model)
+        except (OSError, ValueError) as error:
+            raise BaseModelError(
+                f"{self.base_model} cannot be loaded with transformers: {error}"
+            ) from error
+
+    def task_type(self) -> str:
+        """PEFT's word for what the base model was built for, such as CAUSAL_LM."""
+        config = self.config()
+        stated = (getattr(config, "architectures", None) or [""])[0]
+        if getattr(config, "is_encoder_decoder", False):
+            return "SEQ_2_SEQ_LM"
+        if stated.endswith(("ForCausalLM", "LMHeadModel")):
+            return "CAUSAL_LM"
+        return "SEQ_CLS" if stated.endswith("ForSequenceClassification") else "FEATURE_EXTRACTION"
+
+    @contextlib.contextmanager
+    def adapted(
+        self,
+        task_type: str,
+        place: Place | None = None,
+        head: Head | None = None,
+        *,
+        name: str = "the adapter",
+        checkpoint: str | None = None,
+    ) -> Generator[Any]:
+        """The model with one adapter, in evaluation mode.
+
+        Args:
+            task_type: A key of `AUTO_CLASSES`.
+            place: The adapter; None for the base model alone.
+            head: The classification head; None where the base model's, or the adapter's in its file, is right.
+            name: What messages call the adapter.
+            checkpoint: A whole model to load in the place of the base model, such as a folded merge.
+
+        Raises:
+            BaseModelError: The base model cannot be loaded.
+            MismatchError: The adapter or the head does not fit it.
+        """
+        base = self._plain(task_type, checkpoint or self.base_model)
+        if head:
+            base = self._model = with_head(base, head, name)
+        if place is None:
+            yield base
+            return
+        model = _wrapped(base, place, name, head or {})
+        if head:
+            put_head(model.get_base_model(), head, name)
+        try:
+            yield model.to(self.device).eval()
+        finally:
+            self._model = model.unload()
+            self._reload_if_changed(head or {})
+
+    def _plain(self, task_type: str, source: str) -> Any:
+        wanted = source, AUTO_CLASSES.get(task_type, AUTO_CLASSES["FEATURE_EXTRACTION"])
+        if self._loaded != wanted:
+            self._model = None  # before the next one is loaded
+            self._model = load_model(source, wanted[1], self.dtype).to(self.device)
+            self._loaded, self._sums = wanted, _sums(self._model)
+        return self._model
+
+    def _reload_if_changed(self, head: Head) -> None:
+        """Forget the model where an adapter changed its weights: PiSSA does, and trained embeddings stay behind."""
+        sums = _sums(self._model)
+        heads = {name.rpartition(".")[0] for name in head}
+        same = all(
+            sums.get(name) == value
+            for name, value in self._sums.items()
+            if name.rpartition(".")[0] not in heads
+        )
+        if not same:
+            self._loaded = None
+
+
+def load_model(source: str, auto_class: str, dtype: torch.dtype) -> Any:
+    """A model of transformers in evaluation mode, without the report that its head is new.
+
+    Raises:
+        BaseModelError: It cannot be loaded.
+    """
+    import transformers
+
+    with quiet_transformers():
+        try:
+            model = getattr(transformers, auto_class).from_pretrained(source, dtype=dtype)
+        except (OSError, ValueError, KeyError) as error:
+            raise BaseModelError(f"{source} cannot be loaded with transformers: {error}") from error
+    return model.eval()
+
+
+def with_head(model: Any, head: Head, name: str = "the adapter") -> Any:
+    """The same model with a head of these values; its encoder is not copied.
+
+    Args:
+        model: A classifier of transformers.
+        head: Parameters by name.
+        name: What messages call the adapter.
+
+    Raises:
+        MismatchError: The model has no such head.
+    """
+    classes = _classes(model, head)
+    if classes is None:
+        shapes = {key: tuple(value.shape) for key, value in head.items()}
+        raise MismatchError(
+            f"the head of {name} has {shapes}, which does not fit {type(model).__name__}; give the base model and the "
+            "class that the adapter was trained on"
+        )
+    model.config.num_labels = classes
+    skeleton = _skeleton(model, classes)
+    fresh = skeleton.state_dict()
+    present = model.state_dict()
+    for key in fresh:
+        if key in present and fresh[key].shape != present[key].shape:
+            _replace(model, key, fresh[key].shape)
+    if hasattr(model, "num_labels"):
+        model.num_labels = classes
+    put_head(model, head, name)
+    return model
+
+
+def put_head(model: nn.Module, head: Head, name: str = "the adapter") -> None:
+    """Copy a head's values into a model, also where PEFT has wrapped the head.
+
+    Raises:
+        MismatchError: The model has no parameter of that name, or in another shape.
+    """
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for key, value in head.items():
+            module, _, kind = key.rpartition(".")
+            wrapped = [
+                f"{module}.original_module.{kind}",
+                f"{module}.modules_to_save.default.{kind}",
+            ]
+            places = [parameters[place] for place in [key, *wrapped] if place in parameters]
+            if not places or any(place.shape != value.shape for place in places):
+                raise MismatchError(f"the head of {name}: {key} is not in {type(model).__name__}")
+            for place in places:
+                place.copy_(value)
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Generator[None]:
+    """Silence the progress bar of transformers, and its report that a head is new: it is meant to be."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _classes(model: Any, head: Head) -> int | None:
+    """How many classes a head has: as many as make the model's head have the shapes of this one."""
+    for classes in dict.fromkeys(value.shape[0] for value in head.values()):
+        shapes = {key: value.shape for key, value in _skeleton(model, classes).named_parameters()}
+        if all(shapes.get(key) == value.shape for key, value in head.items()):
+            return classes
+    return None
+
+
+def _skeleton(model: Any, classes: int) -> nn.Module:
+    """The same architecture with so many classes, without values."""
+    config = copy.deepcopy(model.config)
+    config.num_labels = classes
+    with torch.device("meta"):
+        return type(model)(config)
+
+
+def _replace(model: nn.Module, key: str, shape: torch.Size) -> None:
+    """Give a parameter another shape; its layer learns of it."""
+    module, _, kind = key.rpartition(".")
+    layer = model.get_submodule(module)
+    old = getattr(layer, kind)
+    setattr(layer, kind, nn.Parameter(old.new_zeros(shape), requires_grad=False))
+    if isinstance(layer, nn.Linear):
+        layer.out_features = shape[0]
+
+
+def _wrapped(base: Any, place: Place, name: str, head: Head) -> Any:
+    """The base model with an adapter, by PEFT.
+
+    Raises:
+        MismatchError: The adapter does not fit the base model.
+    """
+    from peft import PeftModel
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            model = PeftModel.from_pretrained(base, **place.arguments())
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise MismatchError(f"{name} does not fit the base model: {error}") from error
+    heads = {key.rpartition(".")[0] for key in head}
+    for message in (str(warning.message) for warning in told):
+        keys = MISSING_KEY.findall(message) if "missing adapter keys" in message else []
+        lacking = [key for key in keys if not any(f".{module}." in key for module in heads)]
+        if lacking:
+            raise MismatchError(
+                f"{name} does not fit {type(base).__name__}: its files lack {', '.join(lacking[:3])}; give the base "
+                "model that it was trained on"
+            )
+    return model
+
+
+def _sums(model: nn.Module) -> dict[str, float]:
+    """A number per parameter by which a change is noticed."""
+    return {
+        name: float(values.detach().sum(dtype=torch.float64))
+        for name, values in model.named_parameters()
+    }

@@ -1,0 +1,288 @@
+"""A task that is measured on texts: its rows, how they are measured, and labels that must fit the head."""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.data.batches import Row, read_rows
+from pcb_peft.errors import OptionError
+from pcb_peft.evaluation.cache import digest_of
+
+MEASURES = {
+    "head": "accuracy of the classification head",
+    "choose": "accuracy of the most likely answer, among those of the task",
+    "exact": "share of generated answers that are right to the letter",
+    "loss": "1/perplexity of the answers, or of the texts where there are none",
+}
+"""How a task can be measured, beside a function of the user's and lm-evaluation-harness."""
+
+METRIC = {
+    "head": "accuracy",
+    "choose": "accuracy",
+    "exact": "exact match",
+    "loss": "1/perplexity",
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TextTask:
+    """Texts with their answers.
+
+    Attributes:
+        name: The task's name.
+        rows: The texts, each with `text` or `prompt`, and if wanted `text_pair`, `label`, `answer`, `choices`.
+        measure: A key of `MEASURES`.
+        labels: Names of the classes in the order of the head's rows, or the answers to choose from.
+        separator: What stands between a prompt and its answer.
+        length_normalised: Choose the answer by its likelihood per token.
+    """
+
+    name: str
+    rows: tuple[Row, ...]
+    measure: str
+    labels: tuple[str, ...] = ()
+    separator: str = " "
+    length_normalised: bool = False
+
+    def first(self, count: int | None) -> "TextTask":
+        """The same task with at most so many texts, evenly spread: a file may be sorted by label."""
+        return dataclasses.replace(self, rows=spread(self.rows, count))
+
+    def digest(self) -> str:
+        """SHA-256 of all that the task's outcomes depend on."""
+        return digest_of(
+            {
+                "rows": [dict(row) for row in self.rows],
+                "measure": self.measure,
+                "labels": self.labels,
+                "separator": self.separator,
+                "length_normalised": self.length_normalised,
+            }
+        )
+
+    def class_of(self, row: Row) -> int:
+        """The row of the head that is the right class."""
+        return self.labels.index(str(row["label"]))
+
+    def prompt(self, row: Row) -> str:
+        """What a language model reads before it answers."""
+        return str(row.get("prompt", row.get("text")))
+
+    def answer(self, row: Row) -> str | None:
+        """The right answer of a language model's row."""
+        answer = row.get("answer", row.get("label"))
+        return None if answer is None else str(answer)
+
+    def choices(self, row: Row) -> Sequence[str]:
+        """The answers to choose from."""
+        return tuple(map(str, row["choices"])) if "choices" in row else self.labels
+
+
+Rows: TypeAlias = str | Path | Sequence[Any]
+"""A ``.jsonl`` file, or rows."""
+
+
+def spread(rows: Sequence[Row], count: int | None) -> tuple[Row, ...]:
+    """At most so many rows, evenly spread."""
+    if count is None or count >= len(rows):
+        return tuple(rows)
+    return tuple(rows[index * len(rows) // count] for index in range(count))
+
+
+def read_task(  # noqa: PLR0913  (every choice, by name)
+    name: str,
+    data: Rows,
+    *,
+    adapter: Adapter | None,
+    task_type: str,
+    classes: int | None,
+    measure: str = "auto",
+    labels: Sequence[str] | None = None,
+    rename: Mapping[str, str] | None = None,
+    length_normalised: bool = False,
+) -> TextTask:
+    """Read a task's texts, and settle how they are measured.
+
+    Args:
+        name: The task's name.
+        data: A ``.jsonl`` file, or rows.
+        adapter: The task's own adapter, whose folder may name the labels.
+        task_type: PEFT's, such as SEQ_CLS.
+        classes: How many rows the head has; None without a head.
+        measure: A key of `MEASURES`, or "auto": "head" where there is one, else by what the rows have.
+        labels: Names of the classes, or the answers to choose from.
+        rename: Labels of the data to the names that the head knows.
+        length_normalised: Choose an answer by its likelihood per token.
+
+    Raises:
+        OptionError: Rows that cannot be measured so, or labels that the head does not know.
+    """
+    rows = [_renamed(row, rename or {}) for row in _rows(name, data)]
+    chosen = _measure(name, rows, measure, task_type, classes)
+    known: Sequence[str] = ()
+    if chosen == "head":
+        known = _head_labels(name, rows, adapter, labels, classes or 0)
+        _check_labels(name, rows, known)
+    elif chosen == "choose":
+        known = labels or _answers(rows)
+        _check_choices(name, rows, known)
+    return TextTask(
+        name=name,
+        rows=tuple(rows),
+        measure=chosen,
+        labels=tuple(known),
+        length_normalised=length_normalised,
+    )
+
+
+def _rows(name: str, data: Rows) -> list[Row]:
+    try:
+        return read_rows(data, ("text", "prompt"))
+    except OptionError as error:
+        raise OptionError(f"{name}: {error}") from error
+
+
+def _renamed(row: Row, rename: Mapping[str, str]) -> Row:
+    return {
+        key: rename.get(value, value) if key in ("label", "answer") else value
+        for key, value in row.items()
+    }
+
+
+def _measure(
+    name: str, rows: Sequence[Row], measure: str, task_type: str, classes: int | None
+) -> str:
+    """How the rows are measured.
+
+    Raises:
+        OptionError: They cannot be.
+    """
+    if measure not in ("auto", *MEASURES):
+        raise OptionError(f"measure is {measure!r}; it must be auto, {', '.join(MEASURES)}")
+    has = {key for key in ("label", "answer", "choices") if all(key in row for row in rows)}
+    language_model = task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+    if measure == "auto":
+        if classes is not None and not language_model:
+            measure = "head"
+        elif has & {"label", "choices"}:
+            measure = "choose"
+        else:
+            measure = "exact" if "answer" in has else "loss"
+    if measure == "head" and classes is None:
+        raise OptionError(
+            f"{name}: there is no classification head, neither in the adapter (modules_to_save) nor in the merge; give "
+            "an adapter that was saved with its head"
+        )
+    if measure != "head" and not language_model:
+        raise OptionError(
+            f"{name}: the base model is an encoder without a head, which answers nothing: give an adapter with a "
+            "classification head, a causal language model, or a function that measures"
+        )
+    needed = {"head": {"label"}, "choose": {"label", "answer"}, "exact": {"label", "answer"}}
+    if measure in needed and not has & needed[measure]:
+        raise OptionError(
+            f"{name}: a row has none of {', '.join(sorted(needed[measure]))}, which the measure {measure} needs in "
+            "every row"
+        )
+    return measure
+
+
+def _head_labels(
+    name: str,
+    rows: Sequence[Row],
+    adapter: Adapter | None,
+    labels: Sequence[str] | None,
+    classes: int,
+) -> Sequence[str]:
+    """Names of the classes in the order of the head's rows.
+
+    Raises:
+        OptionError: Nobody says which they are.
+    """
+    if all(isinstance(row["label"], int) for row in rows):
+        return tuple(map(str, range(classes)))
+    known = labels or adapter_labels(adapter)
+    if known is None:
+        data = sorted({str(row["label"]) for row in rows})
+        raise OptionError(
+            f"{name}: the head has {classes} rows, and neither task.json nor config.json beside the adapter says which "
+            f"class is which; give the names in the order of the rows. The data has {', '.join(data)}: in this order "
+            f"if the adapter was trained on sorted labels (labels={{{name!r}: {data}}})"
+        )
+    if len(known) != classes:
+        raise OptionError(
+            f"{name}: there are {len(known)} labels ({', '.join(known)}), and the head has {classes} rows"
+        )
+    return known
+
+
+def adapter_labels(adapter: Adapter | None) -> Sequence[str] | None:
+    """Names of the classes that stand beside an adapter: in task.json, config.json or its own configuration."""
+    if adapter is None or adapter.source is None:
+        return None
+    directory = Path(adapter.source.path).expanduser() / (adapter.source.subfolder or "")
+    for file in ("task.json", "config.json", "adapter_config.json"):
+        path = directory / file
+        if not path.is_file():
+            continue
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if content.get("labels"):
+            return [str(label) for label in content["labels"]]
+        names: dict[str, str] = content.get("id2label") or {}
+        if names and not all(value.startswith("LABEL_") for value in names.values()):
+            return [names[key] for key in sorted(names, key=int)]
+    return None
+
+
+def _check_labels(name: str, rows: Sequence[Row], known: Sequence[str]) -> None:
+    """Refuse labels that the head does not know: to number them anew would score the wrong classes.
+
+    Raises:
+        OptionError: There are some; the message says which, and what may be meant.
+    """
+    data = {str(row["label"]) for row in rows}
+    unknown, unused = sorted(data - set(known)), sorted(set(known) - data)
+    if not unknown:
+        return
+    pairs = _likely(unknown, unused)
+    hint = " ".join(f'"{label}={meant}"' for label, meant in pairs.items())
+    raise OptionError(
+        f"{name}: the data has labels that the head does not know: {', '.join(unknown)}. The head knows "
+        f"{', '.join(known)}"
+        + (
+            f"; perhaps rename={pairs} (--rename {hint})"
+            if pairs
+            else "; rename them (rename={…}, --rename DATA=HEAD), or give labels in the order of the head's rows"
+        )
+    )
+
+
+def _likely(unknown: Sequence[str], unused: Sequence[str]) -> dict[str, str]:
+    """For each unknown label the one of the head that it may mean."""
+    if len(unknown) == len(unused) == 1:
+        return {unknown[0]: unused[0]}
+    pairs: dict[str, str] = {}
+    for label in unknown:
+        near = difflib.get_close_matches(label, [x for x in unused if x not in pairs.values()], 1)
+        if near:
+            pairs[label] = near[0]
+    return pairs
+
+
+def _answers(rows: Sequence[Row]) -> list[str]:
+    """All answers of the data, in sorted order."""
+    return sorted({str(row.get("answer", row.get("label"))) for row in rows})
+
+
+def _check_choices(name: str, rows: Sequence[Row], known: Sequence[str]) -> None:
+    for place, row in enumerate(rows, 1):
+        answer = str(row.get("answer", row.get("label")))
+        choices = [str(choice) for choice in row.get("choices", known)]
+        if answer not in choices:
+            raise OptionError(
+                f"{name}: row {place} has the answer {answer!r}, which is not one of its choices {choices}"
+            )

@@ -1,0 +1,303 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+)
+
+from pcb_peft import (
+    Evaluation,
+    MergedAdapter,
+    MismatchError,
+    OptionError,
+    evaluate,
+    load_adapter,
+    merge_adapters,
+)
+from pcb_peft.commands.demo import base_model_folder, examples_folder
+from pcb_peft.evaluation.host import ModelHost, Place
+from pcb_peft.evaluation.tables import markdown_table
+
+TASKS = ("clinc_domain", "mr_sentiment", "snips_intent", "subj")
+TEXTS = 40
+LORA, DATA = examples_folder() / "lora", examples_folder() / "data"
+ADAPTERS = [LORA / task for task in TASKS]
+FILES = [DATA / f"{task}.jsonl" for task in TASKS]
+BASE = base_model_folder()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def merged() -> MergedAdapter:
+    """A merge that leaves one of its adapters out."""
+    return merge_adapters(ADAPTERS, "linear", weights=[0, 0.5, 0.5, 0.5])
+
+
+@pytest.fixture(scope="module")
+def directory(merged: MergedAdapter, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("merges") / "three-of-four"
+    merged.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def result(directory: Path, cache: Path) -> Evaluation:
+    return evaluate(directory, ADAPTERS, BASE, FILES, limit=TEXTS, cache=cache)
+
+
+def rows(task: str, count: int = TEXTS) -> list[dict[str, str]]:
+    lines = (DATA / f"{task}.jsonl").read_text().splitlines()
+    everything = [json.loads(line) for line in lines]
+    return [everything[i * len(everything) // count] for i in range(count)]
+
+
+def answers_of(task: str, adapter: Path | None, head: dict[str, torch.Tensor]) -> list[float]:
+    """1 for each text that is right: with transformers and PEFT alone, one text at a time."""
+    labels = json.loads((LORA / task / "task.json").read_text())["labels"]
+    model = AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=len(labels))
+    model.load_state_dict(head, strict=False)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter)
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    model.eval()
+    outcomes = []
+    with torch.no_grad():
+        for row in rows(task):
+            logits = model(**tokenizer(row["text"], return_tensors="pt")).logits
+            outcomes.append(float(labels[int(logits.argmax())] == row["label"]))
+    return outcomes
+
+
+def test_the_task_that_was_left_out_is_found_and_named(result: Evaluation):
+    assert result.lost == ("clinc_domain",)
+    assert result.tasks[0].name == "clinc_domain"
+    assert "LOST: keeps" in result.tasks[0].verdict
+    first, second, *_ = str(result).splitlines()
+    assert first.startswith("accuracy, %")
+    assert second.startswith("clinc_domain")
+    assert "LOST: clinc_domain" in str(result).splitlines()
+
+
+def test_the_outcomes_are_those_of_transformers_and_peft(result: Evaluation, directory: Path):
+    task = "clinc_domain"
+    head = load_file(directory / "heads" / f"{task}.safetensors")
+    assert list(result[task].merged.outcomes) == answers_of(task, directory, head)
+    assert list(result[task].base.outcomes) == answers_of(task, None, head)
+    assert result[task].adapter is not None
+    assert list(result[task].adapter.outcomes) == answers_of(task, LORA / task, {})
+
+
+def test_a_merge_in_memory_is_measured_like_its_directory(
+    merged: MergedAdapter, result: Evaluation, cache: Path
+):
+    found = evaluate(merged, ADAPTERS[2:], BASE, FILES[2:], limit=TEXTS, cache=cache)
+    for task in TASKS[2:]:
+        assert found[task].merged == result[task].merged
+
+
+def test_a_folded_merge_is_measured_like_the_adapter(
+    merged: MergedAdapter, result: Evaluation, tmp_path: Path
+):
+    merged.fold(BASE, tmp_path / "folded")
+    options = {"limit": TEXTS, "cache": False, "adapters": [ADAPTERS[3]], "data": [FILES[3]]}
+    found = evaluate(tmp_path / "folded", base_model=BASE, **options)
+    assert found["subj"].merged == result["subj"].merged
+    dense = merge_adapters(ADAPTERS, "linear", weights=[0, 0.5, 0.5, 0.5], rank="full")
+    assert evaluate(dense, base_model=BASE, **options)["subj"].merged == result["subj"].merged
+
+
+def test_outcomes_come_from_the_cache(directory: Path, tmp_path: Path):
+    def run() -> float:
+        return (
+            evaluate(directory, [ADAPTERS[3]], BASE, [FILES[3]], limit=8, cache=tmp_path)
+            .tasks[0]
+            .merged.value
+        )
+
+    first = run()
+    kept = [path for path in tmp_path.rglob("*.json") if "outcomes" in path.read_text()]
+    for path in kept:
+        content = json.loads(path.read_text())
+        if isinstance(content["outcomes"], list):
+            content["outcomes"] = [0.0] * 8
+            path.write_text(json.dumps(content))
+    assert first > 0.5
+    assert run() == 0
+    other = evaluate(directory, [ADAPTERS[3]], BASE, [FILES[3]], limit=9, cache=tmp_path)
+    assert other.tasks[0].merged.value > 0.5
+
+
+def test_a_function_measures(directory: Path, cache: Path):
+    seen = []
+
+    def layers(model: torch.nn.Module) -> float:
+        seen.append(isinstance(model, PeftModel))
+        return sum(name.endswith("lora_A.default.weight") for name, _ in model.named_parameters())
+
+    found = evaluate(directory, [ADAPTERS[0]], BASE, {"clinc_domain": layers}, cache=cache)
+    assert seen == [False, True, True]
+    assert found.tasks[0].metric == "score"
+    assert (found.tasks[0].base.value, found.tasks[0].merged.value) == (0, 36)
+
+
+def test_a_function_must_return_a_number(directory: Path):
+    with pytest.raises(OptionError, match="returned None"):
+        evaluate(directory, [ADAPTERS[0]], BASE, [lambda _: None], cache=False)
+
+
+def test_another_merge_and_controls_beside_it(directory: Path, cache: Path, tmp_path: Path):
+    better = merge_adapters(ADAPTERS, "linear", weights=[1, 0, 0, 0])
+    found = evaluate(
+        directory,
+        ADAPTERS,
+        BASE,
+        {"clinc_domain": FILES[0]},
+        against=better,
+        controls=True,
+        limit=TEXTS,
+        cache=cache,
+        log=tmp_path / "log.jsonl",
+    ).tasks[0]
+    assert found.against is not None
+    assert found.against == found.adapter
+    assert found.controls.keys() == {"random", "soup"}
+    assert found.controls["soup"].value > found.controls["random"].value
+    line = json.loads((tmp_path / "log.jsonl").read_text())["tasks"][0]
+    assert line["against_p_value"] < 0.05
+    assert line["against"] == found.against.value
+
+
+def test_the_card_gets_the_table_once(directory: Path, cache: Path):
+    options = {"limit": TEXTS, "cache": cache, "write_to_card": True}
+    evaluate(directory, ADAPTERS, BASE, FILES, **options)
+    found = evaluate(directory, ADAPTERS, BASE, FILES, **options)
+    text = (directory / "README.md").read_text()
+    assert text.count("## Evaluation") == 1
+    assert text.count(markdown_table(found.tasks)) == 1
+    front = yaml.safe_load(text.split("---\n")[1])
+    results = front["model-index"][0]["results"]
+    assert {one["dataset"]["name"] for one in results} == set(TASKS)
+    assert front["library_name"] == "peft"
+    numbers = json.loads((directory / "evaluation.json").read_text())
+    assert numbers["lost"] == ["clinc_domain"]
+
+
+def test_the_card_is_data_that_the_hub_reads(directory: Path, cache: Path):
+    from huggingface_hub import ModelCard
+
+    evaluate(directory, ADAPTERS, BASE, FILES, limit=TEXTS, cache=cache, write_to_card=True)
+    results = ModelCard.load(directory / "README.md").data.eval_results
+    assert {one.dataset_name for one in results} == set(TASKS)
+
+
+def test_labels_that_the_head_does_not_know(tmp_path: Path, cache: Path):
+    file = tmp_path / "snips_intent.jsonl"
+    wrong = [
+        {**row, "label": row["label"].replace("find creative", "search creative")}
+        for row in rows("snips_intent")
+    ]
+    file.write_text("\n".join(map(json.dumps, wrong)))
+    with pytest.raises(OptionError) as error:
+        evaluate(ADAPTERS[2], [ADAPTERS[2]], BASE, [file], cache=cache)
+    assert '--rename "search creative work=find creative work"' in str(error.value)
+    assert "add to playlist" in str(error.value)
+    rename = {"search creative work": "find creative work"}
+    found = evaluate(ADAPTERS[2], [ADAPTERS[2]], BASE, [file], rename=rename, limit=4, cache=cache)
+    assert found.tasks[0].kept == 1
+
+
+def test_a_head_whose_labels_nobody_names(tmp_path: Path, cache: Path):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_bytes((ADAPTERS[3] / name).read_bytes())
+    with pytest.raises(OptionError, match=r"the head has 2 rows.*objective, subjective"):
+        evaluate(tmp_path, [tmp_path], BASE, [FILES[3]], cache=cache)
+    labels = {tmp_path.name: ["objective", "subjective"]}
+    found = evaluate(tmp_path, [tmp_path], BASE, [FILES[3]], labels=labels, limit=8, cache=cache)
+    assert found.tasks[0].merged.value > 0.5
+    with pytest.raises(OptionError, match="there are 3 labels"):
+        evaluate(tmp_path, [tmp_path], BASE, [FILES[3]], labels={tmp_path.name: "abc"}, cache=cache)
+
+
+def test_data_find_their_adapters(tmp_path: Path, directory: Path, cache: Path):
+    by_folder = []
+    for task in reversed(TASKS[2:]):
+        (tmp_path / task).mkdir()
+        file = tmp_path / task / "test.jsonl"
+        file.write_text((DATA / f"{task}.jsonl").read_text())
+        by_folder.append(file)
+    found = evaluate(directory, ADAPTERS[2:], BASE, by_folder, limit=TEXTS, cache=cache)
+    assert found["subj"].adapter is not None
+    assert found["subj"].adapter.value > 0.8
+    with pytest.raises(OptionError, match=r"2 adapters .* and 1 data"):
+        evaluate(directory, ADAPTERS[2:], BASE, [by_folder[0]], cache=cache)
+    with pytest.raises(OptionError, match="nothing to measure on"):
+        evaluate(directory, ADAPTERS, BASE, [], cache=cache)
+    some = evaluate(directory, ADAPTERS, BASE, {"subj": FILES[3]}, limit=TEXTS, cache=cache)
+    assert "clinc_domain, mr_sentiment, snips_intent" in some.notes[0]
+
+
+def test_a_budget_of_tokens_cuts_the_texts(directory: Path, cache: Path):
+    found = evaluate(
+        directory, [ADAPTERS[3]], BASE, [FILES[3]], budget="1000 tokens", cache=cache
+    ).tasks[0]
+    assert 1 <= found.texts < 20
+
+
+def test_a_budget_of_time_cuts_the_texts(directory: Path):
+    found = evaluate(directory, [ADAPTERS[3]], BASE, [FILES[3]], budget="1s", cache=False)
+    assert 1 <= found.tasks[0].texts < 300
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"limit": 0}, "limit is 0"),
+        ({"threshold": 2}, "threshold is 2"),
+        ({"confidence": 1}, "confidence is 1"),
+        ({"measure": "vibes"}, "measure is 'vibes'"),
+        ({"measure": "loss"}, "encoder"),
+        ({"budget": "long"}, "budget is 'long'"),
+        ({"base_model": None, "adapters": []}, "base model is not known"),
+    ],
+)
+def test_what_is_not_allowed(directory: Path, options: dict[str, object], message: str):
+    arguments = {"adapters": [ADAPTERS[3]], "base_model": BASE, "data": [FILES[3]], "cache": False}
+    with pytest.raises(OptionError, match=message):
+        evaluate(directory, **{**arguments, **options})
+
+
+def test_the_host_is_the_base_model_again_after_each_adapter():
+    host = ModelHost(str(BASE))
+    head = load_adapter(ADAPTERS[0]).head.read()
+    tokens = AutoTokenizer.from_pretrained(BASE)("what a day", return_tensors="pt")
+    with torch.no_grad():
+        with host.adapted("SEQ_CLS", None, head) as model:
+            before = model(**tokens).logits
+        with host.adapted(
+            "SEQ_CLS", Place(str(ADAPTERS[3])), load_adapter(ADAPTERS[3]).head.read()
+        ) as model:
+            assert model(**tokens).logits.shape == (1, 2)
+        with host.adapted("SEQ_CLS", None, head) as model:
+            assert torch.equal(model(**tokens).logits, before)
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path: Path):
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(BASE).save_pretrained(tmp_path)
+    with pytest.raises(MismatchError):
+        evaluate(ADAPTERS[3], [ADAPTERS[3]], tmp_path, [FILES[3]], limit=2, cache=False)
