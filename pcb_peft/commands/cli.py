@@ -29,7 +29,15 @@ from pcb_peft.errors import PcbPeftError
 from pcb_peft.runtime.processes import Processes, joined, stoppable
 from pcb_peft.runtime.units import format_duration
 
-COMMANDS = ("merge", "fold", "extract", "collect", "methods", "demo")  # in the order of the help
+COMMANDS = (
+    "merge",
+    "evaluate",
+    "fold",
+    "extract",
+    "collect",
+    "methods",
+    "demo",
+)  # in the order of the help
 EXAMPLE = "pcb-peft merge math-lora code-lora -o merged"
 
 
@@ -40,8 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The words after ``pcb-peft``; None: those of this process.
 
     Returns:
-        0 if it did what it should, 1 after an error that nobody expected, 2 after any other error, 130 or 143 after a
-        signal.
+        0 if it did what it should, 1 after an error that nobody expected, 2 after any other error, 3 if an evaluation
+        is below its limit, 130 or 143 after a signal.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     with warnings.catch_warnings(), stoppable() as came:
@@ -88,7 +96,7 @@ def _run(words: Sequence[str]) -> int:
             if is_verbose(parsed):
                 took = format_duration(time.perf_counter() - started)
                 print(f"pcb-peft {command.name} took {took}", file=sys.stderr)
-    return 0
+    return answer.exit_code
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:

@@ -15,12 +15,14 @@ class Answer:
         data: The result as plain data, for ``--json``.
         warnings: What the user has to know before the result is used.
         essential: Whether ``--quiet`` prints the text, too: it is what was asked for, not a report of what was done.
+        exit_code: The exit code of the program.
     """
 
     text: str
     data: Mapping[str, Any]
     warnings: Sequence[str] = ()
     essential: bool = False
+    exit_code: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

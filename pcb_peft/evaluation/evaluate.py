@@ -24,6 +24,8 @@ from pcb_peft.evaluation.pairing import HARNESS, TaskData, pair
 from pcb_peft.evaluation.scores import Score, TaskScores, worst_first
 from pcb_peft.evaluation.settings import Settings
 from pcb_peft.evaluation.subjects import BASE, Subject, SubjectMaker
+from pcb_peft.merging.result import MergedAdapter
+from pcb_peft.recipes.recipe import FILE_NAME, Recipe, read_recipe
 from pcb_peft.runtime.processes import current
 from pcb_peft.writing.model_card import public_name
 
@@ -34,7 +36,7 @@ FEW = 100  # texts: with fewer the interval of an accuracy is some 20 points wid
 
 def evaluate(  # noqa: PLR0913  (every choice of an evaluation, by name)
     merged: AdapterLike,
-    adapters: Sequence[AdapterLike] = (),
+    adapters: Sequence[AdapterLike] | None = None,
     base_model: str | Path | None = None,
     data: Mapping[str, TaskData] | Sequence[TaskData] | TaskData = (),
     *,
@@ -66,8 +68,9 @@ def evaluate(  # noqa: PLR0913  (every choice of an evaluation, by name)
 
     Args:
         merged: A merge: what `merge_adapters` returned, a directory or hub id, or the directory of a folded model.
-        adapters: Those that went into it, in any form that `merge_adapters` takes.
-        base_model: Path or hub id; default: what the first adapter says.
+        adapters: Those that went into it, in any form that `merge_adapters` takes; default: what the merge's recipe
+            names.
+        base_model: Path or hub id; default: what the recipe or the first adapter says.
         data: What each task is measured on: a ``.jsonl`` file, rows, or a function that takes the model and returns a
             score; "lm-eval:NAME" is a task of lm-evaluation-harness. By the adapter's name, or one per adapter in
             order. A row has `text` (or `prompt`), and if wanted `text_pair`, `label`, `answer` or `choices`.
@@ -128,7 +131,7 @@ def evaluate(  # noqa: PLR0913  (every choice of an evaluation, by name)
         cache=cache,
         progress=progress,
     )
-    loaded, base = _loaded(adapters, base_model)
+    loaded, base = _loaded(merged, adapters, base_model)
     named = _with_harness(data, tasks, loaded)
     result = _evaluated(merged, loaded, base, named, against, settings, controls=controls)
     _write(result, log, merged if write_to_card else None)
@@ -162,20 +165,32 @@ def _evaluated(
 
 
 def _loaded(
-    adapters: Sequence[AdapterLike], base_model: str | Path | None
+    merged: AdapterLike, adapters: Sequence[AdapterLike] | None, base_model: str | Path | None
 ) -> tuple[list[Adapter], str]:
     """The adapters, by different names, and their base model.
 
     Raises:
-        OptionError: Nobody says which base model it is.
+        OptionError: Nobody says which they are.
     """
     if isinstance(adapters, str | Path):
         raise OptionError(f"adapters is {str(adapters)!r}; it must be a list: [{str(adapters)!r}]")
-    loaded = named_apart(load_adapters(adapters, base_model=lazy_base(base_model)))
+    recipe = None if adapters is not None and base_model is not None else _recipe(merged)
+    if recipe is not None:
+        adapters = recipe.adapters if adapters is None else adapters
+        base_model = base_model or recipe.base_model
+    loaded = named_apart(load_adapters(adapters or (), base_model=lazy_base(base_model)))
     base = base_model or next((a.base_model for a in loaded if a.base_model), None)
     if base is None:
         raise OptionError("the base model is not known: give base_model (--base-model)")
     return loaded, str(base)
+
+
+def _recipe(merged: AdapterLike) -> Recipe | None:
+    """The recipe of a merge; None where it has none."""
+    if isinstance(merged, MergedAdapter):
+        return merged.recipe
+    file = Path(merged).expanduser() / FILE_NAME if isinstance(merged, str | Path) else None
+    return read_recipe(file) if file is not None and file.is_file() else None
 
 
 def _with_harness(

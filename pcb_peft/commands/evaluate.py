@@ -1,0 +1,209 @@
+"""``pcb-peft evaluate``: what a merge kept of each of its tasks."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pcb_peft.commands.arguments import DTYPES, progress_of
+from pcb_peft.commands.command import Answer, Command
+from pcb_peft.commands.parser import UsageError
+from pcb_peft.commands.sources import constant
+
+FAILED = 3
+"""The exit code if a task keeps less than ``--fail-below``."""
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("merged", help="the merge, or a folded model: directory or hub id")
+    parser.add_argument(
+        "--adapters",
+        nargs="+",
+        metavar="ADAPTER",
+        help="those that went into it (default: those that merge_recipe.yaml in the merge's directory names)",
+    )
+    parser.add_argument("--base-model", help="directory or hub id (default: what the adapters say)")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        default=(),
+        metavar="[NAME=]FILE",
+        help='one file of JSON lines per adapter, such as {"text": "...", "label": "..."}, or {"prompt": "...", '
+        '"answer": "..."} for language models; in the order of the adapters, or named as they are',
+    )
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        default=(),
+        metavar="TASK",
+        help="tasks of lm-evaluation-harness, such as arc_easy (needs pip install 'pcb-peft[lm-eval]')",
+    )
+    _add_measuring(parser.add_argument_group("how it is measured"))
+    _add_comparing(parser.add_argument_group("what it is compared with"))
+    _add_running(parser.add_argument_group("how it is run"))
+    output = parser.add_argument_group("what becomes of the result")
+    output.add_argument(
+        "--log", type=Path, help="append the result to this file, as a line of JSON"
+    )
+    output.add_argument(
+        "--write-to-card",
+        action="store_true",
+        help="put the table into README.md of the merge, and the numbers into evaluation.json beside it",
+    )
+    output.add_argument(
+        "--fail-below",
+        type=float,
+        metavar="SHARE",
+        help=f"exit with code {FAILED} if a task keeps less than this share of its adapter's score, such as 0.8",
+    )
+
+
+def _add_measuring(group: Any) -> None:
+    measures: dict[str, str] = constant("evaluation/texts.py", "MEASURES")
+    words = "; ".join(f"{name}: {meaning}" for name, meaning in measures.items())
+    group.add_argument(
+        "--measure", default="auto", choices=("auto", *measures), help=f"{words} (default: auto)"
+    )
+    group.add_argument(
+        "--labels",
+        nargs="+",
+        default=(),
+        metavar="NAME=A,B,C",
+        help="class names of a task, in the order of the head's rows, where no task.json beside the adapter has them",
+    )
+    group.add_argument(
+        "--rename",
+        nargs="+",
+        default=(),
+        metavar="DATA=HEAD",
+        help="labels of the data that the head knows by another name",
+    )
+    group.add_argument(
+        "--length-normalised", action="store_true", help="choose answers by likelihood per token"
+    )
+
+
+def _add_comparing(group: Any) -> None:
+    group.add_argument("--against", metavar="MERGE", help="another merge, compared text by text")
+    group.add_argument(
+        "--controls",
+        action="store_true",
+        help="also measure a random adapter of the same norm, and the plain average of the adapters",
+    )
+    group.add_argument(
+        "--threshold",
+        type=float,
+        help="a task is lost below this share of its adapter's score (default: --fail-below, or 0.8)",
+    )
+    group.add_argument(
+        "--confidence", type=float, default=0.95, help="of the intervals (default: 0.95)"
+    )
+
+
+def _add_running(group: Any) -> None:
+    group.add_argument("--limit", type=int, help="texts per task, evenly spread over its file")
+    group.add_argument(
+        "--budget", help="time for everything, such as 5m, or tokens, such as '200k tokens'"
+    )
+    group.add_argument("--batch-size", type=int, default=32, help="texts at a time (default: 32)")
+    group.add_argument("--max-length", type=int, default=512, help="tokens per text (default: 512)")
+    group.add_argument(
+        "--dtype",
+        type=str.lower,
+        default=DTYPES[0],
+        choices=DTYPES,
+        help=f"data type of the model (default: {DTYPES[0]})",
+    )
+    group.add_argument("--device", help="where the model runs (default: a GPU if there is one)")
+    group.add_argument(
+        "--cache", metavar="DIRECTORY", help="where outcomes are kept (default: the user's cache)"
+    )
+    group.add_argument(
+        "--no-cache", action="store_true", help="run everything, and keep no outcomes"
+    )
+
+
+def _run(parsed: argparse.Namespace) -> Answer:
+    from pcb_peft.commands.arguments import dtype_of
+    from pcb_peft.evaluation.evaluate import evaluate
+
+    limits = (parsed.threshold, parsed.fail_below, 0.8)
+    result = evaluate(
+        parsed.merged,
+        parsed.adapters,
+        parsed.base_model,
+        _data(parsed.data),
+        tasks=[task for word in parsed.tasks for task in word.split(",") if task],
+        against=parsed.against,
+        controls=parsed.controls,
+        measure=parsed.measure,
+        labels={name: names.split(",") for name, names in _pairs("--labels", parsed.labels)},
+        rename=dict(_pairs("--rename", parsed.rename)),
+        length_normalised=parsed.length_normalised,
+        limit=parsed.limit,
+        budget=parsed.budget,
+        threshold=next(limit for limit in limits if limit is not None),
+        confidence=parsed.confidence,
+        batch_size=parsed.batch_size,
+        max_length=parsed.max_length,
+        dtype=dtype_of(parsed),
+        device=parsed.device,
+        cache=False if parsed.no_cache else parsed.cache or True,
+        log=parsed.log,
+        write_to_card=parsed.write_to_card,
+        progress=progress_of(parsed),
+    )
+    below = [task.name for task in result.tasks if _is_below(task.kept, parsed.fail_below)]
+    failed = [f"below {parsed.fail_below:.0%}: {', '.join(below)}"] if below else []
+    return Answer(
+        "\n".join([str(result), *failed]),
+        {**result.as_dict(), "below": below},
+        essential=True,
+        exit_code=FAILED if below else 0,
+    )
+
+
+def _is_below(kept: float | None, limit: float | None) -> bool:
+    return kept is not None and limit is not None and kept < limit
+
+
+def _data(words: Sequence[str]) -> Any:
+    """One file per adapter in order, or files by name.
+
+    Raises:
+        UsageError: Some have a name, others have none.
+    """
+    named = [word for word in words if "=" in word and "/" not in word.partition("=")[0]]
+    if not named:
+        return list(words)
+    if len(named) < len(words):
+        raise UsageError(
+            "--data: some files have a name and some have none",
+            "name all of them: --data math=math.jsonl code=code.jsonl",
+        )
+    return dict(_pairs("--data", words))
+
+
+def _pairs(flag: str, words: Sequence[str]) -> list[tuple[str, str]]:
+    """The two sides of each NAME=VALUE.
+
+    Raises:
+        UsageError: A word is not of that form.
+    """
+    pairs = [word.partition("=") for word in words]
+    for word, (name, equals, value) in zip(words, pairs, strict=True):
+        if not (name and equals and value):
+            raise UsageError(f"{flag}: {word!r} is not of the form NAME=VALUE", "")
+    return [(name, value) for name, _, value in pairs]
+
+
+COMMAND = Command(
+    "evaluate",
+    "Measure what a merge kept of each of its tasks",
+    "pcb-peft evaluate merged --adapters math-lora code-lora --base-model meta-llama/Llama-3.2-1B "
+    "--data math.jsonl code.jsonl\n"
+    "pcb-peft evaluate merged --data math-lora=math.jsonl code-lora=code.jsonl --limit 200 --fail-below 0.8\n"
+    "pcb-peft evaluate merged --tasks arc_easy gsm8k --against other-merge",
+    _add_arguments,
+    _run,
+)
