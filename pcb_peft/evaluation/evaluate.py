@@ -247,15 +247,12 @@ def _scores(
     maker: SubjectMaker,
     settings: Settings,
 ) -> list[TaskScores]:
-    """Run all subjects on all jobs; jobs that need one class of model come together, so that it is loaded once."""
-    ordered = sorted(jobs, key=lambda job: job.task_type)
-    whole = any(subject.checkpoint for subject in subjects.values())
+    """Run all subjects on all jobs; what needs the same model, or the same adapter, comes together."""
     runs: list[tuple[Job, str, Subject]] = []
-    for job in ordered:
+    for job in jobs:
         own = {} if job.adapter is None else {"adapter": maker.make(job.adapter, job.name)}
         runs += [(job, role, s) for role, s in ({"base": BASE} | own | dict(subjects)).items()]
-    if whole:  # another model is loaded for it: once
-        runs.sort(key=lambda run: (run[0].task_type, run[2].checkpoint or ""))
+    runs.sort(key=lambda run: (run[0].task_type, run[2].checkpoint or "", run[1]))
     found: dict[str, dict[str, Score]] = {job.name: {} for job in jobs}
     for job, role, subject in bench.track(runs, "evaluate"):
         found[job.name][role] = bench.score(subject, job)

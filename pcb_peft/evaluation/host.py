@@ -56,8 +56,8 @@ class Place:
 class ModelHost:
     """A base model in memory.
 
-    It is loaded once per class of transformers. Its weights are compared with what they were after each adapter, and
-    read again if an adapter has left something behind.
+    It is loaded once per class of transformers. An adapter stays on until another one is asked for, so that tasks of
+    one merge change the head alone. When it is taken off, the weights are compared with what they were before.
     """
 
     def __init__(
@@ -71,8 +71,13 @@ class ModelHost:
         self.dtype = dtype or torch.float32
         self.device = device or torch.device("cpu")
         self._model: Any = None
-        self._loaded: tuple[str, str] | None = None  # source and class
+        self._loaded: tuple[str, str] | None = (
+            None  # source and class, if nothing has changed the model
+        )
+        self._class: tuple[str, str] | None = None  # source and class
+        self._worn: tuple[str, str, Place | None] | None = None
         self._sums: dict[str, float] = {}
+        self._heads: set[str] = set()  # modules that heads were put into
 
     def config(self) -> Any:
         """The base model's configuration.
@@ -122,40 +127,54 @@ class ModelHost:
             BaseModelError: The base model cannot be loaded.
             MismatchError: The adapter or the head does not fit it.
         """
-        base = self._plain(task_type, checkpoint or self.base_model)
+        wanted = task_type, checkpoint or self.base_model, place
+        if self._worn is not None and self._worn == wanted:
+            if head:
+                with_head(self._model.get_base_model(), head, name)
+        else:
+            self._put_on(wanted, head or {}, name)
+        yield self._model
+
+    def _put_on(self, wanted: tuple[str, str, Place | None], head: Head, name: str) -> None:
+        """Take off what the model wears, and put on an adapter."""
+        self._take_off()
+        task_type, source, place = wanted
+        model = self._plain(task_type, source)
         if head:
-            base = self._model = with_head(base, head, name)
+            with_head(model, head, name)
+            self._heads |= {key.rpartition(".")[0] for key in head}
         if place is None:
-            yield base
             return
-        model = _wrapped(base, place, name, head or {})
-        if head:
-            put_head(model.get_base_model(), head, name)
-        try:
-            yield model.to(self.device).eval()
-        finally:
-            self._model = model.unload()
-            self._reload_if_changed(head or {})
+        self._loaded = None  # until it is known that the adapter has left nothing behind
+        wearing = _wrapped(model, place, name, head)
+        put_head(wearing.get_base_model(), head, name)
+        self._model, self._worn = wearing.to(self.device).eval(), wanted
+
+    def _take_off(self) -> None:
+        """Unload the adapter; the model is kept if its weights are what they were.
+
+        PiSSA changes them, and trained embeddings stay behind: then the model is loaded again.
+        """
+        if self._worn is None:
+            return
+        self._model = self._model.unload()
+        sums = _sums(self._model)
+        same = all(
+            sums.get(name) == value
+            for name, value in self._sums.items()
+            if name.rpartition(".")[0] not in self._heads
+        )
+        self._loaded = self._class if same else None
+        self._worn = None
 
     def _plain(self, task_type: str, source: str) -> Any:
         wanted = source, AUTO_CLASSES.get(task_type, AUTO_CLASSES["FEATURE_EXTRACTION"])
         if self._loaded != wanted:
             self._model = None  # before the next one is loaded
             self._model = load_model(source, wanted[1], self.dtype).to(self.device)
-            self._loaded, self._sums = wanted, _sums(self._model)
+            self._loaded = self._class = wanted
+            self._sums, self._heads = _sums(self._model), set[str]()
         return self._model
-
-    def _reload_if_changed(self, head: Head) -> None:
-        """Forget the model where an adapter changed its weights: PiSSA does, and trained embeddings stay behind."""
-        sums = _sums(self._model)
-        heads = {name.rpartition(".")[0] for name in head}
-        same = all(
-            sums.get(name) == value
-            for name, value in self._sums.items()
-            if name.rpartition(".")[0] not in heads
-        )
-        if not same:
-            self._loaded = None
 
 
 def load_model(source: str, auto_class: str, dtype: torch.dtype) -> Any:
@@ -174,8 +193,8 @@ def load_model(source: str, auto_class: str, dtype: torch.dtype) -> Any:
     return model.eval()
 
 
-def with_head(model: Any, head: Head, name: str = "the adapter") -> Any:
-    """The same model with a head of these values; its encoder is not copied.
+def with_head(model: Any, head: Head, name: str = "the adapter") -> None:
+    """Give a model a head of these values, with as many classes.
 
     Args:
         model: A classifier of transformers.
@@ -185,6 +204,10 @@ def with_head(model: Any, head: Head, name: str = "the adapter") -> Any:
     Raises:
         MismatchError: The model has no such head.
     """
+    present = model.state_dict()
+    if all(key in present and present[key].shape == value.shape for key, value in head.items()):
+        put_head(model, head, name)
+        return
     classes = _classes(model, head)
     if classes is None:
         shapes = {key: tuple(value.shape) for key, value in head.items()}
@@ -193,16 +216,13 @@ def with_head(model: Any, head: Head, name: str = "the adapter") -> Any:
             "class that the adapter was trained on"
         )
     model.config.num_labels = classes
-    skeleton = _skeleton(model, classes)
-    fresh = skeleton.state_dict()
-    present = model.state_dict()
+    fresh = _skeleton(model, classes).state_dict()
     for key in fresh:
         if key in present and fresh[key].shape != present[key].shape:
             _replace(model, key, fresh[key].shape)
     if hasattr(model, "num_labels"):
         model.num_labels = classes
     put_head(model, head, name)
-    return model
 
 
 def put_head(model: nn.Module, head: Head, name: str = "the adapter") -> None:
