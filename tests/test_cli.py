@@ -523,7 +523,7 @@ def test_an_error_is_one_line_and_the_status_is_2(run, tmp_path, line):
 
 
 USAGE = {  # command to the error, and words of the hint
-    "merg math": ("no command 'merg'; did you mean 'merge'?; there are merge, fold, ", "--help"),
+    "merg math": ("no command 'merg'; did you mean 'merge'?; there are merge, ", "--help"),
     "MERGE math": ("no command 'MERGE'; did you mean 'merge'?", "--help"),
     "merge math code": ("give -o/--output, the directory to write, or --dry-run", "-o merged"),
     "merge -o @out": ("missing: adapters", "merge --help"),
