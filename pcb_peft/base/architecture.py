@@ -82,6 +82,21 @@ class Skeleton:
                 parts_of.setdefault(stack, {}).setdefault(position, []).append(file)
         return {stack: _by_matrix(parts) for stack, parts in parts_of.items()}
 
+    def converted(self, name: str) -> str:
+        """Return a parameter's name of an older transformers under today's name; other names as they are.
+
+        A name that stays a part of a parameter in memory (an expert's) is converted as far as it is one of its own.
+        """
+        for conversion in self.conversions:
+            if not hasattr(conversion, "operations"):
+                name, _ = conversion.rename_source_key(name)
+        return name
+
+    def is_single_expert(self, name: str) -> bool:
+        """Return whether a name in the files is that of one matrix of a stack in memory."""
+        stack, conversion, _ = self._convert(name)
+        return conversion is not None and stack in self.parameters and stack != name
+
     def _convert(self, name: str) -> tuple[str, Any, int]:
         """Convert a name as transformers does: by all renamings in turn, then by the first computation that fits.
 
@@ -117,10 +132,14 @@ def _natural(name: str) -> list[int]:
 
 def build_skeleton(directory: Path) -> Skeleton:
     """Return the skeleton of the checkpoint in a directory."""
-    with _without_garbage_collection():
-        model = _build_on_meta(directory)
+    model = built_on_meta(directory)
     if model is None:
         return Skeleton(frozenset(), layers={}, tied={}, prefix="", conversions=())
+    return skeleton_of(model)
+
+
+def skeleton_of(model: "PreTrainedModel") -> Skeleton:
+    """Describe a model that is on the meta device."""
     inputs, embeddings = _ends(model)
     return Skeleton(
         input_embeddings=inputs,
@@ -145,9 +164,10 @@ def _without_garbage_collection() -> Generator[None]:
             gc.enable()
 
 
-def _build_on_meta(directory: Path) -> "PreTrainedModel | None":
-    """Build the model without memory; None where transformers has no code of its own for it."""
-    import transformers
+def built_on_meta(directory: Path) -> "PreTrainedModel | None":
+    """Build the model of a checkpoint without memory; None if transformers has no code of its own for it."""
+    with _without_garbage_collection():
+        import transformers
 
     try:
         config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)

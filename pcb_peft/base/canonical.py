@@ -1,0 +1,209 @@
+"""Canonical names: one weight goes by several names, and transformers' own code tells which of them mean the same.
+
+A checkpoint of Gemma 3 is loaded by several classes, and by several versions of transformers, and an adapter's names
+depend on both::
+
+    model.language_model.layers.0.mlp.up_proj     Gemma3ForConditionalGeneration
+    language_model.model.layers.0.mlp.up_proj     the same class before transformers 4.52
+    model.layers.0.mlp.up_proj                    Gemma3ForCausalLM, the text model alone
+    layers.0.mlp.up_proj                          Gemma3TextModel, the text model without its head
+
+Names of older versions are converted as transformers converts the names in a checkpoint. Names of another class are
+those of the same module: the text model of one class is a submodule of the other.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pcb_peft.base.architecture import Skeleton, built_on_meta, skeleton_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_AUTO_CLASSES = {  # of transformers, by PEFT's task type
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModelClass:
+    """A class of transformers that loads a checkpoint, with the names that modules have in it.
+
+    Attributes:
+        name: Its name, such as "LlamaForCausalLM".
+        skeleton: Its modules and parameters.
+        paths: Path of a submodule to the path of the same submodule in the class that the checkpoint names.
+    """
+
+    name: str
+    skeleton: Skeleton
+    paths: tuple[tuple[str, str], ...] = ()
+
+    def current_name(self, module: str) -> str | None:
+        """Return the name that a module has in this class today, or None if the class has no such module.
+
+        Args:
+            module: A module's path, or a parameter's that is no module's weight, or an expert's (``experts.3.up_proj``,
+                ``experts.gate_up_proj.3``), under its present name or one of an older transformers.
+        """
+        if self._has(module):
+            return module
+        renamed = self.skeleton.converted(f"{module}.weight").removesuffix(".weight")
+        if self._has(renamed):
+            return renamed
+        renamed = self.skeleton.converted(module)
+        return renamed if self._has(renamed) else None
+
+    def in_checkpoint_class(self, module: str) -> str:
+        """Return the name of one of this class's modules in the class that the checkpoint names."""
+        for here, there in self.paths:
+            prefix = f"{here}." if here else ""
+            if module.startswith(prefix):
+                rest = module.removeprefix(prefix)
+                return f"{there}.{rest}" if there else rest
+        return module
+
+    def _has(self, name: str) -> bool:
+        skeleton = self.skeleton
+        stack, _, number = name.rpartition(".")
+        expert = number.isdecimal() and stack in skeleton.parameters
+        known = f"{name}.weight" in skeleton.parameters or name in skeleton.parameters
+        return known or expert or skeleton.is_single_expert(f"{name}.weight")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CanonicalNames:
+    """The names of a base model's modules.
+
+    Attributes:
+        classes: Classes that load the checkpoint, built when they are asked for; the first is the one it names.
+    """
+
+    classes: Sequence[Callable[[], ModelClass | None]]
+
+    def of(self, adapters: Sequence[Collection[str]]) -> list[dict[str, str | None]]:
+        """Choose one name for every module that several adapters name.
+
+        Adapters that agree keep the names of their class, in their present form: an adapter of the text model alone is
+        loaded on that. Where they do not agree, the names are those of the class that the checkpoint names.
+
+        Args:
+            adapters: Names of the modules of each adapter.
+
+        Returns:
+            For each adapter, name to canonical name; None for a module that no class has.
+        """
+        seen: list[ModelClass] = []
+        for model_class in self._built():
+            seen.append(model_class)
+            names = [{n: model_class.current_name(n) for n in adapter} for adapter in adapters]
+            if all(None not in found.values() for found in names):
+                return names
+        return [{name: _in_first_class(seen, name) for name in adapter} for adapter in adapters]
+
+    def find(self, module: str) -> str | None:
+        """Return a module's name in the class that the checkpoint names; None if no class has it."""
+        return _in_first_class(self._built(), module)
+
+    def __bool__(self) -> bool:
+        return next(self._built(), None) is not None
+
+    def _built(self) -> Iterator[ModelClass]:
+        return filter(None, (build() for build in self.classes))
+
+
+def _in_first_class(classes: Sequence[ModelClass] | Iterator[ModelClass], name: str) -> str | None:
+    for model_class in classes:
+        if (current := model_class.current_name(name)) is not None:
+            return model_class.in_checkpoint_class(current)
+    return None
+
+
+def canonical_names(directory: Path, task_types: Collection[str | None] = ()) -> CanonicalNames:
+    """Find the names of the modules of a checkpoint; no weights are needed.
+
+    Args:
+        directory: Where its ``config.json`` is.
+        task_types: PEFT's task types of the adapters, whose classes are looked at, too.
+
+    Returns:
+        The names; false if transformers does not know the architecture.
+    """
+
+    @functools.cache
+    def config() -> Any:
+        import transformers
+
+        try:
+            return transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        except (OSError, ValueError, KeyError):
+            return None
+
+    @functools.cache
+    def first() -> "PreTrainedModel | None":
+        return built_on_meta(directory)
+
+    @functools.cache
+    def checkpoint_class() -> ModelClass | None:
+        model = first()
+        return None if model is None else ModelClass(type(model).__name__, skeleton_of(model))
+
+    @functools.cache
+    def other(auto: str, text: bool) -> ModelClass | None:
+        model = first()
+        return None if model is None else _other_class(model, config(), auto, text=text)
+
+    tasks = [
+        _AUTO_CLASSES[str(task)] for task in dict.fromkeys(task_types) if task in _AUTO_CLASSES
+    ]
+    autos = list(dict.fromkeys([*tasks, "AutoModelForCausalLM", "AutoModel"]))
+    variants = [functools.partial(other, auto, text) for text in (False, True) for auto in autos]
+    return CanonicalNames([checkpoint_class, *variants])
+
+
+def _other_class(
+    first: "PreTrainedModel", config: Any, auto: str, *, text: bool
+) -> ModelClass | None:
+    """Build another class that loads the checkpoint of `first`, for its whole configuration or for the text model's."""
+    import torch
+    import transformers
+
+    own = config.get_text_config() if text else config
+    if text and own is config:
+        return None
+    try:
+        with torch.device("meta"):
+            model: Any = getattr(transformers, auto).from_config(own, trust_remote_code=False)
+    except (ImportError, ValueError, AttributeError):
+        return None
+    if type(model) is type(first):
+        return None
+    return ModelClass(type(model).__name__, skeleton_of(model), tuple(_same_paths(model, first)))
+
+
+def _same_paths(model: Any, first: Any) -> Iterator[tuple[str, str]]:
+    """Yield the paths of the submodules that two classes share: the output layer, and the model without its head."""
+    heads = [_output_path(some) for some in (model, first)]
+    if None not in heads:
+        yield str(heads[0]), str(heads[1])
+    prefix = model.base_model_prefix if hasattr(model, model.base_model_prefix) else ""
+    bare = getattr(model, prefix) if prefix else model
+    places = [path for path, layer in first.named_modules() if type(layer) is type(bare)]
+    if len(places) == 1:  # of two of one class it is not known which is meant
+        yield prefix, places[0]
+
+
+def _output_path(model: Any) -> str | None:
+    try:
+        output = model.get_output_embeddings()
+    except NotImplementedError:
+        return None
+    return next((path for path, layer in model.named_modules() if layer is output), None)
