@@ -90,17 +90,42 @@ def test_a_revision_is_kept_where_all_have_it(workshop, revisions, kept):
 
 
 @pytest.mark.parametrize("modules", [["q_proj"], ["v_proj"]])
-@pytest.mark.parametrize("known", [False, True])
-def test_adapters_of_two_classes_of_one_model_are_refused(workshop, modules, known):
+def test_names_of_two_classes_of_one_model_are_refused_if_nothing_says_that_they_are(
+    workshop, modules
+):
     """PEFT would load one of the two, and not say a word."""
     whole = workshop.adapter("llama", lora(target_modules=["q_proj"]), "whole")
     bare = workshop.adapter(workshop.model("llama").model, lora(target_modules=modules), "bare")
-    base = workshop.base("llama") if known else None
-    words = rf"bare calls a module layers\.0.*{modules[0]} that whole would call model\.layers\.0"
+    words = r"they may be one weight under two names.*give the base model"
     for some in ([whole, bare], [bare, whole]):
         with pytest.raises(MismatchError, match=words):
-            merge_adapters(some, "linear", base_model=base)
-    merge_adapters([bare], "linear", base_model=base)
+            merge_adapters(some, "linear")
+    merge_adapters([bare], "linear")
+
+
+def test_names_of_two_classes_are_one_weight_beside_the_base_model(workshop):
+    whole = workshop.adapter("llama", lora(target_modules=["q_proj"]), "whole")
+    bare = workshop.adapter(workshop.model("llama").model, lora(target_modules=["q_proj"]), "bare")
+    merged = merge_adapters([whole, bare], "linear", base_model=workshop.base("llama"))
+    assert set(merged.modules) == set(load_adapter(whole).modules)
+    for module in merged.modules:
+        parts = load_adapter(whole).delta(module), load_adapter(bare).delta(module[len("model.") :])
+        torch.testing.assert_close(merged.delta(module), parts[0] + parts[1])
+    assert any("have other names today: layers.0" in note for note in merged.report.notes)
+
+
+def test_a_module_that_is_not_in_the_base_model_is_refused_by_name(workshop):
+    adapter = workshop.adapter(
+        workshop.model("llama").model.layers, lora(target_modules=["q_proj"]), "odd"
+    )
+    with pytest.raises(MismatchError, match=r"odd: 0\.self_attn\.q_proj.* not in the base model"):
+        merge_adapters([adapter], "linear", base_model=workshop.base("llama"))
+
+
+def test_a_base_model_that_is_not_here_is_said(workshop):
+    adapter = workshop.adapter("llama", lora(target_modules=["q_proj"]), "one")
+    merged = merge_adapters([adapter], "linear", base_model="org/not-here")
+    assert any("no module was looked up" in note for note in merged.report.notes)
 
 
 # -------------------------------------------------------------------------------------- shapes, kinds

@@ -12,11 +12,12 @@ from torch import Tensor
 from pcb_peft.adapters.delta_mapping import DeltaMapping
 from pcb_peft.adapters.saving import PEFT, FileFormat, save_adapter
 from pcb_peft.adapters.source import OpenedAdapter, Source
+from pcb_peft.base.canonical import names_in_checkpoint
 from pcb_peft.base.model import BaseModel, lazy_base, opened_base
 from pcb_peft.deltas.delta import Delta
 from pcb_peft.deltas.dtypes import parse_dtype
 from pcb_peft.deltas.replacements import TIES, Replacements, Tied, head_files
-from pcb_peft.errors import OptionError
+from pcb_peft.errors import MismatchError, OptionError
 from pcb_peft.formats import Base, LazyDelta
 from pcb_peft.runtime.progress import tracker
 from pcb_peft.writing.edits import fitted
@@ -97,6 +98,34 @@ class Adapter:
         }
         scale = self.scale * weight  # no file holds these deltas, so there is no source
         return dataclasses.replace(self, modules=DeltaMapping(entries), source=None, scale=scale)
+
+    def renamed(self, names: Mapping[str, str]) -> "Adapter":
+        """Return the same adapter with other names for some modules.
+
+        Args:
+            names: Present name of a module to its new one; modules that are not in it keep their names.
+
+        Returns:
+            The renamed adapter.
+
+        Raises:
+            MismatchError: Two modules would have one name.
+        """
+        if not names:
+            return self
+        entries: dict[str, LazyDelta] = {}
+        for module, entry in self.modules.entries.items():
+            new = names.get(module, module)
+            if new in entries:
+                raise MismatchError(
+                    f"{self.name}: {module} and another module are both {new} in the base model: they are one weight, "
+                    "and which change is meant is not known; leave one of them out of the adapter"
+                )
+            entries[new] = entry
+        reopen = None if self.reopen is None else functools.partial(_renamed, self.reopen, names)
+        return dataclasses.replace(
+            self, modules=DeltaMapping(entries), head=self.head.renamed(names), reopen=reopen
+        )
 
     def delta(self, module: str, base_model: str | Path | BaseModel | None = None) -> Tensor:
         """Return the change that is added to a module's weight W.
@@ -207,9 +236,11 @@ class Adapter:
         policy = tied or self.tied
         if policy not in TIES:
             raise OptionError(f"tied is {policy!r}; it must be one of {', '.join(TIES)}")
-        replaced = self.head.within(base.names.stores)
+        adapter = self.on(lazy_base(base))
+        adapter = adapter.renamed(names_in_checkpoint(base, adapter.modules))
+        replaced = adapter.head.within(base.names.stores)
         fold_deltas(
-            self.on(lazy_base(base)).modules,
+            adapter.modules,
             base,
             output,
             replaced=replaced,
@@ -248,3 +279,9 @@ class Adapter:
 
 def _scaled(entry: LazyDelta, weight: float) -> Delta:
     return entry.load().scaled(weight)
+
+
+def _renamed(
+    reopen: Callable[[Base], "Adapter"], names: Mapping[str, str], base: Base
+) -> "Adapter":
+    return reopen(base).renamed(names)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pcb_peft.base.architecture import Skeleton, built_on_meta, skeleton_of
+from pcb_peft.base.model import BaseModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,6 +63,10 @@ class ModelClass:
         renamed = self.skeleton.converted(module)
         return renamed if self._has(renamed) else None
 
+    def native_name(self, module: str) -> str | None:
+        """Return the name of a module if it is the one that it has in this class today, else None."""
+        return module if self._has(module) else None
+
     def in_checkpoint_class(self, module: str) -> str:
         """Return the name of one of this class's modules in the class that the checkpoint names."""
         for here, there in self.paths:
@@ -92,8 +97,8 @@ class CanonicalNames:
     def of(self, adapters: Sequence[Collection[str]]) -> list[dict[str, str | None]]:
         """Choose one name for every module that several adapters name.
 
-        Adapters that agree keep the names of their class, in their present form: an adapter of the text model alone is
-        loaded on that. Where they do not agree, the names are those of the class that the checkpoint names.
+        Adapters that agree on a class keep its names: adapters of the text model alone are loaded on that. Where they
+        do not, the names are those of the class that the checkpoint names.
 
         Args:
             adapters: Names of the modules of each adapter.
@@ -101,13 +106,14 @@ class CanonicalNames:
         Returns:
             For each adapter, name to canonical name; None for a module that no class has.
         """
-        seen: list[ModelClass] = []
+        classes: list[ModelClass] = []
         for model_class in self._built():
-            seen.append(model_class)
-            names = [{n: model_class.current_name(n) for n in adapter} for adapter in adapters]
+            own_name = model_class.native_name if classes else model_class.current_name
+            classes.append(model_class)
+            names = [{name: own_name(name) for name in adapter} for adapter in adapters]
             if all(None not in found.values() for found in names):
                 return names
-        return [{name: _in_first_class(seen, name) for name in adapter} for adapter in adapters]
+        return [{name: _in_first_class(classes, name) for name in adapter} for adapter in adapters]
 
     def find(self, module: str) -> str | None:
         """Return a module's name in the class that the checkpoint names; None if no class has it."""
@@ -207,3 +213,20 @@ def _output_path(model: Any) -> str | None:
     except NotImplementedError:
         return None
     return next((path for path, layer in model.named_modules() if layer is output), None)
+
+
+def names_in_checkpoint(base: BaseModel, modules: Collection[str]) -> dict[str, str]:
+    """Return the names in the checkpoint's class of modules that the checkpoint does not know by the given ones.
+
+    Args:
+        base: The base model.
+        modules: Names of modules, of any class that loads it.
+
+    Returns:
+        Name to name in the class that the checkpoint names. Names that are right, or unknown, are left out.
+    """
+    unknown = [module for module in modules if not base.names.stores(f"{module}.weight")]
+    unknown = [module for module in unknown if not base.names.stores(module)]
+    names = canonical_names(base.directory) if unknown else CanonicalNames([])
+    found = {module: names.find(module) for module in unknown}
+    return {old: new for old, new in found.items() if new is not None and new != old}

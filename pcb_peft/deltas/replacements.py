@@ -98,6 +98,23 @@ class Replacements:
         }
         return Replacements((), parameters, {**self.rows, **copies})
 
+    def renamed(self, names: Mapping[str, str]) -> "Replacements":
+        """Return the same replacements with other names for some modules.
+
+        Args:
+            names: Present name of a module to its new one.
+        """
+        parameters: dict[str, ReplacedParameter] = {}
+        for name, new in self.parameters.items():
+            module, _, kind = name.rpartition(".")
+            parameters[f"{names[module]}.{kind}" if module in names else name] = new
+        return Replacements(
+            modules_to_save_keys(parameters, self.modules),
+            parameters,
+            {names.get(module, module): rows for module, rows in self.rows.items()},
+            {names.get(copy, copy): names.get(of, of) for copy, of in self.copies.items()},
+        )
+
     def groups(self) -> dict[str, set[str]]:
         """Return the parameters that PEFT saves together, by their name in modules_to_save."""
         groups: dict[str, set[str]] = {}

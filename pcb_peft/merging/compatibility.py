@@ -1,13 +1,11 @@
 """Adapters side by side, and the checks that they fit each other: made before a tensor is read."""
 
 import copy
-import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from pcb_peft.adapters.adapter import Adapter
-from pcb_peft.base.model import BaseModel
 from pcb_peft.deltas.delta import Delta
 from pcb_peft.errors import MismatchError
 from pcb_peft.formats import LazyDelta
@@ -80,38 +78,6 @@ def _check_pair(
             f"{second.name} one of shape {second_entry.shape} ({second_entry.kind.kind_name}); "
             + (ONE_SIDE if all(multiply) else ONE_KIND)
         )
-
-
-def refuse_other_names(adapters: Sequence[Adapter], base: Callable[[], BaseModel] | None) -> None:
-    """Refuse adapters of two classes of one model, whose module paths begin at different places.
-
-    ``layers.0.mlp`` of AutoModel is ``model.layers.0.mlp`` of AutoModelForCausalLM. PEFT loads only the one that it
-    finds, and does not mention the other.
-
-    Raises:
-        MismatchError: Two adapters share no list of layers, but would if the paths of one were longer; and the base
-            model, if one was given, does not have both.
-    """
-    for one, other in itertools.permutations(adapters, 2):
-        short, long = _lists(one), _lists(other)
-        if short.keys() & long.keys():
-            continue
-        for path in long:
-            for end in filter(lambda end: path.endswith(f".{end}"), short):
-                module = short[end]
-                longer = f"{path.removesuffix(end)}{module}"
-                if base is None or base().name_in_memory(module) == base().name_in_memory(longer):
-                    raise MismatchError(
-                        f"{one.name} calls a module {module} that {other.name} would call {longer}: they were trained "
-                        "on different classes of one model (AutoModel and AutoModelForCausalLM, say), and PEFT would "
-                        "load only one of them; save both from the same class"
-                    )
-
-
-def _lists(adapter: Adapter) -> dict[str, str]:
-    """Return the lists of layers that an adapter touches: the path of each, and its first module."""
-    numbers = {m: _NUMBER.search(m) for m in sorted(adapter.modules.entries, reverse=True)}
-    return {m[: number.start()]: m for m, number in numbers.items() if number}
 
 
 class CommonBase(NamedTuple):

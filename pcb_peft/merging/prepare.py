@@ -15,10 +15,10 @@ from pcb_peft.merging.compatibility import (
     AdapterSet,
     CommonBase,
     common_base,
-    refuse_other_names,
 )
 from pcb_peft.merging.dora_or_lora import fall_back_to_lora
 from pcb_peft.merging.heads import MergedHeads, merge_heads
+from pcb_peft.merging.one_name import under_one_name
 from pcb_peft.merging.plan import Plan, plan
 from pcb_peft.merging.resolve_base import chain_on_base, resolve_against_base
 from pcb_peft.methods import MergeMethod, get_method
@@ -77,7 +77,8 @@ def prepare(
     """
     chosen, base = method or get_method(method_of(recipe.method)), lazy_base(recipe.base_model)
     given = adapters or load_adapters(recipe.adapters, base_model=base, hashed=not headers_only)
-    resolved = _resolved(_named_apart(given), recipe, base)
+    renamed, name_notes = _under_one_name(_named_apart(given), base)
+    resolved = _resolved(renamed, recipe, base)
     fitting, fallback_notes = fall_back_to_lora(resolved, base)
     opened = statistics or [open_statistics(source) for source in recipe.statistics]
     if opened:
@@ -102,7 +103,13 @@ def prepare(
         plan=planned,
         statistics=opened,
         heads=heads,
-        notes=[*heads.notes, *_version_notes(recipe), *fallback_notes, *common.notes],
+        notes=[
+            *heads.notes,
+            *_version_notes(recipe),
+            *name_notes,
+            *fallback_notes,
+            *common.notes,
+        ],
     )
 
 
@@ -111,12 +118,18 @@ def sources_of(opened: Sequence[Adapter] | Sequence[TaskStatistics]) -> tuple[So
     return tuple(one.source or Source(f"{IN_MEMORY}{one.name}") for one in opened)
 
 
+def _under_one_name(
+    adapters: Sequence[Adapter], base: Callable[[], BaseModel] | None
+) -> tuple[list[Adapter], list[str]]:
+    """The adapters, which are the same in all processes, with one name for every module."""
+    _refuse_different_files(adapters)
+    return under_one_name(adapters, base)
+
+
 def _resolved(
     adapters: Sequence[Adapter], recipe: Recipe, base: Callable[[], BaseModel] | None
 ) -> list[Adapter]:
     """The adapters, read beside the base model where that is needed."""
-    _refuse_different_files(adapters)
-    refuse_other_names(adapters, base)
     chained = chain_on_base(adapters, base) if recipe.chain else adapters
     asked = None if recipe.space == "auto" else get_space(recipe.space)
     return resolve_against_base(chained, base, asked)
