@@ -231,3 +231,17 @@ def test_a_dry_run_says_it_and_writes_nothing(adapters, tmp_path, capsys, monkey
         "6 modules, 1,536 values per adapter, 3 passes over them\nreads " in capsys.readouterr().out
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_pefts_names_have_a_cost_at_their_rank(adapters, tmp_path):
+    words = recipe(adapters, method="svd")
+    merge(words).save_pretrained(tmp_path / "out")
+    assert estimate_merge(words).written == stored(tmp_path / "out")
+
+
+def test_the_dtype_may_be_a_name(adapters):
+    words = recipe(adapters, method="linear")
+    by_name = estimate_merge(words, dtype="bfloat16").written
+    assert by_name == estimate_merge(words, dtype=torch.bfloat16).written
+    with pytest.raises(OptionError, match="dtype is 'int8'; it must be one of float32"):
+        estimate_merge(words, dtype="int8")

@@ -1,7 +1,6 @@
-"""What a merge will cost, before a tensor is read.
+"""What a merge would take, and what it would write, before a tensor is read.
 
-For modules of the same kinds and ranks stand two random ones, of which the second has more rows. Both are merged; what
-grows between them is how time grows with size, whatever the method and the space do.
+Bytes follow from shapes. Seconds are those of random modules that are merged for a moment (`module_cost`).
 """
 
 import dataclasses
@@ -18,23 +17,19 @@ from pcb_peft.base.model import lazy_base
 from pcb_peft.deltas.dtypes import parse_dtype
 from pcb_peft.deltas.rank_choice import Full
 from pcb_peft.dry_run.module_cost import ModuleCost, module_costs, modules_at_once
-from pcb_peft.dry_run.output_size import (
-    adapter_bytes,
-    folded_bytes,
-    head_bytes,
-)
+from pcb_peft.dry_run.output_size import adapter_bytes, folded_bytes, head_bytes
 from pcb_peft.dry_run.probes import best_of
-from pcb_peft.merging.compatibility import AdapterSet
 from pcb_peft.merging.finish import check_writable
 from pcb_peft.merging.plan import Setting
-from pcb_peft.merging.prepare import prepare
+from pcb_peft.merging.prepare import Prepared, prepare
 from pcb_peft.recipes.recipe import Recipe
 from pcb_peft.runtime.resources import DEFAULT_MEMORY, number_of_bytes
 from pcb_peft.runtime.units import format_count, format_duration, format_size
 from pcb_peft.tasks.limits import DEFAULT_LIMITS
 
-PROCESS_BYTES = 250 << 20  # Python with torch and this package
-TILES_HELD = 10  # what a method makes of a tile, in tiles
+PROCESS_BYTES = 250 << 20  # of Python with torch and this package
+TILES_IN_WORK = 10  # tiles that a method's intermediate results take, per thread
+READS = 2  # of an adapter's file: for its hash, and for its tensors
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -42,14 +37,15 @@ class Estimate:
     """What a merge takes in one process.
 
     Attributes:
-        modules: How many.
-        values: Per adapter, in the spaces in which they compete.
-        passes: Over these, the last of which merges; the most that a part of the model needs.
-        read: Bytes of the adapters' tensors, as often as they are read.
-        written: Bytes of tensors; at most so many where the data tells the rank, or whether heads are the same.
-        memory: Bytes that are resident at the peak, pages of the adapters' files among them, which a system that is
+        modules: Number of modules.
+        values: Values per adapter, in the spaces in which they are merged.
+        passes: Passes over these values, the last of which merges; the most that a part of the model needs.
+        read: Bytes that are read of the adapters' tensors, as often as they are read.
+        written: Bytes of the tensors that are written; an upper bound where the data tells the rank, or whether heads
+            are the same.
+        memory: Bytes that are resident at the peak. Pages of the adapters' files are among them, which a system that is
             short of memory takes back.
-        seconds: On this machine as it is now; without what the disk takes.
+        seconds: Seconds on this machine as it is now, without the disk.
     """
 
     modules: int
@@ -78,59 +74,88 @@ def estimate_merge(
     rank_pattern: bool = False,
     fold: bool = False,
 ) -> Estimate:
-    """What `merge` and `save_pretrained`, or `fold`, will take. Of the adapters only headers, and token rows, are read.
+    """Estimate what `merge` and `save_pretrained`, or `fold`, will take. Only headers and token rows are read.
 
     Args:
-        recipe: What would be merged.
+        recipe: The merge.
         max_memory: As `merge` takes it.
-        dtype: Of the tensors written, as `save_pretrained` takes it.
-        rank_pattern: Likewise.
-        fold: The recipe's base model is written, with the merge in it.
+        dtype: Dtype of the tensors written, as `save_pretrained` takes it.
+        rank_pattern: As `save_pretrained` takes it.
+        fold: True to estimate a fold into the recipe's base model instead of an adapter.
+
+    Returns:
+        Time, memory and sizes.
 
     Raises:
-        PcbPeftError: As they do, where that can be known from the headers.
+        PcbPeftError: The merge would be refused, and the headers tell so.
+
+    Example:
+        print(estimate_merge(read_recipe("recipe.yaml")))
     """
     check_writable(recipe, fold=fold)
-    dtype, room = parse_dtype(dtype), number_of_bytes(max_memory)
-    base = lazy_base(recipe.base_model)
-    given = load_adapters(recipe.adapters, base_model=base, hashed=False)
+    memory, file_dtype = number_of_bytes(max_memory), parse_dtype(dtype)
+    given = load_adapters(recipe.adapters, base_model=lazy_base(recipe.base_model), hashed=False)
     prepared = prepare(recipe, given, headers_only=True)
-    alignment, merged_heads = prepared.adapter_set, prepared.heads
-    settings, (before, after) = prepared.plan.settings, prepared.plan[2:]
-    costs = [
-        cost
-        for setting in settings
-        for cost in module_costs(alignment, setting, recipe.rank, before, after, room)
+    by_setting = [
+        (setting, module_costs(prepared.adapter_set, prepared.plan, setting, memory))
+        for setting in prepared.plan.settings
     ]
+    costs = [cost for _, some in by_setting for cost in some]
     stored = sum(map(_stored_bytes, given))
     kept, passes = sum(cost.kept for cost in costs), max((cost.passes for cost in costs), default=0)
-    again = max(0.0, 1 - room / kept) * (2 * passes) if kept else 0.0
-    left = [cost.left for cost in costs]
-    result = adapter_bytes(left, torch.float32, rank_pattern=True)
-    written = adapter_bytes(left, dtype, rank_pattern=rank_pattern)
-    copied = 0 if fold or written == result else written
-    written += head_bytes(merged_heads, dtype)
-    if fold and base:
-        written = folded_bytes(base(), merged_heads, alignment.modules, recipe.tied)
+    again = max(0.0, 1 - memory / kept) * (2 * passes) if kept else 0.0
+    written = _written_bytes(prepared, costs, file_dtype, rank_pattern, fold)
     return Estimate(
-        modules=len(alignment.modules),
+        modules=len(prepared.adapter_set.modules),
         values=sum(cost.values for cost in costs),
         passes=passes,
-        read=int(stored * (2 + again)),
+        read=int(stored * (READS + again)),
         written=written,
         memory=PROCESS_BYTES
         + stored
-        + min(room, kept)
+        + min(memory, kept)
         + max((cost.working for cost in costs), default=0)
-        + (0 if recipe.rank == Full() else result + copied)
-        + max((_statistics_bytes(alignment, setting, costs) for setting in settings), default=0),
+        + _result_bytes(prepared, costs, file_dtype, rank_pattern, fold)
+        + max((_statistics_bytes(*some) for some in by_setting), default=0),
         seconds=sum(cost.seconds + again * cost.encode for cost in costs)
-        + stored * _hash_seconds(),
+        + stored * _seconds_per_byte_hashed(),
     )
 
 
+def _written_bytes(
+    prepared: Prepared,
+    costs: Sequence[ModuleCost],
+    dtype: torch.dtype,
+    rank_pattern: bool,
+    fold: bool,
+) -> int:
+    """Bytes of the tensors in the output's files."""
+    if fold and prepared.base:
+        tied, modules = prepared.recipe.tied, prepared.adapter_set.modules
+        return folded_bytes(prepared.base(), prepared.heads, modules, tied)
+    outputs = [cost.output for cost in costs]
+    adapter = adapter_bytes(outputs, dtype, rank_pattern=rank_pattern)
+    return adapter + head_bytes(prepared.heads, dtype)
+
+
+def _result_bytes(
+    prepared: Prepared,
+    costs: Sequence[ModuleCost],
+    dtype: torch.dtype,
+    rank_pattern: bool,
+    fold: bool,
+) -> int:
+    """Bytes of the merged deltas in memory, and of their copies in another dtype or rank for the file."""
+    if prepared.recipe.rank == Full():
+        return 0  # they are merged one by one, when they are folded
+    outputs = [cost.output for cost in costs]
+    result = adapter_bytes(outputs, torch.float32, rank_pattern=True)
+    in_file = adapter_bytes(outputs, dtype, rank_pattern=rank_pattern)
+    return result if fold or in_file == result else result + in_file
+
+
 def _stored_bytes(adapter: Adapter) -> int:
-    """Of the tensors in an adapter's files."""
+    """Bytes of the tensors in an adapter's files."""
     if adapter.files is None:
         return 0
     tensors = adapter.files.tensors
@@ -140,27 +165,26 @@ def _stored_bytes(adapter: Adapter) -> int:
 
 
 @functools.cache
-def _hash_seconds() -> float:
-    """Per byte."""
+def _seconds_per_byte_hashed() -> float:
+    """Seconds that SHA-256 takes per byte on this machine."""
     content = bytes(1 << 22)
     return best_of(lambda: hashlib.sha256(content))[0] / len(content)
 
 
-def _statistics_bytes(alignment: AdapterSet, setting: Setting, costs: Sequence[ModuleCost]) -> int:
-    """Of the tiles in work, of those that are held with a score, of a sample, and of the values that brackets keep."""
-    tasks = len(alignment.adapters)
-    scope, held = sum(cost.values for cost in costs), max(cost.held for cost in costs)
+def _statistics_bytes(setting: Setting, costs: Sequence[ModuleCost]) -> int:
+    """Bytes that a setting's statistics take: cached tiles and scores, tiles in work, samples, and brackets."""
+    scope, cached = sum(cost.values for cost in costs), max(cost.cached for cost in costs)
     if setting.scope == "module":
-        scope, held = max(cost.values for cost in costs), modules_at_once(setting) * held
-    limits = DEFAULT_LIMITS
-    width = limits.dtype(tasks, scope).itemsize
+        scope = max(cost.values for cost in costs)
+        cached *= modules_at_once(setting)
+    tasks, limits = len(setting.weights), DEFAULT_LIMITS
     tile = max(limits.tile_values, *(cost.tile for cost in costs))
-    tiles = torch.get_num_threads() * min(tile, tasks * scope) * TILES_HELD
+    tiles = torch.get_num_threads() * min(tile, tasks * scope) * TILES_IN_WORK
     sampled = limits.sample_size(tasks, scope)
     sample = 4 * tasks * min(scope, sampled)
-    inside = int(scope * limits.bracket_margin / sampled**0.5)
-    inside = min(limits.bracket_size(2 * tasks), inside)
-    brackets = (
-        4 * tasks * inside if scope > limits.sample_values else 0
-    )  # two of them, with room to grow
-    return held + width * (tiles + sample + brackets)
+    brackets = 0
+    if scope > limits.sample_values:
+        inside = int(scope * limits.bracket_margin / math.sqrt(sampled))
+        inside = min(limits.bracket_size(2 * tasks), inside)
+        brackets = 4 * tasks * inside  # two of them, with room to grow
+    return cached + limits.dtype(tasks, scope).itemsize * (tiles + sample + brackets)

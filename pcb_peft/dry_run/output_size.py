@@ -1,4 +1,4 @@
-"""How many bytes a merge writes, from the shapes of what it leaves."""
+"""The bytes that a merge writes, from the shapes of its result."""
 
 import dataclasses
 import math
@@ -10,18 +10,18 @@ from pcb_peft.base.model import BaseModel, split_parameter_name
 from pcb_peft.deltas.replacements import ReplacedParameter
 from pcb_peft.merging.heads import MergedHeads
 
-FLOAT = torch.float32.itemsize  # of magnitudes, and of what stands beside the weights
+FLOAT = torch.float32.itemsize  # of magnitudes, and of the files beside the weights
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class OutputShape:
-    """What a merge leaves of a module.
+    """The merged delta of a module, without its values.
 
     Attributes:
         shape: (out, in).
-        rank: At most so much; None for a vector.
-        rescales: Whether W is rescaled, too.
-        stacked: Whether it is one of several matrices that are stored as one.
+        rank: Upper bound of the rank; None for a vector, or a dense ΔW.
+        rescales: True if W is rescaled, too (DoRA).
+        stacked: True if it is one of several matrices that are stored as one.
     """
 
     shape: tuple[int, int]
@@ -31,40 +31,46 @@ class OutputShape:
 
     @property
     def vector(self) -> bool:
+        """True if it is stored without factors."""
         return self.rank is None or self.shape[1] == 1
 
 
-def adapter_bytes(left: Collection[OutputShape], dtype: torch.dtype, *, rank_pattern: bool) -> int:
-    """Of deltas as an adapter: the factors have one rank if each has not its own, and all rescale W if one does."""
-    matrices = [one for one in left if not one.vector]
+def adapter_bytes(
+    outputs: Collection[OutputShape], dtype: torch.dtype, *, rank_pattern: bool
+) -> int:
+    """Return the bytes of deltas as an adapter: all factors have one rank, unless each has its own.
+
+    If one module rescales W, all do.
+    """
+    matrices = [one for one in outputs if not one.vector]
     highest = max((one.rank or 0 for one in matrices), default=0)
-    values = sum(math.prod(one.shape) for one in left if one.vector)
+    values = sum(math.prod(one.shape) for one in outputs if one.vector)
     for one in matrices:
-        own = rank_pattern and not one.stacked
-        values += ((one.rank or 0) if own else highest) * sum(one.shape)
+        rank = one.rank or 0 if rank_pattern and not one.stacked else highest
+        values += rank * sum(one.shape)
     rescales = any(one.rescales for one in matrices)
     magnitudes = sum(one.shape[0] for one in matrices) if rescales else 0
     return values * dtype.itemsize + magnitudes * FLOAT
 
 
 def head_bytes(merged_heads: MergedHeads, dtype: torch.dtype) -> int:
-    """Of what is replaced, in the adapter and in the files beside it."""
+    """Return the bytes of what is replaced, in the adapter and in the files beside it."""
     head = merged_heads.head
     rows = [*head.rows.values(), *(head.rows[of] for of in head.copies.values())]
-    values = sum(some.load().numel() for some in rows) + _values(head.parameters.values())
+    values = sum(one.load().numel() for one in rows) + _values(head.parameters.values())
     return values * dtype.itemsize + _kept_bytes(merged_heads)
 
 
 def folded_bytes(
     base: BaseModel, merged_heads: MergedHeads, modules: Iterable[str], tied: str
 ) -> int:
-    """Of the base model with the merge in it.
+    """Return the bytes of the base model with the merge in it.
 
     Args:
         base: The base model.
-        settled: What is replaced.
-        modules: Those that change.
-        tied: What becomes of tied weights; one that is untied is stored twice.
+        merged_heads: What is replaced.
+        modules: The modules that change.
+        tied: Policy for tied weights; a weight that is untied is stored twice.
     """
     sizes = {name: span.end - span.begin for name, span in base.tensors.items()}
     total = sum(sizes.values()) + _kept_bytes(merged_heads)
@@ -84,7 +90,7 @@ def folded_bytes(
 
 
 def _kept_bytes(merged_heads: MergedHeads) -> int:
-    """Of the files that stand beside the weights."""
+    """Bytes of the files beside the weights."""
     return FLOAT * sum(_values(head.parameters.values()) for head in merged_heads.kept.values())
 
 
@@ -93,5 +99,5 @@ def _values(parameters: Iterable[ReplacedParameter]) -> int:
 
 
 def _grown(size: int, old: tuple[int, ...], new: tuple[int, ...]) -> int:
-    """By how many bytes a tensor grows that gets another shape."""
+    """Bytes that are added when a tensor is resized."""
     return size // math.prod(old) * math.prod(new) - size
