@@ -158,3 +158,23 @@ def test_a_wrong_option_of_a_method_is_seen_by_a_type_checker(tmp_path: Path):
     )
     assert 'No parameter named "densty"' in ran.stdout
     assert "1 error" in ran.stdout, ran.stdout
+
+
+def test_the_examples_of_registries_statistics_and_processes_run(tmp_path: Path):
+    """In a process of their own: one of them registers a method."""
+    modules = (
+        "plugins.registry",
+        "methods.registry",
+        "spaces.registry",
+        "calibrations.registry",
+        "data.statistics_file",
+        "runtime.processes",
+    )
+    code = (
+        "import doctest, importlib\n"
+        f"for name in {modules}:\n"
+        "    result = doctest.testmod(importlib.import_module(f'pcb_peft.{name}'))\n"
+        "    print(name, result.failed, result.attempted > 0)"
+    )
+    ran = python(code, tmp_path)
+    assert ran.stdout == "".join(f"{name} 0 True\n" for name in modules), ran.stdout + ran.stderr

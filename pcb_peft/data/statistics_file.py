@@ -120,6 +120,17 @@ def open_statistics(statistics: StatisticsLike) -> TaskStatistics:
 
     Raises:
         AdapterError: The file holds no statistics, or has another hash.
+
+    Example:
+        >>> import pathlib, tempfile, torch
+        >>> from pcb_peft import TaskStatistics, open_statistics
+        >>> from pcb_peft.data.statistics_file import save_statistics
+        >>> grams = {"layers.0.q_proj": torch.eye(8)}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = pathlib.Path(folder, "math.safetensors")
+        ...     save_statistics(TaskStatistics("gram", {"layers.0.q_proj": (8, 8)}, grams.__getitem__), file)
+        ...     open_statistics(file).shapes
+        {'layers.0.q_proj': (8, 8)}
     """
     if isinstance(statistics, TaskStatistics):
         return statistics

@@ -124,6 +124,9 @@ def merge_method(
 def list_methods() -> dict[str, MergeMethod]:
     """Return all merge methods by name.
 
+    Returns:
+        Names and methods, in alphabetical order, those of other installed packages included.
+
     Example:
         >>> from pcb_peft import list_methods
         >>> list_methods()["linear"].paper

@@ -87,6 +87,9 @@ def space(
 def list_spaces() -> dict[str, Space]:
     """Return all spaces by name.
 
+    Returns:
+        Names and spaces, in alphabetical order, those of other installed packages included.
+
     Example:
         >>> from pcb_peft import list_spaces
         >>> list_spaces()["dense"].low_rank_output
