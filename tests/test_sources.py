@@ -11,7 +11,14 @@ import torch
 from helpers import lora
 from safetensors.torch import load_file
 
-from pcb_peft import AdapterError, Source, UnsupportedError, load_adapter, merge_adapters
+from pcb_peft import (
+    AdapterError,
+    OptionError,
+    Source,
+    UnsupportedError,
+    load_adapter,
+    merge_adapters,
+)
 
 # PEFT 0.21 asks transformers 5.23 for it
 
@@ -282,9 +289,9 @@ def test_merging_a_live_model_leaves_it_as_it_is(workshop):
 
 def test_an_adapter_that_a_model_does_not_have_is_named_with_those_it_has(workshop):
     model = workshop.peft_model("mlp", lora(), name="math")
-    with pytest.raises(AdapterError, match="no adapter 'code'; its adapters are math"):
+    with pytest.raises(OptionError, match="no adapter 'code'; its adapters are math"):
         load_adapter((model, "code"))
-    with pytest.raises(AdapterError, match="is it a PeftModel"):
+    with pytest.raises(OptionError, match="is it a PeftModel"):
         load_adapter((workshop.model("mlp"), "code"))
 
 

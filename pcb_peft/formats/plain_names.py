@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pcb_peft.errors import AdapterError, UnsupportedError
 from pcb_peft.formats.checkpoint import Tensors
+from pcb_peft.formats.keys import PREFIX
 
 WRAPPERS = frozenset(
     {
@@ -32,6 +33,7 @@ _TUNER_PARTS = (
     r"shira|vblora|hira|gralora|trainable_tokens)_\w+"
 )
 _WITH_ADAPTER = re.compile(rf"\.({_TUNER_PARTS})\.(?!weight$|bias$)([^.]+)(?=\.|$)")
+_PLAIN = re.compile(rf".*\.{_TUNER_PARTS}(\.weight|\.bias)?")
 _BY_MODULE = ("rank_pattern", "alpha_pattern")  # fields of a configuration that name modules
 
 
@@ -68,8 +70,9 @@ def with_plain_names(tensors: Tensors) -> Tensors:
         AdapterError: Two tensors have one plain name.
     """
     names = tensors.names()
-    adapter = _only_adapter(names, tensors.where)
-    plain = {name: _without_adapter(without_wrappers(name), adapter) for name in names}
+    unwrapped = {name: without_wrappers(name) for name in names}
+    adapter = _only_adapter(unwrapped.values(), tensors.where)
+    plain = {name: _without_adapter(unwrapped[name], adapter) for name in names}
     if all(name == new for name, new in plain.items()):
         return tensors
     stored: dict[str, str] = {}
@@ -98,23 +101,22 @@ def without_wrappers(name: str) -> str:
 
 
 def _only_adapter(names: Iterable[str], where: str) -> str | None:
-    """Return the name of the adapter that the names hold, if they hold one."""
-    found = {match[2] for name in names for match in _WITH_ADAPTER.finditer(name)}
-    if len(found) > 1:
+    """Return the name of the adapter in the names of PEFT's tensors; None if one tensor does without it."""
+    peft_names = [name for name in names if name.startswith(PREFIX)]
+    if any(map(_PLAIN.fullmatch, peft_names)):
+        return None
+    adapters = {match[2] for name in peft_names for match in _WITH_ADAPTER.finditer(name)}
+    if len(adapters) > 1:
         raise UnsupportedError(
-            f"{where} holds the adapters {', '.join(sorted(found))}, of which one can be read at a time; load the file "
+            f"{where} holds the adapters {', '.join(sorted(adapters))}, and one can be read at a time; load the file "
             "into a PeftModel and save each with save_pretrained(…, selected_adapters=[…])"
         )
-    return next(iter(found), None)
+    return next(iter(adapters), None)
 
 
 def _without_adapter(name: str, adapter: str | None) -> str:
     if adapter is None:
         return name
-    short = _WITH_ADAPTER.sub(r".\1", name)
-    short = short.replace(
-        f".modules_to_save.{adapter}.", "."
-    )  # PEFT saves a head under its own name,
-    return re.sub(
-        r"\.lora_magnitude_vector\.weight$", ".lora_magnitude_vector", short
-    )  # a magnitude so
+    # PEFT saves a head under the name of its module, and a magnitude without "weight"
+    short = _WITH_ADAPTER.sub(r".\1", name).replace(f".modules_to_save.{adapter}.", ".")
+    return re.sub(r"\.lora_magnitude_vector\.weight$", ".lora_magnitude_vector", short)
