@@ -59,5 +59,5 @@ def _ratios(products: Mapping[str, float], squares: Mapping[str, float]) -> dict
 
 
 def _ratio(product: float, square: float) -> float:
-    """The quotient; 0 for an adapter that changes nothing."""
+    """Return the quotient; 0 for an adapter that changes nothing."""
     return product / square if square else 0.0

@@ -56,7 +56,7 @@ def fall_back_to_lora(adapters: Sequence[Adapter], base: Base) -> tuple[list[Ada
 
 
 def _any_rescales(adapters: Sequence[Adapter]) -> bool:
-    return any(entry.kind is Rescaled for a in adapters for entry in a.modules.entries.values())
+    return any(entry.kind.rescales for a in adapters for entry in a.modules.entries.values())
 
 
 def _obstacle(module: str, entry: LazyDelta, base: Base) -> str:
@@ -67,7 +67,7 @@ def _obstacle(module: str, entry: LazyDelta, base: Base) -> str:
         return "is one of several matrices in a parameter"
     if module.endswith(IN_PROJ):
         return "is a part of MultiheadAttention"
-    known = entry.kind is Rescaled or (base is not None and _has(base, module))
+    known = entry.kind.rescales or (base is not None and _has(base, module))
     return "" if known else "is added to a weight that is not known, or not given (base_model)"
 
 
@@ -96,7 +96,7 @@ def lift_to_dora(
     if _any_rescales(adapters) and kinds == {LowRank}:
         report.note(SAVED_AS_LORA)
     base = base or next((adapter.base for adapter in adapters if adapter.base), None)
-    if base is None or Rescaled not in kinds:
+    if base is None or not any(kind.rescales for kind in kinds):
         return dict(entries)
     return {
         module: dataclasses.replace(

@@ -5,7 +5,7 @@ import functools
 import math
 from typing import NamedTuple, TypeVar
 
-from pcb_peft.deltas.delta import Delta, Dense, Diagonal, LowRank, Rescaled
+from pcb_peft.deltas.delta import Delta, Dense, LowRank, Rescaled
 from pcb_peft.deltas.rank import (
     energy_of_whole,
     truncate,
@@ -89,7 +89,7 @@ class ModuleFinisher:
             cut, energy = truncate_low_rank_part(delta, self.rank)
             return cut, energy, cut.norm()
         lossless = self.rank == LOSSLESS
-        if isinstance(delta, Diagonal) or (isinstance(delta, LowRank) and lossless):
+        if delta.multiplies or (isinstance(delta, LowRank) and lossless):
             return delta, 1.0, delta.norm()
         rank = self.rank
         if lossless and not self.low_rank_output:
@@ -195,7 +195,7 @@ def apply_rank_budget(
 
 
 def _cut(entry: LazyDelta, cut: LowRank) -> Delta:
-    return entry.load().with_low_rank_part(cut) if entry.kind is Rescaled else cut
+    return entry.load().with_low_rank_part(cut) if entry.kind.rescales else cut
 
 
 def _energy_and_norm(delta: Delta, cut: LowRank, energy: float) -> tuple[float, float]:

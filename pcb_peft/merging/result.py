@@ -12,7 +12,7 @@ from torch import Tensor
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.delta_mapping import DeltaMapping
 from pcb_peft.base.model import BaseModel
-from pcb_peft.deltas.delta import Delta, Rescaled
+from pcb_peft.deltas.delta import Delta
 from pcb_peft.deltas.replacements import Tied
 from pcb_peft.formats import LazyDelta, Weights
 from pcb_peft.merging.finish import PendingModule
@@ -99,7 +99,7 @@ class MergedAdapter(Adapter):
         biases = {name: entry for name, entry in entries.items() if name.endswith(".bias")}
         changed = {name.removesuffix(".bias") for name in biases}
         weights = entries.keys() - biases.keys()
-        rescaled = any(entries[name].kind is Rescaled for name in weights)
+        rescaled = any(entries[name].kind.rescales for name in weights)
         fits = changed == weights and not rescaled  # a LoRA changes all biases or none, a DoRA none
         if not weights or fits or self.base is None:
             return {}

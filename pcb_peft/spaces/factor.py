@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pcb_peft.deltas.delta import Delta, LowRank, Rescaled
+from pcb_peft.deltas.linalg import pad_rows
 from pcb_peft.deltas.rank import balanced
 from pcb_peft.spaces.registry import Projection, space
 from pcb_peft.tasks.blocks import stacked
@@ -44,8 +45,8 @@ def factor(
     """
     pairs = [GAUGES[gauge](delta) for delta in deltas]
     rank = max(lora_A.shape[0] for lora_A, _ in pairs)
-    lora_A = torch.stack([_padded(a, rank) for a, _ in pairs])
-    lora_B = torch.stack([_padded(b.T, rank).T for _, b in pairs])
+    lora_A = torch.stack([pad_rows(a, rank) for a, _ in pairs])
+    lora_B = torch.stack([pad_rows(b.T, rank).T for _, b in pairs])
     roots = [math.sqrt(abs(weight)) for weight in weights]
     signed = [math.copysign(root, weight) for root, weight in zip(roots, weights, strict=True)]
     layout = deltas[0].layout
@@ -53,8 +54,3 @@ def factor(
     return Projection(
         blocks, lambda merged: LowRank(merged[0].float(), merged[1].float(), layout=layout)
     )
-
-
-def _padded(matrix: Tensor, rows: int) -> Tensor:
-    """The matrix with rows of zeros added at the end, up to that number."""
-    return torch.nn.functional.pad(matrix, (0, 0, 0, rows - matrix.shape[0]))
