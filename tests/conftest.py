@@ -1,14 +1,14 @@
-"""Tiny models, and adapters on them: made, saved and measured by PEFT itself."""
+"""Adapters on tiny models (models.py): made, saved and measured by PEFT itself."""
 
 import copy
 import dataclasses
-import functools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import models
 import peft
 import pytest
 import torch
@@ -24,139 +24,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each worker
     torch.set_num_threads(1)
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(10, 14)
-        self.down = nn.Linear(14, 10, bias=False)
-        self.mix = nn.Linear(10, 10)
-
-
-class Mlp(nn.Module):
-    """No model of transformers; its first layer has the last name of others."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(6, 10)
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
-        self.head = nn.Linear(10, 3)
-
-
-class Odd(nn.Module):
-    """Layers that are not linear, beside one that is."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(7, 6)
-        self.line = nn.Conv1d(3, 4, 3)
-        self.image = nn.Conv2d(3, 4, 2)
-        self.point = nn.Conv2d(3, 4, 1)
-        self.volume = nn.Conv3d(2, 3, 2)
-        self.grouped = nn.Conv2d(4, 8, 3, groups=2)
-        self.attention = nn.MultiheadAttention(8, 2)
-        self.norm = nn.LayerNorm(6)
-        self.inner = nn.Module()
-        self.inner.experts = nn.Parameter(torch.ones(3, 6, 5))
-        self.inner.others = nn.Parameter(torch.ones(3, 4))
-        self.linear = nn.Linear(6, 6)
-        self.wide = nn.Linear(6, 9)
-        self.deep = nn.Conv1d(64, 16, 2)
-
-
-def llama() -> nn.Module:
-    config = transformers.LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=False,
-    )
-    return transformers.LlamaForCausalLM(config)
-
-
-def gpt2() -> nn.Module:
-    config = transformers.GPT2Config(
-        vocab_size=32,
-        n_positions=16,
-        n_embd=16,
-        n_layer=2,
-        n_head=2,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    return transformers.GPT2LMHeadModel(config)
-
-
-def bert() -> nn.Module:
-    config = transformers.BertConfig(
-        vocab_size=32,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=16,
-        num_labels=3,
-    )
-    return transformers.BertForSequenceClassification(config)
-
-
-def mixtral(**sizes: int) -> nn.Module:
-    """Experts in memory as stacks (E, out, in), in files one by one."""
-    config = transformers.MixtralConfig(
-        vocab_size=32,
-        hidden_size=sizes.get("hidden", 16),
-        intermediate_size=12,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=3,
-        num_experts_per_tok=2,
-    )
-    return transformers.MixtralForCausalLM(config)
-
-
-def gpt_oss() -> nn.Module:
-    """Experts as stacks (E, in, out), also in files."""
-    config = transformers.GptOssConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=12,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=4,
-        num_local_experts=3,
-        num_experts_per_tok=2,
-        layer_types=["full_attention"],
-    )
-    return transformers.GptOssForCausalLM(config)
-
-
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "mlp": Mlp,
-    "odd": Odd,
-    "llama": llama,
-    "gpt2": gpt2,  # its layers are Conv1D, one of them square
-    "bert": bert,
-    "mixtral": mixtral,
-    "square mixtral": functools.partial(mixtral, hidden=12),
-    "gpt_oss": gpt_oss,
-}
-
-
-@functools.cache
-def original(kind: str) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = MODELS[kind]()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) / 10)
-    return model.eval()
-
-
 @dataclasses.dataclass(frozen=True)
 class Workshop:
     """Makes models and adapters below a directory."""
@@ -165,21 +32,12 @@ class Workshop:
 
     def model(self, kind: str) -> nn.Module:
         """Always with the same values, none of them zero."""
-        return copy.deepcopy(original(kind))
+        return copy.deepcopy(models.original(kind))
 
     def base(self, kind: str) -> Path:
         """The model as a checkpoint."""
         directory = self.directory / "bases" / kind
-        if directory.is_dir():
-            return directory
-        model = self.model(kind)
-        if isinstance(model, transformers.PreTrainedModel):
-            model.save_pretrained(directory)
-        else:
-            directory.mkdir(parents=True)
-            save_file(model.state_dict(), directory / "model.safetensors")
-            (directory / "config.json").write_text("{}")
-        return directory
+        return directory if directory.is_dir() else models.save(self.model(kind), directory)
 
     def peft_model(
         self,

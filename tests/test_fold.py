@@ -8,6 +8,7 @@ import stat
 from collections.abc import Mapping
 
 import huggingface_hub
+import models
 import peft
 import pytest
 import torch
@@ -20,41 +21,28 @@ from pcb_peft.deltas.layout import CONV1D, LINEAR
 from pcb_peft.errors import BaseModelError, MismatchError, OutputError
 from pcb_peft.writing.fold import fold_deltas
 
-# PEFT 0.21 asks transformers 5.23 for it
-
 CAUSAL = transformers.AutoModelForCausalLM
 CLASSIFIER = transformers.AutoModelForSequenceClassification
-LLAMA = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 112,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": False,
-}
-GPT2 = {"vocab_size": 96, "n_positions": 32, "n_embd": 64, "n_layer": 2, "n_head": 4}
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 
 
+LARGER = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 112}  # five files of 40 KB
+
+
 def save_model(directory, model, **options):
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) / 20)
-    model.save_pretrained(directory, **options)
+    models.save(model, directory, **options)
     (directory / "tokenizer.json").write_text('{"not": "read"}')
     return directory
 
 
 def llama(directory, *, dtype=torch.bfloat16, shard="1GB", **config):
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA | config))
-    return save_model(directory, model.to(dtype), max_shard_size=shard)
+    model = models.original("llama", **LARGER, **config)
+    return save_model(directory, model, dtype=dtype, shard=shard)
 
 
 def gpt2(directory):
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2))
-    return save_model(directory, model.bfloat16())
+    model = models.original("gpt2", vocab_size=96, n_positions=32, n_embd=64)
+    return save_model(directory, model, dtype=torch.bfloat16)
 
 
 def minilm():
@@ -283,7 +271,7 @@ def test_a_prefix_that_the_adapter_lacks_is_added(tmp_path):
 
 def test_a_base_of_an_older_naming_is_found_under_both_names(tmp_path):
     """Llava's language model was `language_model.model`, is `model.language_model`."""
-    text = transformers.LlamaConfig(**LLAMA)
+    text = models.original("llama", **LARGER).config
     vision = transformers.CLIPVisionConfig(
         hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         image_size=8, patch_size=4,
@@ -300,8 +288,7 @@ def test_a_base_of_an_older_naming_is_found_under_both_names(tmp_path):
 
 
 def test_experts_are_found_one_by_one_and_refused_where_they_are_fused(tmp_path):
-    config = transformers.MixtralConfig(**LLAMA, num_local_experts=3, num_experts_per_tok=2)
-    base = open_base_model(save_model(tmp_path / "b", transformers.MixtralForCausalLM(config)))
+    base = open_base_model(save_model(tmp_path / "b", models.original("mixtral", **LARGER)))
     expert = "model.layers.0.block_sparse_moe.experts.2.w1"
     assert base.parameter(expert) == f"{expert}.weight"
     assert base.weight("model.layers.0.self_attn.q_proj").shape == (64, 64)
