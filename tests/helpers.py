@@ -26,7 +26,8 @@ TARGETS = ("up", "mix")  # modules of `Workshop`'s model "mlp"
 LOW_RANK = {name: space for name, space in list_spaces().items() if LowRank in space.accepts}
 TRUNCATING = {"ctm"}  # the only space that may drop energy before the merge
 LOSSLESS = [name for name in LOW_RANK if name not in TRUNCATING]
-LOSSLESS_LOW_RANK = [name for name in LOSSLESS if LOW_RANK[name].low_rank_output]
+LOW_RANK_OUTPUT = [name for name in LOW_RANK if LOW_RANK[name].low_rank_output]
+LOSSLESS_LOW_RANK = [name for name in LOSSLESS if name in LOW_RANK_OUTPUT]
 COORDINATES = [name for name in LOSSLESS if name != "factor"]  # linear in ΔW: a sum stays a sum
 
 
