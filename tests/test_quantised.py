@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from pcb_peft import BaseModelError
 from pcb_peft.base import dequantise
-from pcb_peft.base.files import read_spans
+from pcb_peft.base.files import read_tensor_infos
 from pcb_peft.base.quantised import quantised_weights, without_quantisation
 
 UP = "model.layers.0.mlp.up_proj"
@@ -27,7 +27,7 @@ def weights_in(directory, config=None):
     """The quantised weights of the checkpoint in a directory."""
     config = config or json.loads((directory / "config.json").read_text())
     tensors = load_file(directory / "model.safetensors")
-    infos = read_spans(directory, ["model.safetensors"])
+    infos = read_tensor_infos(directory, ["model.safetensors"])
     return quantised_weights(config, infos, tensors.__getitem__, "base")
 
 
