@@ -2,11 +2,13 @@
 
 import copy
 import dataclasses
+import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import models
 import peft
@@ -29,6 +31,7 @@ class Workshop:
     """Makes models and adapters below a directory."""
 
     directory: Path
+    store: ClassVar[Path]
 
     def model(self, kind: str) -> nn.Module:
         """Always with the same values, none of them zero."""
@@ -37,7 +40,9 @@ class Workshop:
     def base(self, kind: str) -> Path:
         """The model as a checkpoint."""
         directory = self.directory / "bases" / kind
-        return directory if directory.is_dir() else models.save(self.model(kind), directory)
+        if directory.is_dir():
+            return directory
+        return self._copied(kind, directory, lambda path: models.save(models.original(kind), path))
 
     def peft_model(
         self,
@@ -78,12 +83,25 @@ class Workshop:
         safetensors: bool = True,
     ) -> Path:
         """The directory of such an adapter, saved."""
-        directory = self.directory / name
-        model = self.peft_model(kind, config, seed=seed, base=base).to(dtype)
-        model.save_pretrained(
-            directory, safe_serialization=safetensors, save_embedding_layers=False
-        )
-        return directory
+
+        def make(directory: Path) -> None:
+            model = self.peft_model(kind, config, seed=seed, base=base).to(dtype)
+            model.save_pretrained(
+                directory, safe_serialization=safetensors, save_embedding_layers=False
+            )
+
+        if isinstance(kind, str):
+            key = repr((kind, config, seed, base, dtype, safetensors))
+            return self._copied(key, self.directory / name, make)
+        make(self.directory / name)
+        return self.directory / name
+
+    def _copied(self, key: str, directory: Path, make: Callable[[Path], object]) -> Path:
+        """A copy of what `make` writes into a directory; it is made once in a session."""
+        original = self.store / hashlib.sha256(key.encode()).hexdigest()
+        if not original.is_dir():
+            make(original)
+        return shutil.copytree(original, directory, dirs_exist_ok=True)
 
     def adapters(
         self, kind: str, configs: Iterable[peft.PeftConfig], base: str | None = None
@@ -172,6 +190,12 @@ def offline() -> Iterator[None]:
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _store(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A place for what is made once and then copied."""
+    Workshop.store = tmp_path_factory.mktemp("store")
 
 
 @pytest.fixture
