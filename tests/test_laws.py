@@ -357,7 +357,7 @@ def test_an_adapter_that_is_alone_comes_back_times_its_weight(case):
             merged = merge(case, one, [weight], rank=rank)
             found = {module: merged.delta(module).double().numpy() for module in merged.modules}
             assert distance(found, dense(one, [weight])) <= 1e-6
-            assert "is alone" in str(merged.report)
+            assert "is the only adapter" in str(merged.report)
     assert set(merged.modules) == set(SHAPES)
 
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from pcb_peft import OptionError, __version__
-from pcb_peft.evaluation import demo
+from pcb_peft.commands import demo
 
 ROOT = Path(__file__).parents[1]
 PROJECT = (ROOT / "pyproject.toml").read_text("utf-8")
@@ -59,7 +59,7 @@ def test_the_demo_finds_its_adapters_in_the_checkout():
 
 
 def test_the_demo_finds_them_in_the_current_directory_or_says_where_they_are(monkeypatch, tmp_path):
-    installed = tmp_path / "site-packages" / "pcb_peft" / "evaluation" / "demo.py"
+    installed = tmp_path / "site-packages" / "pcb_peft" / "commands" / "demo.py"
     monkeypatch.setattr(demo, "__file__", str(installed))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OptionError, match=f"git clone {HOME} "):
