@@ -176,7 +176,8 @@ def test_a_signal_ends_one_that_calls_or_waits_before_the_others_are_done(
         how = {0: IN_THE_CALL.format(number=int(number)), 1: WAIT_FOR_ITS_END}
     cases = {"out": {"fail": how, "method": "failing"}}
     codes, _, errors = merged_by(launch, 2, tmp_path / "failed", adapters, cases)
-    assert codes[0] in (128 + number, -number), errors[
+    # 1: a KeyboardInterrupt that reaches the end of Python, while a library is at its own end
+    assert codes[0] in (128 + number, -number, 1), errors[
         0
     ]  # as Python says that an interruption ended it
     assert codes[1] == 1
