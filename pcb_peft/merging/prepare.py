@@ -1,12 +1,11 @@
 """All that is decided before a merge, or its dry run: in one order, once, from files' headers where that is enough."""
 
 import dataclasses
-import itertools
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.loading import load_adapters
+from pcb_peft.adapters.names import named_apart
 from pcb_peft.adapters.source import IN_MEMORY, Source
 from pcb_peft.base.model import BaseModel, lazy_base
 from pcb_peft.data.statistics_file import TaskStatistics, check_statistics, open_statistics
@@ -77,7 +76,7 @@ def prepare(
     """
     chosen, base = method or get_method(method_of(recipe.method)), lazy_base(recipe.base_model)
     given = adapters or load_adapters(recipe.adapters, base_model=base, hashed=not headers_only)
-    renamed, name_notes = _under_one_name(_named_apart(given), base)
+    renamed, name_notes = _under_one_name(named_apart(given), base)
     resolved = _resolved(renamed, recipe, base)
     fitting, fallback_notes = fall_back_to_lora(resolved, base)
     opened = statistics or [open_statistics(source) for source in recipe.statistics]
@@ -146,20 +145,6 @@ def _refuse_different_files(adapters: Sequence[Adapter]) -> None:
                 f"processes 0 and {rank} read different files under the name of {names}; let all processes see the "
                 "same adapters"
             )
-
-
-def _named_apart(adapters: Sequence[Adapter]) -> list[Adapter]:
-    """The adapters, numbered where two have the same name."""
-    total = Counter(adapter.name for adapter in adapters)
-    taken = {name for name, count in total.items() if count == 1}
-    named: list[Adapter] = []
-    for adapter in adapters:
-        numbered = (f"{adapter.name}-{number}" for number in itertools.count(1))
-        single = total[adapter.name] == 1
-        name = adapter.name if single else next(n for n in numbered if n not in taken)
-        taken.add(name)
-        named.append(dataclasses.replace(adapter, name=name))
-    return named
 
 
 def _version_notes(recipe: Recipe) -> list[str]:
