@@ -4,11 +4,10 @@ Nothing here knows of merges. A `Task` is an adapter with its own head and label
 over them once, and every head is then a matrix product.
 """
 
-import contextlib
 import dataclasses
 import json
 import warnings
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pcb_peft.errors import OptionError
+from pcb_peft.evaluation.host import quiet_transformers
 
 MAX_LENGTH = 64
 BATCH_SIZE = 64
@@ -117,7 +117,7 @@ def load_base(folder: Path, labels: int = 2) -> Any:
     """Load the base encoder under an untrained classifier."""
     from transformers import AutoModelForSequenceClassification
 
-    with _quiet():
+    with quiet_transformers():
         model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=labels)
     return model.eval()
 
@@ -129,22 +129,6 @@ def load_with_peft(base: Path, adapter: Path, labels: int = 2) -> Any:
     with warnings.catch_warnings():  # peft asks transformers for a name that is deprecated there
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
         return PeftModel.from_pretrained(load_base(base, labels), adapter).eval()
-
-
-@contextlib.contextmanager
-def _quiet() -> Generator[None]:
-    """Silence the progress bar, and the report that the classifier is new: it is meant to be."""
-    from transformers.utils import logging
-
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()
 
 
 def load_tokenizer(base: Path) -> Any:
