@@ -8,7 +8,6 @@ from pathlib import Path
 
 from pcb_peft import all_processes, merge_adapters, merge_method
 from pcb_peft.merging import engine
-from pcb_peft.merging.module_merger import ModuleMerger
 from pcb_peft.runtime.processes import current
 from pcb_peft.tasks.limits import Limits
 
@@ -33,7 +32,7 @@ def small():
     limits = Limits(
         tile_values=1 << 8, sample_values=1 << 7, bracket_values=1 << 7, cached_values=0
     )
-    engine.ModuleMerger = functools.partial(ModuleMerger, limits=limits)
+    engine.merge = functools.partial(engine.merge, limits=limits)
 
 
 def main(file):

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from pcb_peft import Adapter, load_adapter, merge_adapters
 from pcb_peft.deltas.delta import LowRank
 from pcb_peft.merging import engine
-from pcb_peft.merging.module_merger import ModuleMerger
 from pcb_peft.tasks.limits import DEFAULT_LIMITS, Limits
 
 FORMULAS = {  # name: method, its options, the transcription
@@ -58,8 +57,8 @@ SCALE = 0.1  # of all other modules: tanh bends such values and does not saturat
 
 def use_limits(monkeypatch, **limits):
     """Merge with these limits."""
-    limited = functools.partial(ModuleMerger, limits=Limits(**limits))
-    monkeypatch.setattr(engine, "ModuleMerger", limited)
+    limited = functools.partial(engine.merge, limits=Limits(**limits))
+    monkeypatch.setattr(engine, "merge", limited)
 
 
 def normal(seed, *shape):

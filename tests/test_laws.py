@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from pcb_peft import TaskStatistics, list_methods, merge_adapters
 from pcb_peft.deltas.delta import LowRank
 from pcb_peft.merging import engine
-from pcb_peft.merging.module_merger import ModuleMerger
 from pcb_peft.tasks.limits import Limits
 
 
@@ -282,7 +281,7 @@ def threads(count):
 @every_case
 def test_another_call_gives_the_same_bytes_whatever_tiles_threads_and_memory(case, monkeypatch):
     limits = Limits(tile_values=90, sample_values=150, cached_values=0)
-    monkeypatch.setattr(engine, "ModuleMerger", functools.partial(ModuleMerger, limits=limits))
+    monkeypatch.setattr(engine, "merge", functools.partial(engine.merge, limits=limits))
     with threads(2):
         found = result(case, pool(), max_memory=0)
     assert all(found[module].tobytes() == x.tobytes() for module, x in usual(case).items())

@@ -398,6 +398,16 @@ def test_a_recipe_of_paths_is_one_of_words(tmp_path):
     assert Recipe.parse(adapters=["a"], base_model=tmp_path).base_model == str(tmp_path)
 
 
+def test_a_recipe_can_be_changed_in_some_fields():
+    recipe = Recipe.parse(adapters=["a", "b"], weights=[1, 2], rank=4, after="svc")
+    changed = recipe.changed(rank="full", weights=[3, [0, 1]])
+    assert changed == Recipe.parse(
+        adapters=["a", "b"], weights=[3, [0, 1]], rank="full", after=["svc"]
+    )
+    with pytest.raises(OptionError, match="2 adapters and 1 weights"):
+        recipe.changed(weights=[1])
+
+
 def test_errors_are_those_that_peft_raises_too(tmp_path):
     with pytest.raises(ValueError, match="rank is -1"):
         Recipe.parse(adapters=["a"], rank=-1)

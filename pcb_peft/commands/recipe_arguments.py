@@ -1,7 +1,6 @@
 """A recipe from the command line: from flags, or from a file that flags and ``--set`` change."""
 
 import argparse
-import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,7 +112,7 @@ def _changed_recipe(
     file: Path, fields: dict[str, Any], options: dict[str, Any]
 ) -> "tuple[Recipe, list[str]]":
     """A recipe from a file, with these fields and options instead of its own."""
-    from pcb_peft.recipes.recipe import Recipe, read_recipe
+    from pcb_peft.recipes.recipe import read_recipe
 
     recipe = read_recipe(file)
     method, space = fields.get("method", recipe.method), fields.get("space", recipe.space)
@@ -126,6 +125,4 @@ def _changed_recipe(
         notes.append(f"changed on the command line, against {file}: {', '.join(changed)}")
     if dropped := [name for name in recipe.options if name not in {**kept, **options}]:
         notes.append(f"left out, because {method} has no such option: {', '.join(dropped)}")
-    parsed = Recipe.parse(adapters=recipe.adapters, **fields)
-    changes = {name: getattr(parsed, name) for name in fields}
-    return dataclasses.replace(recipe, options=kept | options, **changes), notes
+    return recipe.changed(options=kept | options, **fields), notes

@@ -1,1 +1,1 @@
-"""What a merge would take: time, memory, size of the output."""
+"""The cost of a merge before it is made: time, memory, size of the output."""

@@ -1,4 +1,4 @@
-"""What a merge would take, and what it would write, before a tensor is read.
+"""An estimate of what a merge takes and writes, before a tensor is read.
 
 Bytes follow from shapes. Seconds are those of random modules that are merged for a moment (`module_cost`).
 """
@@ -34,7 +34,7 @@ READS = 2  # of an adapter's file: for its hash, and for its tensors
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a merge takes in one process.
+    """The cost of a merge in one process.
 
     Attributes:
         modules: Number of modules.

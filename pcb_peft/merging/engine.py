@@ -39,6 +39,7 @@ from pcb_peft.recipes.steps import StepsLike
 from pcb_peft.recipes.weights import WeightsLike
 from pcb_peft.runtime.progress import Track, tracker
 from pcb_peft.runtime.resources import DEFAULT_MEMORY, number_of_bytes, working_device
+from pcb_peft.tasks.limits import DEFAULT_LIMITS, Limits
 
 
 def merge_adapters(  # noqa: PLR0913  (every choice of a merge, by name)
@@ -151,6 +152,7 @@ def merge(
     device: str | torch.device | None = None,
     progress: bool | None = None,
     max_memory: int | str = DEFAULT_MEMORY,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> MergedAdapter:
     """Make the merge that a recipe describes.
 
@@ -162,6 +164,7 @@ def merge(
         device: As `merge_adapters` takes it.
         progress: Likewise.
         max_memory: Likewise.
+        limits: How many values are looked at, computed and kept at a time; for measurements and tests.
 
     Returns:
         The merged adapter.
@@ -174,7 +177,9 @@ def merge(
     """
     started = time.perf_counter()
     asked = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
-    machine = Machine(working_device(device), tracker(progress), number_of_bytes(max_memory))
+    machine = Machine(
+        working_device(device), tracker(progress), number_of_bytes(max_memory), limits
+    )
     prepared = prepare(asked, adapters, method, statistics)
     report = ReportBuilder(prepared.notes)
     chosen = _choose_directions(prepared, machine.track, report)

@@ -30,17 +30,19 @@ CORE_BYTES = 8  # per value of its cores, in float64
 
 
 class Machine(NamedTuple):
-    """What a merge may use, and how it shows its progress.
+    """The resources of a merge, and how it shows its progress.
 
     Attributes:
         device: Where tiles are computed.
         track: Shows progress.
         max_memory: Bytes of projections, and of tiles, that may be kept between passes.
+        limits: How many values are looked at, computed and kept at a time.
     """
 
     device: torch.device
     track: Track
     max_memory: int
+    limits: Limits = DEFAULT_LIMITS
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -64,7 +66,7 @@ MergeModule: TypeAlias = Callable[[str], MergedModule]
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class ModuleMerger:
-    """What is needed to merge any module of a setting.
+    """All that is needed to merge any module of a setting.
 
     Attributes:
         adapter_set: The adapters side by side.
@@ -78,7 +80,6 @@ class ModuleMerger:
         side_by_side: True if a merged module takes little memory, so that several may be merged at a time.
         in_parts: True if the low-rank part of a delta that has one is encoded by itself.
         processes: The processes that merge together.
-        limits: How many values are looked at, computed and kept at a time.
     """
 
     adapter_set: AdapterSet
@@ -92,7 +93,6 @@ class ModuleMerger:
     side_by_side: bool = False
     in_parts: bool = False
     processes: Processes = dataclasses.field(default_factory=current)
-    limits: Limits = DEFAULT_LIMITS
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle without the terminal and the other processes: a copy merges alone, and in silence."""

@@ -1,4 +1,4 @@
-"""What a merge decided and what it cost.
+"""The report of a merge: what it decided and what it cost.
 
 A `ReportBuilder` collects lines and notes while a merge runs; the `Report` that it builds does not change any more.
 """

@@ -37,7 +37,7 @@ class ModuleScope:
 
     def __call__(self, module: str) -> MergedModule:
         projection = self.merger.project(module)
-        device, limits = self.merger.machine.device, self.merger.limits
+        device, limits = self.merger.machine.device, self.merger.machine.limits
         scopes = (TaskVectors([block], device=device, limits=limits) for block in projection.blocks)
         return decoded(projection, [self.merger.method(scope).block(0) for scope in scopes])
 
@@ -60,7 +60,7 @@ class GlobalScope:
 
     @property
     def notes(self) -> list[str]:
-        """What is worth saying of how the statistics were taken."""
+        """Notes on how the statistics were taken, for the report."""
         _, _, tasks, merged = self._state
         if merged.compiled:
             return ["the arithmetic was compiled, which rounds exp and tanh in another way"]
@@ -93,7 +93,7 @@ class GlobalScope:
             processes=merger.processes,
             block_indices=[number for module in own for number in ranges[module]],
             max_bytes=projections.free,
-            limits=merger.limits,
+            limits=merger.machine.limits,
         )
         return projections, ranges, tasks, merger.method(tasks)
 

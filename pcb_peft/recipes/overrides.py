@@ -22,7 +22,7 @@ REGEX = "re:"
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Override:
-    """What some modules do differently; None, or an absent option, leaves it as the recipe has it.
+    """A change for some modules; None, or an absent option, leaves it as the recipe has it.
 
     Attributes:
         modules: A glob (``*.mlp.*``), or a regular expression after ``re:``, that matches a whole module path.

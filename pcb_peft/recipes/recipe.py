@@ -123,6 +123,15 @@ class Recipe:
                 )
         return cls(**fields)
 
+    def changed(self, **given: Any) -> "Recipe":
+        """Return the recipe with some fields changed, given as for `parse`.
+
+        Raises:
+            OptionError: A field is unknown, or its value is not allowed.
+        """
+        fields = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
+        return Recipe.parse(**(fields | given))
+
     def to_yaml(self) -> str:
         """The text of the recipe file, which `read_recipe` reads."""
         fields = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
