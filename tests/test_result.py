@@ -116,7 +116,10 @@ def test_a_dense_merge_says_what_is_pending_until_it_is_folded(workshop):
     assert set(folded.report.modules) == set(merged.modules)
     for module, line in folded.report.modules.items():
         assert line.norm == pytest.approx(float(merged.delta(module).norm()), rel=1e-5)
-    assert "sign conflicts" in str(folded.report)
+    assert f"sign conflicts {folded.report.conflicts:.1%}" in str(folded.report)
+    counted = merged.counted()
+    assert counted.report == folded.report
+    assert counted.counted() is counted
 
 
 def test_a_fold_of_what_is_counted_returns_the_adapter(workshop):

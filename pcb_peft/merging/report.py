@@ -127,7 +127,7 @@ class Report:
         if self.pending:
             totals.append(
                 f"{self.pending} modules have a dense ΔW, which is computed when it is read or folded; sign conflicts "
-                "and kept entries are counted then"
+                "and kept entries are counted by fold() and counted()"
             )
         return totals
 

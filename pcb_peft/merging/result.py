@@ -94,6 +94,28 @@ class MergedAdapter(Adapter):
             pending=pending,
         )
 
+    def counted(self) -> "MergedAdapter":
+        """Return the adapter with a report on all its modules.
+
+        After a merge with rank "full", each module is merged once for it, and not kept; `fold` returns such a report,
+        too. After any other merge the report is complete already.
+
+        Returns:
+            The adapter, with its complete report.
+
+        Example:
+            print(merge_adapters(["math-lora", "code-lora"], rank="full").counted().report)
+        """
+        if not self.report.pending:
+            return self
+        return self._with_lines({name: one().line for name, one in self.pending.items()})
+
+    def _with_lines(self, lines: Mapping[str, ModuleReport]) -> "MergedAdapter":
+        known = {name: lines[name] for name in self.modules if name in lines}
+        pending = len(self.modules) - len(known)
+        report = dataclasses.replace(self.report, modules=known, pending=pending)
+        return dataclasses.replace(self, report=report)
+
     def whole_biases(self) -> Mapping[str, Callable[[], Tensor]]:
         entries = self.modules.entries
         biases = {name: entry for name, entry in entries.items() if name.endswith(".bias")}
@@ -116,7 +138,7 @@ class MergedAdapter(Adapter):
     ) -> "MergedAdapter":
         lines: dict[str, ModuleReport] = {}
         watched = {
-            name: dataclasses.replace(one.entry, load=functools.partial(_counted, one, name, lines))
+            name: dataclasses.replace(one.entry, load=functools.partial(_noted, one, name, lines))
             for name, one in self.pending.items()
         }
         modules = DeltaMapping(watched) if watched else self.modules
@@ -125,12 +147,7 @@ class MergedAdapter(Adapter):
         Adapter.fold(counting, base_model, output, **options)  # type: ignore[arg-type]
         if not self.pending:
             return self
-        known = union(current().all_gather(lines))
-        counted = {name: known[name] for name in self.modules if name in known}
-        report = dataclasses.replace(
-            self.report, modules=counted, pending=len(self.modules) - len(counted)
-        )
-        return dataclasses.replace(self, report=report)
+        return self._with_lines(union(current().all_gather(lines)))
 
     def companion_files(self, without: Container[str] | None = None) -> dict[str, bytes]:
         return {FILE_NAME: self.recipe.to_yaml().encode(), **super().companion_files(without)}
@@ -168,8 +185,8 @@ def _pending_deltas(pending: Mapping[str, PendingModule]) -> DeltaMapping:
     return DeltaMapping({module: one.entry for module, one in pending.items()})
 
 
-def _counted(pending: PendingModule, name: str, lines: dict[str, ModuleReport]) -> Delta:
-    """Merge a module, and keep its line for the report."""
+def _noted(pending: PendingModule, name: str, lines: dict[str, ModuleReport]) -> Delta:
+    """Merge a module, and note its line for the report."""
     done = pending()
     lines[name] = done.line
     return done.delta
