@@ -121,7 +121,7 @@ class Workshop:
         """What PEFT's merge_and_unload, in this dtype, adds to each parameter that it changes, in float64."""
         if not isinstance(adapter, peft.PeftModel):
             adapter = peft.PeftModel.from_pretrained(self.model(kind).to(dtype), adapter)
-        before = self.model(kind).double().state_dict()
+        before = models.doubled(kind)
         after = adapter.to(dtype).merge_and_unload().double().state_dict()
         assert before.keys() == after.keys()
         changes = {name: after[name] - before[name] for name in before}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 
 class Block(nn.Module):
@@ -144,6 +144,12 @@ def original(kind: str, **config: Any) -> nn.Module:
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) / 10)
     return model.eval()
+
+
+@functools.cache
+def doubled(kind: str) -> dict[str, Tensor]:
+    """The model's parameters and buffers in float64."""
+    return copy.deepcopy(original(kind)).double().state_dict()
 
 
 def save(

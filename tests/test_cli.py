@@ -611,6 +611,7 @@ def process(place, *words):
     )
 
 
+@pytest.mark.slow
 def test_a_process_merges_warns_on_stderr_and_reports_on_stdout(place, tmp_path):
     ran = process(place, *f"merge math code -o {tmp_path}/out --method linear --rank 1".split())
     assert ran.returncode == 0
@@ -619,6 +620,7 @@ def test_a_process_merges_warns_on_stderr_and_reports_on_stdout(place, tmp_path)
     assert (tmp_path / "out" / WEIGHTS).is_file()
 
 
+@pytest.mark.slow
 def test_a_process_fails_without_a_traceback(place, tmp_path):
     ran = process(place, "merge", "math", "nowhere", "-o", f"{tmp_path}/out")
     assert (ran.returncode, ran.stdout) == (2, "")

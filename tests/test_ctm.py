@@ -45,9 +45,11 @@ PAIRS = [((1 + t) * b, a) for t, (b, a) in enumerate(low_rank(3, 2, 4))]
 TOTAL = 9
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize(
+    ("beta", "iterations"),
+    [(0.0, 0), (0.25, 0), (1.0, 0), (0.0, 1), (0.25, 1), (1.0, 1), (0.25, 500)],
+)
 @pytest.mark.parametrize("rank", [1, 2, 4, 6])
-@pytest.mark.parametrize("iterations", [0, 1, 500])
 def test_projected_sum(rank: int, beta: float, iterations: int):
     """U Uᵀ Σ λ_t ΔW_t V Vᵀ."""
     found = merged(PAIRS, basis_rank=rank, beta=beta, iterations=iterations)

@@ -161,6 +161,7 @@ def test_a_fold_is_peft_s_own_of_what_was_saved(shared_workshop, name, pair, tmp
         shared_workshop.assert_close(values, wanted[parameter], 1e-6, parameter)
 
 
+@pytest.mark.slow
 @every_pair
 @pytest.mark.parametrize("space", LOW_RANK_OUTPUT)
 def test_one_adapter_comes_back_as_it_was(shared_workshop, name, pair, space, tmp_path):

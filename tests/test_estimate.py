@@ -120,6 +120,7 @@ def test_what_the_data_tells_is_no_more_than_what_was_said(workshop, space, rank
     assert 0.2 * estimate_merge(words).written < stored(out) <= estimate_merge(words).written
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [None, "full"])
 @pytest.mark.parametrize("mixed", MIXED)
 def test_a_fold_takes_what_was_said(workshop, mixed, rank):

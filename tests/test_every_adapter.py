@@ -297,6 +297,7 @@ def test_without_the_base_it_says_that_it_needs_it(name, pair):
         merge_adapters(pair, "linear")
 
 
+@pytest.mark.slow
 @every_case
 def test_a_weighted_sum_is_that_of_peft_s_deltas(shared_workshop, name, pair):
     case = CASES[name]
@@ -309,6 +310,7 @@ def test_a_weighted_sum_is_that_of_peft_s_deltas(shared_workshop, name, pair):
         shared_workshop.assert_close(delta, wanted[parameter], 1e-5, parameter)
 
 
+@pytest.mark.slow
 @every_case
 def test_peft_loads_the_merge(shared_workshop, name, pair, tmp_path):
     case = CASES[name]
@@ -326,6 +328,7 @@ def test_peft_loads_the_merge(shared_workshop, name, pair, tmp_path):
         shared_workshop.assert_close(found[parameter], change, 1e-5, parameter)
 
 
+@pytest.mark.slow
 @every_case
 def test_it_folds_into_the_base(shared_workshop, name, pair, tmp_path):
     case = CASES[name]

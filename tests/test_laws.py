@@ -520,6 +520,7 @@ def kept(method, scope, density, **options):
     return merged.counted().report.kept, 140
 
 
+@pytest.mark.filterwarnings("ignore:the merged adapter retains")
 @pytest.mark.parametrize("scope", ["global", "module"])
 @pytest.mark.parametrize("density", [0.05, 0.2, 0.333, 1.0])
 def test_the_report_says_how_much_was_kept(density, scope):
@@ -533,6 +534,14 @@ def test_the_report_says_how_much_was_kept(density, scope):
     assert found == pytest.approx(dict.fromkeys("xy", (D - int(D * (1 - density))) / D))
 
 
+def test_in_factor_space_what_is_kept_is_counted_over_both_factors():
+    adapters = [{"a": modules["a"]} for modules in pool()[:2]]
+    merged = merge(Case("ties", "factor", "global"), adapters, (1.0, 1.0), rank=None, density=0.25)
+    D = 3 * (14 + 10)  # of the larger rank
+    assert merged.report.kept == pytest.approx({"x": int(0.25 * D) / D, "y": int(0.25 * D) / D})
+
+
+@pytest.mark.filterwarnings("ignore:the merged adapter retains")
 def test_in_global_scope_what_is_kept_is_counted_over_all_modules():
     adapters = [
         {m: x for m, x in modules.items() if m != "c"} for modules in (pool()[0], pool()[2])

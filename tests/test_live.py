@@ -45,6 +45,7 @@ def alone(workshop, kind, model, name):
     return workshop.changes(kind, single)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("combination_type", ["linear", "cat"])
 @pytest.mark.parametrize(
     "configs",

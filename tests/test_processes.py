@@ -297,6 +297,7 @@ def test_a_signal_that_the_parent_ignores_stays_ignored(number):
         signal.signal(number, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fresh", [False, True], ids=["forked", "fresh"])
 def test_processes_of_these_tests_hear_what_their_parent_ignores(launch, fresh):
     code = (

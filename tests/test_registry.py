@@ -114,6 +114,7 @@ def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_another_package_brings_a_method(tmp_path: Path):
     installed(tmp_path, "halved", METHOD.format(name="halved"))
     ran = python(
@@ -124,6 +125,7 @@ def test_another_package_brings_a_method(tmp_path: Path):
     assert ran.stdout == "False\nAdd half of every task vector. True\n", ran.stderr
 
 
+@pytest.mark.slow
 def test_another_package_cannot_take_a_name_of_this_one(tmp_path: Path):
     installed(tmp_path, "ties", METHOD.format(name="ties"))
     ran = python("import pcb_peft; print(pcb_peft.list_methods()['ties'].paper)", tmp_path)
@@ -131,6 +133,7 @@ def test_another_package_cannot_take_a_name_of_this_one(tmp_path: Path):
     assert "two definitions of merge method 'ties'" in ran.stderr
 
 
+@pytest.mark.slow
 def test_a_package_that_breaks_is_left_out_with_a_warning(tmp_path: Path):
     installed(tmp_path, "broken", "1 / 0", group="spaces")
     ran = python("import pcb_peft; print('core' in pcb_peft.list_spaces())", tmp_path)
@@ -138,6 +141,7 @@ def test_a_package_that_breaks_is_left_out_with_a_warning(tmp_path: Path):
     assert "broken: its entry point broken = broken in pcb_peft.spaces cannot be" in ran.stderr
 
 
+@pytest.mark.slow
 def test_a_wrong_option_of_a_method_is_seen_by_a_type_checker(tmp_path: Path):
     pytest.importorskip("pyright")
     (tmp_path / "call.py").write_text(
