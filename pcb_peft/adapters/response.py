@@ -1,4 +1,4 @@
-"""How strongly a merge acts along each adapter that went into it."""
+"""The response of a merge: its strength along each adapter that went into it."""
 
 import dataclasses
 import math

@@ -35,7 +35,7 @@ def bitsandbytes_4bit(packed: Tensor, absmax: Tensor, state: "QuantState") -> Te
 
 
 class QuantState:
-    """What bitsandbytes writes beside a 4-bit weight: its shape, its code table, the scales of its scales."""
+    """The facts that bitsandbytes writes beside a 4-bit weight: its shape, its code table, the scales of its scales."""
 
     def __init__(self, described: Tensor, tensors: Mapping[str, Tensor]) -> None:
         """Read the state.

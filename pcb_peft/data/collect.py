@@ -218,7 +218,7 @@ class _BatchContext:
 
 
 def _label_count(labels: Tensor, logits: Tensor) -> int:
-    """How many labels the loss is the mean over."""
+    """Number of labels over which the loss is the mean."""
     if logits.ndim < 3:  # a classifier of texts: one label per text
         return len(labels)
     predicted = labels[:, 1:]  # nothing precedes, and so predicts, the first token

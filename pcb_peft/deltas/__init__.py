@@ -1,1 +1,1 @@
-"""What an adapter does to one weight: low-rank, dense, diagonal or rescaled; its rank and its layout."""
+"""The change that an adapter makes to one weight: low-rank, dense, diagonal or rescaled; its rank and its layout."""

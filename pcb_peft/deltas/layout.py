@@ -1,4 +1,4 @@
-"""How a parameter stores the matrix (out, in) of the operator that it is part of."""
+"""Layouts: ways in which a parameter stores the matrix (out, in) of its operator."""
 
 import dataclasses
 import math

@@ -27,7 +27,7 @@ class Lossless:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FixedRank:
-    """At most this rank in each module."""
+    """A rank that no module exceeds."""
 
     rank: int
 

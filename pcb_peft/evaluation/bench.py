@@ -81,7 +81,7 @@ class Bench:
     track: Track
 
     def score(self, subject: Subject, job: Job) -> Score:
-        """How well a subject does a task.
+        """The score of a subject at a task.
 
         Raises:
             PcbPeftError: The model, the adapter and the task do not fit each other.
@@ -128,7 +128,7 @@ class Bench:
         )
 
     def _measured(self, subject: Subject, job: Job) -> float:
-        """What a function of the user's returns.
+        """The value that a user's function returns.
 
         Raises:
             OptionError: It is no number.

@@ -1,4 +1,4 @@
-"""How many texts a budget of time or tokens allows."""
+"""The number of texts that a budget of time or tokens allows."""
 
 import re
 import time

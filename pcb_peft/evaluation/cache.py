@@ -100,7 +100,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def _read(path: Path | None) -> Any:
-    """What is kept in a file; None where there is none, or a damaged one."""
+    """Return the scores of a file; None if there is no file, or a damaged one."""
     if path is None or not path.is_file():
         return None
     try:

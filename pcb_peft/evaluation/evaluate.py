@@ -213,7 +213,7 @@ def _subjects(
     against: AdapterLike | None,
     controlled: Sequence[Adapter],
 ) -> dict[str, Subject]:
-    """What runs all tasks: the merge, the other merge and the controls."""
+    """The subjects that run all tasks: the merge, the other merge and the controls."""
     subjects = {"merged": maker.make(merged, "merge")}
     if against is not None:
         subjects["against"] = maker.make(against, "other merge")
@@ -275,7 +275,7 @@ def _row(job: Job, scores: Mapping[str, Score], settings: Settings) -> TaskScore
 def _facts(
     base: str, merged: Subject, scores: Sequence[TaskScores], settings: Settings
 ) -> dict[str, object]:
-    """What was run, for the log."""
+    """Facts about the run, for the log."""
     return {
         "base_model": public_name(base) or Path(base).name,
         "merge": merged.digest,

@@ -11,7 +11,7 @@ from pcb_peft.evaluation.tables import model_index, text_table
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What a merge kept of its tasks. ``print`` it for a table, the worst task first.
+    """The share of its tasks that a merge kept. ``print`` it for a table, the worst task first.
 
     Attributes:
         name: The merge.

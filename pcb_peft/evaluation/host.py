@@ -31,7 +31,7 @@ Head = Mapping[str, Tensor]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Place:
-    """Where PEFT finds an adapter.
+    """The place at which PEFT finds an adapter.
 
     Attributes:
         path: A directory or a hub id.
@@ -44,7 +44,7 @@ class Place:
     subfolder: str | None = None
 
     def arguments(self) -> dict[str, Any]:
-        """What `PeftModel.from_pretrained` is called with, beside the model."""
+        """Arguments of `PeftModel.from_pretrained`, beside the model."""
         directory = Path(self.path).expanduser()
         if directory.is_dir():
             return {"model_id": str(directory / (self.subfolder or ""))}
@@ -263,7 +263,7 @@ def quiet_transformers() -> Generator[None]:
 
 
 def _classes(model: Any, head: Head) -> int | None:
-    """How many classes a head has: as many as make the model's head have the shapes of this one."""
+    """Number of classes of a head: the number that gives the model's head the shapes of this one."""
     for classes in dict.fromkeys(value.shape[0] for value in head.values()):
         shapes = {key: value.shape for key, value in _skeleton(model, classes).named_parameters()}
         if all(shapes.get(key) == value.shape for key, value in head.items()):

@@ -1,4 +1,4 @@
-"""How sure a score is: confidence intervals, and tests of two scores on the same texts."""
+"""Confidence intervals of a score, and tests of two scores on the same texts."""
 
 import math
 from collections.abc import Sequence

@@ -19,7 +19,7 @@ Batch = Mapping[str, Tensor]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Runner:
-    """What texts are run with.
+    """The model and settings with which texts are run.
 
     Attributes:
         tokenizer: The base model's.

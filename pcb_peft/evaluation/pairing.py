@@ -1,4 +1,4 @@
-"""Which data belong to which adapter."""
+"""Pairs of adapters and their data."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence

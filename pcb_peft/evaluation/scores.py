@@ -19,7 +19,7 @@ SIGNIFICANT = 0.05
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Score:
-    """How well one model does one task: the higher, the better.
+    """The score of one model at one task: the higher, the better.
 
     Attributes:
         value: Accuracy, share of exact matches, 1/perplexity, or what a function of the user's returned.
@@ -103,7 +103,7 @@ class TaskScores:
 
     @property
     def verdict(self) -> str:
-        """What became of the task, in words."""
+        """The fate of the task, in words."""
         if self.adapter is None:
             return self._verdict_without_adapter()
         if self.lost:

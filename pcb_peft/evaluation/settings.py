@@ -14,7 +14,7 @@ from pcb_peft.evaluation.texts import MEASURES
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """How tasks are measured; the attributes are arguments of `evaluate`.
+    """Settings of a measurement; the attributes are arguments of `evaluate`.
 
     Attributes:
         measure: A key of `MEASURES`, or "auto".

@@ -69,7 +69,7 @@ class TextTask:
         return self.labels.index(str(row["label"]))
 
     def prompt(self, row: Row) -> str:
-        """What a language model reads before it answers."""
+        """The text that a language model reads before it answers."""
         return str(row.get("prompt", row.get("text")))
 
     def answer(self, row: Row) -> str | None:
@@ -87,7 +87,7 @@ Rows: TypeAlias = str | Path | Sequence[Any]
 
 
 def spread(rows: Sequence[Row], count: int | None) -> tuple[Row, ...]:
-    """At most so many rows, evenly spread."""
+    """Take at most so many rows, evenly spread."""
     if count is None or count >= len(rows):
         return tuple(rows)
     return tuple(rows[index * len(rows) // count] for index in range(count))
@@ -156,7 +156,7 @@ def _renamed(row: Row, rename: Mapping[str, str]) -> Row:
 def _measure(
     name: str, rows: Sequence[Row], measure: str, task_type: str, classes: int | None
 ) -> str:
-    """How the rows are measured.
+    """The measure for the rows.
 
     Raises:
         OptionError: They cannot be.
@@ -262,7 +262,7 @@ def _check_labels(name: str, rows: Sequence[Row], known: Sequence[str]) -> None:
 
 
 def _likely(unknown: Sequence[str], unused: Sequence[str]) -> dict[str, str]:
-    """For each unknown label the one of the head that it may mean."""
+    """Guess, for each unknown label, the label of the head that it may mean."""
     if len(unknown) == len(unused) == 1:
         return {unknown[0]: unused[0]}
     pairs: dict[str, str] = {}

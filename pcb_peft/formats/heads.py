@@ -1,4 +1,4 @@
-"""How PEFT stores what an adapter replaces beside its deltas: whole parameters, and rows of embeddings."""
+"""Replacements beside the deltas, as PEFT stores them: whole parameters, and rows of embeddings."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Container, Mapping, Sequence

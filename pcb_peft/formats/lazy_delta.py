@@ -1,4 +1,4 @@
-"""What reading an adapter yields before its values are read, and what writing one yields before the file is written."""
+"""Deltas and tensors by name whose values are read, or made, when they are asked for."""
 
 import dataclasses
 import functools

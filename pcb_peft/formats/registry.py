@@ -21,7 +21,7 @@ from pcb_peft.plugins.registry import Registry
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RowStore:
-    """How a format stores rows of embeddings that an adapter replaces.
+    """The way in which a format stores rows of embeddings that an adapter replaces.
 
     Attributes:
         part: Name between a module and its rows.

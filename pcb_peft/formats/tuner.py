@@ -1,4 +1,4 @@
-"""How every tuner is read: some tensors belong to one module, some are shared by all.
+"""The reading of every tuner: some tensors belong to one module, some are shared by all.
 
 A tuner is one function, from the tensors of one module to its entry; `tuner` makes a format of it.
 """

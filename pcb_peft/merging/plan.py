@@ -1,4 +1,4 @@
-"""How each module is merged: decided, and checked, before a tensor is read."""
+"""The plan of a merge: for each module how it is merged, decided and checked before a tensor is read."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ KEYWORDS = {
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Setting:
-    """How some modules are merged.
+    """A setting: how some modules are merged.
 
     Attributes:
         method: The method.
@@ -71,7 +71,7 @@ class Setting:
         return functools.partial(space, **options)
 
     def weights_in(self, modules: Iterable[str]) -> Callable[[str], tuple[float, ...]]:
-        """From a module to its weights, in a model whose layers are those of all `modules`."""
+        """Return a function from a module to its weights, in a model whose layers are those of all `modules`."""
         return functools.partial(at_depth, self.weights, layers=number_of_layers(modules))
 
 

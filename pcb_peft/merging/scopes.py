@@ -1,4 +1,4 @@
-"""How a module is merged: alone in its scope, with all others, or not at all. Each way can be pickled."""
+"""Ways to merge a module: alone in its scope, with all others, or not at all. Each way can be pickled."""
 
 import dataclasses
 import functools

@@ -13,7 +13,7 @@ from pcb_peft.errors import MismatchError
 
 
 class TensorEdit(abc.ABC):
-    """From a parameter's values to the values that take their place."""
+    """A function from a parameter's values to the values that take their place."""
 
     @abc.abstractmethod
     def apply(self, values: Tensor) -> Tensor:
