@@ -7,6 +7,7 @@ merged.save_pretrained("merged")
 """
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from pcb_peft.version import __version__
@@ -76,6 +77,7 @@ _NAMES = {
     "runtime.processes": ("all_processes",),
     "spaces": ("list_spaces",),
 }
+_FORMER_NAMES = {"Statistics": "TaskStatistics"}  # understood for one release
 _MODULES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}
 
 __all__ = [
@@ -121,6 +123,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import a public name from its module."""
+    if name in _FORMER_NAMES:
+        former, name = name, _FORMER_NAMES[name]
+        warnings.warn(f"pcb_peft.{former} is now called {name}", DeprecationWarning, stacklevel=2)
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_MODULES[name]), name)

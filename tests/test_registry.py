@@ -12,6 +12,8 @@ import pcb_peft
 from pcb_peft.errors import OptionError
 from pcb_peft.plugins.options import did_you_mean
 from pcb_peft.plugins.registry import Registry
+from pcb_peft.plugins.renamed import renamed_keywords
+from pcb_peft.spaces.registry import space
 
 METHOD = """
     from pcb_peft import merge_method
@@ -182,3 +184,30 @@ def test_the_examples_of_registries_statistics_and_processes_run(tmp_path: Path)
     )
     ran = python(code, tmp_path)
     assert ran.stdout == "".join(f"{name} 0 True\n" for name in modules), ran.stdout + ran.stderr
+
+
+def test_former_names_of_keywords_are_understood_for_one_release():
+    @renamed_keywords(colour="color")
+    def paint(*, color="none"):
+        return color
+
+    with pytest.warns(DeprecationWarning, match="colour.*color"):
+        assert paint(colour="red") == "red"
+    assert paint(color="red") == "red"
+    with pytest.raises(TypeError, match="colours"):
+        paint(colours="red")
+
+
+def test_merge_method_and_space_take_their_former_keywords():
+    with pytest.warns(DeprecationWarning, match="keeps_one.*identity_on_one"):
+        register = pcb_peft.merge_method("pcb", paper="none", keeps_one=True)
+    with pytest.raises(OptionError, match="pcb"):  # the name is taken
+        register(first)
+    with pytest.warns(DeprecationWarning, match="lossless.*low_rank_output"):
+        space("core", accepts=(), lossless=True)
+
+
+def test_former_public_names_are_understood_for_one_release():
+    with pytest.warns(DeprecationWarning, match="TaskStatistics"):
+        former = pcb_peft.Statistics
+    assert former is pcb_peft.TaskStatistics

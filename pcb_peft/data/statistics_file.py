@@ -76,10 +76,6 @@ class TaskStatistics:
         return self.load(module) if module in self.shapes else torch.zeros(KINDS[self.kind](shape))
 
 
-Statistics = TaskStatistics
-"""Deprecated name of `TaskStatistics`, for one release."""
-
-
 def save_statistics(statistics: TaskStatistics, path: Path, *, overwrite: bool = False) -> None:
     """Write task statistics to a file, whole or not at all.
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from pcb_peft.plugins.registry import Plugin, Registry
+from pcb_peft.plugins.renamed import renamed_keywords
 from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 Function = TypeVar("Function", bound=Callable[..., Merged])
@@ -64,6 +65,12 @@ class MergeMethod(Plugin):
 _REGISTRY = Registry[MergeMethod]("merge method", entry_points="pcb_peft.methods")
 
 
+@renamed_keywords(
+    keeps_one="identity_on_one",
+    takes="arity",
+    data="needs_statistic",
+    matrices="whole_matrix",
+)
 def merge_method(
     name: str,
     *,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pcb_peft.deltas.delta import Delta
 from pcb_peft.plugins.registry import Plugin, Registry
+from pcb_peft.plugins.renamed import renamed_keywords
 from pcb_peft.tasks.blocks import Block
 
 Encode: TypeAlias = Callable[..., "Projection"]
@@ -64,6 +65,7 @@ class Space(Plugin):
 _REGISTRY = Registry[Space]("space", entry_points="pcb_peft.spaces")
 
 
+@renamed_keywords(lossless="low_rank_output", shows="statistics")
 def space(
     name: str,
     *,
