@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from pcb_peft.evaluation.evaluate import evaluate
     from pcb_peft.evaluation.evaluation import Evaluation
     from pcb_peft.extraction.extract import extract_adapter
+    from pcb_peft.inspection.compare import compare_adapters
+    from pcb_peft.inspection.comparison import Comparison
+    from pcb_peft.inspection.facts import Inspection
+    from pcb_peft.inspection.inspect import inspect_adapter
     from pcb_peft.merging.engine import merge, merge_adapters
     from pcb_peft.merging.into_model import add_weighted_adapter
     from pcb_peft.merging.report import Report
@@ -68,6 +72,10 @@ _NAMES = {
     "evaluation.evaluate": ("evaluate",),
     "evaluation.evaluation": ("Evaluation",),
     "extraction.extract": ("extract_adapter",),
+    "inspection.compare": ("compare_adapters",),
+    "inspection.comparison": ("Comparison",),
+    "inspection.facts": ("Inspection",),
+    "inspection.inspect": ("inspect_adapter",),
     "merging.engine": ("merge", "merge_adapters"),
     "merging.into_model": ("add_weighted_adapter",),
     "merging.report": ("Report",),
@@ -85,8 +93,10 @@ __all__ = [
     "AdapterError",
     "AdapterNotFoundError",
     "BaseModelError",
+    "Comparison",
     "Estimate",
     "Evaluation",
+    "Inspection",
     "MergeMethod",
     "MergedAdapter",
     "MismatchError",
@@ -103,11 +113,13 @@ __all__ = [
     "add_weighted_adapter",
     "all_processes",
     "collect_statistics",
+    "compare_adapters",
     "estimate_merge",
     "evaluate",
     "extract_adapter",
     "fold_adapter",
     "get_method",
+    "inspect_adapter",
     "list_calibrations",
     "list_methods",
     "list_spaces",

@@ -31,6 +31,8 @@ from pcb_peft.runtime.units import format_duration
 
 COMMANDS = (
     "merge",
+    "inspect",
+    "compare",
     "evaluate",
     "fold",
     "extract",

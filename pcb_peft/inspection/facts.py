@@ -1,0 +1,203 @@
+"""Facts about one adapter, and the screen that shows them."""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from pcb_peft.recipes.weights import layer_of
+from pcb_peft.runtime.tables import bars, table
+from pcb_peft.runtime.units import format_size
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModuleFacts:
+    """One module of an adapter.
+
+    Attributes:
+        kind: Kind of its change, such as "LoRA".
+        shape: (out, in) of ΔW.
+        rank: Rank of a low-rank change, as it is stored; None for others.
+        norm: ‖ΔW‖_F; of an (IA)³ ‖l − 1‖, of a DoRA that of its low-rank part.
+        effective_rank: Number of directions that carry it; None where it is not known.
+        problem: Why it cannot be read; empty where it can.
+    """
+
+    kind: str
+    shape: tuple[int, int]
+    rank: int | None
+    norm: float
+    effective_rank: float | None
+    problem: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, repr=False)
+class Inspection:
+    """One adapter. ``print`` it for one screen.
+
+    Attributes:
+        name: Its name.
+        path: Where it was read; None for an adapter in memory.
+        tuner: PEFT's type, such as "LORA".
+        task_type: PEFT's task type.
+        base_model: Path or hub id of the base model, as the adapter names it.
+        revision: Revision of the base model.
+        config: The adapter's configuration.
+        modules: Facts by module path.
+        replaced: Shape of each parameter that it replaces, such as a classifier.
+        token_rows: Number of token rows that it replaces, by module.
+        heads: Names of the heads that are kept beside a merged adapter.
+        companions: Files of a tokenizer and the like beside it.
+        bytes: Size of its files; None for an adapter in memory.
+        warnings: What looks wrong, in words.
+    """
+
+    name: str
+    path: str | None
+    tuner: str
+    task_type: str | None
+    base_model: str | None
+    revision: str | None
+    config: Mapping[str, Any]
+    modules: Mapping[str, ModuleFacts]
+    replaced: Mapping[str, tuple[int, ...]]
+    token_rows: Mapping[str, int]
+    heads: tuple[str, ...]
+    companions: tuple[str, ...]
+    bytes: int | None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def norm(self) -> float:
+        """‖ΔW‖ over all modules."""
+        return total_norm(self.modules.values())
+
+    @property
+    def ranks(self) -> dict[int, int]:
+        """Number of modules by rank."""
+        ranks = (facts.rank for facts in self.modules.values() if facts.rank is not None)
+        return dict(sorted(Counter(ranks).items()))
+
+    @property
+    def by_target(self) -> dict[str, list[ModuleFacts]]:
+        """Modules by the last part of their path, such as q_proj; of an expert, by its name without numbers."""
+        groups: dict[str, list[ModuleFacts]] = {}
+        for module, facts in self.modules.items():
+            groups.setdefault(target_of(module), []).append(facts)
+        return dict(sorted(groups.items()))
+
+    @property
+    def by_layer(self) -> dict[int, float]:
+        """‖ΔW‖ of each layer, by its number."""
+        groups: dict[int, list[ModuleFacts]] = {}
+        for module, facts in self.modules.items():
+            if (layer := layer_of(module)) is not None:
+                groups.setdefault(layer, []).append(facts)
+        return {layer: total_norm(groups[layer]) for layer in sorted(groups)}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data, for JSON."""
+        totals = {name: getattr(self, name) for name in ("norm", "ranks", "by_layer")}
+        return {**dataclasses.asdict(self), **totals}
+
+    def __str__(self) -> str:
+        return inspection_text(self)
+
+    def __repr__(self) -> str:
+        return f"<Inspection of {self.name!r}: {self.tuner}, {len(self.modules)} modules>"
+
+
+def total_norm(modules: Iterable[ModuleFacts]) -> float:
+    """Return ‖ΔW‖ over some modules."""
+    return math.sqrt(math.fsum(facts.norm**2 for facts in modules))
+
+
+def target_of(module: str) -> str:
+    """Return the last part of a module's path that is no number.
+
+    >>> target_of("model.layers.3.self_attn.q_proj"), target_of("unet.to_out.0")
+    ('q_proj', 'to_out')
+    """
+    return next((part for part in reversed(module.split(".")) if not part.isdecimal()), module)
+
+
+def inspection_text(facts: Inspection) -> str:
+    """Return the screen: what the adapter is, where it changes its base model, what looks wrong."""
+    blocks = [_title(facts), _identity(facts), _targets(facts), _depth(facts), _beside(facts)]
+    warnings = "\n".join(f"! {warning}" for warning in facts.warnings)
+    return "\n\n".join(block for block in [*blocks, warnings] if block)
+
+
+def _title(facts: Inspection) -> str:
+    kinds = " and ".join(sorted({one.kind for one in facts.modules.values()})) or "no deltas"
+    size = "" if facts.bytes is None else f", {format_size(facts.bytes)}"
+    return f"{facts.name}: {kinds} on {len(facts.modules)} modules{size}"
+
+
+def _identity(facts: Inspection) -> str:
+    base = facts.base_model or "not named in the adapter"
+    revision = f", revision {facts.revision}" if facts.revision else ""
+    lines = {
+        "base model": base + revision,
+        "task type": facts.task_type,
+        "rank": ", ".join(f"{rank} ({count} modules)" for rank, count in facts.ranks.items()),
+        "scaling": _scaling(facts.config),
+        "replaces": _replaced(facts),
+        "heads": ", ".join(facts.heads),
+    }
+    return "\n".join(f"{name:<11} {line}" for name, line in lines.items() if line)
+
+
+def _scaling(config: Mapping[str, Any]) -> str:
+    alpha, rank = config.get("lora_alpha"), config.get("r")
+    if alpha is None or not rank:
+        return ""
+    root = bool(config.get("use_rslora"))
+    value = alpha / rank**0.5 if root else alpha / rank
+    patterns = [name for name in ("rank_pattern", "alpha_pattern") if config.get(name)]
+    formula = "alpha/√r, rsLoRA" if root else "alpha/r"
+    others = f"; other modules by {' and '.join(patterns)}" if patterns else ""
+    return f"{value:.4g} ({formula}, alpha {alpha:g}){others}"
+
+
+def _replaced(facts: Inspection) -> str:
+    parameters = [f"{name} {' x '.join(map(str, shape))}" for name, shape in facts.replaced.items()]
+    rows = [f"{count} token rows of {module}" for module, count in facts.token_rows.items()]
+    return ", ".join([*parameters, *rows])
+
+
+def _targets(facts: Inspection) -> str:
+    rows = [
+        (
+            target,
+            str(len(group)),
+            _shape(group),
+            f"{total_norm(group):.4g}",
+            _mean_effective_rank(group),
+        )
+        for target, group in facts.by_target.items()
+    ]
+    return table(("target", "modules", "shape", "norm", "effective rank"), rows)
+
+
+def _shape(group: Sequence[ModuleFacts]) -> str:
+    shapes = {one.shape for one in group}
+    return " x ".join(map(str, group[0].shape)) if len(shapes) == 1 else f"{len(shapes)} shapes"
+
+
+def _mean_effective_rank(group: Sequence[ModuleFacts]) -> str:
+    known = [one.effective_rank for one in group if one.effective_rank is not None]
+    return f"{math.fsum(known) / len(known):.1f}" if known else "-"
+
+
+def _depth(facts: Inspection) -> str:
+    norms = facts.by_layer
+    if len(norms) < 2:
+        return ""
+    first, last = min(norms), max(norms)
+    return f"norm, layer {first} to {last}  {bars(list(norms.values()))}"
+
+
+def _beside(facts: Inspection) -> str:
+    return f"beside it: {', '.join(facts.companions)}" if facts.companions else ""

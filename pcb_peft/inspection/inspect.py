@@ -1,0 +1,116 @@
+"""One adapter on one screen: what it is, where it changes its base model, and what looks wrong."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.adapters.loading import load_adapter
+from pcb_peft.adapters.source import Source
+from pcb_peft.base.model import lazy_base
+from pcb_peft.errors import PcbPeftError
+from pcb_peft.inspection.concerns import concerns
+from pcb_peft.inspection.facts import Inspection, ModuleFacts
+from pcb_peft.inspection.geometry import effective_rank, has_factors, singular_values
+from pcb_peft.merging.one_name import under_one_name
+from pcb_peft.runtime.progress import tracker
+
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+    "generation_config.json",
+)
+
+
+def inspect_adapter(
+    adapter: str | Path | Source | tuple[Any, str] | Adapter,
+    base_model: str | Path | None = None,
+    *,
+    progress: bool | None = None,
+) -> Inspection:
+    """Look at one adapter: what it is, where and how strongly it changes its base model, and what looks wrong.
+
+    Everything comes from the adapter's files; no model is loaded.
+
+    Args:
+        adapter: A directory, a hub id, (PeftModel, adapter name), or an adapter that is loaded.
+        base_model: Path or hub id of the base model, for kinds that need W, and to look the modules up in it.
+        progress: Show a bar; default: on a terminal.
+
+    Returns:
+        The facts, to print or to read.
+
+    Raises:
+        AdapterError: There is no adapter, or its files are damaged as a whole.
+        UnsupportedError: It holds something that cannot be read; the message names it.
+
+    Example:
+        >>> from pcb_peft import inspect_adapter
+        >>> inspect_adapter("math-lora").ranks
+        {8: 2}
+    """
+    base = lazy_base(base_model)
+    opened = load_adapter(adapter, base_model=base, hashed=False)
+    config: Mapping[str, Any] = {} if opened.files is None else opened.files.config
+    track = tracker(progress)
+    modules = {
+        module: _module_facts(opened, module) for module in track(list(opened.modules), "modules")
+    }
+    directory = None if opened.source is None else Path(opened.source.path).expanduser()
+    inspection = Inspection(
+        name=opened.name,
+        path=None if opened.source is None else opened.source.path,
+        tuner=str(config.get("peft_type", "merged")),
+        task_type=opened.task_type,
+        base_model=opened.base_model,
+        revision=opened.revision,
+        config=config,
+        modules=modules,
+        replaced={name: tuple(one.shape) for name, one in opened.head.parameters.items()},
+        token_rows={module: len(rows.indices) for module, rows in opened.head.rows.items()},
+        heads=tuple(opened.heads),
+        companions=_companions(directory),
+        bytes=_size(directory),
+    )
+    found = [*concerns(inspection), *_name_concerns(opened, base)]
+    return dataclasses.replace(inspection, warnings=tuple(found))
+
+
+def _module_facts(adapter: Adapter, module: str) -> ModuleFacts:
+    entry = adapter.modules.entries[module]
+    kind = entry.kind.kind_name
+    if entry.missing and adapter.base is None:
+        return ModuleFacts(kind, entry.shape, entry.rank, 0.0, None, entry.missing)
+    try:
+        delta = adapter.modules[module]
+    except PcbPeftError as error:
+        return ModuleFacts(kind, entry.shape, entry.rank, 0.0, None, str(error))
+    if not has_factors(delta):
+        return ModuleFacts(kind, entry.shape, entry.rank, delta.norm(), None)
+    values = singular_values(delta)
+    return ModuleFacts(kind, entry.shape, entry.rank, float(values.norm()), effective_rank(values))
+
+
+def _name_concerns(adapter: Adapter, base: Any) -> list[str]:
+    try:
+        return list(under_one_name([adapter], base)[1])
+    except PcbPeftError as error:
+        return [str(error)]
+
+
+def _companions(directory: Path | None) -> tuple[str, ...]:
+    if directory is None:
+        return ()
+    return tuple(name for name in COMPANIONS if (directory / name).is_file())
+
+
+def _size(directory: Path | None) -> int | None:
+    if directory is None or not directory.exists():
+        return None
+    if directory.is_file():
+        return directory.stat().st_size
+    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())

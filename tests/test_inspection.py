@@ -1,0 +1,216 @@
+"""Adapters looked at one by one and side by side: numbers as numpy has them, and sentences where something is wrong."""
+
+import json
+import shlex
+
+import numpy as np
+import pytest
+from helpers import adapter, dense, ia3, lora, low_rank, regauged
+from safetensors.torch import load_file
+
+from pcb_peft import OptionError, compare_adapters, inspect_adapter
+from pcb_peft.commands import cli
+from pcb_peft.deltas.linalg import RANK_TOLERANCE
+
+SHAPE = (16, 12)  # all rows are sampled
+
+
+def spans(matrix):
+    u, s, vh = np.linalg.svd(matrix)
+    rank = (s > RANK_TOLERANCE * s[0]).sum()
+    return u[:, :rank], vh[:rank].T
+
+
+def overlap(first, second):
+    cosines = np.linalg.svd(first.T @ second, compute_uv=False)
+    return np.sqrt(np.mean(cosines**2))
+
+
+@pytest.fixture
+def pairs():
+    """Factors of two modules, for three adapters."""
+    return [
+        dict(
+            zip(("layers.0.up", "layers.1.up"), low_rank(2, 3, shape=SHAPE, seed=seed), strict=True)
+        )
+        for seed in (1, 2, 3)
+    ]
+
+
+def named(pairs):
+    return [adapter(name, modules) for name, modules in zip("xyz", pairs, strict=False)]
+
+
+def test_an_inspection_has_the_norms_and_spectra_of_numpy(pairs):
+    facts = inspect_adapter(adapter("x", pairs[0]))
+    total = 0.0
+    for module, matrix in zip(pairs[0], dense(pairs[0].values()), strict=True):
+        s = np.linalg.svd(matrix, compute_uv=False)
+        shares = s[s > 1e-9] / s.sum()
+        line = facts.modules[module]
+        assert line.norm == pytest.approx(np.linalg.norm(matrix), rel=1e-6)
+        assert line.effective_rank == pytest.approx(
+            np.exp(-(shares * np.log(shares)).sum()), rel=1e-5
+        )
+        assert line.shape == SHAPE
+        total += np.linalg.norm(matrix) ** 2
+    assert facts.norm == pytest.approx(np.sqrt(total), rel=1e-6)
+    assert facts.by_layer == pytest.approx(
+        {i: np.linalg.norm(m) for i, m in enumerate(dense(pairs[0].values()))}, rel=1e-6
+    )
+
+
+def test_equal_singular_values_have_their_number_as_effective_rank():
+    rng = np.random.default_rng(0)
+    b, a = (np.linalg.qr(rng.normal(size=(n, 5)))[0] for n in SHAPE)
+    facts = inspect_adapter(adapter("x", {"m": (b, a.T)}))
+    assert facts.modules["m"].effective_rank == pytest.approx(5, rel=1e-5)
+
+
+def test_a_comparison_has_the_cosines_and_angles_of_numpy(pairs):
+    geometry = compare_adapters(named(pairs)).geometry
+    matrices = [dense(modules.values()) for modules in pairs]
+    flat = [np.concatenate([m.ravel() for m in each]) for each in matrices]
+    for i in range(3):
+        for j in range(3):
+            cosine = flat[i] @ flat[j] / np.linalg.norm(flat[i]) / np.linalg.norm(flat[j])
+            assert geometry.cosines[i, j] == pytest.approx(cosine, abs=1e-6)
+            both = [(spans(a), spans(b)) for a, b in zip(matrices[i], matrices[j], strict=True)]
+            outputs = np.median([overlap(a[0], b[0]) for a, b in both])
+            inputs = np.median([overlap(a[1], b[1]) for a, b in both])
+            assert geometry.outputs[i, j] == pytest.approx(outputs, abs=1e-5)
+            assert geometry.inputs[i, j] == pytest.approx(inputs, abs=1e-5)
+    signs = np.sign(np.stack(flat))
+    conflict = (signs > 0).any(0) & (signs < 0).any(0)
+    assert geometry.conflicts == pytest.approx(conflict.mean(), abs=1e-9)
+    assert geometry.conflicts_chance == pytest.approx(1 - 2 ** (1 - 3))
+
+
+def test_a_comparison_does_not_depend_on_the_factors(pairs):
+    others = [
+        {m: regauged(pair, seed) for m, pair in each.items()} for seed, each in enumerate(pairs)
+    ]
+    one, other = compare_adapters(named(pairs)).geometry, compare_adapters(named(others)).geometry
+    for field in ("cosines", "inputs", "outputs"):
+        np.testing.assert_allclose(getattr(one, field), getattr(other, field), atol=1e-5)
+
+
+def test_random_spans_overlap_as_chance_has_it():
+    pairs = [{"m": low_rank(8, shape=(300, 200), seed=seed)[0]} for seed in range(6)]
+    geometry = compare_adapters([adapter(f"x{i}", each) for i, each in enumerate(pairs)]).geometry
+    above = np.triu_indices(6, 1)
+    for name in ("inputs", "outputs"):
+        mean_square = np.mean(np.asarray(getattr(geometry, name))[above] ** 2)
+        assert np.sqrt(mean_square) == pytest.approx(getattr(geometry, f"{name}_chance"), rel=0.15)
+
+
+def test_adapters_that_share_their_initialisation_are_found():
+    rng = np.random.default_rng(1)
+    start = rng.normal(size=(4, 100))
+    drifted = [
+        {"m": (rng.normal(size=(90, 4)), start + 0.05 * rng.normal(size=start.shape))}
+        for _ in range(2)
+    ]
+    apart = {"m": (rng.normal(size=(90, 4)), rng.normal(size=start.shape))}
+    assert compare_adapters(named(drifted)).shared_initialisation
+    advice = "\n".join(compare_adapters(named([*drifted, apart])).advice)
+    assert "x and y were trained from the same lora_A" in advice
+    assert "z" not in advice.split("were trained")[0]
+    assert not compare_adapters(named([drifted[0], apart])).shared_initialisation
+
+
+def test_a_copy_in_other_factors_is_a_duplicate(pairs):
+    copy = {module: regauged(pair) for module, pair in pairs[0].items()}
+    comparison = compare_adapters(named([pairs[0], pairs[1], copy]))
+    assert comparison.duplicates == (("x", "z"),)
+    assert "x and z make the same change" in str(comparison)
+
+
+def test_the_predicted_rank_and_size_are_those_of_the_merge(workshop):
+    paths = workshop.adapters("mlp", [lora(r=2), lora(r=3)])
+    comparison = compare_adapters(paths)
+    assert cli.main(["merge", *map(str, paths), "-o", str(workshop.directory / "m"), "-q"]) == 0
+    written = load_file(workshop.directory / "m" / "adapter_model.safetensors")
+    assert comparison.merged_rank == 5
+    assert comparison.merged_bytes == sum(tensor.nbytes for tensor in written.values())
+
+
+def test_adapters_that_do_not_fit_are_no_error_but_a_reason(pairs):
+    other = {"layers.0.up": low_rank(2, shape=(7, 12))[0]}
+    comparison = compare_adapters([adapter("x", pairs[0]), adapter("wide", other)])
+    assert comparison.geometry is None
+    (problem,) = comparison.problems
+    assert "layers.0.up" in problem
+    assert "wide" in problem
+    assert "cannot be merged" in str(comparison)
+    assert json.dumps(comparison.as_dict())
+
+
+def test_a_dominant_adapter_is_named(pairs):
+    loud = {module: (10 * b, a) for module, (b, a) in pairs[0].items()}
+    (advice,) = compare_adapters(named([loud, pairs[1]])).advice
+    assert advice.startswith("x is ")
+    assert "as strong as y" in advice
+
+
+def test_one_adapter_is_not_compared(pairs):
+    with pytest.raises(OptionError, match="inspect"):
+        compare_adapters(named(pairs[:1]))
+
+
+def test_what_looks_wrong_is_said():
+    rng = np.random.default_rng(0)
+    deltas = {
+        f"layers.{i}.up": (rng.normal(size=(8, 2)), rng.normal(size=(2, 8))) for i in range(6)
+    }
+    b, a = deltas["layers.1.up"]
+    deltas |= {"layers.1.up": (0 * b, a), "layers.2.up": (1e4 * b, a), "layers.3.up": (1e-7 * b, a)}
+    warnings = "\n".join(inspect_adapter(adapter("x", deltas)).warnings)
+    assert "1 of 6 modules change nothing" in warnings
+    assert "layers.2.up: a norm of more than 20 times" in warnings
+    assert "layers.3.up change almost nothing" in warnings
+    untrained = {module: (0 * b, a) for module, (b, a) in deltas.items()}
+    assert "never trained" in str(inspect_adapter(adapter("x", untrained)))
+
+
+def test_an_odd_scaling_and_values_that_are_no_numbers_are_said(workshop):
+    path = workshop.adapter("mlp", lora(lora_alpha=96, r=2), base="base")
+    assert any("scaling is 48" in warning for warning in inspect_adapter(path).warnings)
+
+    def damage(tensors):
+        name = next(name for name in tensors if "up.lora_A" in name)
+        return tensors | {name: tensors[name] * float("nan")}
+
+    facts = inspect_adapter(workshop.edit_tensors(path, damage))
+    assert any("up" in w and "NaN" in w for w in facts.warnings)
+    assert [m for m, one in facts.modules.items() if one.problem] == ["blocks.0.up"]
+
+
+def test_an_adapter_fits_on_one_screen(workshop):
+    config = lora("q_proj", "v_proj", modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    path = workshop.adapter("llama", config, base="meta/llama")
+    (path / "tokenizer_config.json").write_text("{}")
+    text = str(inspect_adapter(path))
+    assert len(text.splitlines()) <= 24
+    for words in ("LoRA on", "meta/llama", "rank        3", "alpha 5", "q_proj", "lm_head.weight"):
+        assert words in text
+    assert "beside it: tokenizer_config.json" in text
+
+
+def test_ia3_vectors_are_compared_by_what_they_multiply(workshop):
+    paths = workshop.adapters("mlp", [ia3(), ia3()])
+    comparison = compare_adapters(paths)
+    assert comparison.merged_rank is None
+    assert comparison.geometry.inputs.triu(1).isnan().any()
+    assert "shared inputs" not in str(comparison)
+
+
+@pytest.mark.parametrize("line", ["inspect x y", "compare x y"])
+def test_the_commands_print_text_and_json(workshop, monkeypatch, capsys, line):
+    for seed, name in enumerate("xy", 1):
+        workshop.adapter("mlp", lora(), name, seed=seed)
+    monkeypatch.chdir(workshop.directory)
+    assert cli.main(shlex.split(line)) == 0
+    assert "x" in capsys.readouterr().out
+    assert cli.main([*shlex.split(line), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["command"] == line.split()[0]
