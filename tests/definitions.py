@@ -363,6 +363,13 @@ def norm(merged: Matrix, tasks: Sequence[Matrix], strength: float = 1.0) -> Matr
     return merged * strength * np.mean(sizes) / np.linalg.norm(merged)
 
 
+def response(merged: Matrix, tasks: Sequence[Matrix], least: float = 0.0) -> Matrix:
+    tasks = [task for task in tasks if task.any()]
+    effective = len(tasks) * sum((t**2).sum() for t in tasks) / (sum(tasks) ** 2).sum()
+    share = np.mean([(merged * task).sum() / (task**2).sum() for task in tasks])
+    return merged * max(least, effective ** (-1 / 3)) / share
+
+
 def amplitude(
     merged: Sequence[Matrix], tasks: Sequence[Sequence[Matrix]], strength: float = 1.0
 ) -> list[Matrix]:
@@ -380,6 +387,7 @@ BEFORE: dict[str, Callable[..., list[Matrix]]] = {
 AFTER: dict[str, Callable[..., Matrix]] = {
     "svc": svc,
     "norm": norm,
+    "response": response,
     "exponent": lambda merged, _, **options: exponent(merged, **options),
 }
 WHOLE_MODEL = {"amplitude": amplitude}

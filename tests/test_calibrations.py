@@ -106,6 +106,7 @@ def test_before(name: str, options: dict[str, float], pool: str, kind: str):
         *((name, {}) for name in AFTER if name not in definitions.WHOLE_MODEL),
         ("svc", {"floor": 1.0}),
         ("norm", {"strength": 1.5}),
+        ("response", {"least": 0.7}),
         ("exponent", {"power": 1.5}),
     ],
 )
@@ -202,6 +203,32 @@ def test_svc_takes_back_what_was_counted_twice():
     assert distance(merged(pairs, after="svc"), dense(pairs)[0]) < 1e-5
 
 
+@pytest.mark.parametrize("least", [0.0, 0.7])
+@pytest.mark.parametrize("per", ["module", "model"])
+@pytest.mark.parametrize("method", ["linear", "tsv", "wudi", "stf"])
+def test_copies_of_one_adapter_come_back_at_the_right_response(method: str, per: str, least: float):
+    pairs = low_rank(3) * 4
+    found = merged(pairs, method=method, after={"response": {"per": per, "least": least}})
+    assert distance(found, dense(pairs)[0]) < 1e-5
+
+
+def test_copies_of_one_vector_come_back_at_the_right_response():
+    entry = LazyDelta(Diagonal, (3, 1), lambda: Diagonal(torch.tensor([1.0, 2.0, 3.0])))
+    some = [Adapter(name=name, modules=DeltaMapping({"m": entry})) for name in "abc"]
+    for method, options in (("linear", {}), ("ties", {"density": 1.0})):
+        found = merge_adapters(some, method=method, after="response", **options).modules["m"]
+        assert isinstance(found, Diagonal)
+        assert_allclose(found.l, [1.0, 2.0, 3.0], rtol=1e-6)
+
+
+def test_a_merge_without_a_response_is_left_as_it_is():
+    first, second = (
+        delta((np.eye(3)[:, :1], np.eye(3)[:1])),
+        delta((np.eye(3)[:, 1:2], np.eye(3)[:1])),
+    )
+    assert AFTER["response"].function(first, [second]) is first
+
+
 def test_svc_does_not_care_about_the_scale_of_what_it_calibrates():
     """Above its floor: σ_r is divided by shares that grow with it."""
     pairs = [(b, abs(a)) for b, a in [(abs(b), a) for b, a in low_rank(1, 1, 1)]]
@@ -245,6 +272,19 @@ def test_norm_is_a_factor_for_each_module():
     sizes = [a.modules["m"].norm() for a in MODEL]
     assert found.modules["m"].norm() == pytest.approx(np.mean(sizes), rel=1e-5)
     assert found.modules["o"].norm() == pytest.approx(MODEL[1].modules["o"].norm(), rel=1e-5)
+
+
+def test_response_per_model_is_one_factor_for_the_whole_model():
+    plain = merge_adapters(MODEL, method="iso_c")
+    found = merge_adapters(MODEL, method="iso_c", after={"response": {"per": "model"}})
+    whole = [
+        {m: a.delta(m).numpy() if m in a.modules else 0 * plain.delta(m).numpy() for m in "mno"}
+        for a in (*MODEL, plain)
+    ]
+    *tasks, total = [np.concatenate([x[m].ravel() for m in "mno"]) for x in whole]
+    wanted = definitions.response(total, tasks)
+    result = np.concatenate([found.delta(m).numpy().ravel() for m in "mno"])
+    assert distance(result, wanted) < 1e-5
 
 
 # --- compositions -----------------------------------------------------------------------------------------------------

@@ -35,7 +35,8 @@ class Calibration(Plugin):
         paper: The publication, such as "arXiv:2602.05536".
         accepts: The kinds of delta that it can change.
         survey: For one that comes after a merge and looks at the whole model: the function that measures one module.
-            The sum over all modules is passed as its third argument.
+            The sum over all modules is passed as its third argument. With an option `per` it is only called if that
+            is "model".
     """
 
     paper: str
@@ -130,7 +131,8 @@ def bound(
             )
         options = bind(calibration.options, values, f"{when} {name}")
         function = functools.partial(calibration.function, **options)
-        calibrations.append(dataclasses.replace(calibration, function=function))
+        survey = calibration.survey if options.get("per", "model") == "model" else None
+        calibrations.append(dataclasses.replace(calibration, function=function, survey=survey))
         complete.append({name: options})
     return calibrations, tuple(complete)
 
