@@ -325,14 +325,6 @@ def test_pico_as_published_is_pico_before_and_norm_after():
     assert distance(merged(pairs, before="pico", after="norm"), wanted) < 1e-5
 
 
-@pytest.mark.filterwarnings("ignore:the merged adapter retains")
-def test_the_rank_comes_last():
-    pairs = low_rank(3, 3)
-    found = merged(pairs, after="exponent", rank=2)
-    u, s, vh = np.linalg.svd(merged(pairs, after="exponent"))
-    assert distance(found, u[:, :2] * s[:2] @ vh[:2]) < 1e-5
-
-
 def test_conv1d_stays_conv1d():
     pairs = low_rank(2, 3)
     flipped = [LowRank(d.lora_A, d.lora_B, layout=CONV1D) for d in map(delta, pairs)]

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from pcb_peft.deltas.delta import Core, Delta, Dense, LowRank, Rescaled
+from pcb_peft.deltas.delta import Core, Delta, Dense, Diagonal, LowRank, Rescaled
 from pcb_peft.deltas.linalg import Basis, Svd, column_signs, leading_svd, significant, spanned, svd
 from pcb_peft.deltas.rank_choice import LOSSLESS, EnergyFraction, FixedRank, Lossless, Truncation
 from pcb_peft.runtime.threads import one_thread
@@ -36,6 +36,15 @@ def truncate(delta: Delta, rank: Truncation) -> tuple[LowRank, float]:
     energy = min(1.0, float(s.double().square().sum()) / total) if total > 0 else 1.0
     lora_A, lora_B = _across(right, s.sqrt()[:, None] * vh), _lift(left, u * s.sqrt())
     return LowRank(lora_A.float(), lora_B.float(), layout=delta.layout), energy
+
+
+def at_rank(delta: Delta, rank: Truncation) -> tuple[Delta, float]:
+    """Return the closest delta of that rank, and the energy that it retains; an (IA)³ vector has no rank and stays."""
+    if isinstance(delta, Diagonal):
+        return delta, 1.0
+    if isinstance(delta, Rescaled):
+        return truncate_low_rank_part(delta, rank)
+    return truncate(delta, rank)
 
 
 def truncate_low_rank_part(delta: Rescaled, rank: Truncation) -> tuple[Delta, float]:

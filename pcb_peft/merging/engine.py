@@ -17,7 +17,14 @@ from pcb_peft.adapters.loading import load_adapters
 from pcb_peft.adapters.source import Source
 from pcb_peft.base.model import lazy_base
 from pcb_peft.data.statistics_file import StatisticsLike, TaskStatistics, open_statistics
-from pcb_peft.deltas.rank_choice import Full, NetUtility, RankLike, module_rank
+from pcb_peft.deltas.rank_choice import (
+    EnergyFraction,
+    FixedRank,
+    Full,
+    NetUtility,
+    RankLike,
+    module_rank,
+)
 from pcb_peft.deltas.replacements import HeadPolicy, Tied
 from pcb_peft.errors import OptionError
 from pcb_peft.formats import LazyDelta
@@ -30,7 +37,7 @@ from pcb_peft.merging.plan import Setting
 from pcb_peft.merging.prepare import Prepared, prepare, sources_of
 from pcb_peft.merging.report import LOW_ENERGY, Report, ReportBuilder
 from pcb_peft.merging.result import MergedAdapter
-from pcb_peft.merging.scopes import Calibrated, GlobalScope, ModuleScope, Passthrough
+from pcb_peft.merging.scopes import Calibrated, GlobalScope, ModuleScope, Passthrough, Truncated
 from pcb_peft.methods import MergeMethod, get_method
 from pcb_peft.recipes.overrides import OverrideLike, Scope
 from pcb_peft.recipes.peft_aliases import method_of
@@ -265,12 +272,12 @@ def _finisher(
     merger: ModuleMerger, setting: Setting, prepared: Prepared, report: ReportBuilder
 ) -> ModuleFinisher:
     """Prepare to merge modules one by one; a global scope takes its statistics here."""
-    merge = _in_scope(merger, setting, report)
+    merge, rank = _in_scope(merger, setting, report), module_rank(prepared.recipe.rank)
+    if prepared.plan.after and isinstance(rank, FixedRank | EnergyFraction):
+        merge = Truncated(merge, rank)
     for calibration in prepared.plan.after:
         merge = Calibrated(merge, merger, calibration)
-    return ModuleFinisher(
-        merger, merge, module_rank(prepared.recipe.rank), setting.space.low_rank_output
-    )
+    return ModuleFinisher(merger, merge, rank, setting.space.low_rank_output)
 
 
 def _in_scope(merger: ModuleMerger, setting: Setting, report: ReportBuilder) -> MergeModule:

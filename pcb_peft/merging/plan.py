@@ -7,10 +7,17 @@ from typing import Any, NamedTuple
 
 from pcb_peft.calibrations import Calibration, bound
 from pcb_peft.deltas.delta import Delta
-from pcb_peft.deltas.rank_choice import LOSSLESS
+from pcb_peft.deltas.rank_choice import (
+    LOSSLESS,
+    EnergyFraction,
+    FixedRank,
+    RankBudget,
+    RankChoice,
+)
 from pcb_peft.errors import OptionError, UnsupportedError
 from pcb_peft.merging.compatibility import AdapterSet
 from pcb_peft.methods import MergeMethod, get_method, list_methods
+from pcb_peft.methods.registry import RANK
 from pcb_peft.plugins.options import bind, did_you_mean
 from pcb_peft.recipes.overrides import Override
 from pcb_peft.recipes.recipe import Recipe
@@ -36,6 +43,7 @@ class Setting:
         scope: "global" (over these modules) or "module".
         options: All options of both.
         weights: One per adapter.
+        rank: The rank of the result, if it is an integer.
         modules: The modules that are merged so.
     """
 
@@ -44,14 +52,15 @@ class Setting:
     scope: str
     options: Mapping[str, Any]
     weights: tuple[Weight, ...]
+    rank: int | None = None
     modules: tuple[str, ...] = ()
 
     @property
     def decide(self) -> Callable[..., Merged]:
         """The method with its options."""
-        return functools.partial(
-            self.method, **{name: self.options[name] for name in self.method.options}
-        )
+        options = {name: self.options[name] for name in self.method.options}
+        known = {RANK: self.rank} if self.method.knows_rank else {}
+        return functools.partial(self.method, **options, **known)
 
     @property
     def in_parts(self) -> bool:
@@ -111,6 +120,8 @@ def plan(
             f"rank is {recipe.rank.as_given!r}, but an (IA)³ adapter is a vector and has no rank: leave it out"
         )
     others = [_overridden(recipe, main, override, adapter_set) for override in recipe.overrides]
+    rank = _rank_known_to([main, *others], recipe.rank)
+    main, *others = (dataclasses.replace(setting, rank=rank) for setting in (main, *others))
     _check_statistics([main, *others], statistic)
     before, complete_before = bound("before", recipe.before, adapter_set.kinds)
     after, complete_after = bound("after", recipe.after, adapter_set.kinds)
@@ -238,6 +249,21 @@ def _check_statistics(settings: Sequence[Setting], given: str | None) -> None:
         raise OptionError(
             f"statistics of kind {given} are given, and method {settings[0].method.name} needs none: leave them out"
         )
+
+
+def _rank_known_to(settings: Sequence[Setting], rank: RankChoice) -> int | None:
+    """Return the rank of the result if it is an integer.
+
+    Raises:
+        OptionError: The directions to keep would be chosen by their strength, after a method made all of them alike.
+    """
+    flat = next((one.method.name for one in settings if one.method.knows_rank), None)
+    if flat and isinstance(rank, EnergyFraction | RankBudget):
+        raise OptionError(
+            f"rank is {rank.as_given!r}, but {flat} makes all directions of the merge equally strong, and none of them "
+            "has more energy to be kept for; give an integer rank, which the method takes into account, or none"
+        )
+    return rank.rank if isinstance(rank, FixedRank) else None
 
 
 def _space_for(name: str, method: MergeMethod, kinds: set[type[Delta]]) -> Space:

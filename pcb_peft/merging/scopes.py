@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from pcb_peft.calibrations import Calibration
+from pcb_peft.deltas.rank import at_rank
+from pcb_peft.deltas.rank_choice import Truncation
 from pcb_peft.merging.module_merger import MergedModule, MergeModule, ModuleMerger, decoded
 from pcb_peft.runtime.processes import union
 from pcb_peft.runtime.threads import one_thread
@@ -96,6 +98,19 @@ class GlobalScope:
             limits=merger.machine.limits,
         )
         return projections, ranges, tasks, merger.method(tasks)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Truncated:
+    """A merge whose modules are truncated before they are calibrated: no calibration raises a rank."""
+
+    merge: MergeModule
+    rank: Truncation
+
+    def __call__(self, module: str) -> MergedModule:
+        merged = self.merge(module)
+        delta, energy = at_rank(merged.delta, self.rank)
+        return dataclasses.replace(merged, delta=delta, energy=merged.energy * energy)
 
 
 class Calibrated:

@@ -14,7 +14,9 @@ from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 @merge_method(
     "iso_cts", paper="arXiv:2502.04959", scope="module", identity_on_one=True, whole_matrix=True
 )
-def iso_cts(tasks: TaskVectors, *, common: Annotated[float, Range(0, 1)] = 0.8) -> Merged:
+def iso_cts(
+    tasks: TaskVectors, *, common: Annotated[float, Range(0, 1)] = 0.8, rank: int | None = None
+) -> Merged:
     """Keep the strongest directions of the sum, replace the others by directions of the single tasks, flatten.
 
     The sum Σ_t λ_t ΔW_t = U Σ Vᵀ has R directions; the first k stay. Each λ_t ΔW_t, without its part in the span of
@@ -23,6 +25,7 @@ def iso_cts(tasks: TaskVectors, *, common: Annotated[float, Range(0, 1)] = 0.8) 
 
     Args:
         common: k / R, the fraction of directions that stay common; T·round((R − k) / T) become task-specific.
+        rank: R, the rank of the result; None: that of the sum.
 
     Good at: many tasks with a tuned common weight: with `iso_c` the best score on our benchmark.
 
@@ -32,14 +35,14 @@ def iso_cts(tasks: TaskVectors, *, common: Annotated[float, Range(0, 1)] = 0.8) 
     of the sum, not min(out, in); directions that depend on each other share their span instead of being completed by
     arbitrary ones; and a task vector without a competitor is returned unchanged, not flattened.
     """
-    return merge_matrices(tasks, lambda x: _merge(x, common))
+    return merge_matrices(tasks, lambda x: _merge(x, common, rank))
 
 
-def _merge(x: Tensor, common: float) -> Tensor:
-    tasks, total = len(x), significant(x.sum(0))
-    rank = len(total[1])
-    per_task = min(round((rank - int(rank * common)) / tasks), rank // tasks)
-    shared = leading(total, rank - per_task * tasks)
+def _merge(x: Tensor, common: float, rank: int | None) -> Tensor:
+    tasks, total = len(x), leading(significant(x.sum(0)), rank)
+    count = len(total[1])
+    per_task = min(round((count - int(count * common)) / tasks), count // tasks)
+    shared = leading(total, count - per_task * tasks)
     span = shared[0]
     rests = [significant(matrix - span @ (span.T @ matrix), scale=matrix.norm()) for matrix in x]
     u, s, vh = cat_svds([shared, *(leading(rest, per_task) for rest in rests)])

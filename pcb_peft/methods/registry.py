@@ -1,16 +1,21 @@
 """Merge methods: a function from the task vectors of a scope to the merged ones, and where each is registered.
 
-A method's keyword-only parameters are its options. Its docstring has a first line that says what it does, and
-paragraphs ``Good at:``, ``Measured:`` and ``Source:``.
+A method's keyword-only parameters are its options. One of the name `rank` is no option: the engine passes the integer
+rank that the result will have, or None. A docstring has a first line that says what the method does, and paragraphs
+``Good at:``, ``Measured:`` and ``Source:``.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from pcb_peft.plugins.options import Option, options_of
 from pcb_peft.plugins.registry import Plugin, Registry
 from pcb_peft.plugins.renamed import renamed_keywords
 from pcb_peft.tasks.task_vectors import Merged, TaskVectors
+
+RANK = "rank"
 
 Function = TypeVar("Function", bound=Callable[..., Merged])
 
@@ -43,6 +48,16 @@ class MergeMethod(Plugin):
     arity: int | None = None
     needs_statistic: str | None = None
     whole_matrix: bool = False
+
+    @property
+    def knows_rank(self) -> bool:
+        """Whether it is told the rank of the result, because what it keeps depends on it."""
+        return RANK in inspect.signature(self.function).parameters
+
+    @property
+    def options(self) -> dict[str, Option]:
+        """The options by name, read from the signature and the ``Args`` section."""
+        return {name: option for name, option in options_of(self.function).items() if name != RANK}
 
     def accepts_count(self, count: int) -> bool:
         """Return whether it merges this number of adapters."""

@@ -27,7 +27,7 @@ def merge_matrices(tasks: TaskVectors, merge: Callable[[Tensor], Tensor]) -> Mer
     return tasks.combine(rule, whole=True)
 
 
-def leading(svd: Svd, count: int) -> Svd:
-    """Return the first triplets of an SVD, those of the largest singular values."""
+def leading(svd: Svd, count: int | None) -> Svd:
+    """Return the first triplets of an SVD, those of the largest singular values; all if the count is None."""
     u, s, vh = svd
     return u[:, :count], s[:count], vh[:count]
