@@ -227,6 +227,17 @@ def iso_c(x: Sequence[Matrix]) -> Matrix:
     return s.mean() * u @ vh
 
 
+def flat(x: Sequence[Matrix], response: float = 0.7) -> Matrix:
+    """The scale is found from what the response must be."""
+    squares = sum(np.linalg.norm(matrix) ** 2 for matrix in x)
+    u, _, vh = svd(sum(x), np.sqrt(squares))
+    kept = np.linalg.norm(sum(x)) ** 2 / squares
+    wanted = max(response, (kept / len(x)) ** (1 / 3)) * min(1, 2 * kept)
+    shares = [np.sum(u @ vh * matrix) / np.linalg.norm(matrix) ** 2 for matrix in x]
+    pooled = sum(np.sum(u @ vh * matrix) for matrix in x) / squares
+    return u @ vh * wanted / max(np.mean(shares), pooled)
+
+
 def iso_cts(x: Sequence[Matrix], common: float = 0.8) -> Matrix:
     u, s, vh = svd(sum(x))
     rank = len(s)
@@ -292,7 +303,7 @@ def fr(x: Sequence[Matrix], cutoff: float = 0.1) -> Matrix:
 
 
 SPECTRAL: dict[str, Callable[..., Matrix]] = {
-    function.__name__: function for function in (tsv, iso_c, iso_cts, wudi, stf, robust_merge, fr)
+    function.__name__: function for function in (tsv, iso_c, flat, iso_cts, wudi, stf, robust_merge, fr)
 }
 
 

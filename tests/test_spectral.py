@@ -13,7 +13,7 @@ from pcb_peft import get_method, merge_adapters
 from pcb_peft.tasks.blocks import stacked
 from pcb_peft.tasks.task_vectors import TaskVectors
 
-EQUIVARIANT = ("tsv", "iso_c", "iso_cts", "wudi", "stf")  # bases do not matter to them
+EQUIVARIANT = ("tsv", "iso_c", "flat", "iso_cts", "wudi", "stf")  # bases do not matter to them
 METHODS = tuple(SPECTRAL)
 
 

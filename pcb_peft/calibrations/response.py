@@ -37,7 +37,9 @@ def response(
     adapter does. With T_eff = T Σ_t ‖ΔW_t‖² / ‖Σ_t ΔW_t‖² the merge is scaled to c = max(least, T_eff^(−1/3)). T_eff is
     T for adapters that have nothing in common and 1 for copies of one adapter, which come back as they are.
 
-    A merge that has no positive response has no right scale, and is left as it is.
+    A merge that has no positive response has no right scale, and is left as it is. Where adapters take each other back,
+    so that ‖Σ_t ΔW_t‖² is less than half of Σ_t ‖ΔW_t‖², c is smaller by that fraction of the half: what is left of a
+    difference is not blown up.
 
     Args:
         least: The smallest c. T_eff^(−1/3), the default, suits merges that keep the adapters' singular values; 0.7 is
@@ -54,6 +56,8 @@ def response(
     if not touched.any():
         return merged
     share = (own[touched] / squares[touched]).mean()
-    alike = adapters.sum() / squares.sum() / touched.sum()  # 1 / T_eff
-    goal = max(least, float(alike.clamp(min=0)) ** (1 / 3))
+    kept = float(
+        (adapters.sum() / squares.sum()).clamp(min=0)
+    )  # ‖Σ_t ΔW_t‖² / Σ_t ‖ΔW_t‖² = T / T_eff
+    goal = max(least, (kept / int(touched.sum())) ** (1 / 3)) * min(1, 2 * kept)
     return merged.scaled(goal / float(share)) if share > 0 else merged

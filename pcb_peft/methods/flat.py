@@ -1,0 +1,49 @@
+"""Equally strong directions at the right scale: flat merging."""
+
+from typing import Annotated
+
+from torch import Tensor
+
+from pcb_peft.deltas.linalg import leading, significant
+from pcb_peft.methods.ops import clamp_positive
+from pcb_peft.methods.registry import merge_method
+from pcb_peft.methods.spectral import merge_matrices
+from pcb_peft.plugins.options import Range
+from pcb_peft.tasks.task_vectors import Merged, TaskVectors
+
+
+@merge_method("flat", paper="none", scope="module", identity_on_one=True, whole_matrix=True)
+def flat(
+    tasks: TaskVectors,
+    *,
+    response: Annotated[float, Range(0, 1, low_open=True)] = 0.7,
+    rank: int | None = None,
+) -> Merged:
+    """Keep the strongest directions of the sum, make them equally strong, and scale them to the adapters.
+
+    With the k largest singular values σ_i of X = Σ_t λ_t ΔW_t, and their vectors U and V:
+
+        ΔW = c · Σ_t ‖λ_t ΔW_t‖² / Σ_i σ_i · U Vᵀ
+
+    so that c = Σ_t ⟨ΔW, λ_t ΔW_t⟩ / Σ_t ‖λ_t ΔW_t‖² is the response of the merge along the adapters. 1 would do to every
+    adapter's own directions what the adapter does, and disturb the others too much.
+
+    Args:
+        response: The smallest c. Adapters that have much in common get a larger one: c = (T_eff)^(−1/3), where T_eff =
+            T Σ_t ‖λ_t ΔW_t‖² / ‖X‖² is T for adapters that have nothing in common and 1 for copies of one. Where they
+            take each other back, so that ‖X‖² is less than half of the sum of squares, c is smaller in proportion.
+        rank: k, the rank of the result; None: all directions stay.
+
+    Good at: many tasks with every weight at 1, at full rank and at the rank of one adapter.
+
+    Source: the directions are those of Iso-C, Marczak et al. 2025; the scale, and choosing the rank first, are new.
+    """
+    return merge_matrices(tasks, lambda x: _merge(x, response, rank))
+
+
+def _merge(x: Tensor, response: float, rank: int | None) -> Tensor:
+    total, squares = x.sum(0), x.square().sum()
+    u, s, vh = leading(significant(total, scale=squares.sqrt()), rank)
+    kept = float(total.square().sum() / squares)  # T / T_eff
+    c = max(response, (kept / len(x)) ** (1 / 3)) * min(1, 2 * kept)
+    return c * squares / clamp_positive(s.sum()) * u @ vh
