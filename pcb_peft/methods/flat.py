@@ -2,6 +2,7 @@
 
 from typing import Annotated
 
+import torch
 from torch import Tensor
 
 from pcb_peft.deltas.linalg import leading, significant
@@ -21,12 +22,12 @@ def flat(
 ) -> Merged:
     """Keep the strongest directions of the sum, make them equally strong, and scale them to the adapters.
 
-    With the k largest singular values σ_i of X = Σ_t λ_t ΔW_t, and their vectors U and V:
+    With the singular vectors U and V that belong to the k largest singular values of X = Σ_t λ_t ΔW_t: ΔW = σ U Vᵀ. The
+    one strength σ is such that the merge keeps the share c of the adapters' own response,
 
-        ΔW = c · Σ_t ‖λ_t ΔW_t‖² / Σ_i σ_i · U Vᵀ
+        mean_t ⟨ΔW, λ_t ΔW_t⟩ / ‖λ_t ΔW_t‖² = c
 
-    so that c = Σ_t ⟨ΔW, λ_t ΔW_t⟩ / Σ_t ‖λ_t ΔW_t‖² is the response of the merge along the adapters. 1 would do to every
-    adapter's own directions what the adapter does, and disturb the others too much.
+    A c of 1 would do to every adapter's own directions what the adapter does, and disturb the others too much.
 
     Args:
         response: The smallest c. Adapters that have much in common get a larger one: c = (T_eff)^(−1/3), where T_eff =
@@ -42,8 +43,13 @@ def flat(
 
 
 def _merge(x: Tensor, response: float, rank: int | None) -> Tensor:
-    total, squares = x.sum(0), x.square().sum()
-    u, s, vh = leading(significant(total, scale=squares.sqrt()), rank)
-    kept = float(total.square().sum() / squares)  # T / T_eff
+    total, squares = x.sum(0), x.square().sum((1, 2))
+    u, _, vh = leading(significant(total, scale=squares.sum().sqrt()), rank)
+    directions = u @ vh
+    own = (directions * x).sum((1, 2))
+    share = torch.maximum(
+        (own / squares).mean(), own.sum() / squares.sum()
+    )  # the last is never < 0
+    kept = float(total.square().sum() / squares.sum())  # T / T_eff
     c = max(response, (kept / len(x)) ** (1 / 3)) * min(1, 2 * kept)
-    return c * squares / clamp_positive(s.sum()) * u @ vh
+    return c / clamp_positive(share) * directions
