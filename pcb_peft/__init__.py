@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pcb_peft.calibrations import list_calibrations
     from pcb_peft.data.collect import collect_statistics
     from pcb_peft.data.statistics_file import TaskStatistics, open_statistics
+    from pcb_peft.distillation.distill import DistilledAdapter, distill_merge
     from pcb_peft.dry_run.estimate import Estimate, estimate_merge
     from pcb_peft.errors import (
         AdapterError,
@@ -57,6 +58,7 @@ _NAMES = {
     "calibrations": ("list_calibrations",),
     "data.collect": ("collect_statistics",),
     "data.statistics_file": ("TaskStatistics", "open_statistics"),
+    "distillation.distill": ("DistilledAdapter", "distill_merge"),
     "dry_run.estimate": ("Estimate", "estimate_merge"),
     "errors": (
         "AdapterError",
@@ -94,6 +96,7 @@ __all__ = [
     "AdapterNotFoundError",
     "BaseModelError",
     "Comparison",
+    "DistilledAdapter",
     "Estimate",
     "Evaluation",
     "Inspection",
@@ -114,6 +117,7 @@ __all__ = [
     "all_processes",
     "collect_statistics",
     "compare_adapters",
+    "distill_merge",
     "estimate_merge",
     "evaluate",
     "extract_adapter",

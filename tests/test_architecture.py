@@ -24,7 +24,7 @@ LEVELS = (
     {"adapters"},
     {"recipes", "data"},
     {"merging"},
-    {"extraction", "dry_run", "evaluation", "inspection"},
+    {"extraction", "distillation", "dry_run", "evaluation", "inspection"},
     {"commands"},
     {"__init__", "__main__"},
 )

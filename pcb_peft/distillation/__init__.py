@@ -1,0 +1,1 @@
+"""A little training after a merge: its own texts, without labels, and its adapters as teachers."""

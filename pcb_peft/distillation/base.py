@@ -1,0 +1,134 @@
+"""The base model in memory: with an adapter's weights for a while, and with an adapter's head for one call."""
+
+import contextlib
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.deltas.delta import Diagonal
+from pcb_peft.errors import BaseModelError, MismatchError, UnsupportedError
+
+Head = dict[str, Tensor]
+"""An adapter's own parameters, such as its classifier, by their names in the base model."""
+
+CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+}
+GENERATING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+
+
+def load_base(base_model: str | Path | Any, task_type: str | None) -> Any:
+    """Load a base model in the class that a task type calls for; a model in memory is used as it is.
+
+    Raises:
+        BaseModelError: It cannot be loaded.
+    """
+    import transformers
+
+    if not isinstance(base_model, str | Path):
+        return base_model.eval()
+    loader: Any = getattr(transformers, CLASSES.get(str(task_type), "AutoModel"))
+    try:
+        return loader.from_pretrained(base_model).eval()
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"{base_model} cannot be loaded with transformers: {error}") from error
+
+
+def head_of(adapter: Adapter, model: Any) -> Head:
+    """Return the parameters that an adapter replaces, on the model's device.
+
+    Raises:
+        UnsupportedError: It replaces rows of an embedding, or it is a classifier without its head.
+        MismatchError: The model has no such parameters.
+    """
+    if adapter.head.rows:
+        raise UnsupportedError(
+            f"{adapter.name} replaces rows of an embedding, and distillation cannot switch these between texts"
+        )
+    if adapter.task_type in ("SEQ_CLS", "TOKEN_CLS") and not adapter.head.parameters:
+        raise UnsupportedError(
+            f"{adapter.name} is a classifier without a classification head in its files, so what it answers is not "
+            "known; save it with its head (modules_to_save)"
+        )
+    known = dict(model.named_parameters())
+    for name in adapter.head.parameters:
+        if name not in known:
+            raise MismatchError(
+                f"{adapter.name} replaces {name}, which {type(model).__name__} does not have; give the base model that "
+                "the adapter was trained on"
+            )
+    return {
+        name: load().to(known[name].device, known[name].dtype)
+        for name, load in adapter.head.parameters.items()
+    }
+
+
+def call(model: Any, head: Head, batch: Mapping[str, Tensor], **options: Any) -> Any:
+    """Run the model with the parameters of a head in the place of its own."""
+    return torch.func.functional_call(model, head, (), {**batch, **options}, strict=False)
+
+
+@contextlib.contextmanager
+def with_head(model: Any, head: Head) -> Generator[None]:
+    """Put the parameters of a head into the model; afterwards they are what they were."""
+    parameters = {name: model.get_parameter(name) for name in head}
+    own = {name: parameter.data for name, parameter in parameters.items()}
+    try:
+        for name, parameter in parameters.items():
+            parameter.data = head[name]
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = own[name]
+
+
+@contextlib.contextmanager
+def with_adapter(model: Any, adapter: Adapter) -> Generator[None]:
+    """Add an adapter's deltas to the model's weights; afterwards every weight is bit for bit what it was.
+
+    Raises:
+        MismatchError: The model has no such weight, or in another shape.
+    """
+    saved: list[tuple[Tensor, Tensor]] = []
+    try:
+        for module in adapter.modules:
+            delta = adapter.modules[module]
+            weight = weight_of(model, module, adapter.name)
+            change = delta.delta(weight.float().cpu())
+            if change.shape != weight.shape:
+                raise MismatchError(
+                    f"{adapter.name}: {module} changes a weight of shape {tuple(change.shape)}, and in "
+                    f"{type(model).__name__} it has {tuple(weight.shape)}; give the base model that it was trained on"
+                )
+            saved.append((weight, weight.clone()))
+            weight.copy_((weight.float() + change.to(weight.device)).to(weight.dtype))
+            bias = getattr(model.get_submodule(module), "bias", None)
+            if isinstance(delta, Diagonal) and bias is not None:
+                saved.append((bias.data, bias.data.clone()))
+                bias.data.copy_(delta.apply_to_bias(bias.data.cpu()))
+        yield
+    finally:
+        for weight, values in saved:
+            weight.copy_(values)
+
+
+def weight_of(model: Any, module: str, owner: str) -> Tensor:
+    """Return the weight of a module, to be changed in place.
+
+    Raises:
+        MismatchError: The model has no such module.
+    """
+    parameters = dict(model.named_parameters())
+    for name in (f"{module}.weight", module):
+        if name in parameters:
+            return parameters[name].data
+    raise MismatchError(
+        f"{owner} changes {module}, which {type(model).__name__} does not have; give the base model that it was trained on"
+    )

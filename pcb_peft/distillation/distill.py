@@ -1,0 +1,205 @@
+"""`distill_merge`: a merge, trained for a minute to answer as its adapters do."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Container, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.adapters.loading import load_adapter, load_adapters
+from pcb_peft.adapters.source import Source
+from pcb_peft.base.model import lazy_base
+from pcb_peft.data.batches import Data
+from pcb_peft.distillation.base import head_of, load_base
+from pcb_peft.distillation.student import Student
+from pcb_peft.distillation.teacher import Reader
+from pcb_peft.distillation.texts import digest_of, encoded, load_tokenizer, read_texts
+from pcb_peft.distillation.training import Divergences, Lesson, Schedule, Training
+from pcb_peft.errors import MismatchError, OptionError
+from pcb_peft.recipes.yaml_text import dump_yaml
+from pcb_peft.runtime.progress import tracker
+from pcb_peft.version import __version__
+from pcb_peft.writing.model_card import model_card
+
+FILE_NAME = "distill_recipe.yaml"
+FEW, FEW_STEPS, MANY_STEPS = (
+    128,
+    40,
+    80,
+)  # up to so many texts of a task, so many steps; of more, so many
+
+AdapterLike = str | Path | Source | tuple[Any, str] | Adapter
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class DistilledAdapter(Adapter):
+    """A merge after its distillation.
+
+    Attributes:
+        recipe: Adapters, texts and settings, by hash.
+        history: Step to the divergence from each adapter on held-out texts.
+        best_step: The step whose state this is.
+    """
+
+    recipe: Mapping[str, Any]
+    history: Mapping[int, Divergences]
+    best_step: int
+
+    def companion_files(self, without: Container[str] | None = None) -> dict[str, bytes]:
+        text = dump_yaml(dict(self.recipe))
+        return {FILE_NAME: text.encode(), **super().companion_files(without)}
+
+    def card(self, peft_type: str) -> str:
+        adapters = self.recipe["adapters"]
+        return model_card(
+            title=f"{len(adapters)} adapters merged, and distilled on unlabelled texts",
+            base_model=self.base_model,
+            task_type=self.task_type,
+            tags=[peft_type.lower(), "transformers"],
+            sources=[(adapter["name"], f"{adapter['texts']} texts") for adapter in adapters],
+            settings=[("steps", self.best_step), ("recipe", FILE_NAME)],
+        )
+
+
+def distill_merge(  # noqa: PLR0913  (every choice, by name)
+    merged: AdapterLike,
+    adapters: Sequence[AdapterLike],
+    texts: Sequence[Data],
+    base_model: str | Path | Any,
+    *,
+    limit: int = 64,
+    steps: int | None = None,
+    learning_rate: float = 2e-3,
+    batch_texts: int = 8,
+    held_out: float = 0.125,
+    new_tokens: int = 16,
+    max_length: int = 256,
+    tokenizer: Any = None,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    progress: bool | None = None,
+) -> DistilledAdapter:
+    """Train a merge for a minute, on unlabelled texts of its tasks, to answer as each adapter answers its own.
+
+    This is a little training, not a closed form. The base model and lora_A stay as they are; lora_B moves towards what
+    the adapters say of their texts: class probabilities, the next-token probabilities of their own continuations, or
+    hidden states where there is no head. What each adapter says is asked once and kept. The result has the rank of the
+    merge and is saved, loaded and folded like any adapter.
+
+    Args:
+        merged: The merge to begin with; its rank is the rank of the result.
+        adapters: Those that were merged.
+        texts: Per adapter, a ``.jsonl`` file or rows with `text` and, if wanted, `text_pair`; or plain texts. For a
+            language model a text is a prompt, which the adapter continues. Labels are not read.
+        base_model: Path or hub id, or a model of transformers.
+        limit: The most texts per adapter, evenly spread over its data.
+        steps: Updates; default: 40, or 80 if a task has more than 128 texts.
+        learning_rate: Adam's, at its peak.
+        batch_texts: Texts of each task per update.
+        held_out: The fraction of each task's texts that decides when to stop; 0: the last state is taken.
+        new_tokens: The most tokens by which a language model continues a text; 0: it answers the text's own tokens.
+        max_length: In tokens; longer texts are cut.
+        tokenizer: Default: the base model's.
+        seed: Of the order of the texts.
+        checkpoint: A file from which an interrupted run goes on, and which it writes.
+        progress: Show a bar; default: on a terminal.
+
+    Returns:
+        The merge as it is after its best step.
+
+    Raises:
+        OptionError: A value that is not allowed, or not one set of texts per adapter.
+        UnsupportedError: A delta or a head that cannot be trained or switched.
+        MismatchError: An adapter does not fit the base model.
+
+    Example:
+        >>> merged = merge_adapters(["math-lora", "law-lora"], "flat", rank=16)
+        >>> better = distill_merge(merged, ["math-lora", "law-lora"], ["math.jsonl", "law.jsonl"], "base")
+        >>> better.save_pretrained("merged")
+    """
+    if len(texts) != len(adapters) or not adapters:
+        raise OptionError(
+            f"{len(adapters)} adapters and {len(texts)} sets of texts: give one file (or list) per adapter, in order"
+        )
+    if not 0 <= held_out < 1:
+        raise OptionError(f"held_out is {held_out!r}; it must be a fraction from 0, less than 1")
+    base = lazy_base(base_model) if isinstance(base_model, str | Path) else None
+    loaded = load_adapters(adapters, base_model=base)
+    start = load_adapter(merged, base_model=base)
+    task_type = _common_task_type(loaded)
+    rows = [read_texts(data, limit) for data in texts]
+    count = steps or (FEW_STEPS if max(map(len, rows)) <= FEW else MANY_STEPS)
+    schedule = Schedule(count, learning_rate, batch_texts, seed)
+    settings = dataclasses.asdict(schedule)
+    settings |= {"held_out": held_out, "new_tokens": new_tokens, "max_length": max_length}
+    recipe = {
+        "merge": _identity(start),
+        "adapters": [
+            {**_identity(adapter), "texts_sha256": digest_of(some), "texts": len(some)}
+            for adapter, some in zip(loaded, rows, strict=True)
+        ],
+        **settings,
+        "version": __version__,
+    }
+    accelerator = _accelerator()
+    model = load_base(base_model, task_type).to(accelerator.device).requires_grad_(False)  # noqa: FBT003
+    words = load_tokenizer(tokenizer, base_model)
+    reader = Reader(task_type, words.pad_token_id, new_tokens)
+    student = Student(start, model).to(accelerator.device)
+    track = tracker(progress)
+    lessons = [
+        _lesson(reader, model, adapter, encoded(some, words, max_length), held_out)
+        for adapter, some in zip(track(loaded, "ask the adapters"), rows, strict=True)
+    ]
+    training = Training(model, student, reader, lessons, schedule, accelerator)
+    with student.attached(model):
+        training.run(track, Path(checkpoint) if checkpoint else None, _fingerprint(recipe))
+    kept = {field.name: getattr(start, field.name) for field in dataclasses.fields(Adapter)}
+    kept |= {"modules": student.deltas(start.modules.entries), "source": None, "files": None}
+    kept["name"] = f"{start.name}-distilled"
+    return DistilledAdapter(
+        **kept, recipe=recipe, history=training.history, best_step=training.best_step
+    )
+
+
+def _lesson(
+    reader: Reader, model: Any, adapter: Adapter, texts: Sequence[Any], held_out: float
+) -> Lesson:
+    """Ask an adapter, and set the held-out texts apart, evenly spread."""
+    head = head_of(adapter, model)
+    examples = reader.examples(model, adapter, head, texts)
+    apart = int(held_out * len(examples))
+    places = {index * len(examples) // apart for index in range(apart)}
+    return Lesson(
+        adapter.name,
+        head,
+        [example for place, example in enumerate(examples) if place not in places],
+        [examples[place] for place in sorted(places)],
+    )
+
+
+def _common_task_type(adapters: Sequence[Adapter]) -> str | None:
+    types = {adapter.task_type for adapter in adapters}
+    if len(types) > 1:
+        raise MismatchError(
+            f"the adapters are of task types {', '.join(sorted(map(str, types)))}: one model must answer for all of them"
+        )
+    return types.pop()
+
+
+def _identity(adapter: Adapter) -> dict[str, str]:
+    """Name and hash of an adapter."""
+    digest = adapter.source.sha256 if adapter.source else None
+    return {"name": adapter.name} | ({"sha256": digest} if digest else {})
+
+
+def _fingerprint(recipe: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+
+
+def _accelerator() -> Any:
+    from accelerate import Accelerator  # pyright: ignore[reportMissingTypeStubs]
+
+    return Accelerator()

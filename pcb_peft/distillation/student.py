@@ -1,0 +1,147 @@
+"""A merge whose lora_B is trained: what it adds to the outputs of the base model's layers."""
+
+import contextlib
+import functools
+from collections.abc import Generator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.adapters.delta_mapping import DeltaMapping
+from pcb_peft.deltas.delta import Delta, Diagonal, LowRank
+from pcb_peft.deltas.layout import Layout
+from pcb_peft.deltas.rank import triplets
+from pcb_peft.errors import UnsupportedError
+from pcb_peft.formats import LazyDelta
+
+LINEAR = ("Linear", "Conv1D")  # Conv1D of transformers: a linear layer that stores W as (in, out)
+
+
+class LoraStudent(nn.Module):
+    """ΔW = B A for one layer. A has orthonormal rows and stays; B is trained."""
+
+    def __init__(self, delta: Delta) -> None:
+        super().__init__()
+        u, s, vh = triplets(delta)
+        self.layout: Layout = delta.layout
+        self.lora_A = nn.Buffer(vh.float())
+        self.trained = nn.Parameter((u * s).float())
+
+    def hook(self, _layer: object, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Add B A x to a layer's output."""
+        x = inputs[0].to(self.lora_A.dtype)
+        return output + functional.linear(functional.linear(x, self.lora_A), self.trained).to(
+            output
+        )
+
+    def attach(self, layer: Any) -> Any:
+        """Add it to a layer; returns the hook's handle."""
+        return layer.register_forward_hook(self.hook)
+
+    def delta(self) -> LowRank:
+        """Return the delta as it is now."""
+        values = self.trained.detach().cpu().clone()
+        return LowRank(self.lora_A.cpu().clone(), values, layout=self.layout)
+
+
+class Ia3Student(nn.Module):
+    """The vector l of an (IA)³ for one layer, which is trained."""
+
+    def __init__(self, delta: Diagonal) -> None:
+        super().__init__()
+        self.feedforward, self.layout = delta.feedforward, delta.layout
+        self.trained = nn.Parameter(delta.l.float().clone())
+
+    def attach(self, layer: Any) -> Any:
+        """Scale a layer's input, or output; returns the hook's handle."""
+        if self.feedforward:
+            return layer.register_forward_pre_hook(
+                lambda _, inputs: (inputs[0] * self.trained, *inputs[1:])
+            )
+        return layer.register_forward_hook(lambda _layer, _inputs, output: output * self.trained)
+
+    def delta(self) -> Diagonal:
+        """Return the delta as it is now."""
+        values = self.trained.detach().cpu().clone()
+        return Diagonal(values, self.feedforward, layout=self.layout)
+
+
+class Student(nn.Module):
+    """A merge that is being trained.
+
+    Args:
+        merged: The adapter to begin with; it is not changed.
+        model: The base model.
+
+    Raises:
+        UnsupportedError: The merge changes what is no linear layer, or by something else than a LoRA or an (IA)³.
+    """
+
+    def __init__(self, merged: Adapter, model: Any) -> None:
+        super().__init__()
+        self.names = list(merged.modules)
+        self.parts = nn.ModuleList(
+            _student(merged.modules[name], layer_of(model, name, merged.name), name)
+            for name in self.names
+        )
+
+    @contextlib.contextmanager
+    def attached(self, model: Any) -> Generator[None]:
+        """Let the model answer as the base model with the merge."""
+        handles = [
+            part.attach(model.get_submodule(name))  # type: ignore[operator]
+            for name, part in zip(self.names, self.parts, strict=True)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def deltas(self, like: Mapping[str, LazyDelta]) -> DeltaMapping:
+        """Return the deltas as they are now."""
+        return DeltaMapping(
+            {
+                name: _entry(part.delta(), like[name])
+                for name, part in zip(self.names, self.parts, strict=True)
+            }  # type: ignore[operator]
+        )
+
+
+def layer_of(model: Any, module: str, owner: str) -> Any:
+    """Return a linear layer of the model.
+
+    Raises:
+        UnsupportedError: The module is no linear layer, or not there.
+    """
+    layer = dict(model.named_modules()).get(module)
+    if type(layer).__name__ not in LINEAR:
+        kind = "is not in the model" if layer is None else f"is a {type(layer).__name__}"
+        raise UnsupportedError(
+            f"{owner} changes {module}, which {kind}: distillation trains what is added to linear layers; leave the "
+            "module out of the merge"
+        )
+    return layer
+
+
+def _student(delta: Delta, layer: Any, module: str) -> LoraStudent | Ia3Student:
+    del layer
+    if isinstance(delta, Diagonal):
+        return Ia3Student(delta)
+    if isinstance(delta, LowRank):
+        return LoraStudent(delta)
+    raise UnsupportedError(
+        f"{module} has a dense delta, or a DoRA's: distillation trains a LoRA or an (IA)³; merge with an integer rank"
+    )
+
+
+def _entry(delta: LowRank | Diagonal, like: LazyDelta) -> LazyDelta:
+    rank = delta.rank if isinstance(delta, LowRank) else None
+    return LazyDelta(type(delta), like.shape, functools.partial(_same, delta), rank=rank)
+
+
+def _same(delta: Delta) -> Delta:
+    return delta

@@ -1,0 +1,214 @@
+"""The training loop: one batch of each task at a time, the best state on held-out texts, a file to go on from."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pcb_peft.distillation.base import Head
+from pcb_peft.distillation.student import Student
+from pcb_peft.distillation.teacher import Example, Reader
+from pcb_peft.errors import OptionError
+from pcb_peft.runtime.progress import Track
+
+WARM_UP = 10  # steps in which the learning rate rises
+LAST = 0.1  # of the learning rate, at the end of its linear decay
+CHECK_EVERY = 10  # steps between two looks at the held-out texts
+PATIENCE = 3  # looks without an improvement after which the training stops
+HELD_OUT_BATCH = 32  # texts
+
+Divergences = dict[str, float]
+"""Task to the mean divergence of the merge from the task's own adapter; 0 is the same."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Lesson:
+    """One task: its texts with what its adapter says of them, and its head.
+
+    Attributes:
+        name: The adapter's name.
+        head: The adapter's own parameters.
+        texts: What the merge is trained on.
+        held_out: What it is checked on.
+    """
+
+    name: str
+    head: Head
+    texts: Sequence[Example]
+    held_out: Sequence[Example]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Schedule:
+    """How long and how fast.
+
+    Attributes:
+        steps: Updates.
+        learning_rate: Its peak.
+        batch_texts: Texts of each task per step.
+        seed: Of the order of the texts.
+    """
+
+    steps: int
+    learning_rate: float
+    batch_texts: int
+    seed: int
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step, from 0."""
+        warm = min(1.0, (step + 1) / min(WARM_UP, self.steps))
+        return self.learning_rate * warm * (1 - (1 - LAST) * step / self.steps)
+
+    def batch(self, lesson: Lesson, step: int) -> list[Example]:
+        """Return a task's texts of a step: each pass over them has another order."""
+        count = len(lesson.texts)
+        chosen: list[Example] = []
+        for place in range(step * self.batch_texts, (step + 1) * self.batch_texts):
+            generator = torch.Generator().manual_seed(self.seed + 7919 * (place // count))
+            order = torch.randperm(count, generator=generator)
+            chosen.append(lesson.texts[int(order[place % count])])
+        return chosen
+
+
+@dataclasses.dataclass(slots=True)
+class Training:
+    """A training and how far it is.
+
+    Attributes:
+        model: The base model, with the student attached.
+        student: What is trained.
+        reader: How the model's outputs are read.
+        lessons: The tasks.
+        schedule: How long and how fast.
+        accelerator: Accelerate's.
+        step: Updates so far.
+        history: Step to the divergences on the held-out texts.
+        best: The trained parameters at the best of these.
+    """
+
+    model: Any
+    student: Student
+    reader: Reader
+    lessons: Sequence[Lesson]
+    schedule: Schedule
+    accelerator: Any
+    step: int = 0
+    history: dict[int, Divergences] = dataclasses.field(default_factory=dict[int, Divergences])
+    best: list[Tensor] = dataclasses.field(default_factory=list[Tensor])
+
+    def run(self, track: Track, checkpoint: Path | None, fingerprint: str) -> None:
+        """Train to the end, or until the held-out texts gain no more; then take the best state.
+
+        Args:
+            track: Shows progress.
+            checkpoint: A file to go on from, and to write after each look at the held-out texts.
+            fingerprint: Of the settings; a file of other settings is refused.
+        """
+        parameters = [p for p in self.student.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(parameters, lr=self.schedule.learning_rate)
+        if checkpoint is not None and checkpoint.is_file():
+            self._resume(checkpoint, fingerprint, optimizer)
+        else:
+            self._check(parameters)
+        for step in track(range(self.step, self.schedule.steps), "distill"):
+            if self._is_over():
+                break
+            self._update(step, parameters, optimizer)
+            self.step = step + 1
+            if self.step % CHECK_EVERY == 0 or self.step == self.schedule.steps:
+                self._check(parameters)
+                if checkpoint is not None and self.accelerator.is_main_process:
+                    self._save(checkpoint, fingerprint, optimizer)
+        with torch.no_grad():
+            for parameter, values in zip(parameters, self.best, strict=True):
+                parameter.copy_(values)
+
+    @property
+    def best_step(self) -> int:
+        """The step of the best state."""
+        return min(self.history, key=lambda step: (_mean(self.history[step]), step))
+
+    def _is_over(self) -> bool:
+        looks = sorted(self.history)
+        return len(looks) - 1 - looks.index(self.best_step) >= PATIENCE
+
+    def _own(self) -> list[Lesson]:
+        """The tasks of this process."""
+        place, count = self.accelerator.process_index, self.accelerator.num_processes
+        return list(self.lessons[place::count])
+
+    def _update(self, step: int, parameters: list[Any], optimizer: torch.optim.Optimizer) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = self.schedule.rate(step)
+        optimizer.zero_grad(set_to_none=False)
+        for lesson in self._own():
+            loss = self._divergence(lesson, self.schedule.batch(lesson, step))
+            (loss / len(self.lessons)).backward()
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = self.accelerator.reduce(parameter.grad, "sum")
+        optimizer.step()
+
+    def _divergence(self, lesson: Lesson, texts: Sequence[Example]) -> Tensor:
+        outputs = self.reader.outputs(self.model, lesson.head, [text.inputs for text in texts])
+        losses = [
+            text.target.to(output.device).divergence(output[text.start :])
+            for text, output in zip(texts, outputs, strict=True)
+        ]
+        return torch.stack(losses).mean()
+
+    @torch.no_grad()
+    def _check(self, parameters: list[Any]) -> None:
+        """Measure the held-out texts, and keep the state if it is the best so far."""
+        own = {lesson.name: self._held_out(lesson) for lesson in self._own()}
+        names = [lesson.name for lesson in self.lessons]
+        values = torch.tensor([own.get(name, 0.0) for name in names], dtype=torch.float64)
+        values = self.accelerator.reduce(values.to(self.accelerator.device), "sum").cpu()
+        self.history[self.step] = dict(zip(names, values.tolist(), strict=True))
+        if self.best_step == self.step or math.isnan(_mean(self.history[self.step])):
+            self.best = [parameter.detach().clone() for parameter in parameters]
+
+    def _held_out(self, lesson: Lesson) -> float:
+        total = 0.0
+        for first in range(0, len(lesson.held_out), HELD_OUT_BATCH):
+            some = lesson.held_out[first : first + HELD_OUT_BATCH]
+            total += float(self._divergence(lesson, some)) * len(some)
+        return total / len(lesson.held_out)
+
+    def _save(self, path: Path, fingerprint: str, optimizer: torch.optim.Optimizer) -> None:
+        state = {
+            "fingerprint": fingerprint,
+            "step": self.step,
+            "history": self.history,
+            "best": self.best,
+            "student": self.student.state_dict(),
+            "optimizer": optimizer.state_dict(),
+        }
+        temporary = path.with_name(f".{path.name}.tmp")
+        torch.save(state, temporary)
+        temporary.replace(path)
+
+    def _resume(self, path: Path, fingerprint: str, optimizer: torch.optim.Optimizer) -> None:
+        """Go on from a file.
+
+        Raises:
+            OptionError: The file belongs to other settings, adapters or texts.
+        """
+        state: Mapping[str, Any] = torch.load(path, weights_only=True)
+        if state["fingerprint"] != fingerprint:
+            raise OptionError(
+                f"{path} belongs to another distillation (other adapters, texts or settings); delete it, or name another "
+                "checkpoint"
+            )
+        self.step, self.history, self.best = state["step"], state["history"], state["best"]
+        self.student.load_state_dict(state["student"])
+        optimizer.load_state_dict(state["optimizer"])
+
+
+def _mean(divergences: Divergences) -> float:
+    return sum(divergences.values()) / len(divergences)
