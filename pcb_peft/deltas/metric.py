@@ -79,13 +79,15 @@ def metric_of(
         power: 0 treats all directions alike; 0.5 makes ‖ΔW P‖² the mean of ‖ΔW x‖² (whitened inputs).
         ridge: The fraction of the mean eigenvalue that is added to all: inputs that were not seen may come.
     """
-    mean = moments.trace / len(moments.vectors)
+    size, known = moments.vectors.shape
+    mean = moments.trace / size
     if mean == 0:  # a module that sees nothing but zeros prefers no direction
         return ModuleMetric(torch.ones_like(moments.values).double(), moments.vectors.double(), 1.0)
     vectors = moments.vectors.double()
     vectors = 1.5 * vectors - 0.5 * vectors @ (vectors.T @ vectors)  # orthonormal to float64
     values = (moments.values.double() / mean + ridge) ** power
-    return ModuleMetric(values, vectors, (moments.rest / mean + ridge) ** power)
+    rest = 1.0 if known == size else (moments.rest / mean + ridge) ** power
+    return ModuleMetric(values, vectors, rest)
 
 
 def _times(delta: Delta, times: Callable[[Tensor], Tensor]) -> Delta:

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Generator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,35 +9,12 @@ from torch import Tensor
 
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.deltas.delta import Diagonal
-from pcb_peft.errors import BaseModelError, MismatchError, UnsupportedError
+from pcb_peft.errors import MismatchError, UnsupportedError
 
 Head = dict[str, Tensor]
 """An adapter's own parameters, such as its classifier, by their names in the base model."""
 
-CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-}
 GENERATING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
-
-
-def load_base(base_model: str | Path | Any, task_type: str | None) -> Any:
-    """Load a base model in the class that a task type calls for; a model in memory is used as it is.
-
-    Raises:
-        BaseModelError: It cannot be loaded.
-    """
-    import transformers
-
-    if not isinstance(base_model, str | Path):
-        return base_model.eval()
-    loader: Any = getattr(transformers, CLASSES.get(str(task_type), "AutoModel"))
-    try:
-        return loader.from_pretrained(base_model).eval()
-    except (OSError, ValueError) as error:
-        raise BaseModelError(f"{base_model} cannot be loaded with transformers: {error}") from error
 
 
 def head_of(adapter: Adapter, model: Any) -> Head:
@@ -130,5 +106,6 @@ def weight_of(model: Any, module: str, owner: str) -> Tensor:
         if name in parameters:
             return parameters[name].data
     raise MismatchError(
-        f"{owner} changes {module}, which {type(model).__name__} does not have; give the base model that it was trained on"
+        f"{owner} changes {module}, which {type(model).__name__} does not have; give the base model that it was "
+        "trained on"
     )

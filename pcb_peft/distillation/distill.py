@@ -12,7 +12,8 @@ from pcb_peft.adapters.loading import load_adapter, load_adapters
 from pcb_peft.adapters.source import Source
 from pcb_peft.base.model import lazy_base
 from pcb_peft.data.batches import Data
-from pcb_peft.distillation.base import head_of, load_base
+from pcb_peft.data.models import load_base
+from pcb_peft.distillation.base import head_of
 from pcb_peft.distillation.student import Student
 from pcb_peft.distillation.teacher import Reader
 from pcb_peft.distillation.texts import digest_of, encoded, load_tokenizer, read_texts
@@ -71,7 +72,7 @@ def distill_merge(  # noqa: PLR0913  (every choice, by name)
     *,
     limit: int = 64,
     steps: int | None = None,
-    learning_rate: float = 2e-3,
+    learning_rate: float = 0.1,
     batch_texts: int = 8,
     held_out: float = 0.125,
     new_tokens: int = 16,
@@ -96,9 +97,9 @@ def distill_merge(  # noqa: PLR0913  (every choice, by name)
         base_model: Path or hub id, or a model of transformers.
         limit: The most texts per adapter, evenly spread over its data.
         steps: Updates; default: 40, or 80 if a task has more than 128 texts.
-        learning_rate: Adam's, at its peak.
+        learning_rate: The peak of Adam's steps, as a fraction of the root mean square of each lora_B.
         batch_texts: Texts of each task per update.
-        held_out: The fraction of each task's texts that decides when to stop; 0: the last state is taken.
+        held_out: The fraction of each task's texts that decides when to stop; 0: the texts that are trained on do.
         new_tokens: The most tokens by which a language model continues a text; 0: it answers the text's own tokens.
         max_length: In tokens; longer texts are cut.
         tokenizer: Default: the base model's.
@@ -144,7 +145,7 @@ def distill_merge(  # noqa: PLR0913  (every choice, by name)
         "version": __version__,
     }
     accelerator = _accelerator()
-    model = load_base(base_model, task_type).to(accelerator.device).requires_grad_(False)  # noqa: FBT003
+    model = load_base(base_model, task_type).to(accelerator.device).requires_grad_(False)
     words = load_tokenizer(tokenizer, base_model)
     reader = Reader(task_type, words.pad_token_id, new_tokens)
     student = Student(start, model).to(accelerator.device)
@@ -184,7 +185,7 @@ def _common_task_type(adapters: Sequence[Adapter]) -> str | None:
     types = {adapter.task_type for adapter in adapters}
     if len(types) > 1:
         raise MismatchError(
-            f"the adapters are of task types {', '.join(sorted(map(str, types)))}: one model must answer for all of them"
+            f"the adapters are of task types {', '.join(sorted(map(str, types)))}: one model must answer for all"
         )
     return types.pop()
 

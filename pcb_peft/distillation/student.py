@@ -5,7 +5,6 @@ import functools
 from collections.abc import Generator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -41,6 +40,11 @@ class LoraStudent(nn.Module):
         """Add it to a layer; returns the hook's handle."""
         return layer.register_forward_hook(self.hook)
 
+    @property
+    def size(self) -> float:
+        """The root mean square of B, by which steps are measured."""
+        return float(self.trained.detach().square().mean().sqrt())
+
     def delta(self) -> LowRank:
         """Return the delta as it is now."""
         values = self.trained.detach().cpu().clone()
@@ -62,6 +66,11 @@ class Ia3Student(nn.Module):
                 lambda _, inputs: (inputs[0] * self.trained, *inputs[1:])
             )
         return layer.register_forward_hook(lambda _layer, _inputs, output: output * self.trained)
+
+    @property
+    def size(self) -> float:
+        """The root mean square of l − 1, by which steps are measured."""
+        return float((self.trained.detach() - 1).square().mean().sqrt())
 
     def delta(self) -> Diagonal:
         """Return the delta as it is now."""
@@ -100,6 +109,10 @@ class Student(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def sizes(self) -> list[float]:
+        """Return the size of each trained parameter, in the order of `parameters`."""
+        return [part.size for part in self.parts]  # type: ignore[misc]
 
     def deltas(self, like: Mapping[str, LazyDelta]) -> DeltaMapping:
         """Return the deltas as they are now."""

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from pcb_peft.adapters.adapter import Adapter
-from pcb_peft.distillation.base import CLASSES, GENERATING, Head, call, with_adapter, with_head
+from pcb_peft.data.models import CLASSES
+from pcb_peft.distillation.base import GENERATING, Head, call, with_adapter, with_head
 from pcb_peft.distillation.targets import States, Target, distribution
 
 Batch = dict[str, Tensor]
@@ -35,7 +36,7 @@ class Reader:
     """How the outputs of one kind of model are read.
 
     Attributes:
-        task_type: PEFT's, of the adapters. Models of another type than those of `base.CLASSES` have hidden states only.
+        task_type: PEFT's, of the adapters. Models of another type than those of `CLASSES` have hidden states only.
         pad_token: The id that fills up the shorter texts of a batch.
         new_tokens: The most tokens by which a language model continues a text.
     """

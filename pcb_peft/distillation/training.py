@@ -1,8 +1,7 @@
 """The training loop: one batch of each task at a time, the best state on held-out texts, a file to go on from."""
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,10 @@ WARM_UP = 10  # steps in which the learning rate rises
 LAST = 0.1  # of the learning rate, at the end of its linear decay
 CHECK_EVERY = 10  # steps between two looks at the held-out texts
 PATIENCE = 3  # looks without an improvement after which the training stops
-HELD_OUT_BATCH = 32  # texts
+CHECK_BATCH = 32  # texts
+LEAST_SCALE = (
+    0.1  # of the mean scale: a task of which hardly anything is lost must not outweigh the others
+)
 
 Divergences = dict[str, float]
 """Task to the mean divergence of the merge from the task's own adapter; 0 is the same."""
@@ -48,7 +50,7 @@ class Schedule:
 
     Attributes:
         steps: Updates.
-        learning_rate: Its peak.
+        learning_rate: The peak of Adam's, as a fraction of the size of what is trained.
         batch_texts: Texts of each task per step.
         seed: Of the order of the texts.
     """
@@ -88,6 +90,8 @@ class Training:
         step: Updates so far.
         history: Step to the divergences on the held-out texts.
         best: The trained parameters at the best of these.
+        scales: Task to the divergence of the merge before the training, on all texts: each task's loss counts relative
+            to it, so that tasks of uncertain answers have their say.
     """
 
     model: Any
@@ -99,6 +103,7 @@ class Training:
     step: int = 0
     history: dict[int, Divergences] = dataclasses.field(default_factory=dict[int, Divergences])
     best: list[Tensor] = dataclasses.field(default_factory=list[Tensor])
+    scales: Divergences = dataclasses.field(default_factory=dict[str, float])
 
     def run(self, track: Track, checkpoint: Path | None, fingerprint: str) -> None:
         """Train to the end, or until the held-out texts gain no more; then take the best state.
@@ -109,10 +114,13 @@ class Training:
             fingerprint: Of the settings; a file of other settings is refused.
         """
         parameters = [p for p in self.student.parameters() if p.requires_grad]
-        optimizer = torch.optim.Adam(parameters, lr=self.schedule.learning_rate)
+        sizes = self.student.sizes()
+        groups = [{"params": [p], "size": size} for p, size in zip(parameters, sizes, strict=True)]
+        optimizer = torch.optim.Adam(groups)
         if checkpoint is not None and checkpoint.is_file():
             self._resume(checkpoint, fingerprint, optimizer)
         else:
+            self.scales = _scales(self._measured(lambda lesson: [*lesson.texts, *lesson.held_out]))
             self._check(parameters)
         for step in track(range(self.step, self.schedule.steps), "distill"):
             if self._is_over():
@@ -130,7 +138,11 @@ class Training:
     @property
     def best_step(self) -> int:
         """The step of the best state."""
-        return min(self.history, key=lambda step: (_mean(self.history[step]), step))
+        return min(self.history, key=lambda step: (self._relative(self.history[step]), step))
+
+    def _relative(self, divergences: Divergences) -> float:
+        """The sum over tasks of the divergence, relative to what it was."""
+        return sum(value / self.scales[name] for name, value in divergences.items())
 
     def _is_over(self) -> bool:
         looks = sorted(self.history)
@@ -143,11 +155,11 @@ class Training:
 
     def _update(self, step: int, parameters: list[Any], optimizer: torch.optim.Optimizer) -> None:
         for group in optimizer.param_groups:
-            group["lr"] = self.schedule.rate(step)
+            group["lr"] = self.schedule.rate(step) * group["size"]
         optimizer.zero_grad(set_to_none=False)
         for lesson in self._own():
             loss = self._divergence(lesson, self.schedule.batch(lesson, step))
-            (loss / len(self.lessons)).backward()
+            (loss / self.scales[lesson.name]).backward()
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -162,23 +174,27 @@ class Training:
         ]
         return torch.stack(losses).mean()
 
-    @torch.no_grad()
     def _check(self, parameters: list[Any]) -> None:
         """Measure the held-out texts, and keep the state if it is the best so far."""
-        own = {lesson.name: self._held_out(lesson) for lesson in self._own()}
-        names = [lesson.name for lesson in self.lessons]
-        values = torch.tensor([own.get(name, 0.0) for name in names], dtype=torch.float64)
-        values = self.accelerator.reduce(values.to(self.accelerator.device), "sum").cpu()
-        self.history[self.step] = dict(zip(names, values.tolist(), strict=True))
-        if self.best_step == self.step or math.isnan(_mean(self.history[self.step])):
+        self.history[self.step] = self._measured(lambda lesson: lesson.held_out or lesson.texts)
+        if self.best_step == self.step:
             self.best = [parameter.detach().clone() for parameter in parameters]
 
-    def _held_out(self, lesson: Lesson) -> float:
+    @torch.no_grad()
+    def _measured(self, texts_of: Callable[[Lesson], Sequence[Example]]) -> Divergences:
+        """The mean divergence of each task on some of its texts."""
+        own = {lesson.name: self._mean(lesson, texts_of(lesson)) for lesson in self._own()}
+        names = [lesson.name for lesson in self.lessons]
+        values = torch.tensor([own.get(name, 0.0) for name in names])
+        values = self.accelerator.reduce(values.to(self.accelerator.device), "sum").cpu()
+        return dict(zip(names, values.tolist(), strict=True))
+
+    def _mean(self, lesson: Lesson, texts: Sequence[Example]) -> float:
         total = 0.0
-        for first in range(0, len(lesson.held_out), HELD_OUT_BATCH):
-            some = lesson.held_out[first : first + HELD_OUT_BATCH]
+        for first in range(0, len(texts), CHECK_BATCH):
+            some = texts[first : first + CHECK_BATCH]
             total += float(self._divergence(lesson, some)) * len(some)
-        return total / len(lesson.held_out)
+        return total / len(texts)
 
     def _save(self, path: Path, fingerprint: str, optimizer: torch.optim.Optimizer) -> None:
         state = {
@@ -186,6 +202,7 @@ class Training:
             "step": self.step,
             "history": self.history,
             "best": self.best,
+            "scales": self.scales,
             "student": self.student.state_dict(),
             "optimizer": optimizer.state_dict(),
         }
@@ -202,13 +219,16 @@ class Training:
         state: Mapping[str, Any] = torch.load(path, weights_only=True)
         if state["fingerprint"] != fingerprint:
             raise OptionError(
-                f"{path} belongs to another distillation (other adapters, texts or settings); delete it, or name another "
-                "checkpoint"
+                f"{path} belongs to another distillation (other adapters, texts or settings); delete it, or name "
+                "another checkpoint"
             )
         self.step, self.history, self.best = state["step"], state["history"], state["best"]
+        self.scales = state["scales"]
         self.student.load_state_dict(state["student"])
         optimizer.load_state_dict(state["optimizer"])
 
 
-def _mean(divergences: Divergences) -> float:
-    return sum(divergences.values()) / len(divergences)
+def _scales(divergences: Divergences) -> Divergences:
+    """What each task's divergence is compared with."""
+    least = max(LEAST_SCALE * sum(divergences.values()) / len(divergences), 1e-12)
+    return {name: max(value, least) for name, value in divergences.items()}

@@ -16,6 +16,7 @@ from pcb_peft.adapters.delta_mapping import DeltaMapping
 from pcb_peft.adapters.loading import load_adapters
 from pcb_peft.adapters.source import Source
 from pcb_peft.base.model import lazy_base
+from pcb_peft.data.metric import Metric, check_modules, open_metric
 from pcb_peft.data.statistics_file import StatisticsLike, TaskStatistics, open_statistics
 from pcb_peft.deltas.rank_choice import (
     EnergyFraction,
@@ -69,6 +70,7 @@ def merge_adapters(  # noqa: PLR0913  (every choice of a merge, by name)
     chain: bool = False,
     max_memory: int | str = DEFAULT_MEMORY,
     statistics: Sequence[StatisticsLike] = (),
+    metric: str | Path | None = None,
     **options: Any,
 ) -> MergedAdapter:
     """Merge adapters of one base model into one adapter.
@@ -102,6 +104,9 @@ def merge_adapters(  # noqa: PLR0913  (every choice of a merge, by name)
         max_memory: Limit of what is cached between passes, in bytes or as "1G". Peak memory is roughly this, the
             largest module and the result. It changes how long a merge takes, never the result.
         statistics: For methods that need data: one file per adapter, from `collect_statistics` or `pcb-peft collect`.
+        metric: The directions of a module's inputs that count when adapters are compared, and when the rank is set:
+            "random" (the base model's own, on random tokens: measured once per base model, for which `base_model` is
+            needed), a ``.jsonl`` file of texts, or a file of moments. None: all inputs count alike.
         **options: Options of the method and the space, such as `density` of `pcb`.
 
     Returns:
@@ -137,6 +142,7 @@ def merge_adapters(  # noqa: PLR0913  (every choice of a merge, by name)
         base_model=base_model,
         seed=seed,
         statistics=sources_of(opened),
+        metric=metric,
     )
     return merge(
         recipe, loaded, chosen, opened, device=device, progress=progress, max_memory=max_memory
@@ -189,11 +195,12 @@ def merge(
     )
     prepared = prepare(asked, adapters, method, statistics)
     report = ReportBuilder(prepared.notes)
+    prepared, metric = _with_metric(prepared, machine, report)
     chosen = _choose_directions(prepared, machine.track, report)
     merged: dict[str, LazyDelta] = {}
     pending: dict[str, PendingModule] = {}
     for setting in prepared.plan.settings:
-        merger = _merger(setting, chosen, prepared, machine)
+        merger = _merger(setting, chosen, prepared, machine, metric)
         if not merger.adapter_set.modules:
             continue  # no direction of these modules was kept
         finish = _finisher(merger, setting, prepared, report)
@@ -207,6 +214,22 @@ def merge(
     lifted = lift_to_dora(merged, prepared.base, prepared.adapter_set.adapters, report)
     entries = apply_rank_budget(lifted, prepared.recipe.rank, report)
     return _result(entries, pending, prepared, report, started)
+
+
+def _with_metric(
+    prepared: Prepared, machine: Machine, report: ReportBuilder
+) -> tuple[Prepared, Metric | None]:
+    """Open the metric that the recipe names, and write its hash into the recipe."""
+    recipe, adapter_set = prepared.recipe, prepared.adapter_set
+    if recipe.metric is None:
+        return prepared, None
+    task_type = adapter_set.adapters[0].task_type
+    metric = open_metric(recipe.metric, recipe.base_model, task_type, machine.device, machine.track)
+    check_modules(metric, {name: entry.shape for name, entry in adapter_set.modules.items()})
+    if recipe.metric.sha256 not in (None, metric.file.sha256):
+        report.note("the metric was measured anew, and differs in its last bits from the recipe's")
+    source = dataclasses.replace(recipe.metric, sha256=metric.file.sha256)
+    return dataclasses.replace(prepared, recipe=dataclasses.replace(recipe, metric=source)), metric
 
 
 def _choose_directions(prepared: Prepared, track: Track, report: ReportBuilder) -> AdapterSet:
@@ -239,7 +262,11 @@ def _choose_directions(prepared: Prepared, track: Track, report: ReportBuilder) 
 
 
 def _merger(
-    setting: Setting, chosen: AdapterSet, prepared: Prepared, machine: Machine
+    setting: Setting,
+    chosen: AdapterSet,
+    prepared: Prepared,
+    machine: Machine,
+    metric: Metric | None,
 ) -> ModuleMerger:
     """Collect what the modules of a setting need to be merged."""
     modules = prepared.adapter_set.modules
@@ -258,6 +285,7 @@ def _merger(
         else (kind, functools.partial(_read, prepared.statistics, shapes)),
         side_by_side=setting.space.low_rank_output,
         in_parts=setting.in_parts,
+        metric=metric,
     )
 
 
@@ -273,8 +301,9 @@ def _finisher(
 ) -> ModuleFinisher:
     """Prepare to merge modules one by one; a global scope takes its statistics here."""
     merge, rank = _in_scope(merger, setting, report), module_rank(prepared.recipe.rank)
-    if prepared.plan.after and isinstance(rank, FixedRank | EnergyFraction):
-        merge = Truncated(merge, rank)
+    early = prepared.plan.after or merger.metric is not None
+    if early and isinstance(rank, FixedRank | EnergyFraction):
+        merge = Truncated(merge, merger, rank)
     for calibration in prepared.plan.after:
         merge = Calibrated(merge, merger, calibration)
     return ModuleFinisher(merger, merge, rank, setting.space.low_rank_output)

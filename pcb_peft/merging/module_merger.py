@@ -12,11 +12,12 @@ from torch import Tensor
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.calibrations import Calibration, prepared
 from pcb_peft.deltas.delta import Delta
+from pcb_peft.deltas.metric import ModuleMetric
 from pcb_peft.merging.compatibility import AdapterSet
 from pcb_peft.runtime.processes import ALONE, Processes, current
 from pcb_peft.runtime.progress import Track, silent
 from pcb_peft.runtime.threads import in_order, one_thread
-from pcb_peft.spaces import Projection
+from pcb_peft.spaces import Projection, in_metric
 from pcb_peft.tasks import counter_rng
 from pcb_peft.tasks.limits import DEFAULT_LIMITS, Limits
 from pcb_peft.tasks.task_vectors import BlockCounts, Merged, TaskVectors
@@ -79,6 +80,7 @@ class ModuleMerger:
         statistic: The statistic that the method needs: its name, and from a module to one matrix per adapter.
         side_by_side: True if a merged module takes little memory, so that several may be merged at a time.
         in_parts: True if the low-rank part of a delta that has one is encoded by itself.
+        metric: From a module to the metric in which its deltas are compared; None: all inputs count alike.
         processes: The processes that merge together.
     """
 
@@ -92,6 +94,7 @@ class ModuleMerger:
     statistic: tuple[str, Callable[[str], Sequence[Tensor]]] | None = None
     side_by_side: bool = False
     in_parts: bool = False
+    metric: Callable[[str], ModuleMetric | None] | None = None
     processes: Processes = dataclasses.field(default_factory=current)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -122,7 +125,9 @@ class ModuleMerger:
     @one_thread()
     def project(self, module: str) -> Projection:
         """The module's projection; its random numbers depend on seed, adapter, module and block, on no order."""
-        projection = self.encode(self.deltas(module), self.weights(module))
+        metric = self.metric_of(module)
+        encode = self.encode if metric is None else in_metric(self.encode, metric)
+        projection = encode(self.deltas(module), self.weights(module))
         statistic = self._projected_statistic(projection, module)
         blocks = tuple(
             dataclasses.replace(block, keys=self._keys(module, index), task_statistics=statistic)
@@ -133,6 +138,10 @@ class ModuleMerger:
     def deltas(self, module: str) -> Sequence[Delta]:
         """The adapters' deltas as they are merged, after the calibrations before."""
         return prepared(self.adapter_set.deltas(module), self.before)
+
+    def metric_of(self, module: str) -> ModuleMetric | None:
+        """The metric of a module; None: all inputs count alike."""
+        return None if self.metric is None else self.metric(module)
 
     def weighted_deltas(self, module: str) -> list[Delta]:
         """The adapters' own deltas, times their weights."""

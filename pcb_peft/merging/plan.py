@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pcb_peft.calibrations import Calibration, bound
-from pcb_peft.deltas.delta import Delta
+from pcb_peft.deltas.delta import Delta, Diagonal, Rescaled
 from pcb_peft.deltas.rank_choice import (
     LOSSLESS,
     EnergyFraction,
@@ -123,6 +123,7 @@ def plan(
     rank = _rank_known_to([main, *others], recipe.rank)
     main, *others = (dataclasses.replace(setting, rank=rank) for setting in (main, *others))
     _check_statistics([main, *others], statistic)
+    _check_metric(recipe, [main, *others], adapter_set.kinds)
     before, complete_before = bound("before", recipe.before, adapter_set.kinds)
     after, complete_after = bound("after", recipe.after, adapter_set.kinds)
     complete = dataclasses.replace(
@@ -249,6 +250,20 @@ def _check_statistics(settings: Sequence[Setting], given: str | None) -> None:
         raise OptionError(
             f"statistics of kind {given} are given, and method {settings[0].method.name} needs none: leave them out"
         )
+
+
+def _check_metric(recipe: Recipe, settings: Sequence[Setting], kinds: set[type[Delta]]) -> None:
+    """Raises OptionError where a metric of a layer's inputs says nothing of what is merged."""
+    if recipe.metric is None:
+        return
+    if kinds & {Diagonal, Rescaled}:
+        raise OptionError(
+            "metric compares what LoRA adapters do to a layer's inputs, and some of these are (IA)³ or DoRA adapters: "
+            "leave metric out"
+        )
+    informed = next((one.method.name for one in settings if one.method.needs_statistic), None)
+    if informed:
+        raise OptionError(f"{informed} knows the inputs from its statistics: leave metric out")
 
 
 def _rank_known_to(settings: Sequence[Setting], rank: RankChoice) -> int | None:

@@ -102,14 +102,19 @@ class GlobalScope:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Truncated:
-    """A merge whose modules are truncated before they are calibrated: no calibration raises a rank."""
+    """A merge whose modules are truncated in a metric, or before they are calibrated: no calibration raises a rank."""
 
     merge: MergeModule
+    merger: ModuleMerger
     rank: Truncation
 
     def __call__(self, module: str) -> MergedModule:
-        merged = self.merge(module)
-        delta, energy = at_rank(merged.delta, self.rank)
+        merged, metric = self.merge(module), self.merger.metric_of(module)
+        if metric is None:
+            delta, energy = at_rank(merged.delta, self.rank)
+        else:
+            delta, energy = at_rank(metric.enter(merged.delta), self.rank)
+            delta = metric.leave(delta)
         return dataclasses.replace(merged, delta=delta, energy=merged.energy * energy)
 
 

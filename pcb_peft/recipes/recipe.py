@@ -41,6 +41,10 @@ def _statistics(_: str, given: Any) -> tuple[Source, ...]:
     return tuple(_source("statistics", item, _FILE_KEYS) for item in files)
 
 
+def _metric(_: str, given: Any) -> Source:
+    return _source("metric", given, _FILE_KEYS)
+
+
 def _path(name: str, given: Any) -> str:
     if not isinstance(given, str | Path):
         raise OptionError(f"{name} is {given!r}; it must be a path or hub id")
@@ -71,6 +75,7 @@ class Recipe:
         chain: True if each adapter was trained on top of those before it.
         seed: Seed of random methods.
         statistics: One file per adapter, for methods that need data.
+        metric: The directions of a module's inputs that count: "random", texts, or a file of moments.
         version: The version of this package that completed the recipe, where it belongs to a result.
     """
 
@@ -93,6 +98,7 @@ class Recipe:
     chain: Annotated[bool, a_truth] = False
     seed: Annotated[int, an_integer] = 0
     statistics: Annotated[tuple[Source, ...], _statistics] = ()
+    metric: Annotated[Source | None, _metric] = None
     version: Annotated[str | None, a_name] = None
 
     @classmethod
@@ -149,6 +155,7 @@ class Recipe:
             "before": list(self.before) or None,
             "after": list(self.after) or None,
             "statistics": list(map(_plain_source, self.statistics)) or None,
+            "metric": self.metric and _plain_source(self.metric),
         }
         return dump_yaml({key: value for key, value in fields.items() if value is not None})
 

@@ -1,0 +1,267 @@
+"""Second moments of the inputs of a base model's layers, measured once on random tokens or texts, and kept in a file.
+
+No adapter and no task is needed for random tokens: 256 sequences of 16 tokens, drawn uniformly from the vocabulary,
+already show in which directions the inputs of a layer lie.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from pcb_peft.base.model import open_base_model
+from pcb_peft.data.batches import read_rows
+from pcb_peft.data.models import load_base
+from pcb_peft.deltas.linalg import leading_svd
+from pcb_peft.deltas.metric import Moments
+from pcb_peft.errors import OptionError, OutputError, UnsupportedError
+from pcb_peft.runtime.processes import current
+from pcb_peft.runtime.progress import Track
+
+SEQUENCES, LENGTH = 256, 16  # of random tokens
+TEXTS, TEXT_LENGTH = 256, 64  # at most so many texts are read, of at most so many tokens
+KEPT = 256  # eigenvectors per layer; of the others the mean eigenvalue is known
+EXACT_SIZE = 1024  # moments of at most so many inputs are decomposed in full
+LINEAR = ("Linear", "Conv1D")
+FORMAT = "pcb_peft moments 1"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MomentsFile:
+    """The moments of a base model's layers; a layer's are read when they are asked for.
+
+    Attributes:
+        path: The file.
+        sha256: Its hash.
+        layers: Layer to the name of its moments: layers with the same input have the same moments.
+    """
+
+    path: Path
+    sha256: str
+    layers: Mapping[str, str]
+
+    def of(self, layer: str) -> Moments | None:
+        """Return the moments of a layer; None if it was not measured, as an embedding."""
+        if layer not in self.layers:
+            return None
+        name = self.layers[layer]
+        with safe_open(self.path, framework="pt") as file:  # pyright: ignore[reportUnknownVariableType]
+            rest = float(file.get_tensor(f"{name}.rest"))
+            return Moments(
+                file.get_tensor(f"{name}.values"), file.get_tensor(f"{name}.vectors"), rest
+            )
+
+
+def measured_moments(
+    base_model: str, data: str, task_type: str | None, device: torch.device, track: Track
+) -> MomentsFile:
+    """Return the moments of a base model's layers, from the user's cache if they were measured before.
+
+    Args:
+        base_model: Path or hub id.
+        data: "random", or a ``.jsonl`` file of texts.
+        task_type: PEFT's, of the adapters: it decides what layers are called.
+        device: Where the model runs.
+        track: Shows progress.
+
+    Raises:
+        BaseModelError: The base model cannot be loaded.
+        OptionError: The texts cannot be read.
+        UnsupportedError: The model does not take tokens.
+    """
+
+    def measure(_: object) -> str:
+        path = cache_folder() / f"{_key(base_model, data, task_type)}.safetensors"
+        if not path.is_file():
+            model = load_base(base_model, task_type).to(device)
+            batch = random_tokens(model) if data == "random" else _tokens_of(data, base_model)
+            save_moments(measure_moments(model, batch, track), path)
+        return str(path)
+
+    return open_moments(Path(current().reduce(None, measure)))
+
+
+def random_tokens(model: Any, seed: int = 0) -> dict[str, Tensor]:
+    """Return sequences of tokens that are drawn uniformly from the vocabulary.
+
+    Raises:
+        UnsupportedError: The model does not take tokens.
+    """
+    embeddings = model.get_input_embeddings()
+    size = getattr(embeddings, "num_embeddings", None)
+    if size is None:
+        raise UnsupportedError(
+            f"metric='random' draws tokens, and {type(model).__name__} takes none: leave metric out"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, size, (SEQUENCES, LENGTH), generator=generator)
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+def measure_moments(model: Any, batch: Mapping[str, Tensor], track: Track) -> dict[str, Moments]:
+    """Run a model once, and decompose the inputs of each linear layer when they come by; none are kept.
+
+    Args:
+        model: A model of transformers.
+        batch: Its inputs, with an attention mask.
+        track: Shows progress.
+    """
+    device = next(model.parameters()).device
+    inputs = {name: values.to(device) for name, values in batch.items()}
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    layers = {n: layer for n, layer in model.named_modules() if type(layer).__name__ in LINEAR}
+    seen = _Seen(inputs["attention_mask"].bool(), {}, iter(track(layers, "measure the base model")))
+    handles = [layer.register_forward_hook(seen.hook(name)) for name, layer in layers.items()]
+    try:
+        with torch.no_grad():
+            model.base_model(**inputs)  # without a head, whose output may be large
+    finally:
+        for handle in handles:
+            handle.remove()
+        list(seen.progress)
+    return seen.moments
+
+
+@dataclasses.dataclass(slots=True)
+class _Seen:
+    """What came by so far.
+
+    Attributes:
+        mask: (texts, tokens), False for padding.
+        moments: Layer to its moments.
+        progress: Moves a bar by one when it is asked for the next.
+        last: The last input and its moments: the next layer may have the same.
+    """
+
+    mask: Tensor
+    moments: dict[str, Moments]
+    progress: Any
+    last: tuple[Tensor, Moments] | None = None
+
+    def hook(self, layer: str) -> Callable[..., None]:
+        """Return a hook that measures a layer's inputs."""
+
+        def look(_layer: object, inputs: tuple[Tensor, ...], _output: object) -> None:
+            next(self.progress, None)
+            x = inputs[0]
+            if self.last is None or self.last[0] is not x:
+                same = x.shape[:2] == self.mask.shape
+                rows = x[self.mask] if same else x.flatten(0, -2)
+                self.last = x, moments_of(rows.float())
+            self.moments[layer] = self.last[1]
+
+        return look
+
+
+def moments_of(inputs: Tensor, kept: int = KEPT) -> Moments:
+    """Return the second moments of inputs (N, in): the `kept` largest eigenvalues with their vectors.
+
+    All of them are exact for at most 1024 inputs; of more, the leading ones come from a randomised range finder.
+    """
+    count, width = inputs.shape
+    total = float(inputs.double().square().sum()) / count
+    kept = min(kept, width, count)
+    if width <= EXACT_SIZE:
+        x = inputs.double()
+        values, vectors = torch.linalg.eigh(x.T @ x / count)
+        values, vectors = values.flip(0)[:kept].clamp(min=0), vectors.flip(1)[:, :kept]
+    else:
+        _, s, vh = leading_svd(inputs, kept)
+        values, vectors = s.double().square() / count, vh.T
+    rest = max(0.0, total - float(values.sum())) / max(1, width - kept)
+    return Moments(values.float().cpu(), vectors.float().cpu().contiguous(), rest)
+
+
+def save_moments(moments: Mapping[str, Moments], path: Path) -> None:
+    """Write the moments of layers into a file, whole or not at all; those of the same input once.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    names: dict[int, str] = {}
+    layers = {layer: names.setdefault(id(one), str(len(names))) for layer, one in moments.items()}
+    tensors: dict[str, Tensor] = {}
+    for layer, one in moments.items():
+        name = layers[layer]
+        tensors |= {f"{name}.values": one.values, f"{name}.vectors": one.vectors}
+        tensors[f"{name}.rest"] = torch.tensor(one.rest, dtype=torch.float64)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {"format": FORMAT, "layers": json.dumps(layers)}
+        safetensors.torch.save_file(tensors, temporary, metadata=metadata)
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def open_moments(path: Path) -> MomentsFile:
+    """Open a file of moments.
+
+    Raises:
+        OptionError: It is none.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:  # pyright: ignore[reportUnknownVariableType]
+            metadata: dict[str, str] = file.metadata() or {}
+        digest = _sha256(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise OptionError(f"metric: {path} cannot be read as a file of moments: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise OptionError(f"metric: {path} is no file of moments, which this package writes")
+    return MomentsFile(path, digest, json.loads(metadata["layers"]))
+
+
+def cache_folder() -> Path:
+    """The folder of the user's cache for moments."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "pcb_peft" / "moments"
+
+
+def _tokens_of(data: str, base_model: str) -> dict[str, Tensor]:
+    """The texts of a file, evenly spread, as one batch."""
+    from transformers import AutoTokenizer
+
+    rows = read_rows(data)
+    count = min(TEXTS, len(rows))
+    chosen = [rows[index * len(rows) // count] for index in range(count)]
+    tokenizer: Any = AutoTokenizer.from_pretrained(base_model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    texts = [row["text"] for row in chosen]
+    pairs = [row.get("text_pair") for row in chosen]
+    given = (texts, [pair or "" for pair in pairs]) if any(pairs) else (texts,)
+    options = {"truncation": True, "max_length": TEXT_LENGTH, "padding": True}
+    return dict(tokenizer(*given, return_tensors="pt", **options))
+
+
+def _key(base_model: str, data: str, task_type: str | None) -> str:
+    """Return a hash of all that the moments depend on."""
+    base = open_base_model(base_model)
+    digest = hashlib.sha256(f"{FORMAT} {task_type} {KEPT} {SEQUENCES}x{LENGTH}".encode())
+    if data == "random":
+        digest.update(b"random")
+    else:
+        digest.update(Path(data).read_bytes())
+    for name in ("config.json", *base.files):
+        digest.update(_sha256(base.directory / name).encode())
+    return digest.hexdigest()[:40]
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
