@@ -1,0 +1,225 @@
+"""Distillation on tiny models: what the teachers say, what the student learns, and that a run repeats."""
+
+import dataclasses
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from torch.nn import functional
+
+from pcb_peft import OptionError, distill_merge, load_adapter, merge_adapters
+from pcb_peft.data.models import load_base
+from pcb_peft.distillation.base import call, head_of, with_adapter
+from pcb_peft.distillation.student import Student
+from pcb_peft.distillation.targets import Distribution, distribution
+from pcb_peft.errors import MismatchError, UnsupportedError
+
+WORDS = [f"w{number}" for number in range(30)]
+OPTIONS = {"steps": 20, "batch_texts": 4, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def words():
+    """A tokenizer of thirty words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = Tokenizer(
+        models.WordLevel(
+            {"[PAD]": 0, "[UNK]": 1} | {w: 2 + i for i, w in enumerate(WORDS)}, "[UNK]"
+        )
+    )
+    tokens.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokens,
+        pad_token="[PAD]",
+        eos_token="[PAD]",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def texts(seed: int, count: int = 16) -> list[str]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, 8, (count,), generator=generator).tolist()
+    return [
+        " ".join(WORDS[i] for i in torch.randint(0, 30, (length,), generator=generator).tolist())
+        for length in lengths
+    ]
+
+
+def lora(task_type: str, targets: list[str], **options) -> peft.LoraConfig:
+    return peft.LoraConfig(
+        r=2, lora_alpha=8, target_modules=targets, task_type=task_type, **options
+    )
+
+
+@dataclasses.dataclass
+class Case:
+    kind: str
+    config: peft.PeftConfig
+
+
+CASES = {
+    "classifier": Case("bert", lora("SEQ_CLS", ["query", "dense"], exclude_modules=".*pooler.*")),
+    "language model": Case("llama", lora("CAUSAL_LM", ["q_proj", "down_proj"])),
+    "Conv1D": Case("gpt2", lora("CAUSAL_LM", ["c_attn", "c_proj"], fan_in_fan_out=True)),
+    "(IA)³": Case(
+        "bert",
+        peft.IA3Config(
+            target_modules=["key", "value", "output.dense"],
+            feedforward_modules=["output.dense"],
+            exclude_modules=".*pooler.*|.*attention.output.*",
+            task_type="SEQ_CLS",
+        ),
+    ),
+}
+
+
+def made(workshop, name: str) -> tuple[list[Path], Path]:
+    case = CASES[name]
+    return workshop.adapters(case.kind, [case.config, case.config]), workshop.base(case.kind)
+
+
+def divergence(adapter, teacher, base: Path, some: list[dict[str, torch.Tensor]]) -> float:
+    """Mean KL between two adapters with the teacher's head, by folding each into the model, text by text."""
+    model = load_base(base, teacher.task_type)
+    head, answers = head_of(teacher, model), []
+    for one in (teacher, adapter):
+        with torch.no_grad(), with_adapter(model, one):
+            answers.append([call(model, head, text).logits.log_softmax(-1) for text in some])
+    pairs = zip(*answers, strict=True)
+    return float(
+        torch.stack([(own.exp() * (own - other)).sum(-1).mean() for own, other in pairs]).mean()
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_merge_learns_what_its_adapters_say(name: str, workshop, words):
+    paths, base = made(workshop, name)
+    merged = merge_adapters(paths, "linear", weights=[0.3, 0.3], base_model=base)
+    rows = [texts(1), texts(2)]
+    better = distill_merge(merged, paths, rows, base, tokenizer=words, new_tokens=0, **OPTIONS)
+    for path, some in zip(paths, rows, strict=True):
+        encoded = [dict(words(text, return_tensors="pt")) for text in some]
+        teacher = load_adapter(path, base_model=base)
+        before, after = (divergence(one, teacher, base, encoded) for one in (merged, better))
+        assert after < 0.9 * before
+    assert better.history[0].keys() == {one.name for one in map(load_adapter, paths)}
+    assert better.best_step > 0
+
+
+@pytest.mark.parametrize("name", ["classifier", "language model", "Conv1D", "(IA)³"])
+def test_the_student_is_the_merge_before_it_learns(name: str, workshop, words):
+    paths, base = made(workshop, name)
+    merged = merge_adapters(paths, "linear", weights=[0.5, 0.5], base_model=base)
+    model = load_base(base, merged.task_type)
+    batch = dict(words(texts(3)[0], return_tensors="pt"))
+    with torch.no_grad(), with_adapter(model, merged):
+        wanted = model(**batch).logits
+    with torch.no_grad(), Student(merged, model).attached(model):
+        torch.testing.assert_close(model(**batch).logits, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_only_lora_b_changes_and_the_rank_stays(workshop, words):
+    paths, base = made(workshop, "classifier")
+    merged = merge_adapters(paths, "flat", rank=2)
+    better = distill_merge(merged, paths, [texts(1), texts(2)], base, tokenizer=words, **OPTIONS)
+    for module in merged.modules:
+        before, after = merged.modules[module], better.modules[module]
+        assert after.rank <= 2
+        q = torch.linalg.qr(before.lora_A.double().T).Q
+        rows = after.lora_A.double()
+        torch.testing.assert_close(rows @ q @ q.T, rows, atol=1e-6, rtol=0)
+        assert not torch.equal(before.matrix(), after.matrix())
+
+
+def test_a_run_repeats_to_the_byte_and_loads_in_peft(workshop, words, tmp_path: Path):
+    paths, base = made(workshop, "classifier")
+    merged = merge_adapters(paths, "flat", rank=2)
+    for name in ("a", "b"):
+        better = distill_merge(
+            merged, paths, [texts(1), texts(2)], base, tokenizer=words, **OPTIONS
+        )
+        better.save_pretrained(tmp_path / name)
+    file = "adapter_model.safetensors"
+    assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    recipe = (tmp_path / "a" / "distill_recipe.yaml").read_text("utf-8")
+    assert "texts_sha256" in recipe
+    loaded = peft.PeftModel.from_pretrained(workshop.model("bert"), tmp_path / "a")
+    assert any("lora_B" in key for key in loaded.state_dict())
+
+
+def test_an_interrupted_run_goes_on_where_it_was(workshop, words, tmp_path: Path):
+    paths, base = made(workshop, "classifier")
+    merged = merge_adapters(paths, "flat", rank=2)
+    arguments = (merged, paths, [texts(1), texts(2)], base)
+    whole = distill_merge(*arguments, tokenizer=words, **OPTIONS)
+
+    from pcb_peft.distillation import training
+
+    file = tmp_path / "state.pt"
+    update, calls = training.Training._update, []
+
+    def interrupted(self, *given):
+        calls.append(given)
+        if len(calls) > 10:
+            raise KeyboardInterrupt
+        update(self, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.Training, "_update", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            distill_merge(*arguments, tokenizer=words, checkpoint=file, **OPTIONS)
+    again = distill_merge(*arguments, tokenizer=words, checkpoint=file, **OPTIONS)
+    assert again.history == whole.history
+    for module in whole.modules:
+        assert torch.equal(again.modules[module].matrix(), whole.modules[module].matrix())
+    with pytest.raises(OptionError, match="belongs to another distillation"):
+        distill_merge(*arguments, tokenizer=words, checkpoint=file, seed=1, **OPTIONS)
+
+
+def test_a_language_model_is_taught_on_its_own_continuations(workshop, words):
+    paths, base = made(workshop, "language model")
+    merged = merge_adapters(paths, "linear", weights=[0.3, 0.3])
+    rows = [texts(1), texts(2)]
+    better = distill_merge(merged, paths, rows, base, tokenizer=words, new_tokens=4, **OPTIONS)
+    first, last = better.history[0], better.history[better.best_step]
+    assert sum(last.values()) < 0.9 * sum(first.values())
+
+
+def test_a_large_vocabulary_is_kept_in_part():
+    logits = 3 * torch.randn(5, 1000)
+    some, every = distribution(logits, kept=64), Distribution(logits.log_softmax(-1))
+    other = logits + 0.3 * torch.randn(5, 1000)
+    assert some.log_probabilities.shape == (5, 65)
+    assert float(some.divergence(logits)) == pytest.approx(0, abs=1e-5)
+    assert 0 < float(some.divergence(other)) <= float(every.divergence(other)) + 1e-6
+    kl = functional.kl_div(
+        other.log_softmax(-1), logits.log_softmax(-1), log_target=True, reduction="batchmean"
+    )
+    assert float(every.divergence(other)) == pytest.approx(float(kl), rel=1e-4)
+
+
+def test_the_base_model_is_left_as_it_was(workshop, words):
+    paths, base = made(workshop, "classifier")
+    model = load_base(base, "SEQ_CLS")
+    before = {name: values.clone() for name, values in model.state_dict().items()}
+    merged = merge_adapters(paths, "flat", rank=2)
+    distill_merge(merged, paths, [texts(1), texts(2)], model, tokenizer=words, **OPTIONS)
+    assert all(torch.equal(values, before[name]) for name, values in model.state_dict().items())
+
+
+def test_mistakes_are_named(workshop, words):
+    paths, base = made(workshop, "classifier")
+    merged = merge_adapters(paths, "flat", rank=2)
+    with pytest.raises(OptionError, match="2 adapters and 1 sets of texts"):
+        distill_merge(merged, paths, [texts(1)], base, tokenizer=words)
+    with pytest.raises(OptionError, match="held_out is 1"):
+        distill_merge(merged, paths, [texts(1), texts(2)], base, held_out=1, tokenizer=words)
+    other = dataclasses.replace(load_adapter(paths[0]), task_type="CAUSAL_LM")
+    with pytest.raises(MismatchError, match="CAUSAL_LM, SEQ_CLS"):
+        distill_merge(merged, [paths[0], other], [texts(1), texts(2)], base, tokenizer=words)
+    full = merge_adapters(paths, "linear", rank="full")
+    with pytest.raises(UnsupportedError, match="integer rank"):
+        distill_merge(full, paths, [texts(1), texts(2)], base, tokenizer=words)
