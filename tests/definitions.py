@@ -253,11 +253,12 @@ def iso_cts(x: Sequence[Matrix], common: float = 0.8) -> Matrix:
     return np.concatenate(values).mean() * polar(np.hstack(left)) @ polar(np.hstack(right)).T
 
 
-def wudi(x: Sequence[Matrix], ridge: float = 0.0) -> Matrix:
+def wudi(x: Sequence[Matrix], ridge: float = 0.03) -> Matrix:
     """The least-norm solution of the normal equations of the objective."""
     grams = [matrix.T @ matrix / np.linalg.norm(matrix) ** 2 for matrix in x]
     left = sum(grams) + ridge * np.eye(x[0].shape[1])
-    right = sum(matrix @ gram for matrix, gram in zip(x, grams, strict=True)) + ridge * sum(x)
+    kappa = min(1, sum(np.linalg.norm(m) ** 2 for m in x) / np.linalg.norm(sum(x)) ** 2)
+    right = sum(matrix @ gram for matrix, gram in zip(x, grams, strict=True)) + ridge * kappa * sum(x)
     return np.linalg.lstsq(left, right.T, rcond=ROUNDING**2)[0].T
 
 

@@ -197,6 +197,11 @@ def test_where_nothing_is_merged_nothing_comes_out(steps: dict[str, str]):
     assert not merged(pairs, **steps).any()
 
 
+def test_svc_leaves_adapters_that_take_each_other_back():
+    (pair,) = low_rank(3)
+    assert not merged([pair, (-pair[0], pair[1])], after="svc").any()
+
+
 def test_svc_takes_back_what_was_counted_twice():
     """Of T equal adapters their sum is T times each."""
     pairs = low_rank(3) * 4

@@ -36,6 +36,8 @@ def svc(
     if not present:
         return merged
     u, s, vh = triplets(merged)
+    if not len(s):  # the adapters take each other back
+        return merged
     shares = torch.stack([_share((u, s, vh), delta) for delta in present])
     gain = len(present) / shares.clamp(min=floor or 1 / len(present)).sum(0)
     return assembled(merged, (u, s * gain, vh))

@@ -2,14 +2,16 @@
 
 from torch import Tensor
 
-from pcb_peft.methods.ops import drop_at_random, majority_sign_mask, masked_mean
+from pcb_peft.methods.ops import Elect, drop_at_random, elected_mean
 from pcb_peft.methods.registry import merge_method
 from pcb_peft.plugins.options import Density
 from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 
 @merge_method("dare_ties", paper="arXiv:2311.03099", scope="module")
-def dare_ties(tasks: TaskVectors, *, density: Density = 0.5, rescale: bool = True) -> Merged:
+def dare_ties(
+    tasks: TaskVectors, *, density: Density = 0.5, rescale: bool = True, elect: Elect = "weighted"
+) -> Merged:
     """Drop entries at random, rescale the rest, elect a sign per entry, average those that have it.
 
     No statistics are taken, so both scopes give the same result.
@@ -17,6 +19,7 @@ def dare_ties(tasks: TaskVectors, *, density: Density = 0.5, rescale: bool = Tru
     Args:
         density: Probability with which an entry is kept; the paper's 1 − p.
         rescale: Divide what is kept by the density.
+        elect: Whether the weights count in the election of signs. In PEFT they do not (`dare_ties_svd`).
 
     Good at: fully fine-tuned models with much redundancy, says the paper of DARE.
 
@@ -29,7 +32,6 @@ def dare_ties(tasks: TaskVectors, *, density: Density = 0.5, rescale: bool = Tru
     """
 
     def merge(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        weighted = weights * x
-        return masked_mean(weighted, majority_sign_mask(weighted)), x
+        return elected_mean(x, weights, elect), x
 
     return drop_at_random(tasks, density, rescale).combine(merge)

@@ -1,7 +1,7 @@
 """Operations that several methods share: trim, drop, elect, average; and averages on the sphere."""
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -43,6 +43,17 @@ def drop_at_random(tasks: TaskVectors, density: float, rescale: bool) -> TaskVec
 def majority_sign_mask(x: Tensor) -> Tensor:
     """Return which entries have the sign of their sum over the tasks; if that is 0, the zeros, which change no mean."""
     return x.sign() == x.sum(0).sign()
+
+
+Elect: TypeAlias = Literal["weighted", "unweighted"]
+"""Whether the weights count in the election of signs."""
+
+
+def elected_mean(x: Tensor, weights: Tensor, elect: Elect) -> Tensor:
+    """Elect a sign per entry, and average the weighted entries that have it."""
+    weighted = weights * x
+    voters = weighted if elect == "weighted" else x
+    return masked_mean(weighted, majority_sign_mask(voters))
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:

@@ -2,18 +2,19 @@
 
 from torch import Tensor
 
-from pcb_peft.methods.ops import magnitude_threshold, majority_sign_mask, masked_mean
+from pcb_peft.methods.ops import Elect, elected_mean, magnitude_threshold
 from pcb_peft.methods.registry import merge_method
 from pcb_peft.plugins.options import Density
 from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 
 @merge_method("ties", paper="arXiv:2306.01708")
-def ties(tasks: TaskVectors, *, density: Density = 0.2) -> Merged:
+def ties(tasks: TaskVectors, *, density: Density = 0.2, elect: Elect = "weighted") -> Merged:
     """Trim each task vector, elect a sign per entry, average those that have it.
 
     Args:
         density: Fraction of entries kept per task vector, the largest in magnitude.
+        elect: Whether the weights count in the election of signs. In PEFT they do not (`ties_svd`).
 
     Good at: (IA)³ adapters; LoRA adapters in `dense` space if the rank does not matter.
 
@@ -28,7 +29,6 @@ def ties(tasks: TaskVectors, *, density: Density = 0.2) -> Merged:
 
     def merge(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         mask = x.abs() >= threshold
-        trimmed = weights * x * mask
-        return masked_mean(trimmed, majority_sign_mask(trimmed)), mask
+        return elected_mean(x * mask, weights, elect), mask
 
     return tasks.combine(merge)

@@ -15,12 +15,14 @@ LARGEST = "largest"  # the highest rank of an adapter: PEFT's svd_rank=None
 
 DENSE = {"space": "dense", "scope": "module"}  # PEFT trims and drops each weight by itself
 
+UNWEIGHTED = {"elect": "unweighted"}  # PEFT elects signs before it weighs the adapters
+
 PEFT_ALIASES: dict[str, dict[str, Any]] = {
     "cat": {"method": "linear", "space": "core"},
     "svd": {"method": "linear", "space": "core", "rank": LARGEST},
-    "ties_svd": {"method": "ties", **DENSE, "rank": LARGEST},
+    "ties_svd": {"method": "ties", **DENSE, "rank": LARGEST, "options": UNWEIGHTED},
     "dare_linear_svd": {"method": "dare_linear", **DENSE, "rank": LARGEST},
-    "dare_ties_svd": {"method": "dare_ties", **DENSE, "rank": LARGEST},
+    "dare_ties_svd": {"method": "dare_ties", **DENSE, "rank": LARGEST, "options": UNWEIGHTED},
     "magnitude_prune_svd": {"method": "magnitude_prune", **DENSE, "rank": LARGEST},
 }
 """PEFT's combination types that are not the name of a method here. Without ``_svd``, PEFT's elementwise types work on
@@ -33,12 +35,13 @@ def method_of(name: str) -> str:
 
 
 def resolve_peft_alias(recipe: Recipe, adapters: Sequence[Adapter]) -> Recipe:
-    """Replace PEFT's name for a method by its meaning; space, scope and rank stay where the recipe sets them."""
+    """Replace PEFT's name for a method by its meaning; what the recipe sets itself stays."""
     meaning = dict(PEFT_ALIASES.get(recipe.method, {}))
     if meaning.get("rank") == LARGEST:
         entries = (entry for adapter in adapters for entry in adapter.modules.entries.values())
         ranks = [entry.rank for entry in entries if entry.rank]
         meaning["rank"] = FixedRank(max(ranks)) if ranks else LOSSLESS
+    meaning["options"] = {**meaning.get("options", {}), **recipe.options}
     given = {
         "space": recipe.space != "auto",
         "scope": recipe.scope != "auto",

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pcb_peft.deltas.linalg import Basis, spanned
+from pcb_peft.deltas.linalg import RANK_TOLERANCE, Basis, spanned
 
-RANK_TOLERANCE = 1e-10  # a direction below this fraction of the largest singular value is rounding
+FACTOR_ROUNDING = 1e-7  # times ‖lora_B‖ ‖lora_A‖: what rounding to float32 files adds to ΔW
 GRAM_TOLERANCE = 1e-9  # smallest to largest eigenvalue of a Gram matrix, above which its eigenvectors are accurate
 
 
@@ -38,7 +38,8 @@ def shared_bases(factors: Sequence[tuple[Tensor, Tensor]]) -> SharedBases:
     ranks = [b.shape[1] for b, _ in factors]
     parts = zip(left_parts.split(ranks, 1), right_parts.split(ranks, 1), strict=True)
     small = torch.stack([b @ a.T for b, a in parts])  # ΔW_t in the two spans
-    u, v = _span(small), _span(small.mT)
+    rounding = FACTOR_ROUNDING * max(float(b.norm() * a.norm()) for b, a in factors)
+    u, v = _span(small, rounding), _span(small.mT, rounding)
     u, v = u * signs(left.turned(u)), v * signs(right.turned(v))
     return SharedBases(left.turned(u), right.turned(v), u.T @ small @ v)
 
@@ -49,11 +50,11 @@ def signs(basis: Basis) -> Tensor:
     return torch.where(basis.coordinates(ruler) < 0, -1, 1)
 
 
-def _span(matrices: Tensor) -> Tensor:
+def _span(matrices: Tensor, rounding: float) -> Tensor:
     """The left singular vectors of [M_1 … M_T] (p, T q) that carry more than rounding; at least one."""
     values, vectors = torch.linalg.eigh((matrices @ matrices.mT).sum(0))
-    if values[0] > GRAM_TOLERANCE * values[-1]:
+    if values[0] > max(GRAM_TOLERANCE * values[-1], rounding**2):
         return vectors.flip(1)
     triangle = torch.linalg.qr(matrices.mT.flatten(0, 1), mode="r").R
     u, s, _ = torch.linalg.svd(triangle.T, full_matrices=False)
-    return u[:, : max(1, int((s > RANK_TOLERANCE * s[0]).sum()))]
+    return u[:, : max(1, int((s > max(rounding, RANK_TOLERANCE * float(s[0]))).sum()))]

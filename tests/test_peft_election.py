@@ -1,0 +1,51 @@
+"""PEFT's names do what PEFT does, also where the weights differ."""
+
+import numpy as np
+import pytest
+import torch
+from peft.utils import merge_utils
+
+from pcb_peft import Adapter, merge_adapters
+from pcb_peft.adapters.delta_mapping import DeltaMapping
+from pcb_peft.deltas.delta import LowRank
+from pcb_peft.formats import LazyDelta
+
+
+def adapters(count: int = 3) -> list[Adapter]:
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for number in range(count):
+        factors = torch.randn(3, 12, generator=generator), torch.randn(16, 3, generator=generator)
+        entry = LazyDelta(LowRank, (16, 12), lambda factors=factors: LowRank(*factors), rank=3)
+        made.append(Adapter(name=f"task{number}", modules=DeltaMapping({"m": entry})))
+    return made
+
+
+WEIGHTS = [[1.0, 1.0, 1.0], [1.0, 0.3, 2.0], [1.0, -0.5, 0.2]]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_ties_svd_is_pefts_ties_on_the_deltas(weights: list[float]):
+    made = adapters()
+    found = merge_adapters(made, "ties_svd", weights, rank="full", density=0.4).delta("m")
+    deltas = [adapter.delta("m") for adapter in made]
+    wanted = merge_utils.ties(deltas, torch.tensor(weights), density=0.4)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The density 1.0 is greater")
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_dare_ties_svd_is_pefts_dare_ties_on_the_deltas(weights: list[float]):
+    """At density 1 nothing is random, and the election alone is compared."""
+    made = adapters()
+    found = merge_adapters(made, "dare_ties_svd", weights, rank="full", density=1.0).delta("m")
+    deltas = [adapter.delta("m") for adapter in made]
+    wanted = merge_utils.dare_ties(deltas, torch.tensor(weights), density=1.0)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_the_election_can_be_chosen_against_pefts_name():
+    made, weights = adapters(), WEIGHTS[1]
+    ours = merge_adapters(made, "ties_svd", weights, rank="full", elect="weighted").delta("m")
+    plain = merge_adapters(made, "ties", weights, space="dense", scope="module", rank="full")
+    assert torch.equal(ours, plain.delta("m"))
