@@ -11,7 +11,7 @@ from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.loading import load_adapter, load_adapters
 from pcb_peft.adapters.source import Source
 from pcb_peft.base.model import lazy_base
-from pcb_peft.data.batches import Data
+from pcb_peft.data.batches import Data, Row
 from pcb_peft.data.models import load_base
 from pcb_peft.distillation.base import head_of
 from pcb_peft.distillation.student import Student
@@ -120,36 +120,20 @@ def distill_merge(  # noqa: PLR0913  (every choice, by name)
         >>> better = distill_merge(merged, ["math-lora", "law-lora"], ["math.jsonl", "law.jsonl"], "base")
         >>> better.save_pretrained("merged")
     """
-    if len(texts) != len(adapters) or not adapters:
-        raise OptionError(
-            f"{len(adapters)} adapters and {len(texts)} sets of texts: give one file (or list) per adapter, in order"
-        )
-    if not 0 <= held_out < 1:
-        raise OptionError(f"held_out is {held_out!r}; it must be a fraction from 0, less than 1")
+    _check(adapters, texts, held_out)
     base = lazy_base(base_model) if isinstance(base_model, str | Path) else None
     loaded = load_adapters(adapters, base_model=base)
     start = load_adapter(merged, base_model=base)
-    task_type = _common_task_type(loaded)
     rows = [read_texts(data, limit) for data in texts]
     count = steps or (FEW_STEPS if max(map(len, rows)) <= FEW else MANY_STEPS)
     schedule = Schedule(count, learning_rate, batch_texts, seed)
-    settings = dataclasses.asdict(schedule)
-    settings |= {"held_out": held_out, "new_tokens": new_tokens, "max_length": max_length}
-    recipe = {
-        "merge": _identity(start),
-        "adapters": [
-            {**_identity(adapter), "texts_sha256": digest_of(some), "texts": len(some)}
-            for adapter, some in zip(loaded, rows, strict=True)
-        ],
-        **settings,
-        "version": __version__,
-    }
-    accelerator = _accelerator()
+    settings = {"held_out": held_out, "new_tokens": new_tokens, "max_length": max_length}
+    recipe = _recipe(start, loaded, rows, dataclasses.asdict(schedule) | settings)
+    task_type, accelerator, track = _common_task_type(loaded), _accelerator(), tracker(progress)
     model = load_base(base_model, task_type).to(accelerator.device).requires_grad_(False)
     words = load_tokenizer(tokenizer, base_model)
     reader = Reader(task_type, words.pad_token_id, new_tokens)
     student = Student(start, model).to(accelerator.device)
-    track = tracker(progress)
     lessons = [
         _lesson(reader, model, adapter, encoded(some, words, max_length), held_out)
         for adapter, some in zip(track(loaded, "ask the adapters"), rows, strict=True)
@@ -157,12 +141,48 @@ def distill_merge(  # noqa: PLR0913  (every choice, by name)
     training = Training(model, student, reader, lessons, schedule, accelerator)
     with student.attached(model):
         training.run(track, Path(checkpoint) if checkpoint else None, _fingerprint(recipe))
+    return _result(start, training, recipe)
+
+
+def _check(adapters: Sequence[Any], texts: Sequence[Any], held_out: float) -> None:
+    """Raises OptionError for what cannot be distilled."""
+    if len(texts) != len(adapters) or not adapters:
+        raise OptionError(
+            f"{len(adapters)} adapters and {len(texts)} sets of texts: give one file (or list) per adapter, in order"
+        )
+    if not 0 <= held_out < 1:
+        raise OptionError(f"held_out is {held_out!r}; it must be a fraction from 0, less than 1")
+
+
+def _recipe(
+    start: Adapter,
+    adapters: Sequence[Adapter],
+    rows: Sequence[Sequence[Row]],
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Adapters, texts and settings, by hash: everything that is needed to make the result again."""
+    return {
+        "merge": _identity(start),
+        "adapters": [
+            {**_identity(adapter), "texts_sha256": digest_of(some), "texts": len(some)}
+            for adapter, some in zip(adapters, rows, strict=True)
+        ],
+        **settings,
+        "version": __version__,
+    }
+
+
+def _result(start: Adapter, training: Training, recipe: Mapping[str, Any]) -> DistilledAdapter:
+    """The merge with the trained deltas; all else that it holds stays as it is."""
     kept = {field.name: getattr(start, field.name) for field in dataclasses.fields(Adapter)}
-    kept |= {"modules": student.deltas(start.modules.entries), "source": None, "files": None}
-    kept["name"] = f"{start.name}-distilled"
-    return DistilledAdapter(
-        **kept, recipe=recipe, history=training.history, best_step=training.best_step
-    )
+    kept |= {
+        "name": f"{start.name}-distilled",
+        "modules": training.student.deltas(start.modules.entries),
+        "source": None,
+        "files": None,
+    }
+    history, best = training.history, training.best_step
+    return DistilledAdapter(**kept, recipe=recipe, history=history, best_step=best)
 
 
 def _lesson(
