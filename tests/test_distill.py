@@ -1,6 +1,7 @@
 """Distillation on tiny models: what the teachers say, what the student learns, and that a run repeats."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import peft
@@ -9,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from pcb_peft import OptionError, distill_merge, load_adapter, merge_adapters
+from pcb_peft.commands.cli import main
 from pcb_peft.data.models import load_base
 from pcb_peft.distillation.base import call, head_of, with_adapter
 from pcb_peft.distillation.student import Student
@@ -223,3 +225,20 @@ def test_mistakes_are_named(workshop, words):
     full = merge_adapters(paths, "linear", rank="full")
     with pytest.raises(UnsupportedError, match="integer rank"):
         distill_merge(full, paths, [texts(1), texts(2)], base, tokenizer=words)
+
+
+def test_the_command_line(workshop, words, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    paths, base = made(workshop, "classifier")
+    words.save_pretrained(base)
+    files = [tmp_path / f"{number}.jsonl" for number in range(2)]
+    for number, file in enumerate(files):
+        rows = [{"text": text, "label": "ignored"} for text in texts(number)]
+        file.write_text("\n".join(map(json.dumps, rows)))
+    adapters = list(map(str, paths))
+    merged, better = str(tmp_path / "merged"), str(tmp_path / "better")
+    assert main(["merge", *adapters, "-o", merged, "--method", "flat", "--rank", "2"]) == 0
+    given = ["--base-model", str(base), "--texts", *map(str, files), "--steps", "10"]
+    assert main(["distill", merged, *adapters, *given, "-o", better]) == 0
+    assert "divergence from each adapter" in capsys.readouterr().out
+    assert load_adapter(better).modules.keys() == load_adapter(merged).modules.keys()
+    assert list((tmp_path / "better" / "heads").iterdir())

@@ -33,6 +33,7 @@ COMMANDS = (
     "merge",
     "inspect",
     "compare",
+    "distill",
     "evaluate",
     "fold",
     "extract",

@@ -103,6 +103,13 @@ def _model_fields() -> Iterator[Field]:
         _text,
         "MODEL",
     )
+    yield Field(
+        "metric",
+        "compare adapters, and set the rank, by the directions that the base model's layers see: random (measured on "
+        "random tokens, once), or a .jsonl file of texts; needs --base-model (default: all directions count alike)",
+        _text,
+        "METRIC",
+    )
     yield Field("statistics", "files of pcb-peft collect, one per adapter", list, "FILE", many=True)
     yield Field(
         "heads",

@@ -17,8 +17,7 @@ from pcb_peft.deltas.rank_choice import (
 from pcb_peft.errors import OptionError, UnsupportedError
 from pcb_peft.merging.compatibility import AdapterSet
 from pcb_peft.methods import MergeMethod, get_method, list_methods
-from pcb_peft.methods.registry import RANK
-from pcb_peft.plugins.options import bind, did_you_mean
+from pcb_peft.plugins.options import RANK, bind, did_you_mean
 from pcb_peft.recipes.overrides import Override
 from pcb_peft.recipes.recipe import Recipe
 from pcb_peft.recipes.weights import Weight, at_depth, number_of_layers

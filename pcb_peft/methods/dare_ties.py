@@ -2,15 +2,19 @@
 
 from torch import Tensor
 
-from pcb_peft.methods.ops import Elect, drop_at_random, elected_mean
+from pcb_peft.methods.ops import drop_at_random, elected_mean
 from pcb_peft.methods.registry import merge_method
-from pcb_peft.plugins.options import Density
+from pcb_peft.plugins.options import Density, Election
 from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 
 @merge_method("dare_ties", paper="arXiv:2311.03099", scope="module")
 def dare_ties(
-    tasks: TaskVectors, *, density: Density = 0.5, rescale: bool = True, elect: Elect = "weighted"
+    tasks: TaskVectors,
+    *,
+    density: Density = 0.5,
+    rescale: bool = True,
+    elect: Election = "weighted",
 ) -> Merged:
     """Drop entries at random, rescale the rest, elect a sign per entry, average those that have it.
 

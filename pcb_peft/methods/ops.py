@@ -1,11 +1,12 @@
 """Operations that several methods share: trim, drop, elect, average; and averages on the sphere."""
 
 from collections.abc import Callable
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from pcb_peft.plugins.options import Election
 from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 Direction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -45,11 +46,7 @@ def majority_sign_mask(x: Tensor) -> Tensor:
     return x.sign() == x.sum(0).sign()
 
 
-Elect: TypeAlias = Literal["weighted", "unweighted"]
-"""Whether the weights count in the election of signs."""
-
-
-def elected_mean(x: Tensor, weights: Tensor, elect: Elect) -> Tensor:
+def elected_mean(x: Tensor, weights: Tensor, elect: Election) -> Tensor:
     """Elect a sign per entry, and average the weighted entries that have it."""
     weighted = weights * x
     voters = weighted if elect == "weighted" else x

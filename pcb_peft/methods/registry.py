@@ -10,12 +10,10 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from pcb_peft.plugins.options import Option, options_of
+from pcb_peft.plugins.options import RANK
 from pcb_peft.plugins.registry import Plugin, Registry
 from pcb_peft.plugins.renamed import renamed_keywords
 from pcb_peft.tasks.task_vectors import Merged, TaskVectors
-
-RANK = "rank"
 
 Function = TypeVar("Function", bound=Callable[..., Merged])
 
@@ -53,11 +51,6 @@ class MergeMethod(Plugin):
     def knows_rank(self) -> bool:
         """Whether it is told the rank of the result, because what it keeps depends on it."""
         return RANK in inspect.signature(self.function).parameters
-
-    @property
-    def options(self) -> dict[str, Option]:
-        """The options by name, read from the signature and the ``Args`` section."""
-        return {name: option for name, option in options_of(self.function).items() if name != RANK}
 
     def accepts_count(self, count: int) -> bool:
         """Return whether it merges this number of adapters."""

@@ -2,14 +2,14 @@
 
 from torch import Tensor
 
-from pcb_peft.methods.ops import Elect, elected_mean, magnitude_threshold
+from pcb_peft.methods.ops import elected_mean, magnitude_threshold
 from pcb_peft.methods.registry import merge_method
-from pcb_peft.plugins.options import Density
+from pcb_peft.plugins.options import Density, Election
 from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 
 @merge_method("ties", paper="arXiv:2306.01708")
-def ties(tasks: TaskVectors, *, density: Density = 0.2, elect: Elect = "weighted") -> Merged:
+def ties(tasks: TaskVectors, *, density: Density = 0.2, elect: Election = "weighted") -> Merged:
     """Trim each task vector, elect a sign per entry, average those that have it.
 
     Args:

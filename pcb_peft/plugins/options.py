@@ -11,9 +11,11 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pcb_peft.errors import OptionError
+
+RANK = "rank"  # the parameter by which a method is told the integer rank of the result, or None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,6 +43,9 @@ class Range:
 
 Density: TypeAlias = Annotated[float, Range(0, 1, low_open=True)]
 """Fraction of entries that is kept."""
+
+Election: TypeAlias = Literal["weighted", "unweighted"]
+"""Whether the weights count in the election of signs."""
 
 Tail: TypeAlias = Annotated[float, Range(0, 0.5)]
 """Fraction at either end of a distribution."""
@@ -106,13 +111,13 @@ class Option:
 
 
 def options_of(function: Callable[..., Any]) -> dict[str, Option]:
-    """Return the keyword-only parameters of a function, by name."""
+    """Return the keyword-only parameters of a function, by name; `rank` is none of them: the engine passes it."""
     hints = typing.get_type_hints(function, include_extras=True)
     explanations = _explanations(inspect.getdoc(function) or "")
     return {
         name: _option(name, hints[name], parameter.default, explanations.get(name, ""))
         for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY
+        if parameter.kind is parameter.KEYWORD_ONLY and name != RANK
     }
 
 
