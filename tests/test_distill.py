@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from pcb_peft import OptionError, distill_merge, load_adapter, merge_adapters
+from pcb_peft.adapters.delta_mapping import DeltaMapping
 from pcb_peft.commands.cli import main
 from pcb_peft.data.models import load_base
 from pcb_peft.distillation.base import call, head_of, with_adapter
@@ -242,3 +243,28 @@ def test_the_command_line(workshop, words, tmp_path: Path, capsys: pytest.Captur
     assert "divergence from each adapter" in capsys.readouterr().out
     assert load_adapter(better).modules.keys() == load_adapter(merged).modules.keys()
     assert list((tmp_path / "better" / "heads").iterdir())
+
+
+def test_a_module_that_the_merge_leaves_alone_stays_so(workshop, words):
+    paths, base = made(workshop, "classifier")
+    merged = merge_adapters(paths, "flat", rank=2)
+    module = next(iter(merged.modules))
+    zero = merged.modules[module].zero()
+    entries = dict(merged.modules.entries)
+    entries[module] = dataclasses.replace(entries[module], load=lambda: zero, rank=1)
+    start = dataclasses.replace(merged, modules=DeltaMapping(entries))
+    better = distill_merge(start, paths, [texts(1), texts(2)], base, tokenizer=words, **OPTIONS)
+    assert better.modules[module].norm() == 0
+    assert better.modules.keys() == merged.modules.keys()
+
+
+def test_a_base_model_in_bfloat16_is_taught_too(workshop, words):
+    for name in ("classifier", "(IA)³"):
+        paths, base = made(workshop, name)
+        merged = merge_adapters(paths, "linear", weights=[0.3, 0.3], base_model=base)
+        model = load_base(base, "SEQ_CLS").to(torch.bfloat16)
+        better = distill_merge(
+            merged, paths, [texts(1), texts(2)], model, tokenizer=words, **OPTIONS
+        )
+        first, last = better.history[0], better.history[better.best_step]
+        assert sum(last.values()) < sum(first.values())

@@ -26,7 +26,8 @@ class LoraStudent(nn.Module):
         super().__init__()
         u, s, vh = triplets(delta)
         self.layout: Layout = delta.layout
-        self.lora_A = nn.Buffer(vh.float())
+        self.lora_A: Tensor
+        self.register_buffer("lora_A", vh.float())
         self.trained = nn.Parameter((u * s).float())
 
     def hook(self, _layer: object, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -62,10 +63,16 @@ class Ia3Student(nn.Module):
     def attach(self, layer: Any) -> Any:
         """Scale a layer's input, or output; returns the hook's handle."""
         if self.feedforward:
-            return layer.register_forward_pre_hook(
-                lambda _, inputs: (inputs[0] * self.trained, *inputs[1:])
-            )
-        return layer.register_forward_hook(lambda _layer, _inputs, output: output * self.trained)
+            return layer.register_forward_pre_hook(self.scale_input)
+        return layer.register_forward_hook(self.scale_output)
+
+    def scale_input(self, _layer: object, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Multiply a layer's input by l."""
+        return inputs[0] * self.trained.to(inputs[0].dtype), *inputs[1:]
+
+    def scale_output(self, _layer: object, _inputs: object, output: Tensor) -> Tensor:
+        """Multiply a layer's output by l."""
+        return output * self.trained.to(output.dtype)
 
     @property
     def size(self) -> float:
@@ -91,18 +98,19 @@ class Student(nn.Module):
 
     def __init__(self, merged: Adapter, model: Any) -> None:
         super().__init__()
-        self.names = list(merged.modules)
-        self.parts = nn.ModuleList(
-            _student(merged.modules[name], layer_of(model, name, merged.name), name)
-            for name in self.names
-        )
+        self.by_module: dict[str, LoraStudent | Ia3Student] = {}
+        for module in merged.modules:
+            check_layer(model, module, merged.name)
+            delta = merged.modules[module]
+            if delta.norm() > 0:
+                self.by_module[module] = _student(delta, module)
+        self.parts = nn.ModuleList(self.by_module.values())
 
     @contextlib.contextmanager
     def attached(self, model: Any) -> Generator[None]:
         """Let the model answer as the base model with the merge."""
         handles = [
-            part.attach(model.get_submodule(name))  # type: ignore[operator]
-            for name, part in zip(self.names, self.parts, strict=True)
+            part.attach(model.get_submodule(module)) for module, part in self.by_module.items()
         ]
         try:
             yield
@@ -112,24 +120,18 @@ class Student(nn.Module):
 
     def sizes(self) -> list[float]:
         """Return the size of each trained parameter, in the order of `parameters`."""
-        return [part.size for part in self.parts]  # type: ignore[misc]
+        return [part.size for part in self.by_module.values()]
 
-    def deltas(self, like: Mapping[str, LazyDelta]) -> DeltaMapping:
-        """Return the deltas as they are now."""
-        return DeltaMapping(
-            {
-                name: _entry(part.delta(), like[name])
-                for name, part in zip(self.names, self.parts, strict=True)
-            }  # type: ignore[operator]
-        )
+    def deltas(self, merged: Mapping[str, LazyDelta]) -> DeltaMapping:
+        """Return the deltas as they are now; a module that the merge does not change stays so."""
+        trained = {
+            module: _entry(part.delta(), merged[module]) for module, part in self.by_module.items()
+        }
+        return DeltaMapping({**merged, **trained})
 
 
-def layer_of(model: Any, module: str, owner: str) -> Any:
-    """Return a linear layer of the model.
-
-    Raises:
-        UnsupportedError: The module is no linear layer, or not there.
-    """
+def check_layer(model: Any, module: str, owner: str) -> None:
+    """Raises UnsupportedError for a module that is no linear layer, or not there."""
     layer = dict(model.named_modules()).get(module)
     if type(layer).__name__ not in LINEAR:
         kind = "is not in the model" if layer is None else f"is a {type(layer).__name__}"
@@ -137,11 +139,9 @@ def layer_of(model: Any, module: str, owner: str) -> Any:
             f"{owner} changes {module}, which {kind}: distillation trains what is added to linear layers; leave the "
             "module out of the merge"
         )
-    return layer
 
 
-def _student(delta: Delta, layer: Any, module: str) -> LoraStudent | Ia3Student:
-    del layer
+def _student(delta: Delta, module: str) -> LoraStudent | Ia3Student:
     if isinstance(delta, Diagonal):
         return Ia3Student(delta)
     if isinstance(delta, LowRank):

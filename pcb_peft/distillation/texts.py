@@ -50,11 +50,10 @@ def load_tokenizer(tokenizer: Any, base_model: str | Path | Any) -> Any:
     """Return a tokenizer that can pad; default: the base model's."""
     from transformers import AutoTokenizer
 
-    if not callable(tokenizer):
-        source = tokenizer or (
-            base_model if isinstance(base_model, str | Path) else base_model.name_or_path
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source)
+    if tokenizer is None:
+        tokenizer = base_model if isinstance(base_model, str | Path) else base_model.name_or_path
+    if isinstance(tokenizer, str | Path):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
