@@ -268,3 +268,52 @@ def test_a_base_model_in_bfloat16_is_taught_too(workshop, words):
         )
         first, last = better.history[0], better.history[better.best_step]
         assert sum(last.values()) < sum(first.values())
+
+
+def test_an_encoder_decoder_is_taught_on_its_own_answers(words, tmp_path: Path):
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
+    config = transformers.T5Config(vocab_size=32, decoder_start_token_id=0, **sizes)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "base")
+    paths = []
+    for number in range(2):
+        model = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "base")
+        model = peft.get_peft_model(model, lora("SEQ_2_SEQ_LM", ["q", "v", "wo"]))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+        paths.append(tmp_path / f"adapter{number}")
+        model.save_pretrained(paths[-1])
+    merged = merge_adapters(paths, "linear", weights=[0.3, 0.3])
+    rows = [texts(1), texts(2)]
+    better = distill_merge(merged, paths, rows, tmp_path / "base", tokenizer=words, **OPTIONS)
+    first, last = better.history[0], better.history[better.best_step]
+    assert sum(last.values()) < 0.9 * sum(first.values())
+
+
+def test_without_heads_the_hidden_states_are_the_lesson(words, tmp_path: Path):
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.BertConfig(vocab_size=32, intermediate_size=24, **sizes)
+    transformers.BertModel(config).save_pretrained(tmp_path / "base")
+    paths = []
+    for number in range(2):
+        model = transformers.BertModel.from_pretrained(tmp_path / "base")
+        options = peft.LoraConfig(
+            r=2, target_modules=["value", "dense"], task_type="FEATURE_EXTRACTION"
+        )
+        model = peft.get_peft_model(model, options)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.5)
+        paths.append(tmp_path / f"adapter{number}")
+        model.save_pretrained(paths[-1])
+    merged = merge_adapters(paths, "linear", weights=[0.3, 0.3])
+    rows = [texts(1, 48), texts(2, 48)]
+    better = distill_merge(merged, paths, rows, tmp_path / "base", tokenizer=words, **OPTIONS)
+    first, last = better.history[0], better.history[better.best_step]
+    assert sum(last.values()) < 0.9 * sum(first.values())
