@@ -258,7 +258,9 @@ def wudi(x: Sequence[Matrix], ridge: float = 0.03) -> Matrix:
     grams = [matrix.T @ matrix / np.linalg.norm(matrix) ** 2 for matrix in x]
     left = sum(grams) + ridge * np.eye(x[0].shape[1])
     kappa = min(1, sum(np.linalg.norm(m) ** 2 for m in x) / np.linalg.norm(sum(x)) ** 2)
-    right = sum(matrix @ gram for matrix, gram in zip(x, grams, strict=True)) + ridge * kappa * sum(x)
+    right = sum(matrix @ gram for matrix, gram in zip(x, grams, strict=True)) + ridge * kappa * sum(
+        x
+    )
     return np.linalg.lstsq(left, right.T, rcond=ROUNDING**2)[0].T
 
 
@@ -304,7 +306,8 @@ def fr(x: Sequence[Matrix], cutoff: float = 0.1) -> Matrix:
 
 
 SPECTRAL: dict[str, Callable[..., Matrix]] = {
-    function.__name__: function for function in (tsv, iso_c, flat, iso_cts, wudi, stf, robust_merge, fr)
+    function.__name__: function
+    for function in (tsv, iso_c, flat, iso_cts, wudi, stf, robust_merge, fr)
 }
 
 

@@ -527,10 +527,10 @@ def test_what_does_not_fit_is_refused_before_a_merge(workshop):
     refused(OptionError, "linear needs none", one, two, method="linear")
     refused(
         OptionError,
-        "space core, which has no gram.*dense, knots",
+        "space factor, which has no gram.*core, dense, knots",
         one,
         two,
-        space="core",
+        space="factor",
     )
     lacking = dataclasses.replace(one, shapes={})
     refused(MismatchError, "down_proj is missing; collect", lacking, two)

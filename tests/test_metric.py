@@ -7,7 +7,7 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 
-from pcb_peft import Adapter, OptionError, merge, merge_adapters, read_recipe
+from pcb_peft import Adapter, OptionError, TaskStatistics, merge, merge_adapters, read_recipe
 from pcb_peft.adapters.delta_mapping import DeltaMapping
 from pcb_peft.data.moments import measure_moments, moments_of, open_moments, save_moments
 from pcb_peft.deltas.delta import Core, Dense, LowRank
@@ -247,3 +247,47 @@ def test_random_tokens_are_measured_once_and_the_recipe_repeats_to_the_byte(
     assert file.stat().st_mtime_ns == written
     name = "adapter_model.safetensors"
     assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+
+
+def statistics(grams: list[Matrix]) -> list[TaskStatistics]:
+    return [
+        TaskStatistics("gram", {"m": (IN, IN)}, {"m": torch.as_tensor(gram).float()}.__getitem__)
+        for gram in grams
+    ]
+
+
+def test_the_statistics_of_the_adapters_can_be_the_metric():
+    factors, x = pairs(2, 3), inputs()
+    grams = [y.T @ y / len(y) for y in (x, x @ np.diag(np.geomspace(1, 5, IN)))]
+    given = {"metric": "statistics", "statistics": statistics(grams)}
+    found = merge_adapters(adapters(factors), "flat", rank=2, **given).delta("m").numpy()
+    wanted = flat([b @ a for b, a in factors], *powers(sum(grams) / 2), 2)
+    assert distance(found, wanted) < 1e-5
+    with pytest.raises(OptionError, match="needs statistics of kind gram"):
+        merge_adapters(adapters(factors), "flat", metric="statistics")
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.01])
+def test_regmean_in_core_space_is_ssr(ridge: float):
+    """B R with R = Q (G + ridge)⁻¹, from the adapters' own A: arXiv:2606.10617, with a ridge on the inputs."""
+    factors, rng = pairs(2, 3, 2), np.random.default_rng(5)
+    grams = [
+        y.T @ y / len(y)
+        for y in (rng.normal(size=(40, IN)) * rng.uniform(0.2, 2, IN) for _ in factors)
+    ]
+    stacked = np.vstack([a for _, a in factors])
+    total = sum(grams) + ridge * sum(np.trace(gram) / IN * np.eye(IN) for gram in grams)
+    answers = sum(
+        b @ a @ (gram + ridge * np.trace(gram) / IN * np.eye(IN)) @ stacked.T
+        for (b, a), gram in zip(factors, grams, strict=True)
+    )
+    wanted = answers @ np.linalg.inv(stacked @ total @ stacked.T) @ stacked
+    given = {"space": "core", "alpha": 1.0, "statistics": statistics(grams)}
+    found = merge_adapters(adapters(factors), "regmean", **given).delta("m").numpy()
+    if ridge == 0:
+        assert distance(found, wanted) < 1e-5
+    else:
+        found = (
+            merge_adapters(adapters(factors), "regmean", ridge=ridge, **given).delta("m").numpy()
+        )
+        assert distance(found, wanted) < 0.02

@@ -106,7 +106,8 @@ def _model_fields() -> Iterator[Field]:
     yield Field(
         "metric",
         "compare adapters, and set the rank, by the directions that the base model's layers see: random (measured on "
-        "random tokens, once), or a .jsonl file of texts; needs --base-model (default: all directions count alike)",
+        "random tokens, once) or a .jsonl file of texts, both with --base-model; statistics (of kind gram, given with "
+        "--statistics) (default: all directions count alike)",
         _text,
         "METRIC",
     )

@@ -1,17 +1,23 @@
-"""Which metric a merge uses: that of random tokens, of texts, or of a file of moments."""
+"""The metric of a merge: of random tokens, of texts, of a file of moments, or of the adapters' own statistics."""
 
 import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from pcb_peft.adapters.source import Source
-from pcb_peft.data.moments import MomentsFile, measured_moments, open_moments
-from pcb_peft.deltas.metric import ModuleMetric, metric_of
+from pcb_peft.data.moments import MomentsFile, measured_moments, moments_of_gram, open_moments
+from pcb_peft.data.statistics_file import TaskStatistics
+from pcb_peft.deltas.metric import ModuleMetric, Moments, metric_of
 from pcb_peft.errors import MismatchError, OptionError
 from pcb_peft.runtime.progress import Track
 
-RANDOM = "random"
+RANDOM, STATISTICS = "random", "statistics"
+ALLOWED = (
+    "'random', a .jsonl file of texts, a .safetensors file of moments, or 'statistics' (of kind gram, one file per "
+    "adapter)"
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -19,36 +25,74 @@ class Metric:
     """The metric of every module of a base model.
 
     Attributes:
-        file: The moments that it follows from.
+        moments: From a module to the second moments of its inputs; None for one that was not measured.
+        sha256: The hash of the file that they come from, if there is one.
     """
 
-    file: MomentsFile
+    moments: Callable[[str], Moments | None]
+    sha256: str | None = None
 
     def __call__(self, module: str) -> ModuleMetric | None:
         """Return the metric of a module; None for one that is no linear layer: its inputs count alike."""
-        moments = self.file.of(module)
+        moments = self.moments(module)
         return None if moments is None else metric_of(moments)
 
 
-def open_metric(
-    source: Source,
-    base_model: str | None,
-    task_type: str | None,
-    device: torch.device,
-    track: Track,
-) -> Metric:
+@dataclasses.dataclass(frozen=True, slots=True)
+class MeanOfStatistics:
+    """The mean of what the adapters' modules see on the texts of their own tasks.
+
+    Attributes:
+        statistics: Of kind gram, one per adapter.
+        shapes: From a module to (out, in).
+    """
+
+    statistics: Sequence[TaskStatistics]
+    shapes: Mapping[str, tuple[int, int]]
+
+    def __call__(self, module: str) -> Moments:
+        grams = [one.of(module, self.shapes[module]) for one in self.statistics]
+        return moments_of_gram(torch.stack(grams).double().mean(0))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Subject:
+    """The merge that asks for a metric.
+
+    Attributes:
+        base_model: Path or hub id, if one was given.
+        task_type: PEFT's, of the adapters.
+        shapes: From a module to (out, in).
+        statistics: One per adapter, if they were given.
+    """
+
+    base_model: str | None
+    task_type: str | None
+    shapes: Mapping[str, tuple[int, int]]
+    statistics: Sequence[TaskStatistics]
+
+
+def open_metric(source: Source, subject: Subject, device: torch.device, track: Track) -> Metric:
     """Return the metric that a recipe names; measure it if that was not done before.
 
     Args:
-        source: "random", a ``.jsonl`` file of texts, or a file of moments; and its hash, if the recipe knows it.
-        base_model: Path or hub id.
-        task_type: PEFT's, of the adapters.
+        source: What the user gave, and the hash that the recipe knows.
+        subject: The merge.
         device: Where the base model runs.
         track: Shows progress.
 
     Raises:
         OptionError: There is no base model to measure, or no such file.
+        MismatchError: The file belongs to another base model.
     """
+    if source.path == STATISTICS:
+        return Metric(MeanOfStatistics(subject.statistics, subject.shapes))
+    file = _opened(source, subject, device, track)
+    _refuse_other_model(file, subject.shapes)
+    return Metric(file.of, file.sha256)
+
+
+def _opened(source: Source, subject: Subject, device: torch.device, track: Track) -> MomentsFile:
     if source.path.endswith(".safetensors"):
         file = open_moments(Path(source.path))
         if source.sha256 not in (None, file.sha256):
@@ -56,31 +100,29 @@ def open_metric(
                 f"metric: {source.path} has changed: it has SHA-256 {file.sha256}, the recipe says {source.sha256}; "
                 "restore it, or take sha256 out of the recipe"
             )
-        return Metric(file)
+        return file
     if source.path != RANDOM and not source.path.endswith(".jsonl"):
-        raise OptionError(
-            f"metric is {source.path!r}; it must be 'random', a .jsonl file of texts, or a .safetensors file of moments"
-        )
-    if base_model is None:
+        raise OptionError(f"metric is {source.path!r}; it must be {ALLOWED}")
+    if subject.base_model is None:
         raise OptionError(
             f"metric {source.path!r} is measured on the base model: give base_model too (--base-model)"
         )
-    return Metric(measured_moments(base_model, source.path, task_type, device, track))
+    return measured_moments(subject.base_model, source.path, subject.task_type, device, track)
 
 
-def check_modules(metric: Metric, modules: dict[str, tuple[int, int]]) -> None:
-    """Raises MismatchError if a metric belongs to a model whose layers have other inputs, or other names."""
-    known = {module: metric.file.of(module) for module in modules}
-    if modules and all(one is None for one in known.values()):
-        example, layer = next(iter(modules)), next(iter(metric.file.layers), "none")
+def _refuse_other_model(file: MomentsFile, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Raises MismatchError if a file of moments knows none of the modules, or with other inputs."""
+    known = {module: file.of(module) for module in shapes}
+    if shapes and all(one is None for one in known.values()):
+        example, layer = next(iter(shapes)), next(iter(file.layers), "none")
         raise MismatchError(
-            f"metric: {metric.file.path} knows no module of the adapters, such as {example}; it knows {layer}: it was "
+            f"metric: {file.path} knows no module of the adapters, such as {example}; it knows {layer}: it was "
             "measured on another base model"
         )
-    for module, (_, size) in modules.items():
+    for module, (_, size) in shapes.items():
         one = known[module]
         if one is not None and len(one.vectors) != size:
             raise MismatchError(
-                f"metric: {module} has {size} inputs, and {len(one.vectors)} in {metric.file.path}: it was measured on "
+                f"metric: {module} has {size} inputs, and {len(one.vectors)} in {file.path}: it was measured on "
                 "another base model"
             )

@@ -172,12 +172,19 @@ def moments_of(inputs: Tensor, kept: int = KEPT) -> Moments:
     kept = min(kept, width, count)
     if width <= EXACT_SIZE:
         x = inputs.double()
-        values, vectors = torch.linalg.eigh(x.T @ x / count)
-        values, vectors = values.flip(0)[:kept].clamp(min=0), vectors.flip(1)[:, :kept]
-    else:
-        _, s, vh = leading_svd(inputs, kept)
-        values, vectors = s.double().square() / count, vh.T
+        return moments_of_gram(x.T @ x / count, kept)
+    _, s, vh = leading_svd(inputs, kept)
+    values, vectors = s.double().square() / count, vh.T
     rest = max(0.0, total - float(values.sum())) / max(1, width - kept)
+    return Moments(values.float().cpu(), vectors.float().cpu().contiguous(), rest)
+
+
+def moments_of_gram(gram: Tensor, kept: int = KEPT) -> Moments:
+    """Return second moments (in, in) by their `kept` largest eigenvalues."""
+    values, vectors = torch.linalg.eigh(gram.double())
+    width, kept = len(gram), min(kept, len(gram))
+    values, vectors = values.flip(0)[:kept].clamp(min=0), vectors.flip(1)[:, :kept]
+    rest = max(0.0, float(gram.double().trace() - values.sum())) / max(1, width - kept)
     return Moments(values.float().cpu(), vectors.float().cpu().contiguous(), rest)
 
 

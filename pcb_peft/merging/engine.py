@@ -16,7 +16,7 @@ from pcb_peft.adapters.delta_mapping import DeltaMapping
 from pcb_peft.adapters.loading import load_adapters
 from pcb_peft.adapters.source import Source
 from pcb_peft.base.model import lazy_base
-from pcb_peft.data.metric import Metric, check_modules, open_metric
+from pcb_peft.data.metric import Metric, Subject, open_metric
 from pcb_peft.data.statistics_file import StatisticsLike, TaskStatistics, open_statistics
 from pcb_peft.deltas.rank_choice import (
     EnergyFraction,
@@ -106,7 +106,8 @@ def merge_adapters(  # noqa: PLR0913  (every choice of a merge, by name)
         statistics: For methods that need data: one file per adapter, from `collect_statistics` or `pcb-peft collect`.
         metric: The directions of a module's inputs that count when adapters are compared, and when the rank is set:
             "random" (the base model's own, on random tokens: measured once per base model, for which `base_model` is
-            needed), a ``.jsonl`` file of texts, or a file of moments. None: all inputs count alike.
+            needed), a ``.jsonl`` file of texts, a file of moments, or "statistics" (the mean of `statistics` of kind
+            gram). None: all inputs count alike.
         **options: Options of the method and the space, such as `density` of `pcb`.
 
     Returns:
@@ -223,12 +224,13 @@ def _with_metric(
     recipe, adapter_set = prepared.recipe, prepared.adapter_set
     if recipe.metric is None:
         return prepared, None
+    shapes = {name: entry.shape for name, entry in adapter_set.modules.items()}
     task_type = adapter_set.adapters[0].task_type
-    metric = open_metric(recipe.metric, recipe.base_model, task_type, machine.device, machine.track)
-    check_modules(metric, {name: entry.shape for name, entry in adapter_set.modules.items()})
-    if recipe.metric.sha256 not in (None, metric.file.sha256):
+    subject = Subject(recipe.base_model, task_type, shapes, prepared.statistics)
+    metric = open_metric(recipe.metric, subject, machine.device, machine.track)
+    if recipe.metric.sha256 not in (None, metric.sha256):
         report.note("the metric was measured anew, and differs in its last bits from the recipe's")
-    source = dataclasses.replace(recipe.metric, sha256=metric.file.sha256)
+    source = dataclasses.replace(recipe.metric, sha256=metric.sha256)
     return dataclasses.replace(prepared, recipe=dataclasses.replace(recipe, metric=source)), metric
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pcb_peft.calibrations import Calibration, bound
+from pcb_peft.data.metric import STATISTICS
 from pcb_peft.deltas.delta import Delta, Diagonal, Rescaled
 from pcb_peft.deltas.rank_choice import (
     LOSSLESS,
@@ -121,8 +122,8 @@ def plan(
     others = [_overridden(recipe, main, override, adapter_set) for override in recipe.overrides]
     rank = _rank_known_to([main, *others], recipe.rank)
     main, *others = (dataclasses.replace(setting, rank=rank) for setting in (main, *others))
-    _check_statistics([main, *others], statistic)
-    _check_metric(recipe, [main, *others], adapter_set.kinds)
+    _check_metric(recipe, [main, *others], adapter_set.kinds, statistic)
+    _check_statistics([main, *others], None if of_statistics(recipe) else statistic)
     before, complete_before = bound("before", recipe.before, adapter_set.kinds)
     after, complete_after = bound("after", recipe.after, adapter_set.kinds)
     complete = dataclasses.replace(
@@ -251,10 +252,22 @@ def _check_statistics(settings: Sequence[Setting], given: str | None) -> None:
         )
 
 
-def _check_metric(recipe: Recipe, settings: Sequence[Setting], kinds: set[type[Delta]]) -> None:
+def of_statistics(recipe: Recipe) -> bool:
+    """True if the metric is that of the adapters' own statistics."""
+    return recipe.metric is not None and recipe.metric.path == STATISTICS
+
+
+def _check_metric(
+    recipe: Recipe, settings: Sequence[Setting], kinds: set[type[Delta]], statistic: str | None
+) -> None:
     """Raises OptionError where a metric of a layer's inputs says nothing of what is merged."""
     if recipe.metric is None:
         return
+    if of_statistics(recipe) and statistic != "gram":
+        raise OptionError(
+            "metric='statistics' needs statistics of kind gram of each adapter: `pcb-peft collect ADAPTER --kind gram` "
+            "collects them, statistics=[…] or --statistics passes them to the merge"
+        )
     if kinds & {Diagonal, Rescaled}:
         raise OptionError(
             "metric compares what LoRA adapters do to a layer's inputs, and some of these are (IA)³ or DoRA adapters: "

@@ -8,7 +8,7 @@ from pcb_peft.spaces.registry import Projection, space
 from pcb_peft.tasks.blocks import stacked
 
 
-@space("core", accepts=MATRICES, low_rank_output=True, statistics=("gradient",))
+@space("core", accepts=MATRICES, low_rank_output=True, statistics=("gram", "gradient"))
 def core(deltas: Sequence[Delta], weights: Sequence[float]) -> Projection:
     """Uᵀ ΔW_t V, at most R×R for R = Σ r_t, in left and right singular bases shared by all adapters.
 
@@ -21,5 +21,8 @@ def core(deltas: Sequence[Delta], weights: Sequence[float]) -> Projection:
     return Projection(
         (stacked(bases.cores, weights),),
         lambda merged: Core(left, merged[0], right, layout=layout),
-        project_statistic={"gradient": lambda x: right.coordinates(left.coordinates(x).T).T},
+        project_statistic={
+            "gram": lambda x: right.coordinates(right.coordinates(x).T),
+            "gradient": lambda x: right.coordinates(left.coordinates(x).T).T,
+        },
     )
