@@ -199,7 +199,8 @@ def test_where_nothing_is_merged_nothing_comes_out(steps: dict[str, str]):
 
 def test_svc_leaves_adapters_that_take_each_other_back():
     (pair,) = low_rank(3)
-    assert not merged([pair, (-pair[0], pair[1])], after="svc").any()
+    found = merged([pair, (-pair[0], pair[1])], after="svc")
+    assert np.linalg.norm(found) < 1e-12 * np.linalg.norm(dense([pair])[0])
 
 
 def test_svc_takes_back_what_was_counted_twice():
@@ -218,8 +219,7 @@ def test_copies_of_one_adapter_come_back_at_the_right_response(method: str, per:
 
 
 def test_copies_of_one_vector_come_back_at_the_right_response():
-    entry = LazyDelta(Diagonal, (3, 1), lambda: Diagonal(torch.tensor([1.0, 2.0, 3.0])))
-    some = [Adapter(name=name, modules=DeltaMapping({"m": entry})) for name in "abc"]
+    some = adapters([Diagonal(torch.tensor([1.0, 2.0, 3.0]))] * 3)
     for method, options in (("linear", {}), ("ties", {"density": 1.0})):
         found = merge_adapters(some, method=method, after="response", **options).modules["m"]
         assert isinstance(found, Diagonal)

@@ -3,21 +3,22 @@
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
+from helpers import Matrix, Pair, adapters, distance, low_rank
 from numpy.testing import assert_allclose
 
-from pcb_peft import Adapter, OptionError, TaskStatistics, merge, merge_adapters, read_recipe
-from pcb_peft.adapters.delta_mapping import DeltaMapping
+from pcb_peft import OptionError, TaskStatistics, merge, merge_adapters, read_recipe
 from pcb_peft.data.moments import measure_moments, moments_of, open_moments, save_moments
 from pcb_peft.deltas.delta import Core, Dense, LowRank
 from pcb_peft.deltas.linalg import Basis
 from pcb_peft.deltas.metric import Moments, metric_of
+from pcb_peft.deltas.rank import truncate
+from pcb_peft.deltas.rank_choice import FixedRank
 from pcb_peft.errors import MismatchError
-from pcb_peft.formats import LazyDelta
 from pcb_peft.runtime.progress import tracker
 
-Matrix = np.ndarray
 OUT, IN = 18, 14
 pytestmark = pytest.mark.filterwarnings("ignore:the merged adapter retains")
 
@@ -36,18 +37,8 @@ def powers(moments: Matrix, power: float = 0.25, ridge: float = 0.05) -> tuple[M
     return tuple(vectors * values**p @ vectors.T for p in (power, -power))
 
 
-def pairs(*ranks: int, seed: int = 0) -> list[tuple[Matrix, Matrix]]:
-    rng = np.random.default_rng(seed)
-    return [(rng.normal(size=(OUT, r)), rng.normal(size=(r, IN))) for r in ranks]
-
-
-def adapters(factors: list[tuple[Matrix, Matrix]]) -> list[Adapter]:
-    made = []
-    for number, (lora_B, lora_A) in enumerate(factors):
-        delta = LowRank(torch.as_tensor(lora_A), torch.as_tensor(lora_B))
-        entry = LazyDelta(LowRank, delta.shape, lambda delta=delta: delta, rank=delta.rank)
-        made.append(Adapter(name=f"task{number}", modules=DeltaMapping({"m": entry})))
-    return made
+def pairs(*ranks: int) -> list[Pair]:
+    return low_rank(*ranks, shape=(OUT, IN))
 
 
 @pytest.fixture
@@ -57,12 +48,8 @@ def file(tmp_path: Path) -> str:
     return str(path)
 
 
-def merged(factors: list[tuple[Matrix, Matrix]], method: str, file: str, **arguments) -> Matrix:
+def merged(factors: list[Pair], method: str, file: str, **arguments) -> Matrix:
     return merge_adapters(adapters(factors), method, metric=file, **arguments).delta("m").numpy()
-
-
-def distance(result: Matrix, wanted: Matrix) -> float:
-    return float(np.linalg.norm(result - wanted) / np.linalg.norm(wanted))
 
 
 def flat(tasks: list[Matrix], P: Matrix, inverse: Matrix, rank: int | None) -> Matrix:
@@ -92,9 +79,6 @@ def test_a_rank_in_a_metric_is_reduced_rank_regression():
     u, s, vh = np.linalg.svd(total @ P, full_matrices=False)
     best = u[:, :2] * s[:2] @ vh[:2] @ inverse
     metric = metric_of(moments_of(torch.as_tensor(x)), power=0.5, ridge=0.0)
-    from pcb_peft.deltas.rank import truncate
-    from pcb_peft.deltas.rank_choice import FixedRank
-
     cut, _ = truncate(metric.enter(Dense(torch.as_tensor(total))), FixedRank(2))
     result = metric.leave(cut).matrix().numpy()
     assert distance(result, best) < 1e-5
@@ -230,8 +214,6 @@ def test_a_metric_of_another_model_is_refused(tmp_path: Path):
 def test_random_tokens_are_measured_once_and_the_recipe_repeats_to_the_byte(
     workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    import peft
-
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     base = workshop.base("llama")
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")

@@ -3,22 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from helpers import adapters, low_rank
 from peft.utils import merge_utils
 
 from pcb_peft import Adapter, merge_adapters
-from pcb_peft.adapters.delta_mapping import DeltaMapping
-from pcb_peft.deltas.delta import LowRank
-from pcb_peft.formats import LazyDelta
 
 
-def adapters(count: int = 3) -> list[Adapter]:
-    generator = torch.Generator().manual_seed(0)
-    made = []
-    for number in range(count):
-        factors = torch.randn(3, 12, generator=generator), torch.randn(16, 3, generator=generator)
-        entry = LazyDelta(LowRank, (16, 12), lambda factors=factors: LowRank(*factors), rank=3)
-        made.append(Adapter(name=f"task{number}", modules=DeltaMapping({"m": entry})))
-    return made
+def pool() -> list[Adapter]:
+    return adapters(low_rank(3, 3, 3))
 
 
 WEIGHTS = [[1.0, 1.0, 1.0], [1.0, 0.3, 2.0], [1.0, -0.5, 0.2]]
@@ -26,7 +18,7 @@ WEIGHTS = [[1.0, 1.0, 1.0], [1.0, 0.3, 2.0], [1.0, -0.5, 0.2]]
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_ties_svd_is_pefts_ties_on_the_deltas(weights: list[float]):
-    made = adapters()
+    made = pool()
     found = merge_adapters(made, "ties_svd", weights, rank="full", density=0.4).delta("m")
     deltas = [adapter.delta("m") for adapter in made]
     wanted = merge_utils.ties(deltas, torch.tensor(weights), density=0.4)
@@ -37,7 +29,7 @@ def test_ties_svd_is_pefts_ties_on_the_deltas(weights: list[float]):
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_dare_ties_svd_is_pefts_dare_ties_on_the_deltas(weights: list[float]):
     """At density 1 nothing is random, and the election alone is compared."""
-    made = adapters()
+    made = pool()
     found = merge_adapters(made, "dare_ties_svd", weights, rank="full", density=1.0).delta("m")
     deltas = [adapter.delta("m") for adapter in made]
     wanted = merge_utils.dare_ties(deltas, torch.tensor(weights), density=1.0)
@@ -45,7 +37,7 @@ def test_dare_ties_svd_is_pefts_dare_ties_on_the_deltas(weights: list[float]):
 
 
 def test_the_election_can_be_chosen_against_pefts_name():
-    made, weights = adapters(), WEIGHTS[1]
+    made, weights = pool(), WEIGHTS[1]
     ours = merge_adapters(made, "ties_svd", weights, rank="full", elect="weighted").delta("m")
     plain = merge_adapters(made, "ties", weights, space="dense", scope="module", rank="full")
     assert torch.equal(ours, plain.delta("m"))

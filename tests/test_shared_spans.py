@@ -2,32 +2,12 @@
 
 import numpy as np
 import pytest
-import torch
+from helpers import Pair, adapters, low_rank
 
-from pcb_peft import Adapter, list_methods, merge_adapters
-from pcb_peft.adapters.delta_mapping import DeltaMapping
-from pcb_peft.deltas.delta import LowRank
-from pcb_peft.formats import LazyDelta
+from pcb_peft import list_methods, merge_adapters
 from pcb_peft.spaces.bases import shared_bases
 
-Matrix = np.ndarray
-Pair = tuple[Matrix, Matrix]  # lora_B (out, r) and lora_A (r, in)
 OUT, IN, RANK = 40, 30, 4
-
-
-def pairs(count: int, seed: int = 0) -> list[Pair]:
-    rng = np.random.default_rng(seed)
-    return [(rng.normal(size=(OUT, RANK)), rng.normal(size=(RANK, IN))) for _ in range(count)]
-
-
-def adapters(factors: list[Pair]) -> list[Adapter]:
-    """As they are read from float32 files."""
-    made = []
-    for number, (lora_B, lora_A) in enumerate(factors):
-        delta = LowRank(torch.as_tensor(lora_A).float(), torch.as_tensor(lora_B).float())
-        entry = LazyDelta(LowRank, delta.shape, lambda delta=delta: delta, rank=delta.rank)
-        made.append(Adapter(name=f"task{number}", modules=DeltaMapping({"m": entry})))
-    return made
 
 
 def merge_of(factors: list[Pair]) -> Pair:
@@ -45,7 +25,7 @@ def regauged(pair: Pair, condition: float, seed: int = 3) -> Pair:
     return pair[0] @ gauge, np.linalg.solve(gauge, pair[1])
 
 
-A, B = pairs(2)
+A, B = low_rank(RANK, RANK, shape=(OUT, IN))
 COHORTS = {
     "a merge with its parents": [A, B, merge_of([A, B])],
     "two merges of a parent": [merge_of([A, B]), merge_of([A, (-B[0], B[1])])],

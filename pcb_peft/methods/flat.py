@@ -5,10 +5,10 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from pcb_peft.deltas.linalg import leading, significant
+from pcb_peft.deltas.linalg import significant
 from pcb_peft.methods.ops import clamp_positive
 from pcb_peft.methods.registry import merge_method
-from pcb_peft.methods.spectral import merge_matrices
+from pcb_peft.methods.spectral import leading, merge_matrices
 from pcb_peft.plugins.options import Range
 from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 

@@ -25,9 +25,9 @@ def iso_c(tasks: TaskVectors, *, rank: int | None = None) -> Merged:
     Measured: LoRA 95.4 (87.5), at 1.6 99.2 (95.5).
 
     Source: Marczak et al. 2025, and github.com/danielm1405/iso-merging at d34010a. Differences: σ̄ is the mean over the
-    directions that stay. The authors take it over all min(out, in) singular values; those of a LoRA are mostly 0, which makes
-    σ̄ smaller by the factor rank / min(out, in). And a task vector without a competitor is returned unchanged, not
-    flattened.
+    directions that stay. The authors take it over all min(out, in) singular values; those of a LoRA are mostly 0, which
+    makes σ̄ smaller by the factor rank / min(out, in). And a task vector without a competitor is returned unchanged,
+    not flattened.
     """
     return merge_matrices(tasks, lambda x: _merge(x, rank))
 

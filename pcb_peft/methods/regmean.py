@@ -32,8 +32,8 @@ def regmean(
 
     It minimises Σ_t ‖X_t ΔWᵀ − X_t λ_t ΔW_tᵀ‖² / n_t over the n_t inputs X_t of each module. With G_t = X_tᵀ X_t / n_t
     that is ΔW = (Σ_t λ_t ΔW_t G_t)(Σ_t G_t)⁻¹. In `knots` space, which has the columns of ΔW, no ΔW is formed, and the
-    rank stays at most R = Σ r_t. In `core` space the merge is M A with the adapters' own A = [A_1; …; A_T], and G_t is as
-    small as R×R: that is SSR-Merge.
+    rank stays at most R = Σ r_t. In `core` space the merge is M A with the adapters' own A = [A_1; …; A_T], and G_t is
+    as small as R×R: that is SSR-Merge.
 
     Args:
         alpha: Factor of the off-diagonal entries of G_t. 1 uses the inputs as they are; the smaller it is, the less the

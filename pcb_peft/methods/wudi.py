@@ -23,10 +23,10 @@ def wudi(tasks: TaskVectors, *, ridge: Annotated[float, Range(0, 1e6)] = 0.03) -
 
     Args:
         ridge: ε of an added term ε ‖τ − κ Σ_t τ_t‖²; every G_t has trace 1. Larger values move the result from the
-            minimum (0) towards task arithmetic, like stopping the paper's iteration early. κ is 1, or Σ_t ‖τ_t‖² / ‖Σ_t τ_t‖² where that is
-            less, so that equal adapters merge to themselves. Adapters that were trained from one random lora_A
-            need it: their row spaces nearly agree, and what distinguishes them is blown up to many times their norm
-            without it.
+            minimum (0) towards task arithmetic, like stopping the paper's iteration early. κ is 1, or
+            Σ_t ‖τ_t‖² / ‖Σ_t τ_t‖² where that is less, so that equal adapters merge to themselves. Adapters that were
+            trained from one random lora_A need a ridge: their row spaces nearly agree, and the minimum blows up what
+            distinguishes them to many times their norm.
 
     Good at: many tasks with a tuned common weight.
 
