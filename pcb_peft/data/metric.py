@@ -72,6 +72,31 @@ class Subject:
     statistics: Sequence[TaskStatistics]
 
 
+def check_source(source: Source, base_model: str | None, statistic: str | None) -> None:
+    """Check that a metric can be had, before anything is read.
+
+    Args:
+        source: What the user gave.
+        base_model: Path or hub id, if one was given.
+        statistic: The kind of the statistics that are given, if there are any.
+
+    Raises:
+        OptionError: It cannot.
+    """
+    measured = source.path == RANDOM or source.path.endswith(".jsonl")
+    if not (measured or source.path == STATISTICS or source.path.endswith(".safetensors")):
+        raise OptionError(f"metric is {source.path!r}; it must be {ALLOWED}")
+    if measured and base_model is None:
+        raise OptionError(
+            f"metric {source.path!r} is measured on the base model: give base_model too (--base-model)"
+        )
+    if source.path == STATISTICS and statistic != "gram":
+        raise OptionError(
+            "metric='statistics' needs statistics of kind gram of each adapter: `pcb-peft collect ADAPTER --kind gram` "
+            "collects them, statistics=[…] or --statistics passes them to the merge"
+        )
+
+
 def open_metric(source: Source, subject: Subject, device: torch.device, track: Track) -> Metric:
     """Return the metric that a recipe names; measure it if that was not done before.
 
@@ -82,7 +107,7 @@ def open_metric(source: Source, subject: Subject, device: torch.device, track: T
         track: Shows progress.
 
     Raises:
-        OptionError: There is no base model to measure, or no such file.
+        OptionError: There is no such file, or another one than the recipe's.
         MismatchError: The file belongs to another base model.
     """
     if source.path == STATISTICS:
@@ -101,13 +126,8 @@ def _opened(source: Source, subject: Subject, device: torch.device, track: Track
                 "restore it, or take sha256 out of the recipe"
             )
         return file
-    if source.path != RANDOM and not source.path.endswith(".jsonl"):
-        raise OptionError(f"metric is {source.path!r}; it must be {ALLOWED}")
-    if subject.base_model is None:
-        raise OptionError(
-            f"metric {source.path!r} is measured on the base model: give base_model too (--base-model)"
-        )
-    return measured_moments(subject.base_model, source.path, subject.task_type, device, track)
+    base_model = str(subject.base_model)  # `check_source` has seen it
+    return measured_moments(base_model, source.path, subject.task_type, device, track)
 
 
 def _refuse_other_model(file: MomentsFile, shapes: Mapping[str, tuple[int, int]]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pcb_peft.calibrations import Calibration, bound
-from pcb_peft.data.metric import STATISTICS
+from pcb_peft.data.metric import STATISTICS, check_source
 from pcb_peft.deltas.delta import Delta, Diagonal, Rescaled
 from pcb_peft.deltas.rank_choice import (
     LOSSLESS,
@@ -263,11 +263,7 @@ def _check_metric(
     """Raises OptionError where a metric of a layer's inputs says nothing of what is merged."""
     if recipe.metric is None:
         return
-    if of_statistics(recipe) and statistic != "gram":
-        raise OptionError(
-            "metric='statistics' needs statistics of kind gram of each adapter: `pcb-peft collect ADAPTER --kind gram` "
-            "collects them, statistics=[…] or --statistics passes them to the merge"
-        )
+    check_source(recipe.metric, recipe.base_model, statistic)
     if kinds & {Diagonal, Rescaled}:
         raise OptionError(
             "metric compares what LoRA adapters do to a layer's inputs, and some of these are (IA)³ or DoRA adapters: "
