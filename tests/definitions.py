@@ -52,9 +52,18 @@ def majority(x: Array) -> Array:
     return merged
 
 
-def ties(x: Array, weights: Array, density: float) -> Array:
+def elected(x: Array, weights: Array, elect: str) -> Array:
+    """PEFT elects before it weighs: then a weight neither votes nor turns a vote."""
+    if elect == "weighted":
+        return majority(weights[:, None] * x)
+    signs = np.sign(x.sum(axis=0))
+    agreeing = (np.sign(x) == signs) & (signs != 0)
+    return (weights @ (x * agreeing)) / np.maximum(1, agreeing.sum(axis=0))
+
+
+def ties(x: Array, weights: Array, density: float, elect: str = "weighted") -> Array:
     kept = np.stack([v * kept_largest(np.abs(v), density) for v in x])
-    return majority(weights[:, None] * kept)
+    return elected(kept, weights, elect)
 
 
 def dropped(x: Array, uniform: Masks, density: float, rescale: bool = True) -> Array:
@@ -65,8 +74,10 @@ def dare_linear(x: Array, weights: Array, uniform: Masks, **options: Any) -> Arr
     return linear(dropped(x, uniform, **options), weights)
 
 
-def dare_ties(x: Array, weights: Array, uniform: Masks, **options: Any) -> Array:
-    return majority(weights[:, None] * dropped(x, uniform, **options))
+def dare_ties(
+    x: Array, weights: Array, uniform: Masks, elect: str = "weighted", **options: Any
+) -> Array:
+    return elected(dropped(x, uniform, **options), weights, elect)
 
 
 def keep_probabilities(row: Array, density: float, epsilon: float) -> Array:

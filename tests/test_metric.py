@@ -6,7 +6,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from helpers import Matrix, Pair, adapters, distance, low_rank
+from helpers import Matrix, Pair, adapter, adapters, distance, low_rank
 from numpy.testing import assert_allclose
 
 from pcb_peft import OptionError, TaskStatistics, merge, merge_adapters, read_recipe
@@ -251,25 +251,26 @@ def test_the_statistics_of_the_adapters_can_be_the_metric():
 
 @pytest.mark.parametrize("ridge", [0.0, 0.01])
 def test_regmean_in_core_space_is_ssr(ridge: float):
-    """B R with R = Q (G + ridge)⁻¹, from the adapters' own A: arXiv:2606.10617, with a ridge on the inputs."""
+    """B R with R = Q (G + λ)⁻¹ of arXiv:2606.10617, in orthonormal rows of the adapters' A; the ridge is relative."""
     factors, rng = pairs(2, 3, 2), np.random.default_rng(5)
     grams = [
         y.T @ y / len(y)
         for y in (rng.normal(size=(40, IN)) * rng.uniform(0.2, 2, IN) for _ in factors)
     ]
-    stacked = np.vstack([a for _, a in factors])
-    total = sum(grams) + ridge * sum(np.trace(gram) / IN * np.eye(IN) for gram in grams)
-    answers = sum(
-        b @ a @ (gram + ridge * np.trace(gram) / IN * np.eye(IN)) @ stacked.T
-        for (b, a), gram in zip(factors, grams, strict=True)
-    )
-    wanted = answers @ np.linalg.inv(stacked @ total @ stacked.T) @ stacked
-    given = {"space": "core", "alpha": 1.0, "statistics": statistics(grams)}
+    rows = np.linalg.svd(np.vstack([a for _, a in factors]), full_matrices=False)[2]
+    latent = [rows @ gram @ rows.T for gram in grams]
+    latent = [gram + ridge * np.trace(gram) / len(rows) * np.eye(len(rows)) for gram in latent]
+    answers = sum(b @ a @ rows.T @ gram for (b, a), gram in zip(factors, latent, strict=True))
+    wanted = answers @ np.linalg.inv(sum(latent)) @ rows
+    given = {"space": "core", "alpha": 1.0, "ridge": ridge, "statistics": statistics(grams)}
     found = merge_adapters(adapters(factors), "regmean", **given).delta("m").numpy()
-    if ridge == 0:
-        assert distance(found, wanted) < 1e-5
-    else:
-        found = (
-            merge_adapters(adapters(factors), "regmean", ridge=ridge, **given).delta("m").numpy()
-        )
-        assert distance(found, wanted) < 0.02
+    assert distance(found, wanted) < 1e-5
+
+
+def test_a_module_that_the_metric_does_not_know_is_told(tmp_path: Path):
+    path = tmp_path / "moments.safetensors"
+    save_moments({"m": moments_of(torch.as_tensor(inputs()))}, path)
+    first, second = pairs(2, 2)
+    some = [adapter("a", {"m": first, "n": second}), adapter("b", {"m": second})]
+    report = merge_adapters(some, "linear", metric=str(path)).report
+    assert any("knows nothing of 1 modules, such as n" in note for note in report.notes)

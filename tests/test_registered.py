@@ -17,7 +17,9 @@ CALIBRATIONS = {
 }
 PUBLISHED = {**list_methods(), **CALIBRATIONS}
 EVERYTHING = {**PUBLISHED, **{f"space {name}": space for name, space in list_spaces().items()}}
-PAPER = r"arXiv:\d{4}\.\d{4,5}|doi:10\.\d+/\S+|goddard\.blog"
+PAPER = (
+    r"arXiv:\d{4}\.\d{4,5}|doi:10\.\d+/\S+|goddard\.blog|none"  # none: new here, and not published
+)
 
 # Formats that have a test file of their own instead of a case in test_every_adapter.
 ELSEWHERE = {

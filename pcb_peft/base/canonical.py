@@ -24,7 +24,7 @@ from pcb_peft.base.model import BaseModel
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_AUTO_CLASSES = {  # of transformers, by PEFT's task type
+AUTO_CLASSES = {  # of transformers, by PEFT's task type
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
@@ -167,9 +167,7 @@ def canonical_names(directory: Path, task_types: Collection[str | None] = ()) ->
         model = first()
         return None if model is None else _other_class(model, config(), auto, text=text)
 
-    tasks = [
-        _AUTO_CLASSES[str(task)] for task in dict.fromkeys(task_types) if task in _AUTO_CLASSES
-    ]
+    tasks = [AUTO_CLASSES[str(task)] for task in dict.fromkeys(task_types) if task in AUTO_CLASSES]
     autos = list(dict.fromkeys([*tasks, "AutoModelForCausalLM", "AutoModel"]))
     variants = [functools.partial(other, auto, text) for text in (False, True) for auto in autos]
     return CanonicalNames([checkpoint_class, *variants])

@@ -1,4 +1,4 @@
-"""How much of each adapter a merge still answers."""
+"""Response: the share of each adapter's own effect that a merge keeps."""
 
 from collections.abc import Sequence
 from typing import Annotated, Literal
@@ -22,7 +22,7 @@ def _products(merged: Delta, deltas: Sequence[Delta]) -> Tensor:
     return products
 
 
-@after("response", paper="ours", accepts=(*MATRICES, Diagonal), survey=_products)
+@after("response", paper="none", accepts=(*MATRICES, Diagonal), survey=_products)
 def response(
     merged: Delta,
     deltas: Sequence[Delta],
@@ -46,7 +46,7 @@ def response(
             better where all directions are equally strong, as after `iso_c`.
         per: What gets a factor of its own: each module, or the model as a whole.
 
-    Source: measured here. Eight methods on 2, 4 and 8 tasks have their best weight at about this c, whatever the norm
+    Source: new here, 2026. Eight methods on 2, 4 and 8 tasks have their best weight at about this c, whatever the norm
     of the merge is there.
     """
     products = _products(merged, deltas) if per == "module" or products is None else products
@@ -56,8 +56,7 @@ def response(
     if not touched.any():
         return merged
     share = (own[touched] / squares[touched]).mean()
-    kept = float(
-        (adapters.sum() / squares.sum()).clamp(min=0)
-    )  # ‖Σ_t ΔW_t‖² / Σ_t ‖ΔW_t‖² = T / T_eff
+    # ‖Σ_t ΔW_t‖² / Σ_t ‖ΔW_t‖² = T / T_eff
+    kept = float((adapters.sum() / squares.sum()).clamp(min=0))
     goal = max(least, (kept / int(touched.sum())) ** (1 / 3)) * min(1, 2 * kept)
     return merged.scaled(goal / float(share)) if share > 0 else merged

@@ -27,10 +27,12 @@ class Metric:
     Attributes:
         moments: From a module to the second moments of its inputs; None for one that was not measured.
         sha256: The hash of the file that they come from, if there is one.
+        unmeasured: The modules of the adapters that are no linear layers of the base model.
     """
 
     moments: Callable[[str], Moments | None]
     sha256: str | None = None
+    unmeasured: Sequence[str] = ()
 
     def __call__(self, module: str) -> ModuleMetric | None:
         """Return the metric of a module; None for one that is no linear layer: its inputs count alike."""
@@ -114,7 +116,9 @@ def open_metric(source: Source, subject: Subject, device: torch.device, track: T
         return Metric(MeanOfStatistics(subject.statistics, subject.shapes))
     file = _opened(source, subject, device, track)
     _refuse_other_model(file, subject.shapes)
-    return Metric(file.of, file.sha256)
+    return Metric(
+        file.of, file.sha256, [name for name in subject.shapes if name not in file.layers]
+    )
 
 
 def _opened(source: Source, subject: Subject, device: torch.device, track: Track) -> MomentsFile:

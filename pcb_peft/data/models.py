@@ -1,17 +1,17 @@
-"""Base models in memory, in the class that a task calls for."""
+"""Base models in memory, in the class of transformers that a task calls for, and their tokenizers."""
 
+import contextlib
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-from pcb_peft.errors import BaseModelError
+import torch
 
-CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-}
-"""PEFT's task types to classes of transformers; models of other types have hidden states only."""
+from pcb_peft.base.canonical import AUTO_CLASSES
+from pcb_peft.errors import BaseModelError, OptionError
+
+WITH_LOGITS = frozenset({"CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "SEQ_2_SEQ_LM"})
+"""PEFT's task types whose models answer with logits; others have hidden states only."""
 
 
 def load_base(base_model: str | Path | Any, task_type: str | None) -> Any:
@@ -19,22 +19,67 @@ def load_base(base_model: str | Path | Any, task_type: str | None) -> Any:
 
     Args:
         base_model: Path or hub id, or a model of transformers.
-        task_type: PEFT's.
+        task_type: PEFT's word for the model that an adapter needs.
+
+    Raises:
+        BaseModelError: It cannot be loaded.
+    """
+    if not isinstance(base_model, str | Path):
+        return base_model.eval()
+    return load_model(str(base_model), AUTO_CLASSES.get(str(task_type), "AutoModel"))
+
+
+def load_model(source: str, auto_class: str, dtype: torch.dtype | str = "auto") -> Any:
+    """Load a model of transformers in evaluation mode, without the report that its head is new.
 
     Raises:
         BaseModelError: It cannot be loaded.
     """
     import transformers
+
+    with quiet_transformers():
+        try:
+            model = getattr(transformers, auto_class).from_pretrained(source, dtype=dtype)
+        except (OSError, ValueError, KeyError) as error:
+            raise BaseModelError(f"{source} cannot be loaded with transformers: {error}") from error
+    return model.eval()
+
+
+def load_tokenizer(base_model: str | Path) -> Any:
+    """Load a base model's tokenizer; one without a padding token pads with its last.
+
+    Raises:
+        OptionError: There is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base_model)
+    except (OSError, ValueError) as error:
+        raise OptionError(
+            f"{base_model} has no tokenizer that can be loaded ({error}); give one: tokenizer=…"
+        ) from error
+    return with_padding(tokenizer)
+
+
+def with_padding(tokenizer: Any) -> Any:
+    """Let a tokenizer without a padding token pad with its last token; what is padded is masked."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Generator[None]:
+    """Silence the progress bar of transformers, and its report that a head is new: it is meant to be."""
     from transformers.utils import logging
 
-    if not isinstance(base_model, str | Path):
-        return base_model.eval()
-    loader: Any = getattr(transformers, CLASSES.get(str(task_type), "AutoModel"))
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would report that a head is new: it is the adapters that have heads
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
-        return loader.from_pretrained(base_model).eval()
-    except (OSError, ValueError) as error:
-        raise BaseModelError(f"{base_model} cannot be loaded with transformers: {error}") from error
+        yield
     finally:
-        logging.set_verbosity(verbosity)
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from pcb_peft.base.model import open_base_model
 from pcb_peft.data.batches import read_rows
-from pcb_peft.data.models import load_base
+from pcb_peft.data.models import load_base, load_tokenizer
 from pcb_peft.deltas.linalg import leading_svd
 from pcb_peft.deltas.metric import Moments
 from pcb_peft.errors import OptionError, OutputError, UnsupportedError
+from pcb_peft.runtime.hashing import sha256_of_file
 from pcb_peft.runtime.processes import current
 from pcb_peft.runtime.progress import Track
 
@@ -30,7 +31,6 @@ SEQUENCES, LENGTH = 256, 16  # of random tokens
 TEXTS, TEXT_LENGTH = 256, 64  # at most so many texts are read, of at most so many tokens
 KEPT = 256  # eigenvectors per layer; of the others the mean eigenvalue is known
 EXACT_SIZE = 1024  # moments of at most so many inputs are decomposed in full
-LINEAR = ("Linear", "Conv1D")
 FORMAT = "pcb_peft moments 1"
 
 
@@ -118,7 +118,7 @@ def measure_moments(model: Any, batch: Mapping[str, Tensor], track: Track) -> di
     inputs = {name: values.to(device) for name, values in batch.items()}
     if getattr(model.config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = inputs["input_ids"]
-    layers = {n: layer for n, layer in model.named_modules() if type(layer).__name__ in LINEAR}
+    layers = {name: layer for name, layer in model.named_modules() if _is_linear(layer)}
     seen = _Seen(inputs["attention_mask"].bool(), {}, iter(track(layers, "measure the base model")))
     handles = [layer.register_forward_hook(seen.hook(name)) for name, layer in layers.items()]
     try:
@@ -131,9 +131,14 @@ def measure_moments(model: Any, batch: Mapping[str, Tensor], track: Track) -> di
     return seen.moments
 
 
+def _is_linear(layer: torch.nn.Module) -> bool:
+    """True for a linear layer, quantised or not; Conv1D of transformers is one, too."""
+    return isinstance(layer, torch.nn.Linear) or type(layer).__name__ == "Conv1D"
+
+
 @dataclasses.dataclass(slots=True)
 class _Seen:
-    """What came by so far.
+    """Inputs that came by so far: their moments, by layer.
 
     Attributes:
         mask: (texts, tokens), False for padding.
@@ -222,7 +227,7 @@ def open_moments(path: Path) -> MomentsFile:
     try:
         with safe_open(path, framework="pt") as file:  # pyright: ignore[reportUnknownVariableType]
             metadata: dict[str, str] = file.metadata() or {}
-        digest = _sha256(path)
+        digest = sha256_of_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise OptionError(f"metric: {path} cannot be read as a file of moments: {error}") from error
     if metadata.get("format") != FORMAT:
@@ -238,14 +243,10 @@ def cache_folder() -> Path:
 
 def _tokens_of(data: str, base_model: str) -> dict[str, Tensor]:
     """The texts of a file, evenly spread, as one batch."""
-    from transformers import AutoTokenizer
-
     rows = read_rows(data)
     count = min(TEXTS, len(rows))
     chosen = [rows[index * len(rows) // count] for index in range(count)]
-    tokenizer: Any = AutoTokenizer.from_pretrained(base_model)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = load_tokenizer(base_model)
     texts = [row["text"] for row in chosen]
     pairs = [row.get("text_pair") for row in chosen]
     given = (texts, [pair or "" for pair in pairs]) if any(pairs) else (texts,)
@@ -262,13 +263,5 @@ def _key(base_model: str, data: str, task_type: str | None) -> str:
     else:
         digest.update(Path(data).read_bytes())
     for name in ("config.json", *base.files):
-        digest.update(_sha256(base.directory / name).encode())
+        digest.update(sha256_of_file(base.directory / name).encode())
     return digest.hexdigest()[:40]
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -16,7 +16,7 @@ from pcb_peft.data.models import load_base
 from pcb_peft.distillation.base import head_of
 from pcb_peft.distillation.student import Student
 from pcb_peft.distillation.teacher import Reader
-from pcb_peft.distillation.texts import digest_of, encoded, load_tokenizer, read_texts
+from pcb_peft.distillation.texts import digest_of, encoded, read_texts, tokenizer_for
 from pcb_peft.distillation.training import Divergences, Lesson, Schedule, Training
 from pcb_peft.errors import MismatchError, OptionError
 from pcb_peft.recipes.yaml_text import dump_yaml
@@ -25,11 +25,8 @@ from pcb_peft.version import __version__
 from pcb_peft.writing.model_card import model_card
 
 FILE_NAME = "distill_recipe.yaml"
-FEW, FEW_STEPS, MANY_STEPS = (
-    128,
-    40,
-    80,
-)  # up to so many texts of a task, so many steps; of more, so many
+FEW = 128  # texts of a task
+FEW_STEPS, MANY_STEPS = 40, 80  # updates for up to so many texts, and for more
 
 AdapterLike = str | Path | Source | tuple[Any, str] | Adapter
 
@@ -131,7 +128,7 @@ def distill_merge(  # noqa: PLR0913  (every choice, by name)
     recipe = _recipe(start, loaded, rows, dataclasses.asdict(schedule) | settings)
     task_type, accelerator, track = _common_task_type(loaded), _accelerator(), tracker(progress)
     model = load_base(base_model, task_type).to(accelerator.device).requires_grad_(False)
-    words = load_tokenizer(tokenizer, base_model)
+    words = tokenizer_for(tokenizer, base_model)
     reader = Reader(task_type, words.pad_token_id, new_tokens)
     student = Student(start, model).to(accelerator.device)
     lessons = [

@@ -1,4 +1,4 @@
-"""What a model says of a text: class probabilities, next-token probabilities, or hidden states; and how far two differ.
+"""Targets of the training: class probabilities, next-token probabilities or hidden states of an adapter's own model.
 
 Shape legend: N texts, or tokens of one text; C classes; V tokens of the vocabulary; K of them that are kept.
 """

@@ -1,4 +1,4 @@
-"""What each adapter says of its own texts, asked once and kept."""
+"""The answers of each adapter to its own texts, asked for once and kept."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pcb_peft.adapters.adapter import Adapter
-from pcb_peft.data.models import CLASSES
+from pcb_peft.data.models import WITH_LOGITS
 from pcb_peft.distillation.base import GENERATING, Head, call, with_adapter, with_head
 from pcb_peft.distillation.targets import States, Target, distribution
 
@@ -18,7 +18,7 @@ BATCH_TEXTS = 32
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Example:
-    """One text, and what its adapter says of it.
+    """One text, and its adapter's answer.
 
     Attributes:
         inputs: The model's inputs, each (1, tokens), without padding.
@@ -33,10 +33,10 @@ class Example:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Reader:
-    """How the outputs of one kind of model are read.
+    """Reads the outputs of one kind of model.
 
     Attributes:
-        task_type: PEFT's, of the adapters. Models of another type than those of `CLASSES` have hidden states only.
+        task_type: PEFT's, of the adapters. Models of another type than those of `WITH_LOGITS` have hidden states only.
         pad_token: The id that fills up the shorter texts of a batch.
         new_tokens: The most tokens by which a language model continues a text.
     """
@@ -52,7 +52,7 @@ class Reader:
             Per text: logits (1, classes), or (tokens, vocabulary), or hidden states (tokens, width); without padding.
         """
         output = call(model, head, moved(padded(texts, self.pad_token), model))
-        values = output.logits if self.task_type in CLASSES else output.last_hidden_state
+        values = output.logits if self.task_type in WITH_LOGITS else output.last_hidden_state
         lengths = [one.get("decoder_input_ids", one["input_ids"]).shape[1] for one in texts]
         return [
             value[None] if value.ndim == 1 else value[:length]
@@ -62,7 +62,7 @@ class Reader:
     def examples(
         self, model: Any, adapter: Adapter, head: Head, texts: Sequence[Batch]
     ) -> list[Example]:
-        """Ask an adapter, in batches, what it says of its texts."""
+        """Ask an adapter for its answers to its texts, in batches."""
         found: list[Example] = []
         with torch.no_grad(), with_adapter(model, adapter):
             starts = [0] * len(texts)
@@ -79,7 +79,9 @@ class Reader:
     def _example(self, inputs: Batch, output: Tensor, start: int) -> Example:
         counted = output[start:]
         target = (
-            distribution(counted) if self.task_type in CLASSES else States(counted.float().cpu())
+            distribution(counted)
+            if self.task_type in WITH_LOGITS
+            else States(counted.float().cpu())
         )
         return Example(inputs, target, start)
 

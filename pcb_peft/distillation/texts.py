@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pcb_peft.data.batches import Data, Row, read_rows
+from pcb_peft.data.models import load_tokenizer, with_padding
 from pcb_peft.distillation.teacher import Batch
 from pcb_peft.errors import OptionError
 
@@ -46,14 +47,18 @@ def encoded(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[Batch]
     return found
 
 
-def load_tokenizer(tokenizer: Any, base_model: str | Path | Any) -> Any:
-    """Return a tokenizer that can pad; default: the base model's."""
-    from transformers import AutoTokenizer
+def tokenizer_for(tokenizer: Any, base_model: str | Path | Any) -> Any:
+    """Return a tokenizer that can pad.
 
+    Args:
+        tokenizer: The user's, or a path or hub id; None: the base model's.
+        base_model: Path or hub id, or a model of transformers.
+
+    Raises:
+        OptionError: There is none.
+    """
     if tokenizer is None:
         tokenizer = base_model if isinstance(base_model, str | Path) else base_model.name_or_path
-    if isinstance(tokenizer, str | Path):
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return (
+        load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else with_padding(tokenizer)
+    )

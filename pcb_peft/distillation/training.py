@@ -20,7 +20,7 @@ CHECK_EVERY = 10  # steps between two looks at the held-out texts
 PATIENCE = 3  # looks without an improvement after which the training stops
 CHECK_BATCH = 32  # texts
 LEAST_SCALE = (
-    0.1  # of the mean scale: a task of which hardly anything is lost must not outweigh the others
+    0.1  # of the mean scale: a task that hardly loses anything must not outweigh the others
 )
 
 Divergences = dict[str, float]
@@ -46,7 +46,7 @@ class Lesson:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Schedule:
-    """How long and how fast.
+    """Length and speed of a training.
 
     Attributes:
         steps: Updates.
@@ -85,7 +85,7 @@ class Training:
         student: What is trained.
         reader: How the model's outputs are read.
         lessons: The tasks.
-        schedule: How long and how fast.
+        schedule: Length and speed.
         accelerator: Accelerate's.
         step: Updates so far.
         history: Step to the divergences on the held-out texts.
@@ -229,6 +229,6 @@ class Training:
 
 
 def _scales(divergences: Divergences) -> Divergences:
-    """What each task's divergence is compared with."""
+    """Return the divergences that each task's is compared with."""
     least = max(LEAST_SCALE * sum(divergences.values()) / len(divergences), 1e-12)
     return {name: max(value, least) for name, value in divergences.items()}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.data.models import load_tokenizer
 from pcb_peft.errors import OptionError, PcbPeftError
 from pcb_peft.evaluation.budget import PROBED, SHARE, parse_budget, texts_within, tokens_per_second
 from pcb_peft.evaluation.cache import OutcomeCache, default_cache_directory
@@ -257,25 +258,6 @@ def base_digest(base_model: str, cache: OutcomeCache) -> str | None:
     except PcbPeftError:
         return None
     return cache.directory_digest(directory)
-
-
-def load_tokenizer(base_model: str) -> Any:
-    """The base model's tokenizer; one without a padding token pads with its last.
-
-    Raises:
-        OptionError: There is none.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base_model)
-    except (OSError, ValueError) as error:
-        raise OptionError(
-            f"{base_model} has no tokenizer that can be loaded ({error}); give one: tokenizer=…"
-        ) from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def versions() -> dict[str, str]:

@@ -15,8 +15,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from pcb_peft.data.models import quiet_transformers
 from pcb_peft.errors import OptionError
-from pcb_peft.evaluation.host import quiet_transformers
 
 MAX_LENGTH = 64
 BATCH_SIZE = 64

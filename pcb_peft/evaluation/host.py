@@ -12,15 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pcb_peft.base.canonical import AUTO_CLASSES
+from pcb_peft.data.models import load_model
 from pcb_peft.errors import BaseModelError, MismatchError
-
-AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
-"""PEFT's task types, and the class of transformers that does each."""
 
 MISSING_KEY = re.compile(r"'([^']+)'")
 """A parameter in PEFT's warning about those that an adapter's files lack."""
@@ -177,22 +171,6 @@ class ModelHost:
         return self._model
 
 
-def load_model(source: str, auto_class: str, dtype: torch.dtype) -> Any:
-    """A model of transformers in evaluation mode, without the report that its head is new.
-
-    Raises:
-        BaseModelError: It cannot be loaded.
-    """
-    import transformers
-
-    with quiet_transformers():
-        try:
-            model = getattr(transformers, auto_class).from_pretrained(source, dtype=dtype)
-        except (OSError, ValueError, KeyError) as error:
-            raise BaseModelError(f"{source} cannot be loaded with transformers: {error}") from error
-    return model.eval()
-
-
 def with_head(model: Any, head: Head, name: str = "the adapter") -> None:
     """Give a model a head of these values, with as many classes.
 
@@ -244,22 +222,6 @@ def put_head(model: nn.Module, head: Head, name: str = "the adapter") -> None:
                 raise MismatchError(f"the head of {name}: {key} is not in {type(model).__name__}")
             for place in places:
                 place.copy_(value)
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Generator[None]:
-    """Silence the progress bar of transformers, and its report that a head is new: it is meant to be."""
-    from transformers.utils import logging
-
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()
 
 
 def _classes(model: Any, head: Head) -> int | None:

@@ -230,6 +230,11 @@ def _with_metric(
     metric = open_metric(recipe.metric, subject, machine.device, machine.track)
     if recipe.metric.sha256 not in (None, metric.sha256):
         report.note("the metric was measured anew, and differs in its last bits from the recipe's")
+    if metric.unmeasured:
+        report.note(
+            f"the metric knows nothing of {len(metric.unmeasured)} modules, such as {metric.unmeasured[0]}, which are "
+            "no linear layers of the base model: their inputs count alike"
+        )
     source = dataclasses.replace(recipe.metric, sha256=metric.sha256)
     return dataclasses.replace(prepared, recipe=dataclasses.replace(recipe, metric=source)), metric
 

@@ -49,9 +49,7 @@ def _merge(x: Tensor, response: float, rank: int | None) -> Tensor:
     u, _, vh = leading(significant(total, scale=squares.sum().sqrt()), rank)
     directions = u @ vh
     own = (directions * x).sum((1, 2))
-    share = torch.maximum(
-        (own / squares).mean(), own.sum() / squares.sum()
-    )  # the last is never < 0
+    share = torch.maximum((own / squares).mean(), own.sum() / squares.sum())  # the last is >= 0
     kept = float(total.square().sum() / squares.sum())  # T / T_eff
     c = max(response, (kept / len(x)) ** (1 / 3)) * min(1, 2 * kept)
     return c / clamp_positive(share) * directions
