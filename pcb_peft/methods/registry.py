@@ -49,7 +49,7 @@ class MergeMethod(Plugin):
 
     @property
     def knows_rank(self) -> bool:
-        """Whether it is told the rank of the result, because what it keeps depends on it."""
+        """True if it is told the rank of the result, because what it keeps depends on it."""
         return RANK in inspect.signature(self.function).parameters
 
     def accepts_count(self, count: int) -> bool:
