@@ -4,8 +4,9 @@ import peft
 import pytest
 
 from pcb_peft import OptionError, load_adapter, merge, merge_adapters, read_recipe
+from pcb_peft.base.paths import layer_of
 from pcb_peft.deltas.rank_choice import FixedRank, parse_rank
-from pcb_peft.recipes.weights import at_depth, layer_of
+from pcb_peft.recipes.weights import at_depth
 
 LORA = peft.LoraConfig(r=3, target_modules="all-linear")
 QUERY, UP = "model.layers.{}.self_attn.q_proj", "model.layers.{}.mlp.up_proj"

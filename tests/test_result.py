@@ -4,13 +4,15 @@ import copy
 import dataclasses
 import html.parser
 import json
+import math
 import pickle
+import re
 
 import peft
 import pytest
 import torch
 
-from pcb_peft import MergedAdapter, Report, load_adapter, merge_adapters
+from pcb_peft import MergedAdapter, Report, load_adapter, merge_adapters, responses
 from pcb_peft.deltas.delta import Diagonal
 from pcb_peft.merging.report import ModuleReport
 
@@ -116,7 +118,7 @@ def test_a_dense_merge_says_what_is_pending_until_it_is_folded(workshop):
     assert set(folded.report.modules) == set(merged.modules)
     for module, line in folded.report.modules.items():
         assert line.norm == pytest.approx(float(merged.delta(module).norm()), rel=1e-5)
-    assert f"sign conflicts {folded.report.conflicts:.1%}" in str(folded.report)
+    assert f"signs differ at {folded.report.conflicts:.1%} of the entries" in str(folded.report)
     counted = merged.counted()
     assert counted.report == folded.report
     assert counted.counted() is counted
@@ -134,7 +136,7 @@ def test_texts_about_a_merge_are_short(workshop):
     )
     assert (
         repr(merged.report)
-        == f"<Report: pcb in knots space, {merged.report.scope} scope: 4 modules>"
+        == f"<Report: pcb in knots space, {merged.report.scope} scope: 4 modules, rank 4>"
     )
 
 
@@ -162,10 +164,60 @@ def test_notebooks_see_what_is_in_a_merge_and_no_name_becomes_markup(workshop):
     page = Balanced(merged._repr_html_())
     for words in ("org/<b>&", "adapter1", "adapter2", *merged.modules):
         assert words in page.text
-    line = ModuleReport((1, 2), 1, 1.0, 1.0, {"<i>": 0.5}, 0.0)
+    line = ModuleReport((1, 2), 1, 1.0, 1.0, {"<i>": 0.5}, 0.0, {"<i>": 1.0})
     report = Report("m<", "s>", "module", {"a<u>": line}, ("<script>",))
     found = Balanced(report._repr_html_()).text
-    assert all(words in found for words in ("m<", "s>", "a<u>", "<script>", "kept of <i>"))
+    assert all(words in found for words in ("m<", "s>", "a<u>", "<script>", "<i>", "kept 50.0%"))
+
+
+@pytest.mark.filterwarnings("ignore:the merged adapter retains")
+@pytest.mark.parametrize("rank", [None, 2, "budget:6"])
+def test_the_report_has_the_share_of_each_adapter(workshop, rank):
+    """As `responses` has them, and numpy: ⟨M, ΔW⟩ / ‖ΔW‖² over all modules, over a layer, over a target."""
+    paths = workshop.adapters("llama", [LORA, LORA])
+    merged = merge_adapters(paths, "ties", rank=rank)
+    adapters = [load_adapter(path) for path in paths]
+    wanted = responses(merged, adapters)
+    assert list(merged.report.adapters) == list(wanted)
+    for adapter in adapters:
+        line = merged.report.adapters[adapter.name]
+        assert line.share == pytest.approx(wanted[adapter.name].total, rel=1e-9)
+        deltas = {module: adapter.delta(module) for module in adapter.modules}
+        assert line.norm == pytest.approx(
+            math.sqrt(sum(float(delta.double().square().sum()) for delta in deltas.values())),
+            rel=1e-6,
+        )
+        for layer, share in line.by_layer.items():
+            own = [m for m in deltas if f".{layer}." in m]
+            product = sum(float((merged.delta(m).double() * deltas[m]).sum()) for m in own)
+            assert share == pytest.approx(
+                product / sum(float(deltas[m].double().square().sum()) for m in own), rel=1e-4
+            )
+
+
+def test_a_scaled_merge_has_scaled_shares(workshop):
+    merged = merge_adapters(workshop.adapters("llama", [LORA, LORA]))
+    before, after = merged.report.adapters, merged.scaled(-2.0).report.adapters
+    assert [one.share for one in after.values()] == pytest.approx(
+        [-2 * one.share for one in before.values()]
+    )
+
+
+def test_a_weak_merge_and_a_strong_one_are_pointed_out(workshop):
+    paths = workshop.adapters("llama", [LORA, LORA])
+    assert "the merge is weak" in str(merge_adapters(paths, "linear", [0.1, 0.1]).report)
+    assert "the merge is strong" in str(merge_adapters(paths, "linear", [3.0, 3.0]).report)
+    hint = str(merge_adapters(paths, "linear", [0.1, 0.1]).report)
+    scale = float(re.search(r"--set scale=([\d.]+)", hint).group(1))
+    better = merge_adapters(paths, "linear", [0.1, 0.1]).scaled(scale)
+    assert "the merge is" not in str(better.report)
+    assert better.report.share == pytest.approx(2 ** (-1 / 3), rel=0.05)
+
+
+def test_sign_conflicts_stand_beside_chance(workshop):
+    report = merge_adapters(workshop.adapters("llama", [LORA] * 3)).report
+    assert report.conflicts_chance == pytest.approx(1 - 2**-2)
+    assert f"of random signs it would be {report.conflicts_chance:.1%}" in str(report)
 
 
 def test_a_report_is_plain_data_for_json(workshop):

@@ -1,5 +1,7 @@
 """The inner product of two deltas, from their factors where they have some."""
 
+from collections.abc import Mapping
+
 import torch
 
 from pcb_peft.deltas.delta import Delta, Dense, Diagonal, Rescaled
@@ -45,6 +47,27 @@ def inner(first: Delta, second: Delta) -> float:
         return float(((left.T @ second.matrix().double()) * right).sum())
     other_left, other_right = second.factors()
     return float(((left.T @ other_left) * (right @ other_right.T)).sum())
+
+
+@one_thread()
+def low_rank_products(merged: Delta, deltas: Mapping[str, Delta]) -> dict[str, float]:
+    """Return ⟨M, ΔW⟩ for the low-rank part of a merge and of each delta; nothing for those that have no small factors.
+
+    It is `inner` for many deltas: M's factors are computed once. Of (IA)³ vectors it is ⟨l_M − 1, l − 1⟩.
+    """
+    if isinstance(merged, Diagonal):
+        return {name: inner(merged, delta) for name, delta in deltas.items()}
+    part = merged.low_rank_part
+    if isinstance(part, Dense):
+        return {}
+    left, right = part.factors()
+    products: dict[str, float] = {}
+    for name, delta in deltas.items():
+        if delta.multiplies or isinstance(delta.low_rank_part, Dense):
+            continue
+        other_left, other_right = delta.low_rank_part.factors()
+        products[name] = float(((left.T @ other_left) * (right @ other_right.T)).sum())
+    return products
 
 
 def _is_dense(delta: Delta) -> bool:

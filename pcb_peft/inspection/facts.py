@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pcb_peft.recipes.weights import layer_of
+from pcb_peft.base.paths import layer_of, target_of
 from pcb_peft.runtime.tables import bars, table
 from pcb_peft.runtime.units import format_size
 
@@ -111,15 +111,6 @@ class Inspection:
 def total_norm(modules: Iterable[ModuleFacts]) -> float:
     """Return ‖ΔW‖ over some modules."""
     return math.sqrt(math.fsum(facts.norm**2 for facts in modules))
-
-
-def target_of(module: str) -> str:
-    """Return the last part of a module's path that is no number.
-
-    >>> target_of("model.layers.3.self_attn.q_proj"), target_of("unet.to_out.0")
-    ('q_proj', 'to_out')
-    """
-    return next((part for part in reversed(module.split(".")) if not part.isdecimal()), module)
 
 
 def inspection_text(facts: Inspection) -> str:

@@ -53,6 +53,10 @@ class AdapterSet:
         template = next(iter(present.values()))
         return [present.get(i, template.zero()) for i in range(len(self.adapters))]
 
+    def present(self, module: str) -> dict[str, Delta]:
+        """Load the deltas of the adapters that touch the module, by the adapter's name."""
+        return {a.name: a.modules[module] for a in self.adapters if module in a.modules}
+
     def total_rank(self, module: str, *, in_parts: bool = False) -> int:
         """Return R = Σ r_t over the adapters that touch the module.
 

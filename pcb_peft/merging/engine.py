@@ -213,7 +213,7 @@ def merge(
             merged |= gather(finish, report)
     merged |= {module: one.entry for module, one in pending.items()}
     lifted = lift_to_dora(merged, prepared.base, prepared.adapter_set.adapters, report)
-    entries = apply_rank_budget(lifted, prepared.recipe.rank, report)
+    entries = apply_rank_budget(lifted, prepared.recipe.rank, prepared.adapter_set, report)
     return _result(entries, pending, prepared, report, started)
 
 
@@ -313,7 +313,7 @@ def _finisher(
         merge = Truncated(merge, merger, rank)
     for calibration in prepared.plan.after:
         merge = Calibrated(merge, merger, calibration)
-    return ModuleFinisher(merger, merge, rank, setting.space.low_rank_output)
+    return ModuleFinisher(merger, prepared.adapter_set, merge, rank, setting.space.low_rank_output)
 
 
 def _in_scope(merger: ModuleMerger, setting: Setting, report: ReportBuilder) -> MergeModule:

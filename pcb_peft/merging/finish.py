@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple, TypeVar
 
 from pcb_peft.deltas.delta import Delta, Dense, LowRank, Rescaled
+from pcb_peft.deltas.inner import low_rank_products
 from pcb_peft.deltas.rank import (
     energy_of_whole,
     truncate,
@@ -22,6 +23,7 @@ from pcb_peft.deltas.rank_choice import (
 )
 from pcb_peft.errors import OptionError
 from pcb_peft.formats import LazyDelta, format_for
+from pcb_peft.merging.compatibility import AdapterSet
 from pcb_peft.merging.module_merger import MergedModule, MergeModule, ModuleMerger
 from pcb_peft.merging.report import ModuleReport, ReportBuilder
 from pcb_peft.recipes.recipe import Recipe
@@ -47,12 +49,14 @@ class ModuleFinisher:
 
     Attributes:
         merger: What the modules of one setting need.
+        adapters: The adapters as they were given, for the report.
         merge: Merges a module.
         rank: The rank to set.
         low_rank_output: True if the space's results have a low rank without truncation.
     """
 
     merger: ModuleMerger
+    adapters: AdapterSet
     merge: MergeModule
     rank: Truncation | Full
     low_rank_output: bool
@@ -60,7 +64,13 @@ class ModuleFinisher:
     def __call__(self, module: str) -> FinishedModule:
         merged = self.merge(module)
         delta, energy, norm = self._ranked(module, merged.delta)
-        return FinishedModule(delta, self._line(merged, delta, energy, norm))
+        line = self._line(merged, delta, energy, norm)
+        loaded = self.adapters.present(module)
+        norms = {name: part_norm(one) for name, one in loaded.items()}
+        products = low_rank_products(merged.delta if isinstance(delta, Dense) else delta, loaded)
+        return FinishedModule(
+            delta, dataclasses.replace(line, adapter_norms=norms, products=products)
+        )
 
     def _line(self, merged: MergedModule, delta: Delta, energy: float, norm: float) -> ModuleReport:
         counts = merged.counts
@@ -167,7 +177,7 @@ def check_writable(recipe: Recipe, *, fold: bool) -> None:
 
 
 def apply_rank_budget(
-    entries: dict[str, LazyDelta], rank: RankChoice, report: ReportBuilder
+    entries: dict[str, LazyDelta], rank: RankChoice, adapters: AdapterSet, report: ReportBuilder
 ) -> dict[str, LazyDelta]:
     """Truncate all modules to their shares of a total rank; without such a budget they stay as they are."""
     if not isinstance(rank, RankBudget):
@@ -184,7 +194,11 @@ def apply_rank_budget(
     for module, (cut, energy, norm) in shares.items():
         line = report.modules[module]
         report.modules[module] = dataclasses.replace(
-            line, rank=cut.rank, energy=line.energy * energy, norm=norm
+            line,
+            rank=cut.rank,
+            energy=line.energy * energy,
+            norm=norm,
+            products=low_rank_products(cut, adapters.present(module)),
         )
     return {
         module: dataclasses.replace(
@@ -201,6 +215,11 @@ def _cut(entry: LazyDelta, cut: LowRank) -> Delta:
 def _energy_and_norm(delta: Delta, cut: LowRank, energy: float) -> tuple[float, float]:
     """The energy and the norm of a delta with another low-rank part, which retains `energy` of the old one."""
     return energy_of_whole(delta, energy), delta.with_low_rank_part(cut).norm()
+
+
+def part_norm(delta: Delta) -> float:
+    """The norm of a delta's low-rank part, or of an (IA)³'s l − 1."""
+    return delta.low_rank_part.norm()
 
 
 def rank_of(delta: Delta) -> int | None:

@@ -1,4 +1,4 @@
-"""The report of a merge: what it decided and what it cost.
+"""The report of a merge: what it decided, what became of each adapter, and what it cost.
 
 A `ReportBuilder` collects lines and notes while a merge runs; the `Report` that it builds does not change any more.
 """
@@ -9,7 +9,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from pcb_peft.base.paths import layer_of, target_of
+from pcb_peft.runtime.tables import table
+
 LOW_ENERGY = 0.9
+CLEARLY_LOSSLESS = 0.99995
+USUAL_SHARE_FACTOR = 1.5
+"""A merge whose share is this many times smaller or larger than usual is said to be weak or strong."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -23,6 +29,9 @@ class ModuleReport:
         norm: ‖ΔW‖_F of the result.
         kept: Fraction of its entries that each adapter kept, by name; empty where the method drops none.
         conflicts: Fraction of the entries at which adapters disagree on the sign.
+        adapter_norms: ‖ΔW_t‖_F of each adapter that changes the module, by name; of an (IA)³ ‖l − 1‖, of a DoRA that
+            of its low-rank part.
+        products: ⟨M, ΔW_t⟩ of the result M with each of them; empty where the result is dense.
     """
 
     shape: tuple[int, int]
@@ -31,10 +40,38 @@ class ModuleReport:
     norm: float
     kept: Mapping[str, float]
     conflicts: float
+    adapter_norms: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])
+    products: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])
+
+    @property
+    def conflicts_chance(self) -> float:
+        """Fraction of the entries at which as many adapters with random signs disagree: 1 − 2^(1 − T)."""
+        return 1 - 2.0 ** (1 - max(1, len(self.adapter_norms)))
 
     def scaled(self, weight: float) -> "ModuleReport":
         """The line of the same module, times a number."""
-        return dataclasses.replace(self, norm=abs(weight) * self.norm)
+        products = {name: weight * product for name, product in self.products.items()}
+        return dataclasses.replace(self, norm=abs(weight) * self.norm, products=products)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AdapterReport:
+    """One of the adapters, in the merge.
+
+    Attributes:
+        norm: ‖ΔW_t‖ over all modules.
+        share: ⟨M, ΔW_t⟩ / ‖ΔW_t‖², the part of the adapter's own change that the merge M makes; None where it is not
+            known.
+        by_target: The same for the modules with one last name, such as q_proj.
+        by_layer: The same for each layer, by its number.
+        kept: Fraction of its entries that were kept; None where the method drops none.
+    """
+
+    norm: float
+    share: float | None
+    by_target: Mapping[str, float]
+    by_layer: Mapping[int, float]
+    kept: float | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, repr=False)
@@ -69,6 +106,12 @@ class Report:
         return retained / merged if merged else 1.0
 
     @property
+    def rank(self) -> int | None:
+        """The highest rank of a module; None where no module has one."""
+        ranks = [module.rank for module in self.modules.values() if module.rank is not None]
+        return max(ranks, default=None)
+
+    @property
     def kept(self) -> dict[str, float]:
         """Fraction of its entries that each adapter kept, over all modules (weighted by ΔW's size)."""
         names = sorted({name for module in self.modules.values() for name in module.kept})
@@ -82,58 +125,179 @@ class Report:
         """Fraction of entries in sign conflict, over all modules (weighted by ΔW's size)."""
         return self._mean([module.conflicts for module in self.modules.values()])
 
+    @property
+    def conflicts_chance(self) -> float:
+        """The same for as many adapters with random signs."""
+        return self._mean([module.conflicts_chance for module in self.modules.values()])
+
+    @property
+    def adapters(self) -> dict[str, AdapterReport]:
+        """The adapters in the merge, by name, in the order of the merge."""
+        names = dict.fromkeys(n for line in self.modules.values() for n in line.adapter_norms)
+        kept = self.kept
+        return {name: self._adapter(name, kept.get(name)) for name in names}
+
+    @property
+    def share(self) -> float | None:
+        """The mean share of the adapters' own changes that the merge makes; None if it is not known."""
+        shares = [one.share for one in self.adapters.values() if one.share is not None]
+        return math.fsum(shares) / len(shares) if shares else None
+
     def as_dict(self) -> dict[str, Any]:
         """The report as plain data, for JSON."""
-        totals = {"energy": self.energy, "kept": self.kept, "conflicts": self.conflicts}
-        return {**dataclasses.asdict(self), **totals}
+        totals = ("energy", "rank", "kept", "conflicts", "conflicts_chance", "share")
+        adapters = {name: dataclasses.asdict(one) for name, one in self.adapters.items()}
+        summary = {name: getattr(self, name) for name in totals}
+        return {**dataclasses.asdict(self), **summary, "adapters": adapters}
 
     def __str__(self) -> str:
-        return "\n".join([f"{self._title} in {self.seconds:.1f} s", *self._totals, *self.notes])
+        return report_text(self)
 
     def __repr__(self) -> str:
-        return f"<Report: {self._title}>"
+        return f"<Report: {title(self)}>"
 
     def _repr_html_(self) -> str:
         return self.to_html()
 
     def to_html(self) -> str:
         """The report as HTML, as notebooks show it."""
-        lines = "".join(f"<li>{html.escape(line)}</li>" for line in (*self._totals, *self.notes))
-        rows = "".join(
-            f"<tr><td>{html.escape(name)}</td><td>{line.shape[0]} × {line.shape[1]}</td>"
-            f"<td>{'' if line.rank is None else line.rank}</td><td>{line.energy:.4f}</td></tr>"
-            for name, line in self.modules.items()
-        )
-        heads = "".join(f"<th>{head}</th>" for head in ("module", "shape", "rank", "energy"))
-        table = f"<table><tr>{heads}</tr>{rows}</table>" if rows else ""
-        return (
-            f"<b>{html.escape(self._title)}</b> in {self.seconds:.1f} s<ul>{lines}</ul>"
-            f"<details><summary>modules</summary>{table}</details>"
-        )
+        return report_html(self)
 
-    @property
-    def _title(self) -> str:
-        count = len(self.modules) + self.pending
-        return f"{self.method} in {self.space} space, {self.scope} scope: {count} modules"
-
-    @property
-    def _totals(self) -> list[str]:
-        totals: list[str] = []
-        if self.modules:
-            totals = [
-                f"retained energy {self.energy:.4f}, sign conflicts {self.conflicts:.1%}",
-                *(f"kept of {name}: {fraction:.1%}" for name, fraction in self.kept.items()),
-            ]
-        if self.pending:
-            totals.append(
-                f"{self.pending} modules have a dense ΔW, which is computed when it is read or folded; sign conflicts "
-                "and kept entries are counted by fold() and counted()"
-            )
-        return totals
+    def _adapter(self, name: str, kept: float | None) -> AdapterReport:
+        lines = {m: line for m, line in self.modules.items() if name in line.adapter_norms}
+        known = all(name in line.products for line in lines.values())
+        targets: dict[str, list[ModuleReport]] = {}
+        layers: dict[int, list[ModuleReport]] = {}
+        for module, line in lines.items() if known else ():
+            targets.setdefault(target_of(module), []).append(line)
+            if (layer := layer_of(module)) is not None:
+                layers.setdefault(layer, []).append(line)
+        return AdapterReport(
+            norm=math.sqrt(math.fsum(line.adapter_norms[name] ** 2 for line in lines.values())),
+            share=_share(lines.values(), name) if known else None,
+            by_target={target: _share(some, name) for target, some in sorted(targets.items())},
+            by_layer={layer: _share(some, name) for layer, some in sorted(layers.items())},
+            kept=kept,
+        )
 
     def _mean(self, values: Sequence[float]) -> float:
         sizes = [math.prod(module.shape) for module in self.modules.values()]
         return math.fsum(s * v for s, v in zip(sizes, values, strict=True)) / max(1, sum(sizes))
+
+
+def _share(lines: Iterable[ModuleReport], name: str) -> float:
+    """⟨M, ΔW⟩ / ‖ΔW‖² of one adapter over some modules; 0 for one that changes nothing there."""
+    some = list(lines)
+    square = math.fsum(line.adapter_norms[name] ** 2 for line in some)
+    return math.fsum(line.products[name] for line in some) / square if square else 0.0
+
+
+def title(report: Report) -> str:
+    """Return one line: method, space, scope, and the number of modules."""
+    count = len(report.modules) + report.pending
+    rank = "" if report.rank is None else f", rank {report.rank}"
+    return f"{report.method} in {report.space} space, {report.scope} scope: {count} modules{rank}"
+
+
+def report_text(report: Report) -> str:
+    """Return the report for a terminal."""
+    cells = _adapter_cells(report)
+    blocks = [table(*cells)] if cells else []
+    return "\n".join([f"{title(report)}, in {report.seconds:.1f} s", *blocks, *_lines(report)])
+
+
+def report_html(report: Report) -> str:
+    """Return the report as HTML, for notebooks."""
+    lines = "".join(f"<li>{html.escape(line)}</li>" for line in _lines(report))
+    cells = _adapter_cells(report)
+    adapters = _html_table(*cells) if cells else ""
+    rows = [
+        (
+            name,
+            f"{line.shape[0]} × {line.shape[1]}",
+            "" if line.rank is None else str(line.rank),
+            f"{line.energy:.4f}",
+        )
+        for name, line in report.modules.items()
+    ]
+    modules = _html_table(("module", "shape", "rank", "energy"), rows) if rows else ""
+    return (
+        f"<b>{html.escape(title(report))}</b> in {report.seconds:.1f} s{adapters}<ul>{lines}</ul>"
+        f"<details><summary>modules</summary>{modules}</details>"
+    )
+
+
+def _html_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    heads = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows
+    )
+    return f"<table><tr>{heads}</tr>{body}</table>"
+
+
+def _adapter_cells(report: Report) -> tuple[tuple[str, ...], list[tuple[str, ...]]] | None:
+    """The table of the adapters; None where there is nothing to tell of them. Columns that say nothing are left out."""
+    adapters = report.adapters.values()
+    kept = ["-" if one.kept is None else f"{one.kept:.1%}" for one in adapters]
+    columns = [
+        ("adapter", list(report.adapters)),
+        ("norm", [f"{one.norm:.4g}" for one in adapters]),
+        ("share", ["-" if one.share is None else f"{one.share:.2f}" for one in adapters]),
+        ("kept", kept if len(set(kept)) > 1 else []),  # else one line says it
+        ("least share in", [_least(one) for one in adapters]),
+    ]
+    shown = [(name, cells) for name, cells in columns if any(cell != "-" for cell in cells)]
+    if not shown:
+        return None
+    return tuple(name for name, _ in shown), list(zip(*(c for _, c in shown), strict=True))
+
+
+def _least(adapter: AdapterReport) -> str:
+    """The target and the layer in which the merge makes the smallest part of an adapter's change."""
+    targets, layers = adapter.by_target, adapter.by_layer
+    parts: list[str] = []
+    if len(targets) > 1:
+        target = min(targets, key=targets.__getitem__)
+        parts.append(f"{target} {targets[target]:.2f}")
+    if len(layers) > 1:
+        layer = min(layers, key=layers.__getitem__)
+        parts.append(f"layer {layer} {layers[layer]:.2f}")
+    return ", ".join(parts) or "-"
+
+
+def _lines(report: Report) -> list[str]:
+    lines: list[str] = []
+    if report.modules and len(report.adapters) > 1:
+        lines.append(
+            f"signs differ at {report.conflicts:.1%} of the entries; of random signs it would be "
+            f"{report.conflicts_chance:.1%}"
+        )
+    if len(kept := {f"{fraction:.1%}" for fraction in report.kept.values()}) == 1:
+        lines.append(f"each adapter kept {kept.pop()} of its entries")
+    if report.energy < CLEARLY_LOSSLESS:
+        lines.append(f"retained energy {report.energy:.1%}")
+    if report.pending:
+        lines.append(
+            f"{report.pending} modules have a dense ΔW, which is computed when it is read or folded; sign conflicts "
+            "and kept entries are counted by fold() and counted()"
+        )
+    return [*lines, *_on_strength(report), *report.notes]
+
+
+def _on_strength(report: Report) -> list[str]:
+    """A sentence for a merge that is weaker or stronger than those that keep most."""
+    count, share = len(report.adapters), report.share
+    if count < 2 or share is None or share <= 0:
+        return []
+    usual = count ** (-1 / 3)
+    if usual / USUAL_SHARE_FACTOR <= share <= usual * USUAL_SHARE_FACTOR:
+        return []
+    word = "weak" if share < usual else "strong"
+    return [
+        f"the merge is {word}: it makes {share:.2f} of each adapter's own change, and merges of {count} keep most at "
+        f"about {usual:.2f}; try scale={usual / share:.2g} (--set scale={usual / share:.2g}) and measure both with "
+        "pcb-peft evaluate"
+    ]
 
 
 class ReportBuilder:

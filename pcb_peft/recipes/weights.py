@@ -9,6 +9,7 @@ import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
+from pcb_peft.base.paths import layer_of
 from pcb_peft.errors import OptionError
 
 Weight: TypeAlias = float | tuple[float, ...]
@@ -44,15 +45,6 @@ def _finite(value: object) -> float:
 def plain(weights: Sequence[Weight]) -> list[float | list[float]]:
     """Weights as plain data, for YAML."""
     return [list(weight) if isinstance(weight, tuple) else weight for weight in weights]
-
-
-def layer_of(module: str) -> int | None:
-    """The number of the layer that a module belongs to: the first number in its path.
-
-    >>> layer_of("model.layers.12.mlp.up_proj")
-    12
-    """
-    return next((int(part) for part in module.split(".") if part.isdecimal()), None)
 
 
 def number_of_layers(modules: Iterable[str]) -> int:
