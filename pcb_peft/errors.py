@@ -8,6 +8,7 @@ PcbPeftError
 ├── BaseModelError          a base model is missing, needed, or not in a readable form
 ├── OptionError             a value from a caller or a recipe is not allowed; also a ValueError
 ├── OutputError             an output cannot be written; also an OSError
+│   └── NoSpaceError            ... because the disk, or a quota, is full
 └── ProcessError            another process of the merge stopped
 
 Code written for PEFT, which raises ValueError and OSError, catches these too.
@@ -44,6 +45,10 @@ class OptionError(PcbPeftError, ValueError):
 
 class OutputError(PcbPeftError, OSError):
     """An output cannot be written."""
+
+
+class NoSpaceError(OutputError):
+    """An output cannot be written because the disk, or a quota, is full."""
 
 
 class ProcessError(PcbPeftError):

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from pcb_peft.errors import OutputError
-from pcb_peft.writing import atomic
-from pcb_peft.writing.atomic import GrowingFile, replace_directory, write_file_atomically
+from pcb_peft.writing import atomic, growing_file
+from pcb_peft.writing.atomic import replace_directory, write_file_atomically
+from pcb_peft.writing.growing_file import GrowingFile
+from pcb_peft.writing.manifest import MANIFEST
 
 
 def write(target, text="new", *, overwrite=False):
@@ -23,6 +25,12 @@ def write(target, text="new", *, overwrite=False):
 
 def content(target):
     return (target / "sub" / "file").read_text()
+
+
+@pytest.fixture
+def without_exchange(monkeypatch):
+    """As on a file system that cannot exchange two directories."""
+    monkeypatch.setattr(atomic, "exchange", lambda *_: False)
 
 
 @pytest.fixture
@@ -52,11 +60,71 @@ def test_a_full_directory_is_replaced_only_on_request(tmp_path):
     with pytest.raises(OutputError, match=r"overwrite=True, --overwrite"):
         write(target)
     assert content(target) == "old"
-    (target / "stale").touch()
     write(target, overwrite=True)
     assert content(target) == "new"
-    assert [path.name for path in target.iterdir()] == ["sub"]
+    assert sorted(path.name for path in target.iterdir()) == [MANIFEST, "sub"]
     assert list(tmp_path.iterdir()) == [target]
+
+
+def added(target):
+    (target / "notes.txt").write_text("of the user")
+
+
+def added_folder(target):
+    (target / "sub" / "more").mkdir()
+
+
+def changed(target):
+    (target / "sub" / "file").write_text("edited")
+
+
+def linked(target):
+    (target / "sub" / "link").symlink_to(target)
+
+
+def from_elsewhere(target):
+    (target / MANIFEST).unlink()
+
+
+@pytest.mark.parametrize("change", [added, added_folder, changed, linked, from_elsewhere])
+def test_what_this_package_did_not_write_is_replaced_only_on_a_second_word(tmp_path, change):
+    target = tmp_path / "out"
+    write(target, "old")
+    change(target)
+    before = sorted(target.rglob("*"))
+    with pytest.raises(OutputError, match=r"did not write.+overwrite='all', --overwrite-all"):
+        write(target, overwrite=True)
+    assert sorted(target.rglob("*")) == before
+    write(target, overwrite="all")
+    assert content(target) == "new"
+
+
+@pytest.mark.parametrize("of_output", [".", "..", "in", "../other/../out", "../link"])
+def test_an_output_does_not_contain_its_inputs_nor_lie_in_them(tmp_path, of_output):
+    target = tmp_path / "out"
+    write(target, "old")
+    (tmp_path / "link").symlink_to(target)
+    (tmp_path / "other").mkdir()
+    (target / "in").mkdir()
+    given = target / of_output
+    with (
+        pytest.raises(OutputError, match=r"from which the output is made"),
+        replace_directory(target, overwrite="all", inputs=["a/hub-id", None, given]),
+    ):
+        pytest.fail("it was let in")
+    assert content(target) == "old"
+
+
+def test_a_file_to_which_an_input_leads_by_a_link_is_not_replaced(tmp_path):
+    target = tmp_path / "out"
+    write(target, "old")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "weights").symlink_to(target / "sub" / "file")
+    with (
+        pytest.raises(OutputError, match=r"out contains what .+in/weights leads to"),
+        replace_directory(target, overwrite=True, inputs=[tmp_path / "in"]),
+    ):
+        pytest.fail("it was let in")
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
@@ -75,6 +143,7 @@ def test_after_a_failure_the_old_directory_is_there_and_nothing_else(tmp_path, e
     assert list(tmp_path.iterdir()) == [target]
 
 
+@pytest.mark.usefixtures("without_exchange")
 def test_if_the_last_rename_fails_the_old_directory_comes_back(tmp_path, monkeypatch):
     target = tmp_path / "out"
     write(target, "old")
@@ -86,12 +155,13 @@ def test_if_the_last_rename_fails_the_old_directory_comes_back(tmp_path, monkeyp
         return rename(self, to)
 
     monkeypatch.setattr(Path, "rename", fails)
-    with pytest.raises(PermissionError):
+    with pytest.raises(OutputError, match="cannot be written"):
         write(target, overwrite=True)
     assert content(target) == "old"
     assert list(tmp_path.iterdir()) == [target]
 
 
+@pytest.mark.usefixtures("without_exchange")
 def test_an_interruption_after_the_last_rename_leaves_nothing_beside(tmp_path, monkeypatch):
     target = tmp_path / "out"
     write(target, "old")
@@ -145,7 +215,7 @@ def test_what_the_disk_says_while_a_file_grows_is_not_lost(tmp_path, monkeypatch
     def broken(_):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(atomic, "_SYNCED_AT_ONCE", 1)
+    monkeypatch.setattr(growing_file, "_SYNCED_AT_ONCE", 1)
     monkeypatch.setattr(os, "fsync", broken)
     with (
         pytest.raises(OutputError, match="Input/output error"),
@@ -166,14 +236,86 @@ def test_a_directory_filled_in_the_meantime_is_not_replaced(tmp_path):
     assert content(target) == "of another process"
 
 
-def test_leftovers_of_a_killed_run_do_not_matter(tmp_path):
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from pcb_peft.writing import atomic
+step, target = sys.argv[1], Path(sys.argv[2])
+rename, exchange, sync = Path.rename, atomic.exchange, atomic._sync
+def kill(*_): os.kill(os.getpid(), signal.SIGKILL)
+def renamed(path, to):
+    rename(path, to)
+    kill()
+if step == "writing": atomic._sync = kill
+if step == "exchanged": atomic._sync_directory = lambda path: kill() if path == target.parent else None
+if step in ("aside", "moved"): atomic.exchange = lambda *_: False
+if step == "aside": Path.rename = renamed
+if step == "moved": atomic.remove = kill
+with atomic.replace_directory(target, overwrite=True) as directory:
+    (directory / "sub").mkdir()
+    (directory / "sub" / "file").write_text("killed")
+"""
+
+
+@pytest.mark.parametrize(
+    ("step", "left", "said"),
+    [
+        ("writing", "old", "was removed"),
+        ("exchanged", "killed", "was removed"),
+        ("aside", None, "its new content is there now"),
+        ("moved", "killed", "was removed"),
+    ],
+)
+def test_a_killed_run_leaves_the_old_or_the_new_and_the_next_one_repairs_and_says_it(
+    tmp_path, step, left, said
+):
     target = tmp_path / "out"
-    with replace_directory(target, overwrite=False) as directory:
-        killed = directory.name
-    (tmp_path / killed).mkdir()
-    (tmp_path / killed).with_suffix(".old").mkdir()
+    write(target, "old")
+    command = [sys.executable, "-c", KILLED, step, str(target)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    assert (content(target) if target.exists() else None) == left
+    with pytest.warns(UserWarning, match=said), pytest.raises(OutputError, match="not empty"):
+        write(target)
+    assert content(target) == (left or "killed")
+    assert list(tmp_path.iterdir()) == [target]
     write(target, overwrite=True)
     assert content(target) == "new"
+
+
+def test_an_old_directory_that_was_set_aside_alone_comes_back(tmp_path):
+    target = tmp_path / "out"
+    write(target, "old")
+    target.rename(tmp_path / f".out.{'0' * 32}.old")
+    with pytest.warns(UserWarning, match="its old content is there again"):
+        write(target, overwrite=True)
+    assert content(target) == "new"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_the_temporary_directory_of_a_live_run_is_left_alone(tmp_path):
+    target = tmp_path / "out"
+    with replace_directory(target, overwrite=True) as directory:
+        write(target, "of another run")
+        assert directory.is_dir()
+        (directory / "sub").mkdir()
+        (directory / "sub" / "file").write_text("of this one")
+    assert content(target) == "of this one"
+
+
+def test_names_of_the_greatest_length_are_written(tmp_path):
+    target = tmp_path / ("x" * 255)
+    write(target)
+    write_file(tmp_path / ("y" * 255))
+    assert content(target) == "new"
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "a\0b", "loop"])
+def test_names_that_no_file_can_have_are_refused(tmp_path, name):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OutputError):
+        write(tmp_path / name)
+    with pytest.raises(OutputError):
+        write_file(tmp_path / name)
 
 
 def test_modes_are_those_that_the_umask_gives(tmp_path, umask):
@@ -188,7 +330,28 @@ def test_modes_are_those_that_the_umask_gives(tmp_path, umask):
         for path in (tmp_path / "out", *(tmp_path / "out").rglob("*"))
     }
     files, folders = 0o666 & ~umask, 0o777 & ~umask
+    assert modes.pop(MANIFEST) == files
     assert modes == {"out": folders, "sub": folders, "closed": files, "open": files}
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o2775, 0o555])
+def test_a_directory_that_is_replaced_hands_on_its_mode(tmp_path, mode):
+    target = tmp_path / "out"
+    write(target, "old")
+    target.chmod(mode)
+    write(target, overwrite=True)
+    assert content(target) == "new"
+    assert stat.S_IMODE(target.stat().st_mode) == mode
+    target.chmod(0o755)
+
+
+def test_a_file_that_is_replaced_hands_on_its_mode(tmp_path):
+    target = tmp_path / "out"
+    write_file(target, "old")
+    target.chmod(0o640)
+    write_file(target, overwrite=True)
+    assert target.read_text() == "new"
+    assert stat.S_IMODE(target.stat().st_mode) == 0o640
 
 
 def test_a_file_is_refused(tmp_path):
@@ -249,7 +412,6 @@ def write_file(target, text="new", *, overwrite=False):
 
 def test_a_new_file_appears_alone_and_has_the_mode_of_the_umask(tmp_path, umask):
     def closed(path):
-        path.unlink()  # as a library does that writes elsewhere and renames
         path.touch(mode=0o600)
         path.write_text("new")
 

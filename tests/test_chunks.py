@@ -12,7 +12,7 @@ from pcb_peft.deltas.delta import Dense, Diagonal, LowRank
 from pcb_peft.deltas.linalg import row_slices
 from pcb_peft.errors import BaseModelError, MismatchError, OutputError
 from pcb_peft.runtime.threads import side_by_side
-from pcb_peft.writing import atomic, chunks, fold
+from pcb_peft.writing import chunks, fold, growing_file
 from pcb_peft.writing.fold import fold_deltas
 
 SHAPES = {"wide": (70, 900), "high": (515, 64), "row": (1, 33), "plain": (64, 64), "scaled": (9, 5)}
@@ -104,7 +104,7 @@ def folding_over(old, base, changes=None):
     old.mkdir()
     (old / "kept").write_text("old")
     changes = deltas() if changes is None else changes
-    return lambda: fold_deltas(changes, base, old, overwrite=True)
+    return lambda: fold_deltas(changes, base, old, overwrite="all")
 
 
 def assert_kept(old):
@@ -149,7 +149,7 @@ def test_a_disk_that_fails_behind_the_writer_leaves_the_old_output(tmp_path, mon
             raise failures.pop()
         sync(descriptor)
 
-    monkeypatch.setattr(atomic, "_SYNCED_AT_ONCE", 1000)
+    monkeypatch.setattr(growing_file, "_SYNCED_AT_ONCE", 1000)
     monkeypatch.setattr(os, "fsync", fails_once)
     with pytest.raises(OutputError, match=r"cannot be written: Input/output error"):
         folds()

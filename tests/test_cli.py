@@ -283,11 +283,12 @@ def test_every_field_of_a_recipe_has_a_flag():
 
 def test_the_form_of_the_files_is_asked_for_beside_the_recipe(run, tmp_path, place):
     run("merge math code -o @out --method linear")
+    run("merge math code -o @again --method linear")
     flags = "--dtype bfloat16 --rank-pattern --overwrite"
-    assert run(f"merge @out/merge_recipe.yaml -o @out {flags}")[0] == 0
-    tensors = load_file(tmp_path / "out" / WEIGHTS)
+    assert run(f"merge @out/merge_recipe.yaml -o @again {flags}")[0] == 0
+    tensors = load_file(tmp_path / "again" / WEIGHTS)
     assert {str(tensor.dtype) for tensor in tensors.values()} == {"torch.bfloat16"}
-    peft.PeftModel.from_pretrained(place.model("llama"), tmp_path / "out")
+    peft.PeftModel.from_pretrained(place.model("llama"), tmp_path / "again")
 
 
 def test_a_merge_is_folded_in_one_go(run, place, tmp_path):
@@ -498,7 +499,7 @@ ERRORS = {  # command to words of the one line
     "merge math code -o @out --density 2": r"density is 2\.0; it must be a number in \(0, 1\]",
     "merge math code -o @out --formula old": "formula is 'old'",
     "merge math code -o .": "current directory",
-    "merge math code -o code": "code exists and is not empty",
+    "merge math code -o code": "code contains .*code, from which the output is made",
     "merge math code -o @out --fold": "give base_model too",
     "merge math code -o @out --rank full": "give a rank, or fold it",
     "merge math math-ia3 -o @out": r"\(IA\)³ and LoRA",

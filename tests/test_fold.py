@@ -20,6 +20,7 @@ from pcb_peft.deltas.delta import Dense, Diagonal, LowRank
 from pcb_peft.deltas.layout import CONV1D, LINEAR
 from pcb_peft.errors import BaseModelError, MismatchError, OutputError
 from pcb_peft.writing.fold import fold_deltas
+from pcb_peft.writing.manifest import MANIFEST
 
 CAUSAL = transformers.AutoModelForCausalLM
 CLASSIFIER = transformers.AutoModelForSequenceClassification
@@ -132,7 +133,8 @@ def header(path):
 
 def assert_same_files(base, output):
     """Every other file to the byte, and of every shard the header."""
-    assert {path.name for path in base.iterdir()} == {path.name for path in output.iterdir()}
+    files = {path.name for path in output.iterdir()}
+    assert files == {*(path.name for path in base.iterdir()), MANIFEST}
     for path in base.iterdir():
         if path.suffix == ".safetensors":
             assert header(path) == header(output / path.name)
@@ -400,7 +402,7 @@ def test_weights_in_other_formats_stay_behind_and_everything_else_goes_along(tmp
     out = tmp_path / "out"
     files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     written = {"config.json", "generation_config.json", "tokenizer.json", "model.safetensors"}
-    assert files == {*kept, *written, *extra, "modules.json"}
+    assert files == {*kept, *written, *extra, "modules.json", MANIFEST}
     assert {name: (out / name).read_bytes() for name in extra} == extra
     assert (out / "config.json").read_bytes() == (base / "config.json").read_bytes()
 
@@ -408,7 +410,7 @@ def test_weights_in_other_formats_stay_behind_and_everything_else_goes_along(tmp
 @pytest.mark.parametrize("place", [".", "out", ".."])
 def test_an_output_in_or_around_the_base_is_refused(tmp_path, place):
     base = llama(tmp_path / "a" / "base")
-    with pytest.raises(OutputError, match="are inside each other"):
+    with pytest.raises(OutputError, match="from which the output is made"):
         fold_deltas({}, open_base_model(base), base / place, overwrite=True)
     assert open_base_model(base).files == ("model.safetensors",)
 

@@ -186,15 +186,24 @@ def test_a_signal_ends_one_that_calls_or_waits_before_the_others_are_done(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(
+    ("count", "number"),
+    [
+        (1, signal.SIGINT),
+        (1, signal.SIGTERM),
+        (1, signal.SIGHUP),
+        (1, signal.SIGQUIT),
+        (2, signal.SIGINT),
+        (2, signal.SIGTERM),
+    ],
+)
 def test_a_signal_ends_a_fold_with_one_line_and_nothing_is_left(
     launch, tmp_path, adapters, base, count, number
 ):
     code = (
-        "import os, sys; from pcb_peft.commands import cli; from pcb_peft.writing import atomic\n"
+        "import os, sys; from pcb_peft.commands import cli; from pcb_peft.writing import growing_file\n"
         f"if os.environ['RANK'] == '{count - 1}':\n"
-        f"    atomic.GrowingFile.write = lambda *_: os.kill(os.getpid(), {number:d})\n"
+        f"    growing_file.GrowingFile.write = lambda *_: os.kill(os.getpid(), {number:d})\n"
         "sys.exit(cli.main())"
     )
     out = tmp_path / "below" / "out"

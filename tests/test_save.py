@@ -22,9 +22,11 @@ from pcb_peft import (
     UnsupportedError,
     list_spaces,
     load_adapter,
+    merge,
     merge_adapters,
 )
 from pcb_peft.deltas.delta import LowRank
+from pcb_peft.writing.manifest import MANIFEST
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -420,7 +422,7 @@ def test_files_are_those_of_peft_and_readable_under_the_umask(workshop):
         path.name: stat.S_IMODE(path.stat().st_mode)
         for path in (workshop.directory / "out").iterdir()
     }
-    names = {WEIGHTS, CONFIG, "README.md", "merge_recipe.yaml"}
+    names = {WEIGHTS, CONFIG, "README.md", "merge_recipe.yaml", MANIFEST}
     assert modes == dict.fromkeys(names, 0o640)
     content = (workshop.directory / "out" / WEIGHTS).read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
@@ -436,17 +438,30 @@ def test_a_full_directory_is_replaced_only_on_request(workshop):
     with pytest.raises(OutputError, match="overwrite=True"):
         merged.save_pretrained(out)
     workshop.assert_deltas(load_adapter(out), workshop.deltas("mlp", first))
-    merged.save_pretrained(out, overwrite=True)
+    with pytest.raises(OutputError, match="stale, which pcb_peft did not write"):
+        merged.save_pretrained(out, overwrite=True)
+    merged.save_pretrained(out, overwrite="all")
     assert not (out / "stale").exists()
     workshop.assert_deltas(load_adapter(out), workshop.deltas("mlp", second))
 
 
-def test_a_merge_may_take_the_place_of_one_of_its_adapters(workshop):
+def test_an_adapter_never_takes_the_place_of_what_it_was_made_from(workshop):
     first, second = workshop.adapters("mlp", [lora(), lora()])
-    wanted = weighted_sum([1, 1], [workshop.deltas("mlp", d) for d in (first, second)])
-    merge_adapters([first, second], "linear").save_pretrained(first, overwrite=True)
-    workshop.assert_deltas(load_adapter(first), wanted, 1e-5)
-    load_adapter(second).save_pretrained(second, overwrite=True)
+    recipe = workshop.directory / "job" / "recipe.yaml"
+    recipe.parent.mkdir()
+    recipe.write_text(f"adapters: [{first}, {second}]\nmethod: linear\n")
+    merged, loaded = merge(recipe), load_adapter(second)
+    before = sorted(workshop.directory.rglob("*"))
+    for adapter, output in (
+        (merged, first),
+        (merged.scaled(2), second / "in"),
+        (merged, recipe.parent),
+        (loaded, second),
+        (loaded.scaled(2), second.parent),
+    ):
+        with pytest.raises(OutputError, match="from which the output is made"):
+            adapter.save_pretrained(output, overwrite="all")
+    assert sorted(workshop.directory.rglob("*")) == before
 
 
 def test_what_is_dense_cannot_be_saved_as_an_adapter(workshop):

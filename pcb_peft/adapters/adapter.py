@@ -23,6 +23,7 @@ from pcb_peft.runtime.progress import tracker
 from pcb_peft.writing.edits import fitted
 from pcb_peft.writing.fold import fold_deltas
 from pcb_peft.writing.model_card import model_card
+from pcb_peft.writing.targets import Overwrite, check_target
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -43,6 +44,7 @@ class Adapter:
         tied: Policy of a fold for tied weights, unless it is given another.
         head: Parameters and rows that the adapter replaces.
         heads: Name of each source of a merged adapter to the parameters that this source replaces.
+        inputs: Files and directories that it was made from, which no output may replace.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Adapter:
     tied: Tied = TIES[0]
     head: Replacements = dataclasses.field(default_factory=Replacements)
     heads: Mapping[str, Replacements] = dataclasses.field(default_factory=dict[str, Replacements])
+    inputs: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         kinds = {entry.kind.kind_name for entry in self.modules.entries.values()}
@@ -163,7 +166,7 @@ class Adapter:
         *,
         dtype: str | torch.dtype = torch.float32,
         rank_pattern: bool = False,
-        overwrite: bool = False,
+        overwrite: Overwrite = False,
         format: FileFormat = PEFT,  # noqa: A002  (as it is called where people ask for it)
     ) -> None:
         """Write a PEFT adapter that `PeftModel.from_pretrained` loads, whole or not at all.
@@ -175,13 +178,15 @@ class Adapter:
             directory: Directory to write.
             dtype: Dtype of the tensors, such as "bfloat16"; they are rounded to it once.
             rank_pattern: Let every module of a LoRA have its own rank instead of padding it with zeros.
-            overwrite: Replace a directory that is not empty.
+            overwrite: Replace a directory that is not empty: True, if this package wrote everything in it; "all",
+                whatever it holds.
             format: "peft", or "diffusers" or "kohya" for a LoRA of an image model: pytorch_lora_weights.safetensors.
 
         Raises:
             UnsupportedError: The deltas are dense, or of several kinds.
             OptionError: The dtype cannot hold the values, or is not one of weights; `rank_pattern` without ranks.
-            OutputError: The directory cannot be written.
+            OutputError: The directory cannot be written, must not be replaced, contains what the adapter was read
+                from, or lies in it.
 
         Example:
             >>> from pcb_peft import merge_adapters
@@ -203,7 +208,7 @@ class Adapter:
         output: str | Path,
         *,
         tied: Tied | None = None,
-        overwrite: bool = False,
+        overwrite: Overwrite = False,
         progress: bool | None = None,
     ) -> "Adapter":
         """Write the base model with W + ΔW in the place of W, shard by shard.
@@ -217,7 +222,8 @@ class Adapter:
             tied: Policy for tied weights that would change differently at their two ends: "refuse"; "untie": each has
                 weights of its own from then on, as with the adapter in PEFT; "both": both change. Default: the
                 merge's policy, else "refuse".
-            overwrite: Replace a directory that is not empty.
+            overwrite: Replace a directory that is not empty: True, if this package wrote everything in it; "all",
+                whatever it holds.
             progress: Show a bar; default: on a terminal.
 
         Returns:
@@ -226,12 +232,14 @@ class Adapter:
         Raises:
             MismatchError: The base model does not have these modules, or has them in other shapes.
             BaseModelError: Tied weights would change differently, and the policy refuses it.
-            OutputError: The directory cannot be written.
+            OutputError: The directory cannot be written, must not be replaced, contains what the adapter was read
+                from, or lies in it.
 
         Example:
             >>> from pcb_peft import load_adapter
             >>> folded = load_adapter("math-lora").fold("base-model", "math-model-again")
         """
+        check_target(Path(output), overwrite=overwrite, inputs=self.inputs)
         base = opened_base(base_model)
         policy = tied or self.tied
         if policy not in TIES:

@@ -14,6 +14,7 @@ from pcb_peft.deltas.replacements import Tied
 from pcb_peft.errors import OptionError
 from pcb_peft.formats.base_weights import Base
 from pcb_peft.runtime.threads import in_order
+from pcb_peft.writing.targets import Overwrite, check_target
 
 
 def load_adapter(
@@ -94,7 +95,7 @@ def fold_adapter(
     output: str | Path,
     *,
     tied: Tied | None = None,
-    overwrite: bool = False,
+    overwrite: Overwrite = False,
     progress: bool | None = None,
 ) -> None:
     """Write the base model with an adapter added into its weights.
@@ -104,19 +105,22 @@ def fold_adapter(
         base_model: Path or hub id of a transformers checkpoint in safetensors.
         output: Directory to write.
         tied: Policy for tied weights, as in `Adapter.fold`.
-        overwrite: Replace a directory that is not empty.
+        overwrite: Replace a directory that is not empty: True, if this package wrote everything in it; "all", whatever
+            it holds.
         progress: Show a bar; default: on a terminal.
 
     Raises:
         AdapterError: There is no adapter, or its files are damaged.
         MismatchError: The base model does not have the adapter's modules, or has them in other shapes.
         BaseModelError: Tied weights would change differently, and the policy refuses it.
-        OutputError: The directory cannot be written.
+        OutputError: The directory cannot be written, must not be replaced, contains an input, or lies in one.
 
     Example:
         >>> from pcb_peft import fold_adapter
         >>> fold_adapter("math-lora", "base-model", "math-model")
     """
+    source = adapter.path if isinstance(adapter, Source) else adapter
+    check_target(Path(output), overwrite=overwrite, inputs=(source, base_model))
     must_match = isinstance(adapter, Source) and adapter.sha256 is not None
     loaded = load_adapter(adapter, base_model=base_model, hashed=must_match)
     loaded.fold(base_model, output, tied=tied, overwrite=overwrite, progress=progress)

@@ -1,6 +1,9 @@
 """Reading: from the files of an adapter to an `Adapter`."""
 
 import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.delta_mapping import DeltaMapping
@@ -17,6 +20,7 @@ from pcb_peft.formats.checkpoint import ReadFinite, Tensors
 from pcb_peft.formats.heads import without_copies
 from pcb_peft.formats.keys import PREFIX
 from pcb_peft.formats.plain_names import with_plain_names, with_plain_patterns
+from pcb_peft.writing.targets import existing
 
 
 def read_adapter(name: str, source: Source | None, files: OpenedAdapter, base: Base) -> Adapter:
@@ -55,7 +59,15 @@ def read_adapter(name: str, source: Source | None, files: OpenedAdapter, base: B
             owner: _kept_head(f"{where}/{HEADS}/{owner}", head)
             for owner, head in files.heads.items()
         },
+        inputs=_inputs(source, config),
     )
+
+
+def _inputs(source: Source | None, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the adapter's directory, and its base model's if it is on this disk."""
+    base = config.get("base_model_name_or_path")
+    local = [base] if isinstance(base, str) and existing(Path(base) / "config.json") else []
+    return existing(*([] if source is None else [source.directory]), *local)
 
 
 def _refuse_replaced_targets(contents: AdapterContents, names: set[str], where: str) -> None:

@@ -23,6 +23,7 @@ from pcb_peft.formats.refusals import refuse_pipelines
 from pcb_peft.runtime.processes import current
 from pcb_peft.writing.atomic import replace_directory, write_files
 from pcb_peft.writing.model_card import public_name
+from pcb_peft.writing.targets import Overwrite, check_target, writing
 
 FileFormat: TypeAlias = Literal["peft", "diffusers", "kohya"]
 """The programs whose adapter files can be written."""
@@ -45,6 +46,8 @@ class Savable(Protocol):
     def revision(self) -> str | None: ...
     @property
     def task_type(self) -> str | None: ...
+    @property
+    def inputs(self) -> tuple[str, ...]: ...
     def whole_biases(self) -> Mapping[str, Callable[[], Tensor]]: ...
     def companion_files(self) -> dict[str, bytes]: ...
     def card(self, peft_type: str) -> str: ...
@@ -56,7 +59,7 @@ def save_adapter(
     dtype: torch.dtype,
     *,
     rank_pattern: bool,
-    overwrite: bool,
+    overwrite: Overwrite,
     file_format: FileFormat,
 ) -> None:
     """Write an adapter's directory, whole or not at all; of several processes, the first one writes.
@@ -64,14 +67,17 @@ def save_adapter(
     Arguments and errors are those of `Adapter.save_pretrained`.
     """
     if current().is_main:
+        check_target(directory, overwrite=overwrite, inputs=adapter.inputs)
         content = adapter_files(adapter, dtype, rank_pattern=rank_pattern, file_format=file_format)
         card = adapter.card(str(content.config.get("peft_type", "LORA")))
         files = adapter.companion_files() | {"README.md": card.encode()}
         if content.config:
             files[CONFIG] = (json.dumps(content.config, indent=2, sort_keys=True) + "\n").encode()
-        with replace_directory(directory, overwrite=overwrite) as target:
-            path = target / content.file
-            safetensors.torch.save_file(content.tensors, path, metadata={"format": "pt"})
+        replaced = replace_directory(directory, overwrite=overwrite, inputs=adapter.inputs)
+        with replaced as target:
+            with writing(directory):
+                path = target / content.file
+                safetensors.torch.save_file(content.tensors, path, metadata={"format": "pt"})
             write_files(target, files)
     current().barrier()
 

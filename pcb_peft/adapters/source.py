@@ -44,6 +44,11 @@ class Source:
     config_sha256: str | None = None
 
     @property
+    def directory(self) -> str:
+        """The path with the subfolder; it need not exist."""
+        return str(Path(self.path, self.subfolder)) if self.subfolder else self.path
+
+    @property
     def name(self) -> str:
         """Last part of the path, for messages and reports."""
         name = Path(self.subfolder or self.path).resolve().name

@@ -27,7 +27,23 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 def add_output_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Add ``-o`` and ``--overwrite``."""
     parser.add_argument("-o", "--output", type=Path, required=required, help="directory to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in the directory")
+    add_overwrite_arguments(parser, "directory")
+
+
+def add_overwrite_arguments(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add ``--overwrite`` and ``--overwrite-all``, for a file or a directory."""
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help=f"replace the {what} if pcb_peft wrote {'everything in ' * (what == 'directory')}it",
+    )
+    parser.add_argument(
+        "--overwrite-all",
+        action="store_const",
+        const="all",
+        dest="overwrite",
+        help=f"replace the {what} whatever it holds",
+    )
 
 
 def add_saving_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:

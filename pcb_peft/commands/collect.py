@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from pcb_peft.commands.arguments import progress_of
+from pcb_peft.commands.arguments import add_overwrite_arguments, progress_of
 from pcb_peft.commands.command import Answer, Command
 from pcb_peft.commands.sources import constant, entries
 from pcb_peft.runtime.units import format_count, format_size
@@ -33,7 +33,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-memory", metavar="SIZE", help=f"memory for the sums, such as 1G (default: {most})"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace the file")
+    add_overwrite_arguments(parser, "file")
 
 
 def _kinds() -> dict[str, list[str]]:

@@ -37,7 +37,8 @@ def _run(parsed: argparse.Namespace) -> Answer:
     from pcb_peft.extraction.extract import extract_adapter
     from pcb_peft.writing.atomic import check_target
 
-    check_target(parsed.output, overwrite=parsed.overwrite)
+    inputs = (parsed.finetuned, parsed.base_model)
+    check_target(parsed.output, overwrite=parsed.overwrite, inputs=inputs)
     extracted = extract_adapter(
         parsed.finetuned,
         parsed.base_model,

@@ -95,7 +95,7 @@ def _merge(parsed: argparse.Namespace, recipe: "Recipe", notes: list[str]) -> An
 
     memory = DEFAULT_MEMORY if parsed.max_memory is None else number_of_bytes(parsed.max_memory)
     device, progress = working_device(parsed.device), progress_of(parsed)
-    check_target(parsed.output, overwrite=parsed.overwrite)
+    check_target(parsed.output, overwrite=parsed.overwrite, inputs=_inputs(parsed, recipe))
     check_writable(recipe, fold=parsed.fold)
     with phase("reading", progress):
         adapters = load_adapters(recipe.adapters, base_model=lazy_base(recipe.base_model))
@@ -104,6 +104,12 @@ def _merge(parsed: argparse.Namespace, recipe: "Recipe", notes: list[str]) -> An
     with phase("writing", progress):
         _write(merged, parsed)
     return _answer(merged, parsed, notes)
+
+
+def _inputs(parsed: argparse.Namespace, recipe: "Recipe") -> list[str | None]:
+    """What the merge is made from: the recipe's file, if there is one, and all that it names."""
+    sources = [source.directory for source in (*recipe.adapters, *recipe.statistics)]
+    return [*parsed.adapters, *sources, recipe.base_model]
 
 
 def _write(merged: "MergedAdapter", parsed: argparse.Namespace) -> None:

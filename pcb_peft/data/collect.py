@@ -17,11 +17,17 @@ from pcb_peft.adapters.loading import load_adapter
 from pcb_peft.adapters.source import Source
 from pcb_peft.data.adapted_model import adapted_model
 from pcb_peft.data.batches import IGNORED, Data, batches_of
-from pcb_peft.data.statistics_file import KINDS, TaskStatistics, open_statistics, save_statistics
+from pcb_peft.data.statistics_file import (
+    KINDS,
+    TaskStatistics,
+    holds_statistics,
+    open_statistics,
+    save_statistics,
+)
 from pcb_peft.errors import OptionError, UnsupportedError
 from pcb_peft.runtime.progress import Track, tracker
 from pcb_peft.runtime.resources import number_of_bytes
-from pcb_peft.writing.atomic import check_file_target
+from pcb_peft.writing.targets import Overwrite, check_file_target
 
 DEFAULT_MEMORY = 4 << 30
 BYTES_PER_SUM = 8  # a sum is float64
@@ -44,7 +50,7 @@ def collect_statistics(  # noqa: PLR0913  (every choice, by name)
     max_length: int = 512,
     limit: int | None = None,
     max_memory: int | str = DEFAULT_MEMORY,
-    overwrite: bool = False,
+    overwrite: Overwrite = False,
     progress: bool | None = None,
 ) -> TaskStatistics:
     """Measure the statistics of an adapter's task that a method such as `regmean` needs, and write them to a file.
@@ -66,7 +72,7 @@ def collect_statistics(  # noqa: PLR0913  (every choice, by name)
         max_length: Tokens per text; longer texts are cut.
         limit: How many texts to take, evenly spread over the data; None: all.
         max_memory: Bytes of sums that a process holds at once, beside the model: a number, or "1G".
-        overwrite: Replace the file if it exists.
+        overwrite: Replace the file if it exists: True, if it holds statistics; "all", whatever it is.
         progress: Show bars; default: on a terminal.
 
     Returns:
@@ -77,7 +83,7 @@ def collect_statistics(  # noqa: PLR0913  (every choice, by name)
         UnsupportedError: The adapter has no ΔW, or a layer is not linear.
         BaseModelError: The base model cannot be loaded.
         MismatchError: The adapter does not fit the base model.
-        OutputError: The file cannot be written.
+        OutputError: The file cannot be written, must not be replaced, or is one of the inputs or in one.
 
     Example:
         from pcb_peft import collect_statistics, merge_adapters
@@ -91,7 +97,10 @@ def collect_statistics(  # noqa: PLR0913  (every choice, by name)
         raise OptionError(f"kind is {kind!r}; it must be one of {', '.join(KINDS)}")
     memory = number_of_bytes(max_memory)
     if output is not None:
-        check_file_target(Path(output), overwrite=overwrite)
+        inputs = (_directory(adapter), base_model, data, tokenizer)
+        check_file_target(
+            Path(output), overwrite=overwrite, inputs=inputs, is_ours=holds_statistics
+        )
     loaded, source = _measurable(load_adapter(adapter))
     accelerator = _accelerator()
     with adapted_model(loaded, source, base_model) as model:
@@ -116,6 +125,12 @@ def collect_statistics(  # noqa: PLR0913  (every choice, by name)
         save_statistics(statistics, Path(output), overwrite=overwrite)
     accelerator.wait_for_everyone()
     return open_statistics(Path(output))
+
+
+def _directory(adapter: object) -> object:
+    """Return where an adapter is, if it is in files."""
+    source = adapter.source if isinstance(adapter, Adapter) else adapter
+    return source.directory if isinstance(source, Source) else source
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

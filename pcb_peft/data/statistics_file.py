@@ -17,6 +17,7 @@ from pcb_peft.errors import AdapterError, MismatchError, OptionError
 from pcb_peft.runtime.hashing import sha256_of_file
 from pcb_peft.version import __version__
 from pcb_peft.writing.atomic import write_file_atomically
+from pcb_peft.writing.targets import Overwrite
 
 KINDS: dict[str, Callable[[tuple[int, int]], tuple[int, int]]] = {
     "gram": lambda shape: (shape[1], shape[1]),
@@ -76,13 +77,15 @@ class TaskStatistics:
         return self.load(module) if module in self.shapes else torch.zeros(KINDS[self.kind](shape))
 
 
-def save_statistics(statistics: TaskStatistics, path: Path, *, overwrite: bool = False) -> None:
+def save_statistics(
+    statistics: TaskStatistics, path: Path, *, overwrite: Overwrite = False
+) -> None:
     """Write task statistics to a file, whole or not at all.
 
     Args:
         statistics: What to write.
         path: The file.
-        overwrite: Replace the file if it exists.
+        overwrite: Replace the file if it exists: True, if it holds statistics; "all", whatever it is.
 
     Raises:
         OutputError: The file exists, or cannot be written.
@@ -95,14 +98,21 @@ def save_statistics(statistics: TaskStatistics, path: Path, *, overwrite: bool =
         "version": __version__,
     }
     tensors = {module: statistics.load(module).contiguous() for module in statistics.shapes}
+    write_file_atomically(
+        path,
+        lambda file: safetensors.torch.save_file(tensors, file, metadata=metadata),
+        overwrite=overwrite,
+        is_ours=holds_statistics,
+    )
 
-    def write(file: Path) -> None:
-        try:
-            safetensors.torch.save_file(tensors, file, metadata=metadata)
-        except safetensors.SafetensorError as error:  # what it makes of a full disk
-            raise OSError(str(error)) from error
 
-    write_file_atomically(path, write, overwrite=overwrite)
+def holds_statistics(path: Path) -> bool:
+    """Return whether a file is one that `save_statistics` wrote."""
+    try:
+        with safe_open(path, framework="pt") as file:  # pyright: ignore[reportUnknownVariableType]
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (OSError, safetensors.SafetensorError):
+        return False
 
 
 def open_statistics(statistics: StatisticsLike) -> TaskStatistics:

@@ -22,6 +22,7 @@ from pcb_peft.extraction.comparison import Comparison, compare_checkpoints
 from pcb_peft.formats import LazyDelta, in_memory, vector_delta
 from pcb_peft.merging.report import ModuleReport, Report, ReportBuilder
 from pcb_peft.runtime.progress import tracker
+from pcb_peft.writing.targets import existing
 
 LORA_PARAMETERS = (".weight", ".in_proj_weight")  # ends of matrices that a LoRA can change
 
@@ -107,6 +108,7 @@ def extract_adapter(
         head=_head(comparison, saved),
         report=report.build("extract", "dense", "module", time.perf_counter() - started),
         biases=biases,
+        inputs=existing(tuned.directory, base.directory),
     )
 
 

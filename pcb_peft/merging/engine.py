@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ from pcb_peft.recipes.weights import WeightsLike
 from pcb_peft.runtime.progress import Track, tracker
 from pcb_peft.runtime.resources import DEFAULT_MEMORY, number_of_bytes, working_device
 from pcb_peft.tasks.limits import DEFAULT_LIMITS, Limits
+from pcb_peft.writing.targets import existing
 
 
 def merge_adapters(  # noqa: PLR0913  (every choice of a merge, by name)
@@ -214,7 +215,18 @@ def merge(
     merged |= {module: one.entry for module, one in pending.items()}
     lifted = lift_to_dora(merged, prepared.base, prepared.adapter_set.adapters, report)
     entries = apply_rank_budget(lifted, prepared.recipe.rank, prepared.adapter_set, report)
-    return _result(entries, pending, prepared, report, started)
+    made_from = () if isinstance(recipe, Recipe) else (recipe,)
+    result = _result(entries, pending, prepared, report, started)
+    return dataclasses.replace(result, inputs=existing(*made_from, *_inputs(prepared)))
+
+
+def _inputs(prepared: Prepared) -> Iterator[object]:
+    """Yield the files and directories that a merge reads, and names of what is in no file."""
+    yield prepared.recipe.base_model
+    for source in (*prepared.recipe.adapters, *prepared.recipe.statistics):
+        yield source.directory
+    for adapter in prepared.adapter_set.adapters:
+        yield from adapter.inputs
 
 
 def _with_metric(

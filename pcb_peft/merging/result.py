@@ -22,6 +22,7 @@ from pcb_peft.recipes.steps import in_words
 from pcb_peft.recipes.weights import plain
 from pcb_peft.runtime.processes import current, union
 from pcb_peft.writing.model_card import model_card, public_name
+from pcb_peft.writing.targets import Overwrite
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -133,7 +134,7 @@ class MergedAdapter(Adapter):
         output: str | Path,
         *,
         tied: Tied | None = None,
-        overwrite: bool = False,
+        overwrite: Overwrite = False,
         progress: bool | None = None,
     ) -> "MergedAdapter":
         lines: dict[str, ModuleReport] = {}

@@ -1,4 +1,4 @@
-"""Suggestions for misspelt paths."""
+"""Paths as users write them: the home directory, and suggestions for misspelt names."""
 
 import difflib
 from pathlib import Path
@@ -10,7 +10,7 @@ def similar_path(path: str) -> str:
     Returns:
         ``; did you mean ./code-lora?``, or nothing if there is no similar name in the same directory.
     """
-    missing = Path(path).expanduser()
+    missing = expanded(path)
     try:
         names = {entry.name.lower(): entry.name for entry in missing.parent.iterdir()}
     except OSError:
@@ -20,3 +20,11 @@ def similar_path(path: str) -> str:
         return ""
     found = missing.with_name(names[close[0]])
     return f"; did you mean {found if missing.is_absolute() else f'./{found}'}?"
+
+
+def expanded(path: str | Path) -> Path:
+    """Return a path with ``~`` and ``~user`` replaced; where there is no such user, the path as it is."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)

@@ -287,7 +287,7 @@ def joined() -> Generator[Processes]:
 
 
 def stoppable() -> contextlib.AbstractContextManager[list[signal.Signals]]:
-    """Let SIGINT and SIGTERM end the block so that it cleans up; yields the signals that came."""
+    """Let SIGINT, SIGTERM, SIGHUP and SIGQUIT end the block so that it cleans up; yields the signals that came."""
     return raising_on_signals(lambda: current().disconnect())
 
 

@@ -1,4 +1,4 @@
-"""Signals: how SIGINT and SIGTERM end a run so that it cleans up behind itself."""
+"""Signals: how SIGINT, SIGTERM, SIGHUP and SIGQUIT end a run so that it cleans up behind itself."""
 
 import contextlib
 import os
@@ -11,11 +11,17 @@ from collections.abc import Callable, Generator
 REPEAT_SECONDS = (
     3.0  # launchers send each process, within this time, the signal that all of them got already
 )
+ENDING = tuple(
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")
+    if hasattr(signal, name)  # Windows lacks some
+)
+"""Signals that end a run."""
 
 
 @contextlib.contextmanager
 def raising_on_signals(on_first: Callable[[], None]) -> Generator[list[signal.Signals]]:
-    """Turn the first SIGINT or SIGTERM into an exception, so that the block cleans up; a later one ends the process.
+    """Turn the first of these signals into an exception, so that the block cleans up; a later one ends the process.
 
     Signals that the parent told this process to ignore (as `nohup` does) stay ignored. Only the main thread of Python
     gets signals: elsewhere the block runs as it is.
@@ -43,9 +49,7 @@ def raising_on_signals(on_first: Callable[[], None]) -> Generator[list[signal.Si
 
     in_main_thread = threading.current_thread() is threading.main_thread()
     handled = [
-        number
-        for number in (signal.SIGINT, signal.SIGTERM)
-        if in_main_thread and signal.getsignal(number) != signal.SIG_IGN
+        number for number in ENDING if in_main_thread and signal.getsignal(number) != signal.SIG_IGN
     ]
     handlers_before = {number: signal.signal(number, handle) for number in handled}
     try:

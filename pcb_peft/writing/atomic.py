@@ -1,50 +1,77 @@
-"""Directories and files that appear whole or not at all."""
+"""Directories and files that appear whole or not at all.
 
-import concurrent.futures
+An output is written into a temporary directory beside it, synced, and then moved to its place. Where the kernel can
+exchange two directories in one step, there is always either the old output or the new one. Elsewhere the old directory
+is set aside first, and the next run finishes what a killed one began: see `pcb_peft.writing.leftovers`.
+"""
+
 import contextlib
 import os
 import shutil
-import uuid
+import stat
+import warnings
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 
 from pcb_peft.errors import OutputError
 from pcb_peft.runtime.processes import Processes
+from pcb_peft.writing.leftovers import aside, remove, repair, temporary_directory
+from pcb_peft.writing.manifest import write_manifest
+from pcb_peft.writing.rename import exchange
+from pcb_peft.writing.targets import (
+    Inputs,
+    Overwrite,
+    check_file_target,
+    check_target,
+    resolved,
+    writing,
+)
 
-_SYNCED_AT_ONCE = 64 << 20
+_OWNER_ONLY = 0o700
 
 
 @contextlib.contextmanager
-def replace_directory(target: Path, *, overwrite: bool) -> Generator[Path]:
+def replace_directory(
+    target: Path, *, overwrite: Overwrite, inputs: Inputs = ()
+) -> Generator[Path]:
     """Yield a temporary directory that takes the place of `target` once the block ends without an exception.
 
-    It lies beside the target, under a new name each time, so that the remains of a killed run are never used. At the
-    end every file gets the mode that the umask gives and is synced, then the directory is renamed. Until that rename
-    `target` is untouched.
+    It lies beside the target, under a new name each time. At the end every file gets the mode that the umask gives, a
+    list of the files is added, all is synced, and the directory is moved to its place. Until then `target` is
+    untouched. A directory that is replaced hands on its mode bits and its group.
 
     Args:
         target: Directory to write. A symbolic link is followed and stays.
-        overwrite: Replace `target` even though it holds something. An empty directory is always replaced.
+        overwrite: Replace `target` even though it holds something: True, if this package wrote all of it; "all",
+            whatever it holds. An empty directory is always replaced.
+        inputs: What the output is made from, which it must not replace.
 
     Raises:
-        OutputError: `target` cannot be replaced, or holds something and `overwrite` is False.
+        OutputError: `target` cannot be replaced, or must not.
     """
-    target = target.resolve()
-    check_target(target, overwrite=overwrite)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        _make(temporary)
+    place = resolved(target)
+    with contextlib.ExitStack() as stack:
+        with writing(target):
+            repair(place)
+            check_target(place, overwrite=overwrite, inputs=inputs)
+            temporary = stack.enter_context(temporary_directory(place))
+            replaced = place.stat() if place.exists() else None
+            if replaced is not None:
+                _take_owner(temporary, replaced, stat.S_IMODE(replaced.st_mode) | _OWNER_ONLY)
         yield temporary
-        with _writing(target):
+        with writing(target):
+            write_manifest(temporary)
             _chmod_and_sync(temporary)
-        check_target(target, overwrite=overwrite)
-        _swap(temporary, target)
-    finally:
-        _remove(temporary)
+            if replaced is not None:
+                temporary.chmod(stat.S_IMODE(replaced.st_mode))
+            check_target(place, overwrite=overwrite, inputs=inputs)
+            _swap(temporary, place)
 
 
 @contextlib.contextmanager
-def shared_directory(target: Path, processes: Processes, *, overwrite: bool) -> Generator[Path]:
+def shared_directory(
+    target: Path, processes: Processes, *, overwrite: Overwrite, inputs: Inputs = ()
+) -> Generator[Path]:
     """Yield a directory as `replace_directory` does, in which several processes write; the first makes and renames it.
 
     Raises:
@@ -53,7 +80,8 @@ def shared_directory(target: Path, processes: Processes, *, overwrite: bool) -> 
     with contextlib.ExitStack() as stack:
         made = None
         if processes.is_main:
-            made = stack.enter_context(replace_directory(target, overwrite=overwrite))
+            replacement = replace_directory(target, overwrite=overwrite, inputs=inputs)
+            made = stack.enter_context(replacement)
         directory = processes.reduce(made, lambda paths: paths[0])
         if directory is None or not directory.is_dir():
             raise OutputError(
@@ -65,165 +93,123 @@ def shared_directory(target: Path, processes: Processes, *, overwrite: bool) -> 
     processes.barrier()
 
 
-def write_file_atomically(target: Path, write: Callable[[Path], None], *, overwrite: bool) -> None:
+def write_file_atomically(
+    target: Path,
+    write: Callable[[Path], None],
+    *,
+    overwrite: Overwrite,
+    is_ours: Callable[[Path], bool] = lambda _: True,
+) -> None:
     """Write a file that appears whole or not at all.
 
-    It is written beside the target under another name, gets the mode that the umask gives, is synced, and then renamed:
-    a run that is killed leaves the old file.
+    It is written in a temporary directory beside the target, gets the mode that the umask gives, or that of the file
+    that it replaces, is synced, and then moved to its place: a run that is killed leaves the old file.
 
     Args:
         target: The file. A symbolic link is followed and stays.
         write: Writes the content to the path that it is given.
-        overwrite: Replace `target` if it exists.
+        overwrite: Replace `target` if it exists: True, if this package wrote it; "all", whatever it is.
+        is_ours: Tells whether this package wrote a file.
 
     Raises:
         OutputError: `target` cannot be written, or must not be replaced.
     """
-    check_file_target(target, overwrite=overwrite)
-    target = target.resolve()
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with _writing(target):
-            temporary.touch()
-            mode = temporary.stat().st_mode & 0o666
+    check_file_target(target, overwrite=overwrite, is_ours=is_ours)
+    place = resolved(target)
+    with writing(target):
+        repair(place)
+        with temporary_directory(place, _OWNER_ONLY) as directory:
+            mode, temporary = _umask_mode(directory), directory / place.name
             write(temporary)
             temporary.chmod(mode)
-            _sync(temporary, os.O_RDWR)
-        check_file_target(target, overwrite=overwrite)
-        with _writing(target):
-            temporary.replace(target)
-            _sync_directory(target.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+            if place.exists():
+                _take_owner(temporary, place.stat(), stat.S_IMODE(place.stat().st_mode))
+            _sync(temporary, os.O_RDONLY)
+            check_file_target(target, overwrite=overwrite, is_ours=is_ours)
+            temporary.replace(place)
+            _sync_directory(place.parent)
 
 
-def check_file_target(target: Path, *, overwrite: bool) -> None:
-    """Raise OutputError if a file cannot be written at `target`, or must not be replaced."""
-    if target.is_dir():
-        raise OutputError(f"{target} is a directory; name a file in it")
-    folder = target.resolve().parent
-    if not folder.is_dir():
-        raise OutputError(f"{target} lies in {folder}, which does not exist; make it first")
-    if not os.access(folder, os.W_OK):
-        raise OutputError(f"{target} lies in {folder}, which cannot be written; name another file")
-    if target.exists() and not overwrite:
-        raise OutputError(
-            f"{target} exists; name another file, or allow its replacement: overwrite=True, --overwrite"
-        )
+def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Write files into a directory, by their relative paths.
+
+    Raises:
+        OutputError: The disk is full, or broken.
+    """
+    for name, content in files.items():
+        path = directory / name
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
 
 
-class GrowingFile:
-    """A new file that is synced while it is written, so that little is left to sync at the end."""
+def copy_file(source: Path, target: Path) -> None:
+    """Copy the content of a file.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        with _writing(path):
-            self._stream = path.open("wb", buffering=0)
-        self._thread = concurrent.futures.ThreadPoolExecutor(1)  # starts when there is work
-        self._sync: concurrent.futures.Future[None] | None = None
-        self._unsynced = 0
-
-    def write(self, content: bytes | memoryview) -> None:
-        """Append to the file.
-
-        Raises:
-            OutputError: The disk is full, or broken.
-        """
-        unwritten = memoryview(content).cast("B")
-        self._unsynced += len(unwritten)
-        with _writing(self._path):
-            while unwritten:
-                unwritten = unwritten[self._stream.write(unwritten) :]
-            if self._unsynced >= _SYNCED_AT_ONCE and self._is_synced():
-                self._sync = self._thread.submit(os.fsync, self._stream.fileno())
-                self._unsynced = 0
-
-    def __enter__(self) -> "GrowingFile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._thread.shutdown()
-        with _writing(self._path):
-            self._stream.close()
-            self._is_synced()
-
-    def _is_synced(self) -> bool:
-        """Return whether the last sync is done; raise its error."""
-        return self._sync is None or (self._sync.done() and self._sync.result() is None)
+    Raises:
+        OutputError: The disk is full, or broken.
+    """
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
 
 
-def check_target(target: Path, *, overwrite: bool) -> None:
-    """Raise OutputError where a directory cannot take the place of `target`, or must not."""
-    target = target.resolve()
-    if Path.cwd().resolve().is_relative_to(target):
-        raise OutputError(
-            f"{target} is the current directory or lies above it; name a directory of its own"
-        )
-    if target.is_mount():
-        raise OutputError(
-            f"{target} is a mount point and cannot be replaced; name a directory in it"
-        )
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise OutputError(f"{target} is a file; name a directory")
-    if not overwrite and any(target.iterdir()):
-        raise OutputError(
-            f"{target} exists and is not empty; name another directory, "
-            "or allow its replacement: overwrite=True, --overwrite"
-        )
+def _take_owner(path: Path, like: os.stat_result, mode: int) -> None:
+    """Give a file or directory the group of another, if this user may, and mode bits."""
+    if os.name == "posix" and path.stat().st_gid != like.st_gid:
+        with contextlib.suppress(PermissionError):
+            os.chown(path, -1, like.st_gid)
+    path.chmod(mode)
 
 
-def _make(directory: Path) -> None:
-    """Make a directory, with the mode that the umask gives."""
-    try:
-        directory.mkdir(parents=True)
-    except OSError as error:
-        raise OutputError(f"{directory.parent} cannot be written: {error.strerror}") from error
-
-
-def _remove(directory: Path) -> None:
-    """Remove a directory, also if the signal that ends the process comes meanwhile."""
-    try:
-        shutil.rmtree(directory, ignore_errors=True)
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Generator[None]:
-    """Raise the errors of the file system as OutputError."""
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(
-            f"{path} cannot be written: {error.strerror or error}; make room, or name a directory elsewhere"
-        ) from error
+def _umask_mode(directory: Path) -> int:
+    """Return the mode that the umask gives to new files in a directory."""
+    probe = directory / ".mode"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    return mode
 
 
 def _chmod_and_sync(directory: Path) -> None:
     """Give all files in a directory the mode that the umask gives, and sync them."""
-    mode = directory.stat().st_mode & 0o666
+    mode = _umask_mode(directory)
     for folder, _, files in os.walk(directory, topdown=False):
         for name in files:
             path = Path(folder, name)
             path.chmod(mode)
-            _sync(path, os.O_RDWR)
+            _sync(path, os.O_RDONLY)
         _sync_directory(Path(folder))
 
 
 def _swap(new: Path, target: Path) -> None:
-    """Rename `new` to `target`; the old target comes back if that fails."""
-    aside = new.with_suffix(".old")
-    try:
-        if target.exists():
-            target.rename(aside)
+    """Move a directory to its place; an old one there ends up beside it, and is removed."""
+    if not target.exists():
         new.rename(target)
         _sync_directory(target.parent)
+        return
+    old = aside(new)
+    try:
+        if exchange(new, target):
+            old = new
+        else:
+            _rename_twice(new, target, old)
+        _sync_directory(target.parent)
     finally:
-        if aside.exists() and not target.exists():
-            aside.rename(target)
-        _remove(aside)
+        if target.exists():
+            remove(old)
+    if old.exists():
+        warnings.warn(f"the old content of {target} could not be removed from {old}", stacklevel=4)
+
+
+def _rename_twice(new: Path, target: Path, old: Path) -> None:
+    """Set the target aside, and move the new directory to its place; the old one comes back if that fails."""
+    target.rename(old)
+    try:
+        new.rename(target)
+    finally:
+        if not target.exists():
+            old.rename(target)
 
 
 def _sync_directory(directory: Path) -> None:
@@ -237,10 +223,3 @@ def _sync(path: Path, flags: int) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
-    """Write files into a directory, by their relative paths."""
-    for name, content in files.items():
-        (directory / name).parent.mkdir(exist_ok=True)
-        (directory / name).write_bytes(content)

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -15,11 +14,11 @@ from pcb_peft.deltas.delta import Delta
 from pcb_peft.deltas.dtypes import SAFETENSORS_FLOATS
 from pcb_peft.deltas.linalg import row_slices
 from pcb_peft.deltas.replacements import Replacements
-from pcb_peft.errors import BaseModelError, OutputError
+from pcb_peft.errors import BaseModelError
 from pcb_peft.runtime.processes import current
 from pcb_peft.runtime.progress import Track, tracker
 from pcb_peft.runtime.threads import side_by_side
-from pcb_peft.writing.atomic import GrowingFile, shared_directory
+from pcb_peft.writing.atomic import copy_file, shared_directory, write_files
 from pcb_peft.writing.chunks import (
     CHUNK_VALUES,
     Chunk,
@@ -30,7 +29,9 @@ from pcb_peft.writing.chunks import (
 )
 from pcb_peft.writing.edits import TensorEdit
 from pcb_peft.writing.fold_plan import plan_fold
+from pcb_peft.writing.growing_file import GrowingFile
 from pcb_peft.writing.shards import CheckpointEdit, config_of, header_of, index_of
+from pcb_peft.writing.targets import Overwrite, check_target
 from pcb_peft.writing.tied_weights import check_untied, resolve_tied_edits, vocab_resizes
 
 _MOST_WORKERS = 8  # one thread writes; more workers would make chunks faster than it can write them
@@ -47,7 +48,7 @@ def fold_deltas(
     replaced: Replacements | None = None,
     tied: str = "refuse",
     extra_files: Mapping[str, bytes] | None = None,
-    overwrite: bool = False,
+    overwrite: Overwrite = False,
     progress: Track | None = None,
 ) -> None:
     """Write the base model with `deltas` added to its weights, as a transformers checkpoint.
@@ -65,7 +66,7 @@ def fold_deltas(
         replaced: Parameters and rows that take the place of the base model's, before a delta is added.
         tied: Policy for tied weights that do not change alike: "refuse", "untie", "both".
         extra_files: Path to content of files to write beside the weights, in place of the base model's.
-        overwrite: Replace `output` even though it holds something.
+        overwrite: Replace `output` even though it holds something: True, if this package wrote it; "all", anything.
         progress: Receives the parameters that change in a shard, and the shard's name; passes the parameters on.
 
     Raises:
@@ -73,15 +74,16 @@ def fold_deltas(
         BaseModelError: A weight is tied, or not stored as plain floating-point numbers.
         OutputError: `output` cannot be written.
     """
-    output = Path(output)
-    _refuse_overlap(output.resolve(), base.directory.resolve())
+    output, inputs = Path(output), [base.directory]
+    check_target(output, overwrite=overwrite, inputs=inputs)
     changes = plan_fold(deltas, base, replaced or Replacements())
     checkpoint = resolve_tied_edits(changes, base, tied)
     resized, untied = vocab_resizes(checkpoint, base), tuple(checkpoint.added)
     descriptions = index_of(base, checkpoint) | config_of(base, resized, untied=bool(untied))
     track = progress or tracker(progress=False)
     processes = current()
-    with shared_directory(output, processes, overwrite=overwrite) as directory:
+    shared = shared_directory(output, processes, overwrite=overwrite, inputs=inputs)
+    with shared as directory:
         for file in processes.partition(
             base.files, lambda name: (base.directory / name).stat().st_size
         ):
@@ -89,23 +91,10 @@ def fold_deltas(
         if not processes.is_main:
             return
         for path in _other_files(base):
-            shutil.copyfile(base.directory / path, _in_folder(directory / path))
-        for name, content in (descriptions | dict(extra_files or {})).items():
-            _in_folder(directory / name).write_bytes(content)
+            copy_file(base.directory / path, directory / path)
+        write_files(directory, descriptions | dict(extra_files or {}))
         if untied:
             check_untied(directory, untied)
-
-
-def _in_folder(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def _refuse_overlap(output: Path, base: Path) -> None:
-    if output.is_relative_to(base) or base.is_relative_to(output):
-        raise OutputError(
-            f"{output} and the base model in {base} are inside each other; name a directory elsewhere"
-        )
 
 
 def _fold_shard(

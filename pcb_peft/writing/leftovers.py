@@ -1,0 +1,163 @@
+"""Temporary directories beside an output, and what becomes of those whose run was killed.
+
+The temporary directory of ``merged`` is ``.merged.<number>.tmp``. The run that makes it keeps a lock on it, which the
+kernel lifts when the run ends, however it ends: a directory without a lock is a leftover. The next run for the same
+output finds it, says so, and removes it. Where a run was killed while it replaced a directory in two renames (see
+`pcb_peft.writing.atomic`), the next run finishes what it began.
+"""
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import uuid
+import warnings
+from collections.abc import Generator
+from pathlib import Path
+
+from pcb_peft.writing.targets import writing
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+TEMPORARY, ASIDE = ".tmp", ".old"
+_LONGEST_NAME = 200  # bytes; a file system allows 255, and the rest of a temporary name needs some
+
+
+def aside(temporary: Path) -> Path:
+    """Return the name that the old directory has while the new one takes its place."""
+    return temporary.with_suffix(ASIDE)
+
+
+@contextlib.contextmanager
+def temporary_directory(target: Path, mode: int = 0o777) -> Generator[Path]:
+    """Yield a new directory beside `target`, locked; it is removed at the end if it is still there.
+
+    Args:
+        target: The output, without links in its path.
+        mode: Mode bits of the new directory, as far as the umask allows them.
+    """
+    with writing(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        path = target.with_name(f"{_prefix(target)}{uuid.uuid4().hex}{TEMPORARY}")
+        try:
+            path.mkdir(mode=mode)
+            lock = _lock(path)
+            break
+        except (BlockingIOError, FileNotFoundError):  # a run that cleans up was quicker
+            continue
+        except BaseException:
+            remove(path)
+            raise
+    try:
+        yield path
+    finally:
+        try:
+            remove(path)
+        finally:
+            remove(path)  # once more, if a signal came meanwhile
+            if lock is not None:
+                os.close(lock)
+
+
+def repair(target: Path) -> None:
+    """Remove what killed runs left beside an output, or finish what they began; each is said in a warning.
+
+    Args:
+        target: The output, without links in its path.
+    """
+    for number in sorted({path.stem for path in _leftovers(target)}):
+        temporary = target.with_name(number + TEMPORARY)
+        old = aside(temporary)
+        with _taken_over(temporary) as dead:
+            if dead:
+                _repair(target, temporary, old)
+
+
+def remove(directory: Path) -> None:
+    """Remove a directory as far as that is possible."""
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _repair(target: Path, temporary: Path, old: Path) -> None:
+    if old.is_dir() and not target.exists():
+        new = temporary.is_dir()  # complete: the old directory is set aside only then
+        with contextlib.suppress(OSError):
+            (temporary if new else old).rename(target)
+        state = "its new content is there now" if new else "its old content is there again"
+        warnings.warn(f"a run was killed while it replaced {target}: {state}", stacklevel=2)
+        if target.exists():  # nothing is removed before the output is there
+            remove(old)
+        return
+    for path in (temporary, old):
+        if path.exists():
+            remove(path)
+            state = "could not be removed" if path.exists() else "was removed"
+            warnings.warn(
+                f"{path}, which a killed run for {target} had left, {state}", stacklevel=2
+            )
+
+
+def _prefix(target: Path) -> str:
+    """Return the beginning of the names of an output's temporary directories."""
+    name = os.fsencode(target.name)
+    if len(name) > _LONGEST_NAME:
+        return f".{hashlib.sha256(name).hexdigest()}."
+    return f".{target.name}."
+
+
+def _leftovers(target: Path) -> list[Path]:
+    """Return the temporary directories of an output, of live runs too."""
+    pattern = re.compile(
+        re.escape(_prefix(target)) + rf"[0-9a-f]{{32}}({re.escape(TEMPORARY)}|{re.escape(ASIDE)})"
+    )
+    try:
+        return [path for path in target.parent.iterdir() if pattern.fullmatch(path.name)]
+    except OSError:
+        return []
+
+
+@contextlib.contextmanager
+def _taken_over(temporary: Path) -> Generator[bool]:
+    """Yield whether the run that made a temporary directory is dead; if so, nobody else repairs it meanwhile."""
+    try:
+        lock = _lock(temporary)
+    except FileNotFoundError:  # only its old directory is left
+        yield True
+        return
+    except OSError:  # it is alive
+        yield False
+        return
+    if lock is None:  # no locks here, so nobody knows
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        os.close(lock)
+
+
+def _lock(directory: Path) -> int | None:
+    """Lock a directory until the returned descriptor is closed; None where this file system has no locks.
+
+    Raises:
+        BlockingIOError: Another process has locked it.
+        FileNotFoundError: It is not there, or not any more.
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        directory.stat()  # while it waited for the lock, another run may have removed it
+    except (BlockingIOError, FileNotFoundError):
+        os.close(descriptor)
+        raise
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
