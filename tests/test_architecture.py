@@ -19,6 +19,7 @@ LEVELS = (
     {"errors", "version"},
     {"runtime", "plugins"},
     {"deltas"},
+    {"files"},
     {"base", "tasks"},
     {"formats", "writing", "methods", "spaces", "calibrations"},
     {"adapters"},

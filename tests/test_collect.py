@@ -666,3 +666,44 @@ def test_the_example_of_collect_statistics_runs(workshop, tokenizer, tmp_path, m
     exec(textwrap.dedent(example), names)
     assert names["merged"].recipe.method == "regmean"
     assert {"math.safetensors", "code.safetensors"} < {p.name for p in tmp_path.iterdir()}
+
+
+def with_value(value):
+    def changed(gram):
+        gram = gram.clone()
+        gram.view(-1)[0] = value
+        return gram
+
+    return changed
+
+
+UNUSABLE = {
+    "NaN": (with_value(float("nan")), {}, "holds NaN"),
+    "infinite": (with_value(float("inf")), {}, "holds NaN or infinite"),
+    "integers": (lambda gram: gram.int(), {}, "numbers of type I32"),
+    "truth values": (lambda gram: gram > 0, {}, "numbers of type BOOL"),
+    "no count": (lambda gram: gram, {"count": None}, "count is ''"),
+    "a word for a count": (lambda gram: gram, {"count": "x"}, "count is 'x'"),
+    "a count of 5000 digits": (lambda gram: gram, {"count": "9" * 5000}, "count is '999"),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_statistics_that_cannot_be_used_are_refused(tmp_path, case):
+    change, fields, message = UNUSABLE[case]
+    metadata = {"format": statistics_file.FORMAT, "kind": "gram", "count": "9"} | fields
+    file = tmp_path / "grams.safetensors"
+    tensors = {name: change(gram).contiguous() for name, gram in SMALL.items()}
+    save_file(tensors, file, {key: value for key, value in metadata.items() if value is not None})
+    with pytest.raises(AdapterError, match=message) as caught:
+        open_statistics(file).of("layer", (8, SMALL["layer"].shape[0]))
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_file_that_holds_no_statistics_is_not_replaced_by_some(tmp_path):
+    file = tmp_path / "notes.safetensors"
+    file.write_text("of the user")
+    with pytest.raises(OutputError, match=r"did not write.+--overwrite-all"):
+        save_statistics(in_memory("gram", SMALL), file, overwrite=True)
+    save_statistics(in_memory("gram", SMALL), file, overwrite="all")
+    assert open_statistics(file).kind == "gram"

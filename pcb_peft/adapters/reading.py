@@ -9,12 +9,12 @@ from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.delta_mapping import DeltaMapping
 from pcb_peft.adapters.source import OpenedAdapter, Source
 from pcb_peft.deltas.replacements import (
-    HEADS,
     ReplacedParameter,
     Replacements,
     modules_to_save_keys,
 )
 from pcb_peft.errors import AdapterError, PcbPeftError, UnsupportedError
+from pcb_peft.files.tensors import refuse_other_numbers
 from pcb_peft.formats import AdapterContents, Base, format_of
 from pcb_peft.formats.checkpoint import ReadFinite, Tensors
 from pcb_peft.formats.heads import without_copies
@@ -31,6 +31,7 @@ def read_adapter(name: str, source: Source | None, files: OpenedAdapter, base: B
     """
     config = with_plain_patterns(files.config)
     where = source.path if source else f"adapter {name!r}"
+    refuse_other_numbers(files.tensors)
     tensors = without_copies(with_plain_names(files.tensors))
     try:
         contents = format_of(config).read(config, tensors, base)
@@ -55,10 +56,7 @@ def read_adapter(name: str, source: Source | None, files: OpenedAdapter, base: B
             contents.rows,
             contents.copies,
         ),
-        heads={
-            owner: _kept_head(f"{where}/{HEADS}/{owner}", head)
-            for owner, head in files.heads.items()
-        },
+        heads={owner: _kept_head(head) for owner, head in files.heads.items()},
         inputs=_inputs(source, config),
     )
 
@@ -80,16 +78,11 @@ def _refuse_replaced_targets(contents: AdapterContents, names: set[str], where: 
             )
 
 
-def _kept_head(where: str, tensors: Tensors) -> Replacements:
+def _kept_head(tensors: Tensors) -> Replacements:
     """Return the head of one source of a merged adapter, from its file beside the adapter."""
-    parameters: dict[str, ReplacedParameter] = {}
-    for name in tensors.names():
-        try:
-            tensors.dtype(name)
-        except KeyError as error:
-            raise AdapterError(
-                f"{where}: {name} holds numbers of type {error}; weights are floating-point numbers: save the adapter "
-                "again"
-            ) from error
-        parameters[name] = ReplacedParameter(tensors.shape(name), ReadFinite(tensors, name))
+    refuse_other_numbers(tensors)
+    parameters = {
+        name: ReplacedParameter(tensors.shape(name), ReadFinite(tensors, name))
+        for name in tensors.names()
+    }
     return Replacements(modules_to_save_keys(parameters, ()), parameters)

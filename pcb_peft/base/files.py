@@ -10,6 +10,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from pcb_peft.errors import BaseModelError
+from pcb_peft.files.json_text import read_json_file
+from pcb_peft.files.shown import quoted
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -48,13 +50,8 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         BaseModelError: There is no such file, or it is damaged.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError) as error:
-        raise BaseModelError(
-            f"{path} cannot be read ({error}); give the directory of a transformers checkpoint"
-        ) from error
-    return _object(content, str(path))
+    way_out = "give the directory of a transformers checkpoint"
+    return _object(read_json_file(path, BaseModelError, way_out), str(path))
 
 
 def read_index(directory: Path) -> dict[str, str]:
@@ -86,7 +83,7 @@ def _object(content: Any, what: str) -> dict[str, Any]:
     """Return JSON content that must be an object; `what` names it in messages."""
     if not isinstance(content, dict):
         raise BaseModelError(
-            f"{what}: found {str(content)[:40]}, where an object with names must be; fetch the model again"
+            f"{what}: found {quoted(content)}, where an object with names must be; fetch the model again"
         )
     return content  # pyright: ignore[reportUnknownVariableType]
 

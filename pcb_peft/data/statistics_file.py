@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -14,7 +15,10 @@ from torch import Tensor
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.source import Source
 from pcb_peft.errors import AdapterError, MismatchError, OptionError
+from pcb_peft.files.shown import quoted, shown
+from pcb_peft.files.tensors import SafetensorsFile, read_finite, refuse_other_numbers
 from pcb_peft.runtime.hashing import sha256_of_file
+from pcb_peft.runtime.paths import expanded
 from pcb_peft.version import __version__
 from pcb_peft.writing.atomic import write_file_atomically
 from pcb_peft.writing.targets import Overwrite
@@ -141,18 +145,18 @@ def open_statistics(statistics: StatisticsLike) -> TaskStatistics:
     if isinstance(statistics, TaskStatistics):
         return statistics
     source = statistics if isinstance(statistics, Source) else Source(str(statistics))
-    path = Path(source.path).expanduser()
+    path = expanded(source.path)
     try:
         sha256 = sha256_of_file(path)
-        with safe_open(path, framework="pt") as file:  # pyright: ignore[reportUnknownVariableType]
-            metadata: dict[str, str] = file.metadata() or {}
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (OSError, safetensors.SafetensorError) as error:
-        raise AdapterError(f"statistics {path} cannot be read: {error}") from error
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"statistics {path} cannot be read: {shown(error)}") from error
+    file = SafetensorsFile(path)
+    metadata = file.metadata()
     if metadata.get("format") != FORMAT or metadata.get("kind") not in KINDS:
         raise AdapterError(
             f"{path} is not a file of task statistics; `pcb-peft collect` writes them"
         )
+    refuse_other_numbers(file)
     if source.sha256 not in (None, sha256):
         raise AdapterError(
             f"{path} has changed: its SHA-256 is {sha256}, but the recipe says {source.sha256}; restore the file, or "
@@ -161,17 +165,22 @@ def open_statistics(statistics: StatisticsLike) -> TaskStatistics:
 
     return TaskStatistics(
         kind=metadata["kind"],
-        shapes=shapes,
-        load=functools.partial(_load, path),
-        count=int(metadata["count"]),
-        sha256=metadata["adapter_sha256"] or None,
+        shapes={name: file.shape(name) for name in file.names()},
+        load=functools.partial(read_finite, file),
+        count=_count(path, metadata),
+        sha256=metadata.get("adapter_sha256") or None,
         source=dataclasses.replace(source, sha256=sha256),
     )
 
 
-def _load(path: Path, module: str) -> Tensor:
-    with safe_open(path, framework="pt") as file:  # pyright: ignore[reportUnknownVariableType]
-        return file.get_tensor(module)
+def _count(path: Path, metadata: Mapping[str, str]) -> int:
+    """Return the number of tokens or labels that a file of statistics is the mean over."""
+    stated = metadata.get("count", "")
+    if not re.fullmatch("[0-9]{1,18}", stated):
+        raise AdapterError(
+            f"{path}: count is {quoted(stated)}; it must be a whole number: collect the statistics again"
+        )
+    return int(stated)
 
 
 def check_statistics(

@@ -17,6 +17,11 @@ SAFETENSORS_FLOATS = {
     "BF16": torch.bfloat16,
 }
 """Floating-point formats by the names that they have in the header of a safetensors file."""
+WEIGHT_DTYPES = SAFETENSORS_FLOATS | {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+"""Formats in which an adapter may store its weights."""
 
 
 def parse_dtype(dtype: object) -> torch.dtype:

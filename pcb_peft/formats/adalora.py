@@ -19,7 +19,9 @@ def entry(module: ModuleTensors) -> LazyDelta:
     Source: Zhang et al. 2023, arXiv:2303.10512, equation 3. In PEFT the scaling is alpha over the initial rank,
     whatever rank training has left.
     """
-    (rank, width), (height, _) = module.shape("lora_A"), module.shape("lora_B")
+    (rank, width), (height, _) = (
+        module.shape(part, 2, empty=True) for part in ("lora_A", "lora_B")
+    )
     scaling = module.number("lora_alpha") / (module.number("init_r") + TINY)
     load = functools.partial(_load, module, rank, (height, width), scaling)
     return LazyDelta(LowRank, (height, width), load, max(1, rank))

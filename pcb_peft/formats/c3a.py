@@ -15,12 +15,12 @@ def entry(module: ModuleTensors) -> LazyDelta:
 
     Source: Chen et al. 2024, arXiv:2407.19342, section 3; the division by `in` is PEFT's.
     """
-    rows, cols, size = module.shape("c3a_kernel")
+    rows, cols, size = module.shape("c3a_kernel", 3)
     return LazyDelta(Dense, (rows * size, cols * size), functools.partial(_load, module))
 
 
 def _load(module: ModuleTensors) -> Dense:
-    rows, cols, size = module.shape("c3a_kernel")
+    rows, cols, size = module.shape("c3a_kernel", 3)
     shape = (rows * size, cols * size)
     steps = torch.arange(size)
     blocks = module.read("c3a_kernel", rows, cols, size)[:, :, (steps - steps[:, None]) % size]

@@ -17,7 +17,7 @@ def entry(module: ModuleTensors) -> LazyDelta:
 
     Source: Bini et al. 2025, arXiv:2503.18225, equation 8; PEFT scales the columns by W's, not the whole by ‖W‖_F.
     """
-    (rank, width), (height, _) = module.shape("delora_A"), module.shape("delora_B")
+    (rank, width), (height, _) = module.shape("delora_A", 2), module.shape("delora_B", 2)
     load = functools.partial(_load, module, rank, (height, width))
     return LazyDelta(LowRank, (height, width), load, rank)
 

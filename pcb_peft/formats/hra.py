@@ -5,6 +5,7 @@ import functools
 import torch
 
 from pcb_peft.deltas.delta import LowRank
+from pcb_peft.errors import AdapterError
 from pcb_peft.formats.base_weights import Base
 from pcb_peft.formats.checkpoint import Tensors
 from pcb_peft.formats.lazy_delta import AdapterContents, Config, LazyDelta
@@ -31,7 +32,9 @@ def entries(module: ModuleTensors) -> dict[str, LazyDelta]:
     """
     if module.config.get("apply_GS"):
         return entries_by_peft(module, TUNER)
-    shape, rank = module.base_shape(WHY), module.shape("hra_u")[1]
+    shape, rank = module.base_shape(WHY), module.shape("hra_u", 2)[1]
+    if rank == 0:
+        raise AdapterError(f"{module.path}: hra_u has no columns: the adapter has the rank 0")
     return {
         module.path: LazyDelta(LowRank, shape, functools.partial(_load, module, shape, rank), rank)
     }

@@ -17,8 +17,8 @@ def entry(module: ModuleTensors) -> LazyDelta:
 
     Source: Hyeon-Woo et al. 2022 (FedPara), arXiv:2108.06098, propositions 1 and 3.
     """
-    left, right = module.shape("hada_w1_a"), module.shape("hada_w1_b")
-    core = module.shape("hada_t1") if "hada_t1" in module.names else ()
+    left, right = module.shape("hada_w1_a", 2), module.shape("hada_w1_b", 2)
+    core = module.shape("hada_t1", 3, 4, 5) if "hada_t1" in module.names else ()
     kernel = core[2:]
     shape = (left[1] if kernel else left[0], right[1] * math.prod(kernel))
     scaling = lycoris_scaling(module)

@@ -19,7 +19,7 @@ def entry(module: ModuleTensors) -> LazyDelta:
     Source: Yeh et al. 2024 (LyCORIS), arXiv:2309.14859, section 3.3. On a Conv1d, PEFT multiplies w1 (a, b) with w2
     (c, d, k) as (1, a, b) with it, in training as in merging, and so does this.
     """
-    first, second = _shape(module, "lokr_w1"), _shape(module, "lokr_w2")
+    first, second = _shape(module, "lokr_w1", 2), _shape(module, "lokr_w2", 2, 3, 4, 5)
     kernel = tuple(second[2:])
     shape = (first[0] * second[0], first[1] * second[1:].numel())
     scaling = lycoris_scaling(module)
@@ -37,12 +37,12 @@ def _load(
     return Dense(values.reshape(shape), layout=kernel_layout(module, shape, kernel))
 
 
-def _shape(module: ModuleTensors, name: str) -> torch.Size:
+def _shape(module: ModuleTensors, name: str, *dimensions: int) -> torch.Size:
     if name in module.names:
-        return torch.Size(module.shape(name))
-    left, right = module.shape(f"{name}_a"), module.shape(f"{name}_b")
+        return torch.Size(module.shape(name, *dimensions))
+    left, right = module.shape(f"{name}_a", 2), module.shape(f"{name}_b", 2)
     if _core(name) in module.names:
-        return torch.Size((left[1], right[1], *module.shape(_core(name))[2:]))
+        return torch.Size((left[1], right[1], *module.shape(_core(name), 3, 4, 5)[2:]))
     return torch.Size((left[0], right[1]))
 
 

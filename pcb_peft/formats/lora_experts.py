@@ -158,8 +158,11 @@ def _stack(
     rank = pattern_value(config, "rank_pattern", name, config.get("r", DEFAULT))
     if not {"lora_A", "lora_B"} <= lora.names.keys():
         raise AdapterError(f"{name} has {', '.join(lora.names)} and not both of its factors")
-    rows, cols = tensors.shape(lora.names["lora_A"])[0], tensors.shape(lora.names["lora_B"])[1]
-    if not isinstance(rank, int) or rows != cols or rows % rank:
+    shape_A, shape_B = (tensors.shape(lora.names[part]) for part in ("lora_A", "lora_B"))
+    if len(shape_A) != 2 or len(shape_B) != 2:
+        raise AdapterError(f"{name}: lora_A {shape_A} and lora_B {shape_B} must be matrices")
+    rows, cols = shape_A[0], shape_B[1]
+    if not isinstance(rank, int) or rank < 1 or rows != cols or rows % rank or not rows:
         raise AdapterError(
             f"{name}: lora_A has {rows} rows and lora_B {cols} columns; both must be a multiple of the rank {rank!r}"
         )

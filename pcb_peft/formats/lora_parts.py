@@ -150,6 +150,10 @@ def factors_of(config: Config, tensors: Tensors, lora: LoraTensors) -> LazyFacto
     shape_A, shape_B = tensors.shape(key_A), tensors.shape(key_B)
     if min(len(shape_A), len(shape_B)) < 2:
         raise AdapterError(f"{lora.path}: lora_A {shape_A} and lora_B {shape_B} must be matrices")
+    if 0 in (*shape_A, *shape_B):
+        raise AdapterError(
+            f"{lora.path}: lora_A {shape_A} and lora_B {shape_B} hold no values: the rank is 0"
+        )
     block_A, block_B = _blocks(config, lora, (shape_A, shape_B))
     if shape_A[0] != shape_B[1] * block_B:
         if len(shape_B) > 2:
@@ -161,9 +165,19 @@ def factors_of(config: Config, tensors: Tensors, lora: LoraTensors) -> LazyFacto
             f"{lora.path}: lora_A {shape_A} and lora_B {shape_B} have different ranks"
         )
     shape = (shape_B[0], math.prod(shape_A[1:]) * block_A)
+    _check_vectors(tensors, lora, shape[0], shape_A[0])
     layout = _layout(config, lora, shape_A, shape_B)
     blocks = (block_A, block_B)
     return LazyFactors(shape, shape_A[0], layout, tensors, (key_A, key_B), blocks)
+
+
+def _check_vectors(tensors: Tensors, lora: LoraTensors, out: int, rank: int) -> None:
+    """Raise AdapterError where a vector beside the factors has more or fewer values than it must."""
+    sizes = {"lora_magnitude_vector": out, "lora_B.bias": out, "lora_diag": rank}
+    for part, size in sizes.items():
+        if part in lora.names and math.prod(tensors.shape(lora.names[part])) != size:
+            shape = tensors.shape(lora.names[part])
+            raise AdapterError(f"{lora.path}: {part} has shape {shape}; it must have {size} values")
 
 
 def _layout(

@@ -31,12 +31,12 @@ def repeated(module: ModuleTensors) -> dict[str, LazyDelta]:
 
     Source: Kang & Yin 2025, arXiv:2409.15371, section 3; "mini" repeats D along the outputs too.
     """
-    shape, rank = module.base_shape(NO_INPUT_SIZE), module.shape("miss_block")[0]
+    shape, rank = module.base_shape(NO_INPUT_SIZE), module.shape("miss_block", 2)[0]
     return {module.path: LazyDelta(LowRank, shape, functools.partial(_load, module, shape), rank)}
 
 
 def _load(module: ModuleTensors, shape: tuple[int, int]) -> LowRank:
-    rank, length = module.shape("miss_block")
+    rank, length = module.shape("miss_block", 2)
     columns = torch.arange(shape[1]) % rank
     lora_A = torch.nn.functional.one_hot(columns, rank).float().T.contiguous()
     lora_B = module.read("miss_block", rank, length).repeat(1, shape[0] // length).T.contiguous()

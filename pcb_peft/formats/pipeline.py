@@ -95,9 +95,18 @@ def _entry(config: Config, tensors: Tensors, module: str, names: Mapping[str, st
         raise AdapterError(f"{module} has {', '.join(names.values())}; it must have both factors")
     shape_A, shape_B = (tensors.shape(names[part]) for part in "AB")
     kernel = shape_A[2:]
-    if shape_B != (shape_B[0], shape_A[0], *[1] * len(kernel)) or len(shape_A) < 2:
+    if (
+        len(shape_A) < 2
+        or len(shape_B) < 2
+        or 0 in (*shape_A, *shape_B)
+        or shape_B != (shape_B[0], shape_A[0], *[1] * len(kernel))
+    ):
         raise AdapterError(
             f"{module}: {names['A']} {shape_A} and {names['B']} {shape_B} do not fit"
+        )
+    if "alpha" in names and math.prod(tensors.shape(names["alpha"])) != 1:
+        raise AdapterError(
+            f"{names['alpha']} has shape {tensors.shape(names['alpha'])}; it must be one number"
         )
     rank = shape_A[0]
     layout = Layout(shape=(shape_B[0], *shape_A[1:])) if kernel else LINEAR

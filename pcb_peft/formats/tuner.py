@@ -57,9 +57,24 @@ class ModuleTensors:
             )
         return read_finite(self.tensors, self._name(part))
 
-    def shape(self, part: str) -> tuple[int, ...]:
-        """Return the shape of a part."""
-        return self.tensors.shape(self._name(part))
+    def shape(self, part: str, *dimensions: int, empty: bool = False) -> tuple[int, ...]:
+        """Return the shape of a part.
+
+        Args:
+            part: The part.
+            dimensions: Numbers of dimensions that it may have: 2 for a matrix; none: it may have any.
+            empty: True if it may hold no values at all.
+
+        Raises:
+            AdapterError: It has another number of dimensions, or no values.
+        """
+        shape = self.tensors.shape(self._name(part))
+        if dimensions and (len(shape) not in dimensions or (0 in shape and not empty)):
+            allowed = " or ".join(map(str, dimensions))
+            raise AdapterError(
+                f"{self.path}: {part} has shape {shape}; it must have {allowed} dimensions, and values"
+            )
+        return shape
 
     def number(self, field: str) -> float:
         """Return a number of the configuration.

@@ -29,12 +29,12 @@ def entries(module: ModuleTensors) -> dict[str, LazyDelta]:
     """
     if "vera_A" not in module.names:
         return entries_by_peft(module, Tuner(PREFIX, depends_on_largest=True))
-    shape, rank = module.base_shape(NO_INPUT_SIZE), module.shape("vera_A")[0]
+    shape, rank = module.base_shape(NO_INPUT_SIZE), module.shape("vera_A", 2)[0]
     return {module.path: LazyDelta(LowRank, shape, functools.partial(_load, module, shape), rank)}
 
 
 def _load(module: ModuleTensors, shape: tuple[int, int]) -> LowRank:
-    (rank, width), height = module.shape("vera_A"), module.shape("vera_B")[0]
+    (rank, width), height = module.shape("vera_A", 2), module.shape("vera_B", 2)[0]
     lora_A = module.read("vera_A", rank, width)[:, : shape[1]]
     lora_B = module.read("vera_B", height, rank)[: shape[0]]
     lora_A = module.read("vera_lambda_d", rank)[:, None] * lora_A
