@@ -25,6 +25,7 @@ from pcb_peft import (
 from pcb_peft.commands.demo import base_model_folder, examples_folder
 from pcb_peft.evaluation.host import ModelHost, Place
 from pcb_peft.evaluation.tables import markdown_table
+from pcb_peft.writing.manifest import foreign_file
 
 TASKS = ("clinc_domain", "mr_sentiment", "snips_intent", "subj")
 TEXTS = 40
@@ -192,6 +193,7 @@ def test_the_card_gets_the_table_once(directory: Path, cache: Path):
     assert front["library_name"] == "peft"
     numbers = json.loads((directory / "evaluation.json").read_text())
     assert numbers["lost"] == ["clinc_domain"]
+    assert foreign_file(directory) is None  # so that --overwrite may still replace it
 
 
 def test_the_card_is_data_that_the_hub_reads(directory: Path, cache: Path):

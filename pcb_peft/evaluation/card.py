@@ -1,7 +1,6 @@
 """The evaluation in the model card of a saved merge, and beside it as JSON."""
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,8 @@ import yaml
 from pcb_peft.errors import OutputError
 from pcb_peft.evaluation.evaluation import Evaluation
 from pcb_peft.evaluation.tables import markdown_table
+from pcb_peft.writing.atomic import write_file_atomically
+from pcb_peft.writing.manifest import foreign_file, update_manifest
 
 CARD, FILE = "README.md", "evaluation.json"
 BEGIN, END = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"
@@ -31,8 +32,11 @@ def write_to_card(evaluation: Evaluation, directory: str | Path) -> None:
     card = directory / CARD
     try:
         text = card.read_text(encoding="utf-8") if card.is_file() else ""
+        only_ours = foreign_file(directory) is None
         _replace(card, _with_table(text, evaluation))
         _replace(directory / FILE, json.dumps(evaluation.as_dict(), indent=2) + "\n")
+        if only_ours:
+            update_manifest(directory, (CARD, FILE))
     except OSError as error:
         raise OutputError(
             f"{directory}: the evaluation cannot be written into {CARD}: {error}"
@@ -70,10 +74,8 @@ def _split(text: str) -> tuple[dict[str, Any], str]:
 
 
 def _replace(path: Path, text: str) -> None:
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, suffix=".part", delete=False
-    ) as stream:
-        stream.write(text)
-    part = Path(stream.name)
-    part.chmod(path.stat().st_mode & 0o777 if path.exists() else 0o644)
-    part.replace(path)
+    write_file_atomically(path, lambda part: _write(part, text), overwrite="all")
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
