@@ -650,10 +650,6 @@ def test_an_error_while_statistics_are_written_leaves_the_old_file(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_the_old_name_of_task_statistics_is_still_there():
-    assert statistics_file.Statistics is TaskStatistics
-
-
 def test_the_example_of_collect_statistics_runs(workshop, tokenizer, tmp_path, monkeypatch):
     base = workshop.base("llama")
     tokenizer.save_pretrained(base)
