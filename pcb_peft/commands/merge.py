@@ -107,7 +107,7 @@ def _merge(parsed: argparse.Namespace, recipe: "Recipe", notes: list[str]) -> An
 
 
 def _inputs(parsed: argparse.Namespace, recipe: "Recipe") -> list[str | None]:
-    """What the merge is made from: the recipe's file, if there is one, and all that it names."""
+    """The files and models that the merge is made from: the recipe, if it is a file, and all that it names."""
     sources = [source.directory for source in (*recipe.adapters, *recipe.statistics)]
     return [*parsed.adapters, *sources, recipe.base_model]
 
