@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from pcb_peft.merging.result import MergedAdapter
     from pcb_peft.methods import MergeMethod, get_method, list_methods, merge_method
     from pcb_peft.recipes.recipe import Recipe, read_recipe
+    from pcb_peft.reporting.page import write_report
     from pcb_peft.runtime.processes import all_processes
     from pcb_peft.spaces import list_spaces
 
@@ -84,6 +85,7 @@ _NAMES = {
     "merging.result": ("MergedAdapter",),
     "methods": ("MergeMethod", "get_method", "list_methods", "merge_method"),
     "recipes.recipe": ("Recipe", "read_recipe"),
+    "reporting.page": ("write_report",),
     "runtime.processes": ("all_processes",),
     "spaces": ("list_spaces",),
 }
@@ -134,6 +136,7 @@ __all__ = [
     "open_statistics",
     "read_recipe",
     "responses",
+    "write_report",
 ]
 
 

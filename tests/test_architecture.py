@@ -26,6 +26,7 @@ LEVELS = (
     {"recipes", "data"},
     {"merging"},
     {"extraction", "distillation", "dry_run", "evaluation", "inspection"},
+    {"reporting"},
     {"commands"},
     {"__init__", "__main__"},
 )

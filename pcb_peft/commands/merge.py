@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pcb_peft.commands.arguments import (
@@ -26,6 +27,9 @@ from pcb_peft.runtime.progress import phase
 from pcb_peft.runtime.units import format_size
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pcb_peft.adapters.adapter import Adapter
     from pcb_peft.merging.report import Report
     from pcb_peft.merging.result import MergedAdapter
     from pcb_peft.recipes.recipe import Recipe
@@ -50,6 +54,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dry-run",
         action="store_true",
         help="estimate time, memory and size from the headers of the files; write nothing",
+    )
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE.html",
+        help="also write a page for a browser: where each adapter is kept, what they share, the recipe",
     )
     parser.add_argument("--device", help="where to compute, such as cuda (default: cpu)")
     most = format_size(constant("runtime/resources.py", "DEFAULT_MEMORY"))
@@ -91,19 +101,34 @@ def _merge(parsed: argparse.Namespace, recipe: "Recipe", notes: list[str]) -> An
     from pcb_peft.merging.engine import merge
     from pcb_peft.merging.finish import check_writable
     from pcb_peft.runtime.resources import DEFAULT_MEMORY, number_of_bytes, working_device
-    from pcb_peft.writing.atomic import check_target
+    from pcb_peft.writing.targets import check_file_target, check_target
 
     memory = DEFAULT_MEMORY if parsed.max_memory is None else number_of_bytes(parsed.max_memory)
     device, progress = working_device(parsed.device), progress_of(parsed)
-    check_target(parsed.output, overwrite=parsed.overwrite, inputs=_inputs(parsed, recipe))
+    inputs = _inputs(parsed, recipe)
+    check_target(parsed.output, overwrite=parsed.overwrite, inputs=inputs)
+    if parsed.report:
+        check_file_target(parsed.report, overwrite=parsed.overwrite, inputs=inputs)
     check_writable(recipe, fold=parsed.fold)
     with phase("reading", progress):
         adapters = load_adapters(recipe.adapters, base_model=lazy_base(recipe.base_model))
     with phase("merging", progress):
         merged = merge(recipe, adapters, device=device, max_memory=memory, progress=progress)
     with phase("writing", progress):
-        _write(merged, parsed)
+        merged = _write(merged, parsed)
+    if parsed.report:
+        _write_page(merged, adapters, parsed)
     return _answer(merged, parsed, notes)
+
+
+def _write_page(
+    merged: "MergedAdapter", adapters: "Sequence[Adapter]", parsed: argparse.Namespace
+) -> None:
+    from pcb_peft.reporting.page import write_report
+
+    progress = progress_of(parsed)
+    with phase("report", progress):
+        write_report(merged, parsed.report, adapters, overwrite=parsed.overwrite, progress=progress)
 
 
 def _inputs(parsed: argparse.Namespace, recipe: "Recipe") -> list[str | None]:
@@ -112,11 +137,11 @@ def _inputs(parsed: argparse.Namespace, recipe: "Recipe") -> list[str | None]:
     return [*parsed.adapters, *sources, recipe.base_model]
 
 
-def _write(merged: "MergedAdapter", parsed: argparse.Namespace) -> None:
+def _write(merged: "MergedAdapter", parsed: argparse.Namespace) -> "MergedAdapter":
+    """Write the merge; returns it with its complete report."""
     if parsed.fold:
         base, progress = str(merged.recipe.base_model), progress_of(parsed)
-        merged.fold(base, parsed.output, overwrite=parsed.overwrite, progress=progress)
-        return
+        return merged.fold(base, parsed.output, overwrite=parsed.overwrite, progress=progress)
     merged.save_pretrained(
         parsed.output,
         dtype=dtype_of(parsed),
@@ -124,6 +149,7 @@ def _write(merged: "MergedAdapter", parsed: argparse.Namespace) -> None:
         overwrite=parsed.overwrite,
         format=parsed.format,
     )
+    return merged
 
 
 def _answer(merged: "MergedAdapter", parsed: argparse.Namespace, notes: list[str]) -> Answer:
@@ -132,7 +158,9 @@ def _answer(merged: "MergedAdapter", parsed: argparse.Namespace, notes: list[str
     warning = None if parsed.fold else missing_heads(merged, output)
     following = after_fold(output) if parsed.fold else after_merge(merged, output, rank)
     details = _module_lines(report) if is_verbose(parsed) else []
-    lines = [str(report), *notes, *details, where_written(output, rank, size), following]
+    page = [f"report for a browser: {parsed.report}"] if parsed.report else []
+    written = where_written(output, rank, size)
+    lines = [str(report), *notes, *details, written, *page, following]
     data = {
         "output": str(output),
         "bytes": size,
@@ -142,6 +170,7 @@ def _answer(merged: "MergedAdapter", parsed: argparse.Namespace, notes: list[str
         "heads_kept_apart": list(merged.heads),
         "notes": [*report.notes, *notes],
         "report": report.as_dict(),
+        "page": str(parsed.report) if parsed.report else None,
     }
     return Answer("\n".join(lines), data, warnings=[warning] if warning else ())
 

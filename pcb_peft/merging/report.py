@@ -203,12 +203,14 @@ def report_text(report: Report) -> str:
     """Return the report for a terminal."""
     cells = _adapter_cells(report)
     blocks = [table(*cells)] if cells else []
-    return "\n".join([f"{title(report)}, in {report.seconds:.1f} s", *blocks, *_lines(report)])
+    return "\n".join(
+        [f"{title(report)}, in {report.seconds:.1f} s", *blocks, *report_lines(report)]
+    )
 
 
 def report_html(report: Report) -> str:
     """Return the report as HTML, for notebooks."""
-    lines = "".join(f"<li>{html.escape(line)}</li>" for line in _lines(report))
+    lines = "".join(f"<li>{html.escape(line)}</li>" for line in report_lines(report))
     cells = _adapter_cells(report)
     adapters = _html_table(*cells) if cells else ""
     rows = [
@@ -265,7 +267,8 @@ def _least(adapter: AdapterReport) -> str:
     return ", ".join(parts) or "-"
 
 
-def _lines(report: Report) -> list[str]:
+def report_lines(report: Report) -> list[str]:
+    """Return sentences on signs, kept entries, energy and strength, and the notes."""
     lines: list[str] = []
     if report.modules and len(report.adapters) > 1:
         lines.append(

@@ -1,0 +1,1 @@
+"""A merge as one page for a browser."""

@@ -1,0 +1,149 @@
+"""The page of a merge: what stands in it, that no name becomes markup, and that a browser shows it."""
+
+import html.parser
+import re
+import shutil
+import subprocess
+
+import pytest
+from helpers import adapter, lora, low_rank
+
+from pcb_peft import OutputError, merge_adapters, write_report
+from pcb_peft.commands import cli
+from pcb_peft.inspection.pairs import geometry_of
+from pcb_peft.reporting.charts import HeatMap
+from pcb_peft.reporting.page import spectrum_of
+from pcb_peft.runtime.progress import silent
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
+VOID = {"meta", "path", "polyline", "link", "br", "img"}
+
+
+class Page(html.parser.HTMLParser):
+    """Text and tables of a page in which every element that begins ends."""
+
+    def __init__(self, content):
+        super().__init__()
+        self.open, self.text, self.tags = [], "", []
+        self.rows = []
+        self.feed(content)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in {"td", "th"}:
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" in self.open:
+            return
+        self.text += data
+        if self.open and self.open[-1] in {"td", "th"}:
+            self.rows[-1][-1] += data
+
+
+def in_memory():
+    """Two adapters, the first with a name that is markup."""
+    return [
+        adapter(name, {f"layers.{i}.q_proj": low_rank(2, seed=seed + i)[0] for i in range(3)})
+        for seed, name in ((0, "<script>alert(1)</script>"), (10, "plain & simple"))
+    ]
+
+
+@pytest.fixture
+def page(tmp_path):
+    adapters = in_memory()
+    merged = merge_adapters(adapters, "ties", space="core")
+    write_report(merged, tmp_path / "report.html", adapters)
+    return merged, adapters, (tmp_path / "report.html").read_text("utf-8")
+
+
+def test_no_name_becomes_markup_and_nothing_is_fetched(page):
+    _, _, content = page
+    read = Page(content)
+    assert "<script>alert(1)</script>" in read.text
+    assert "script" not in {tag for tag, _ in read.tags}
+    assert not re.search(r"https?://", content)
+    assert not any({"src", "href"} & attributes.keys() for _, attributes in read.tags)
+
+
+def test_the_tables_hold_the_numbers_of_the_report(page):
+    merged, adapters, content = page
+    rows = Page(content).rows
+    for number, (name, line) in enumerate(merged.report.adapters.items(), 1):
+        row = next(row for row in rows if row[0] == f"{number} {name}")
+        assert row[2:4] == [f"{line.norm:.4g}", f"{line.share:.2f}"]
+        for layer, share in line.by_layer.items():
+            assert [str(layer), f"{share:.2f}"] in rows
+    cosine = float(geometry_of(adapters, silent).cosines[0, 1])
+    assert [f"2 {adapters[1].name}", f"{cosine:.2f}"] in rows
+
+
+def test_every_table_and_figure_can_be_reached_and_named(page):
+    _, _, content = page
+    tags = Page(content).tags
+    regions = [attributes for tag, attributes in tags if attributes.get("role") == "region"]
+    assert regions
+    assert all(one["tabindex"] == "0" and one["aria-label"] for one in regions)
+    (picture,) = [attributes for tag, attributes in tags if tag == "svg"]
+    assert picture["aria-label"]
+    assert ("html", {"lang": "en"}) in tags
+
+
+def test_the_spectrum_is_that_of_the_merge():
+    merged = merge_adapters(in_memory(), "linear")
+    spectrum = spectrum_of(merged, silent)
+    values = [merged.delta(m).double().svd().S.square() for m in merged.modules]
+    total = sum(value[:4] for value in values)
+    assert spectrum.energies == pytest.approx((total.cumsum(0) / total.sum()).tolist(), abs=1e-6)
+    assert spectrum.ranks["90%"] <= spectrum.ranks["99%"] <= 4
+
+
+def test_a_heat_map_has_a_shade_for_every_value():
+    heat_map = HeatMap.of("t", "w", {("a", "x"): 0.0, ("a", "y"): 1.0, ("b", "x"): 2.0}, (0, 1))
+    assert heat_map.columns == ("x", "y")
+    shades = [[cell.shade for cell in cells] for _, cells in heat_map.rows]
+    assert shades == [[0, 8], [8, 0]]
+    assert heat_map.rows[1][1][1].text == ""
+
+
+def test_a_page_replaces_a_page_and_nothing_else(page, tmp_path):
+    merged, adapters, _ = page
+    with pytest.raises(OutputError, match="overwrite"):
+        write_report(merged, tmp_path / "report.html", adapters)
+    write_report(merged, tmp_path / "report.html", adapters, overwrite=True)
+    (tmp_path / "diary.html").write_text("dear diary")
+    with pytest.raises(OutputError):
+        write_report(merged, tmp_path / "diary.html", adapters, overwrite=True)
+    assert (tmp_path / "diary.html").read_text() == "dear diary"
+
+
+def test_merge_writes_a_page(workshop, tmp_path, capsys):
+    paths = workshop.adapters("mlp", [lora(), lora()])
+    words = ["merge", *map(str, paths), "-o", str(tmp_path / "out")]
+    assert cli.main([*words, "--report", str(tmp_path / "page.html")]) == 0
+    assert str(tmp_path / "page.html") in capsys.readouterr().out
+    assert "adapter1" in Page((tmp_path / "page.html").read_text("utf-8")).text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+@pytest.mark.usefixtures("page")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_browser_shows_the_page_without_errors(tmp_path, scheme):
+    number = 0 if scheme == "dark" else 1
+    flags = [*FLAGS.split(), f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr"]
+    flags.append(f"--blink-settings=preferredColorScheme={number}")
+    command = [CHROMIUM, *flags, "--dump-dom", (tmp_path / "report.html").as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "plain &amp; simple" in shown.stdout
+    assert "CONSOLE" not in shown.stderr
