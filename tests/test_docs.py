@@ -143,9 +143,9 @@ def test_python_runs(page, here):
     for number, code in enumerate(codes):
         exec(compile(code, f"{page}, block {number}", "exec"), names)
     written = {
-        "merged/adapter_config.json": 'save_pretrained("merged"',
-        "merged-model/config.json": '"merged-model")',
-        "report.html": '"report.html")',
+        "merged/adapter_config.json": '"merged"',
+        "merged-model/config.json": '"merged-model"',
+        "report.html": '"report.html"',
     }
     expected = {path for path, call in written.items() if call in "".join(codes)}
     assert expected
