@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from pcb_peft.recipes.recipe import Recipe, read_recipe
     from pcb_peft.reporting.page import write_report
     from pcb_peft.runtime.processes import all_processes
+    from pcb_peft.searching.result import SearchResult
+    from pcb_peft.searching.search import search
     from pcb_peft.spaces import list_spaces
 
 # The same names for Python, by module: each is imported when it is first used, because torch takes seconds to import.
@@ -87,6 +89,8 @@ _NAMES = {
     "recipes.recipe": ("Recipe", "read_recipe"),
     "reporting.page": ("write_report",),
     "runtime.processes": ("all_processes",),
+    "searching.result": ("SearchResult",),
+    "searching.search": ("search",),
     "spaces": ("list_spaces",),
 }
 _FORMER_NAMES = {"Statistics": "TaskStatistics"}  # understood for one release
@@ -111,6 +115,7 @@ __all__ = [
     "ProcessError",
     "Recipe",
     "Report",
+    "SearchResult",
     "Source",
     "TaskStatistics",
     "UnsupportedError",
@@ -136,6 +141,7 @@ __all__ = [
     "open_statistics",
     "read_recipe",
     "responses",
+    "search",
     "write_report",
 ]
 

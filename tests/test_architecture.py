@@ -26,7 +26,7 @@ LEVELS = (
     {"recipes", "data"},
     {"merging"},
     {"extraction", "distillation", "dry_run", "evaluation", "inspection"},
-    {"reporting"},
+    {"reporting", "searching"},
     {"commands"},
     {"__init__", "__main__"},
 )

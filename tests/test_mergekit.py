@@ -1,13 +1,20 @@
-"""What mergekit has too: of one weight, in dense space, they are mergekit's (golden/make_mergekit_golden.py)."""
+"""What mergekit has too: of one weight, in dense space, they are mergekit's (golden/make_mergekit_golden.py).
+
+And its YAML files are read.
+"""
 
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+import yaml
+from conftest import Workshop
 from helpers import adapters
 from safetensors.torch import load_file
 
-from pcb_peft import merge_adapters
+from pcb_peft import OptionError, load_adapter, merge, merge_adapters, read_recipe
+from pcb_peft.commands import cli
 from pcb_peft.deltas.delta import Dense
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "mergekit.safetensors")
@@ -48,3 +55,114 @@ def test_it_is_what_mergekit_makes(case):
     )
     found, wanted = merged.delta("m"), GOLDEN[case]
     assert torch.linalg.vector_norm(found - wanted) < 1e-6 * torch.linalg.vector_norm(wanted)
+
+
+LORA = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+LAYERS = ("model.layers.0.", "model.layers.1.")
+BASE = {"base_model": "base"}
+TWICE = [{"model": "base+a", "parameters": {"weight": 2}}]
+
+
+@pytest.fixture(scope="module")
+def three(shared_workshop: Workshop) -> list[Path]:
+    return shared_workshop.adapters("llama", [LORA, LORA, LORA])
+
+
+def file_of(path: Path, adapters: list[Path], each, **content) -> Path:
+    """A file of mergekit for some adapters, each with parameters of its own."""
+    models = [
+        {"model": f"base+{adapter}", "parameters": own}
+        for adapter, own in zip(adapters, each, strict=True)
+    ]
+    text = yaml.safe_dump({**BASE, "models": models, **content})
+    (path / "mergekit.yaml").write_text(text)
+    return path / "mergekit.yaml"
+
+
+def weights(*values):
+    return [{"weight": value} for value in values]
+
+
+def assert_sum(file: Path, adapters: list[Path], wanted) -> None:
+    """The merge is Σ w(module) ΔW."""
+    merged, loaded = merge(read_recipe(file)), [load_adapter(adapter) for adapter in adapters]
+    for module in merged.modules:
+        total = sum(w * a.delta(module) for w, a in zip(wanted(module), loaded, strict=True))
+        Workshop.assert_close(merged.delta(module), total, 1e-5)
+
+
+def test_mergekits_sums_are_understood(three: list[Path], tmp_path: Path):
+    def fixed(*values):
+        return lambda _: values
+
+    file = file_of(tmp_path, three, weights(1, 2, 1), merge_method="linear", dtype="bfloat16")
+    assert_sum(file, three, fixed(0.25, 0.5, 0.25))
+    arithmetic = {"merge_method": "task_arithmetic", "parameters": {"lambda": 2.0, "weight": 0.5}}
+    assert_sum(file_of(tmp_path, three, [{}, {}, {}], **arithmetic), three, fixed(1, 1, 1))
+    on_top = {"merge_method": "task_arithmetic", "base_model": f"base+{three[0]}"}
+    file = file_of(tmp_path, three[1:], weights(0.5, 0.2), **on_top)
+    assert_sum(file, three, fixed(1 - 0.7, 0.5, 0.2))  # Δ0 + Σ w (Δ − Δ0)
+
+
+def test_mergekits_gradients_and_filters_are_understood(three: list[Path], tmp_path: Path):
+    """The model has two layers: a gradient's ends."""
+    gradient = file_of(tmp_path, three[:2], weights([0, 1], 0.5), merge_method="task_arithmetic")
+    assert_sum(gradient, three[:2], lambda module: (float(module.startswith(LAYERS[1])), 0.5))
+    conditions = [{"filter": "q_proj", "value": 0.25}, {"value": 2}]
+    file = file_of(tmp_path, three[:1], weights(conditions), merge_method="task_arithmetic")
+    assert_sum(file, three[:1], lambda module: (0.25 if "q_proj" in module else 2,))
+
+
+def test_mergekits_other_methods_are_understood(three: list[Path], tmp_path: Path):
+    given = [{"weight": 0.3, "density": 0.5}] * 3
+    recipe = read_recipe(file_of(tmp_path, three, given, merge_method="ties"))
+    assert (recipe.method, recipe.space, recipe.scope) == ("ties", "dense", "module")
+    assert (recipe.weights, recipe.options) == ((1, 1, 1), {"density": 0.5})
+    assert [source.path for source in recipe.adapters] == list(map(str, three))
+    with pytest.warns(UserWarning, match="divides by the weights"):
+        recipe = read_recipe(file_of(tmp_path, three, weights(1, 2, 3), merge_method="ties"))
+    assert (recipe.weights, recipe.options) == ((0.5, 1, 1.5), {"density": 1.0})
+    file = file_of(tmp_path, three, weights(1, 1, 1), merge_method="dare_ties")
+    with pytest.warns(UserWarning, match=r"other random numbers.*averaged"):
+        recipe = read_recipe(file)
+    assert recipe.options == {"density": 1.0, "rescale": True}
+    turn = {"merge_method": "slerp", "base_model": f"base+{three[1]}", "parameters": {"t": 0.25}}
+    file = file_of(tmp_path, three[:2], [{}, {}], **turn)
+    with pytest.warns(UserWarning, match="one whole weight"):
+        recipe = read_recipe(file)
+    assert [source.path for source in recipe.adapters] == [str(three[1]), str(three[0])]
+    assert recipe.weights == (1.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"merge_method": "nearswap"}, "nearswap .* is not among the methods here"),
+        ({"merge_method": "tiess"}, "did you mean 'ties'"),
+        ({"merge_method": "ties", "merges": 1}, "'merges' has no counterpart"),
+        ({"merge_method": "ties", "parameters": {"densty": 1}}, "did you mean 'density'"),
+        ({"merge_method": "ties", "parameters": {"density": [1, 0.5]}}, "give one number"),
+        ({"merge_method": "ties", "models": [{"model": "tuned"}]}, "pcb-peft extract tuned base"),
+        ({"merge_method": "ties", "models": [{"model": "other+a"}]}, "not on the base model base"),
+        ({"merge_method": "ties", "base_model": "base+b"}, "takes the differences"),
+        ({"merge_method": "ties", "models": [{"model": "base+a"}]}, "needs a weight"),
+        ({"merge_method": "linear", "models": TWICE, "parameters": {"normalize": False}}, "scales"),
+        ({"merge_method": "passthrough", "models": []}, "stacks layers"),
+        ({"merge_method": "ties", "models": None, "slices": [{}, {}]}, "one after the other"),
+    ],
+)
+def test_what_of_mergekit_is_not_covered_is_recognised(content, message: str, tmp_path: Path):
+    models = [{"model": "base+a", "parameters": {"weight": 1}}]
+    path = tmp_path / "mergekit.yaml"
+    path.write_text(yaml.safe_dump({**BASE, "models": models, **content}))
+    with pytest.raises(OptionError, match=message):
+        read_recipe(path)
+
+
+def test_a_mergekit_file_on_the_command_line(
+    three: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    file = file_of(tmp_path, three, weights(1, 2, 1), merge_method="task_arithmetic")
+    assert cli.main(["merge", str(file), "-o", str(tmp_path / "merged"), "--set", "rank=4"]) == 0
+    assert read_recipe(tmp_path / "merged" / "merge_recipe.yaml").weights == (1, 2, 1)
+    capsys.readouterr()

@@ -35,6 +35,7 @@ COMMANDS = (
     "compare",
     "distill",
     "evaluate",
+    "search",
     "fold",
     "extract",
     "collect",

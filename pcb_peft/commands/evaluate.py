@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pcb_peft.commands.arguments import DTYPES, progress_of
+from pcb_peft.commands.arguments import DTYPES, dtype_of, progress_of
 from pcb_peft.commands.command import Answer, Command
 from pcb_peft.commands.parser import UsageError
 from pcb_peft.commands.sources import constant
@@ -38,9 +38,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TASK",
         help="tasks of lm-evaluation-harness, such as arc_easy (needs pip install 'pcb-peft[lm-eval]')",
     )
-    _add_measuring(parser.add_argument_group("how it is measured"))
+    add_measuring_arguments(parser.add_argument_group("how it is measured"))
     _add_comparing(parser.add_argument_group("what it is compared with"))
-    _add_running(parser.add_argument_group("how it is run"))
+    add_running_arguments(parser.add_argument_group("how it is run"))
     output = parser.add_argument_group("what becomes of the result")
     output.add_argument(
         "--log", type=Path, help="append the result to this file, as a line of JSON"
@@ -58,7 +58,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_measuring(group: Any) -> None:
+def add_measuring_arguments(group: Any) -> None:
+    """Add what says how a task is measured."""
     measures: dict[str, str] = constant("evaluation/texts.py", "MEASURES")
     words = "; ".join(f"{name}: {meaning}" for name, meaning in measures.items())
     group.add_argument(
@@ -100,11 +101,13 @@ def _add_comparing(group: Any) -> None:
     )
 
 
-def _add_running(group: Any) -> None:
+def add_running_arguments(group: Any, *, budget: bool = True) -> None:
+    """Add what says how texts are run."""
     group.add_argument("--limit", type=int, help="texts per task, evenly spread over its file")
-    group.add_argument(
-        "--budget", help="time for everything, such as 5m, or tokens, such as '200k tokens'"
-    )
+    if budget:
+        group.add_argument(
+            "--budget", help="time for everything, such as 5m, or tokens, such as '200k tokens'"
+        )
     group.add_argument("--batch-size", type=int, default=32, help="texts at a time (default: 32)")
     group.add_argument("--max-length", type=int, default=512, help="tokens per text (default: 512)")
     group.add_argument(
@@ -124,7 +127,6 @@ def _add_running(group: Any) -> None:
 
 
 def _run(parsed: argparse.Namespace) -> Answer:
-    from pcb_peft.commands.arguments import dtype_of
     from pcb_peft.evaluation.evaluate import evaluate
 
     limits = (parsed.threshold, parsed.fail_below, 0.8)
@@ -132,26 +134,18 @@ def _run(parsed: argparse.Namespace) -> Answer:
         parsed.merged,
         parsed.adapters,
         parsed.base_model,
-        _data(parsed.data),
+        data_of("--data", parsed.data),
         tasks=[task for word in parsed.tasks for task in word.split(",") if task],
         against=parsed.against,
         controls=parsed.controls,
-        measure=parsed.measure,
-        labels={name: names.split(",") for name, names in _pairs("--labels", parsed.labels)},
-        rename=dict(_pairs("--rename", parsed.rename)),
-        length_normalised=parsed.length_normalised,
-        limit=parsed.limit,
         budget=parsed.budget,
         threshold=next(limit for limit in limits if limit is not None),
         confidence=parsed.confidence,
-        batch_size=parsed.batch_size,
-        max_length=parsed.max_length,
-        dtype=dtype_of(parsed),
-        device=parsed.device,
-        cache=False if parsed.no_cache else parsed.cache or True,
         log=parsed.log,
         write_to_card=parsed.write_to_card,
         progress=progress_of(parsed),
+        **measuring_of(parsed),
+        **running_of(parsed),
     )
     below = [task.name for task in result.tasks if _is_below(task.kept, parsed.fail_below)]
     failed = [f"below {parsed.fail_below:.0%}: {', '.join(below)}"] if below else []
@@ -167,7 +161,29 @@ def _is_below(kept: float | None, limit: float | None) -> bool:
     return kept is not None and limit is not None and kept < limit
 
 
-def _data(words: Sequence[str]) -> Any:
+def measuring_of(parsed: argparse.Namespace) -> dict[str, Any]:
+    """Return how a task is measured, as the arguments say."""
+    return {
+        "measure": parsed.measure,
+        "labels": {name: names.split(",") for name, names in _pairs("--labels", parsed.labels)},
+        "rename": dict(_pairs("--rename", parsed.rename)),
+        "length_normalised": parsed.length_normalised,
+    }
+
+
+def running_of(parsed: argparse.Namespace) -> dict[str, Any]:
+    """Return how texts are run, as the arguments say."""
+    return {
+        "limit": parsed.limit,
+        "batch_size": parsed.batch_size,
+        "max_length": parsed.max_length,
+        "dtype": dtype_of(parsed),
+        "device": parsed.device,
+        "cache": False if parsed.no_cache else parsed.cache or True,
+    }
+
+
+def data_of(flag: str, words: Sequence[str]) -> Any:
     """One file per adapter in order, or files by name.
 
     Raises:
@@ -178,10 +194,10 @@ def _data(words: Sequence[str]) -> Any:
         return list(words)
     if len(named) < len(words):
         raise UsageError(
-            "--data: some files have a name and some have none",
-            "name all of them: --data math=math.jsonl code=code.jsonl",
+            f"{flag}: some files have a name and some have none",
+            f"name all of them: {flag} math=math.jsonl code=code.jsonl",
         )
-    return dict(_pairs("--data", words))
+    return dict(_pairs(flag, words))
 
 
 def _pairs(flag: str, words: Sequence[str]) -> list[tuple[str, str]]:

@@ -1,10 +1,8 @@
 """Measure what a merge kept of each of its tasks."""
 
-import contextlib
 import datetime
 import json
-import tempfile
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -27,6 +25,7 @@ from pcb_peft.evaluation.subjects import BASE, Subject, SubjectMaker
 from pcb_peft.merging.result import MergedAdapter
 from pcb_peft.recipes.recipe import FILE_NAME, Recipe, read_recipe
 from pcb_peft.runtime.processes import current
+from pcb_peft.runtime.scratch import shared_directory
 from pcb_peft.writing.model_card import public_name
 
 AdapterLike: TypeAlias = str | Path | Source | tuple[Any, str] | Adapter
@@ -151,7 +150,7 @@ def _evaluated(
     bench = open_bench(base, settings)
     pairs, notes = pair(adapters, data)
     jobs = [job_of(one, bench.host, settings) for one in pairs]
-    with _scratch() as scratch:
+    with shared_directory() as scratch:
         maker = SubjectMaker(base, scratch, bench.cache)
         subjects = _subjects(maker, merged, against, adapters if controls else ())
         jobs = _within_budget(bench, jobs, len(subjects), settings)
@@ -322,12 +321,3 @@ def _append(log: Path, result: Evaluation) -> None:
             stream.write(line + "\n")
     except OSError as error:
         raise OutputError(f"{log}: the result cannot be appended: {error}") from error
-
-
-@contextlib.contextmanager
-def _scratch() -> Generator[Path]:
-    """A directory that all processes see, for what has to be saved to be loaded; it is removed at the end."""
-    with contextlib.ExitStack() as stack:
-        made = stack.enter_context(tempfile.TemporaryDirectory()) if current().is_main else None
-        yield Path(str(current().reduce(made, lambda names: names[0])))
-        current().barrier()

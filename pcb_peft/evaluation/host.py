@@ -73,6 +73,10 @@ class ModelHost:
         self._sums: dict[str, float] = {}
         self._heads: set[str] = set()  # modules that heads were put into
 
+    def release(self) -> None:
+        """Forget the model, so that its memory is free."""
+        self._model = self._loaded = self._worn = None
+
     def config(self) -> Any:
         """The base model's configuration.
 

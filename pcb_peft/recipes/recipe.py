@@ -22,6 +22,7 @@ from pcb_peft.recipes.fields import (
     refuse_unknown_fields,
     unnamed,
 )
+from pcb_peft.recipes.mergekit import fields_of, is_mergekit
 from pcb_peft.recipes.overrides import SCOPES, Override, Scope, read_overrides
 from pcb_peft.recipes.steps import Steps, read_steps
 from pcb_peft.recipes.weights import Weight, plain, read_weights
@@ -163,8 +164,10 @@ class Recipe:
 def read_recipe(path: str | Path) -> Recipe:
     """Read a recipe from a YAML file. Relative paths of adapters are relative to the current directory.
 
+    A file of mergekit is understood where this package has its method; what differs is said in a warning.
+
     Args:
-        path: The file. Its keys are those of `Recipe.parse`.
+        path: The file. Its keys are those of `Recipe.parse`, or mergekit's.
 
     Returns:
         The recipe, checked; no adapter is read yet.
@@ -179,7 +182,8 @@ def read_recipe(path: str | Path) -> Recipe:
     if not isinstance(content, dict):
         raise OptionError(f"{path} is not a recipe: it must be a mapping with the key adapters")
     try:
-        return Recipe.parse(**{str(key): value for key, value in content.items()})
+        fields = fields_of(content) if is_mergekit(content) else content
+        return Recipe.parse(**{str(key): value for key, value in fields.items()})
     except OptionError as error:
         raise OptionError(f"{path}: {error}") from error
 

@@ -53,6 +53,14 @@ def phase(description: str, progress: bool | None = None) -> Generator[None]:
         yield
 
 
+def say(text: str, progress: bool | None = None) -> None:
+    """Show a line above the bars, where bars are shown."""
+    visible = (_is_watched() if progress is None else progress) and current().is_main
+    if visible:
+        with _display.opened() as bars:
+            bars.console.print(text, markup=False, highlight=False)
+
+
 def close() -> None:
     """Remove the bars of an iteration that was interrupted, so that other text can be printed."""
     _display.close()

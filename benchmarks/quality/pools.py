@@ -1,0 +1,124 @@
+"""The pools: which adapters are trained, on which base model, and how."""
+
+import dataclasses
+
+from bases import MINILM, MPNET, SMOLLM2
+
+SIX = ("clinc_domain", "mr_sentiment", "nli_cad", "sms_spam", "snips_intent", "subj")
+EIGHT = (*SIX, "g2p", "restaurant_slots")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """One adapter of a pool.
+
+    Attributes:
+        name: The adapter's name.
+        task: What it is trained on.
+        kind: lora, ia3, or full: a fine-tune of all weights.
+        rank: Of a LoRA; alpha is the same number.
+        rate: Learning rate at its highest.
+        steps: Updates.
+        batch: Texts per update.
+        seed: Of the order of the texts, the dropout, and of lora_A unless it is shared.
+        shared_init: True if lora_A begins as in all other members that share it.
+        part: Which part of the texts it is trained on, and into how many they are cut; None: all.
+    """
+
+    name: str
+    task: str
+    kind: str = "lora"
+    rank: int = 16
+    rate: float = 1e-3
+    steps: int = 250
+    batch: int = 16
+    seed: int = 0
+    shared_init: bool = False
+    part: tuple[int, int] | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Pool:
+    """Adapters of one base model, to be merged with each other.
+
+    Attributes:
+        name: Its name.
+        base: Its base model, as `bases.base_model` knows it.
+        members: The adapters.
+        length: Tokens of a text in training.
+    """
+
+    name: str
+    base: str
+    members: tuple[Member, ...]
+    length: int = 64
+
+
+def _smollm2() -> tuple[Member, ...]:
+    """Uneven, as adapters of different people are: other ranks, learning rates and numbers of steps."""
+    how = {
+        "clinc_domain": (16, 1e-3, 300),
+        "mr_sentiment": (8, 5e-4, 300),
+        "nli_cad": (32, 1e-3, 400),
+        "sms_spam": (8, 1e-3, 150),
+        "snips_intent": (16, 5e-4, 300),
+        "subj": (16, 1e-3, 200),
+        "g2p": (32, 2e-3, 400),
+        "restaurant_slots": (16, 2e-3, 300),
+    }
+    return tuple(
+        Member(name=task, task=task, rank=rank, rate=rate, steps=steps, batch=8, seed=seed)
+        for seed, (task, (rank, rate, steps)) in enumerate(how.items())
+    )
+
+
+def _mpnet() -> tuple[Member, ...]:
+    how = {
+        "clinc_domain": (16, 1e-3, 250),
+        "mr_sentiment": (8, 5e-4, 250),
+        "nli_cad": (32, 5e-4, 500),
+        "sms_spam": (8, 1e-3, 150),
+        "snips_intent": (16, 2e-3, 200),
+        "subj": (32, 5e-4, 200),
+    }
+    return tuple(
+        Member(name=task, task=task, rank=rank, rate=rate, steps=steps, seed=seed)
+        for seed, (task, (rank, rate, steps)) in enumerate(how.items())
+    )
+
+
+def _all(tasks: tuple[str, ...], **how: object) -> tuple[Member, ...]:
+    return tuple(
+        Member(name=task, task=task, seed=seed, **how)  # type: ignore[arg-type]
+        for seed, task in enumerate(tasks)
+    )
+
+
+POOLS = {
+    pool.name: pool
+    for pool in (
+        Pool("minilm", MINILM, _all(SIX)),
+        Pool("minilm-ia3", MINILM, _all(SIX, kind="ia3", rate=1e-2, steps=300)),
+        Pool("smollm2", SMOLLM2, _smollm2(), length=96),
+        Pool("mpnet", MPNET, _mpnet()),
+        Pool(
+            "mpnet-runs",
+            MPNET,
+            tuple(
+                Member(name=f"run{n}", task="nli_cad", rank=rank, rate=rate, steps=250, seed=10 + n)
+                for n, (rank, rate) in enumerate([(16, 1e-3), (16, 5e-4), (8, 1e-3), (32, 5e-4)])
+            ),
+        ),
+        Pool("minilm-shared", MINILM, _all(SIX, shared_init=True)),
+        Pool(
+            "minilm-domains",
+            MINILM,
+            tuple(
+                Member(name=f"part{n}", task="mr_sentiment", part=(n, 4), steps=150, seed=20 + n)
+                for n in range(4)
+            ),
+        ),
+        Pool("minilm-full", MINILM, _all(SIX, kind="full", rate=1e-4)),
+    )
+}
+"""By name. Those of minilm and minilm-ia3 that are shipped are not trained again."""

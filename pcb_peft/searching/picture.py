@@ -1,0 +1,72 @@
+"""A picture of a search: scores over the trials, and the worst task against the mean. It needs matplotlib."""
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pcb_peft.errors import OptionError, OutputError
+
+Point = tuple[float, float]
+
+SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def check_picture(path: str | Path | None) -> None:
+    """Check that a picture can be drawn, before a search takes its time.
+
+    Raises:
+        OptionError: matplotlib is not installed, or the name of the file does not say what it is.
+    """
+    if path is None:
+        return
+    if Path(path).suffix not in SUFFIXES:
+        raise OptionError(f"{path}: a picture's name must end in {', '.join(SUFFIXES)}")
+    _imported("matplotlib")
+
+
+def draw(
+    path: str | Path, scores: Sequence[float], points: Sequence[Point], front: Sequence[Point]
+) -> None:
+    """Draw two panels side by side.
+
+    Args:
+        path: The file.
+        scores: The objective of each trial, in order.
+        points: Mean and worst of everything that was measured.
+        front: The Pareto front: those of them that no other beats in both.
+
+    Raises:
+        OptionError: matplotlib is not installed.
+        OutputError: The file cannot be written.
+    """
+    figure = _imported("matplotlib.figure").Figure(figsize=(9, 3.6), layout="constrained")
+    over_time, against = figure.subplots(1, 2)
+    numbers = range(1, len(scores) + 1)
+    over_time.plot(numbers, scores, "o", label="trial")
+    best = [max(scores[:number]) for number in numbers]
+    over_time.step(numbers, best, where="post", label="best so far")
+    over_time.set(title="Score over trials", xlabel="trial", ylabel="score")
+    against.plot(*_columns(points), "o", alpha=0.5, label="merge at a weight")
+    against.plot(*_columns(sorted(front)), "o-", label="Pareto front")
+    against.set(title="Worst task against mean", xlabel="mean kept", ylabel="worst kept")
+    for axes in (over_time, against):
+        axes.legend()
+        axes.grid(alpha=0.3)
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise OutputError(f"{path}: the picture cannot be written: {error}") from error
+
+
+def _columns(points: Sequence[Point]) -> tuple[list[float], list[float]]:
+    return [mean for mean, _ in points], [worst for _, worst in points]
+
+
+def _imported(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise OptionError(
+            f"a picture needs matplotlib ({error}): pip install 'pcb-peft[search]', or leave out the picture (--plot)"
+        ) from error

@@ -1,0 +1,199 @@
+"""Trials of a search, and the log from which it goes on after it was stopped."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from pcb_peft.errors import OptionError, OutputError
+from pcb_peft.runtime.processes import current
+from pcb_peft.searching.knobs import Candidate
+
+SEARCH, WITHOUT, TOGETHER = "search", "without", "together"
+"""What a trial is for: the search itself, leaving one adapter out, or some adapters merged without the others."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Objective:
+    """The number that is maximised: the mean over the tasks of what is kept, the worst task, or a mixture.
+
+    Attributes:
+        worst: The share of the worst task in the mixture, from 0 (the mean alone) to 1.
+    """
+
+    worst: float
+
+    def __call__(self, kept: Mapping[str, float]) -> float:
+        """Return the value for what is kept of each task."""
+        return (1 - self.worst) * fmean(kept.values()) + self.worst * min(kept.values())
+
+    @classmethod
+    def named(cls, given: str | float) -> "Objective":
+        """Return the objective for "mean", "worst" or the share of the worst task.
+
+        Raises:
+            OptionError: It is none of these.
+        """
+        words = {"mean": 0.0, "worst": 1.0}
+        if given in words:
+            return cls(words[str(given)])
+        try:
+            worst = float(given)
+        except ValueError:
+            worst = -1.0
+        if not 0 <= worst <= 1:
+            raise OptionError(
+                f"objective is {given!r}; it must be mean, worst, or the share of the worst task from 0 to 1"
+            )
+        return cls(worst)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Proposal:
+    """A merge to try.
+
+    Attributes:
+        number: Its place in the search, from 0.
+        candidate: The value of each knob.
+        members: The names of the adapters to merge; they are the tasks that are measured.
+        step: What it is for: `SEARCH`, `WITHOUT` or `TOGETHER`.
+        aim: The response along its adapters at which the merge is measured first; None: at weight 1.
+        best: The best value so far: a merge that begins far below it is not measured at other weights.
+    """
+
+    number: int
+    candidate: Candidate
+    members: tuple[str, ...]
+    step: str = SEARCH
+    aim: float | None = None
+    best: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """One merge, measured at some common weights: all of them come from one merge.
+
+    Attributes:
+        number: Its place in the search, from 0.
+        candidate: The value of each knob.
+        members: The names of the adapters that were merged.
+        step: What it is for: `SEARCH`, `WITHOUT` or `TOGETHER`.
+        kept: By common weight: what is kept of each task, by its name.
+        response: The mean response of the merge along its adapters, at weight 1.
+        seconds: What it took.
+        error: Why it could not be merged; empty if it could.
+    """
+
+    number: int
+    candidate: Candidate
+    members: tuple[str, ...]
+    step: str = SEARCH
+    kept: Mapping[float, Mapping[str, float]] = dataclasses.field(
+        default_factory=dict[float, Mapping[str, float]]
+    )
+    response: float = 0.0
+    seconds: float = 0.0
+    error: str = ""
+
+    def best(self, objective: Objective) -> tuple[float, float]:
+        """Return the best common weight, and the objective there; (1, 0) for a merge that failed."""
+        scores = {scale: objective(kept) for scale, kept in self.kept.items()}
+        if not scores:
+            return 1.0, 0.0
+        scale = max(scores, key=scores.__getitem__)
+        return scale, scores[scale]
+
+    def kept_at_best(self, objective: Objective) -> Mapping[str, float]:
+        """Return what is kept of each task at the best common weight."""
+        return self.kept[self.best(objective)[0]]
+
+    def is_of(self, proposal: Proposal) -> bool:
+        """Return whether it is what a proposal asks for."""
+        return (self.step, self.members, self.candidate) == (
+            proposal.step,
+            proposal.members,
+            proposal.candidate,
+        )
+
+    def to_json(self) -> str:
+        """Return a line of the log."""
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "Trial":
+        """Return the trial of a line of the log."""
+        kept = {float(scale): tasks for scale, tasks in content["kept"].items()}
+        fields: dict[str, Any] = {**content, "kept": kept, "members": tuple(content["members"])}
+        return cls(**fields)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TrialLog:
+    """A file with a line for the search and a line for each trial.
+
+    Attributes:
+        path: The file; None keeps nothing.
+        search: A hash of what the trials belong to: the recipe, the adapters, the texts, the knobs.
+        planned: How many trials the search is meant to make; one that goes on keeps what its log says.
+    """
+
+    path: Path | None
+    search: str
+    planned: int
+
+    def read(self) -> tuple[list[Trial], int]:
+        """Return the trials that are there, and how many were planned; begin the file if there is none.
+
+        A line that a kill cut off is dropped. All processes must call it together.
+
+        Raises:
+            OptionError: The file is the log of another search.
+            OutputError: The file cannot be written.
+        """
+        lines: list[dict[str, Any]] = current().reduce(None, lambda _: self._lines())
+        if not lines:
+            self._write(json.dumps({"search": self.search, "planned": self.planned}))
+            return [], self.planned
+        if lines[0].get("search") != self.search:
+            raise OptionError(
+                f"{self.path} is the log of another search (other adapters, texts or knobs); give another file: log=…, "
+                "--log …"
+            )
+        return [Trial.from_dict(line) for line in lines[1:]], int(lines[0]["planned"])
+
+    def append(self, trials: Sequence[Trial]) -> None:
+        """Write trials, and make sure that they are on the disk."""
+        for trial in trials:
+            self._write(trial.to_json())
+
+    def _lines(self) -> list[dict[str, Any]]:
+        if self.path is None or not self.path.is_file():
+            return []
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        return [content for content in map(_parsed, lines) if content is not None]
+
+    def _write(self, line: str) -> None:
+        if self.path is None or not current().is_main:
+            return
+        try:
+            with self.path.open("ab+") as stream:
+                size = stream.seek(0, os.SEEK_END)
+                stream.seek(max(0, size - 1))
+                cut_off = size > 0 and stream.read(1) != b"\n"
+                stream.write(("\n" * cut_off + line + "\n").encode())
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as error:
+            raise OutputError(f"{self.path}: the trial cannot be written: {error}") from error
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """The content of a line; None for one that a kill cut off."""
+    try:
+        content = json.loads(line)
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) else None

@@ -1,0 +1,157 @@
+"""The texts on which a search chooses, and those on which its winner is measured."""
+
+import dataclasses
+import random
+from collections.abc import Collection, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.adapters.response import responses
+from pcb_peft.errors import OptionError
+from pcb_peft.evaluation.bench import Bench, Job, job_of, limited, open_bench
+from pcb_peft.evaluation.pairing import pair
+from pcb_peft.evaluation.settings import Settings
+from pcb_peft.evaluation.subjects import SubjectMaker
+from pcb_peft.recipes.recipe import Recipe
+from pcb_peft.runtime.scratch import shared_directory
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Validation:
+    """Measures merges on validation texts.
+
+    Attributes:
+        bench: The base model.
+        base_model: Its path or hub id.
+        jobs: The validation texts by task.
+        own: The score of each task's adapter on them, by task.
+        test: Texts for the winner, by task.
+        labels: The names of the classes and answers, by task.
+        digest: A hash of the texts.
+        notes: What is worth knowing about the texts.
+    """
+
+    bench: Bench
+    base_model: str
+    jobs: Sequence[Job]
+    own: Mapping[str, float]
+    test: Mapping[str, Any]
+    labels: Mapping[str, Sequence[str]]
+    digest: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def kept(self, merged: Adapter, names: Collection[str]) -> dict[str, float]:
+        """Return what a merge keeps of some adapters' tasks, as a share of each adapter's own score."""
+        with shared_directory() as scratch:
+            subject = SubjectMaker(self.base_model, scratch, self.bench.cache).make(merged, "merge")
+            scores = {
+                job.name: self.bench.score(subject, job).value
+                for job in self.jobs
+                if job.name in names
+            }
+        return {name: score / self.own[name] for name, score in scores.items()}
+
+    def release(self) -> None:
+        """Forget the model, so that another one can be loaded."""
+        self.bench.host.release()
+
+    def response(self, merged: Adapter, adapters: Sequence[Adapter]) -> float:
+        """Return the mean response of a merge along its adapters."""
+        return fmean(found.total for found in responses(merged, adapters).values())
+
+
+def prepare(
+    recipe: Recipe,
+    adapters: Sequence[Adapter],
+    data: Any,
+    test_data: Any,
+    settings: Settings,
+    own: Mapping[str, float] | None = None,
+) -> Validation:
+    """Read the texts, set some aside for the test, and measure each adapter alone.
+
+    Args:
+        recipe: Where the search starts.
+        adapters: Its adapters, by different names.
+        data: Validation texts, as `evaluate` takes them.
+        test_data: Test texts; None: every second text of `data`.
+        settings: How tasks are measured.
+        own: The score of each adapter alone, where it is known.
+
+    Raises:
+        OptionError: A task has no adapter, so that there is nothing to compare with, or its adapter scores 0.
+    """
+    base = recipe.base_model or next((a.base_model for a in adapters if a.base_model), None)
+    if base is None:
+        raise OptionError("the base model is not known: give base_model (--base-model)")
+    bench = open_bench(base, settings)
+    jobs, notes = _jobs(bench, adapters, data, settings)
+    if test_data is None:
+        jobs, test, said = _split(jobs, settings.limit)
+        notes += said
+    else:
+        given, _ = _jobs(bench, adapters, test_data, settings)
+        test = {job.name: _rows(limited(job, settings.limit)) for job in given}
+    jobs = [limited(job, settings.limit) for job in jobs]
+    return Validation(
+        bench=bench,
+        base_model=base,
+        jobs=jobs,
+        own=_own(bench, base, jobs) if own is None else own,
+        test=test,
+        labels={job.name: job.texts.labels for job in jobs if job.texts and job.texts.labels},
+        digest=tuple(job.texts.digest() if job.texts else job.name for job in jobs),
+        notes=tuple(notes),
+    )
+
+
+def _jobs(
+    bench: Bench, adapters: Sequence[Adapter], data: Any, settings: Settings
+) -> tuple[list[Job], list[str]]:
+    pairs, notes = pair(adapters, data)
+    return [job_of(one, bench.host, settings) for one in pairs], notes
+
+
+def _split(jobs: Sequence[Job], limit: int | None) -> tuple[list[Job], dict[str, Any], list[str]]:
+    """A random half of the texts of each task for validation, the other half for the test; always the same halves."""
+    validation: list[Job] = []
+    test: dict[str, Any] = {}
+    for job in jobs:
+        if job.texts is None or len(job.texts.rows) < 2:
+            validation.append(job)
+            continue
+        count = len(job.texts.rows)
+        chosen = {*random.Random(0).sample(range(count), (count + 1) // 2)}
+        halves = [_some(job, chosen), _some(job, {*range(count)} - chosen)]
+        validation.append(halves[0])
+        test[job.name] = _rows(limited(halves[1], limit))
+    note = "no test texts were given: the search saw one half of each file, and the other half is the test"
+    return validation, test, [note] if test else []
+
+
+def _some(job: Job, places: Collection[int]) -> Job:
+    """The same task with some of its texts."""
+    texts = job.texts
+    rows = tuple(row for n, row in enumerate(texts.rows) if n in places) if texts else ()
+    return dataclasses.replace(job, texts=texts and dataclasses.replace(texts, rows=rows))
+
+
+def _rows(job: Job) -> Any:
+    return list(job.texts.rows) if job.texts else job.pair.data
+
+
+def _own(bench: Bench, base: str, jobs: Sequence[Job]) -> dict[str, float]:
+    """The score of each task's own adapter."""
+    own: dict[str, float] = {}
+    with shared_directory() as scratch:
+        maker = SubjectMaker(base, scratch, bench.cache)
+        for job in jobs:
+            if job.adapter is None:
+                raise OptionError(
+                    f"{job.name} is no adapter's task, with nothing to compare with; name the data as the adapter"
+                )
+            own[job.name] = bench.score(maker.make(job.adapter, job.name), job).value
+            if own[job.name] <= 0:
+                raise OptionError(f"{job.name}: the adapter alone scores 0 on its own texts")
+    return own
