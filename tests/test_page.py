@@ -4,11 +4,18 @@ import html.parser
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 from helpers import adapter, lora, low_rank
 
-from pcb_peft import OutputError, merge_adapters, write_report
+from pcb_peft import (
+    OutputError,
+    UnsupportedError,
+    compare_adapters,
+    merge_adapters,
+    write_report,
+)
 from pcb_peft.commands import cli
 from pcb_peft.inspection.pairs import geometry_of
 from pcb_peft.reporting.charts import HeatMap
@@ -106,6 +113,29 @@ def test_the_spectrum_is_that_of_the_merge():
     total = sum(value[:4] for value in values)
     assert spectrum.energies == pytest.approx((total.cumsum(0) / total.sum()).tolist(), abs=1e-6)
     assert spectrum.ranks["90%"] <= spectrum.ranks["99%"] <= 4
+
+
+def texts(figure):
+    (axes,) = figure.axes
+    return [text.get_text() for text in axes.texts]
+
+
+def test_figures_have_the_numbers_of_the_report_and_of_the_comparison():
+    pytest.importorskip("matplotlib")
+    adapters = in_memory()
+    report = merge_adapters(adapters, "ties", space="core").report
+    shares = [s for one in report.adapters.values() for s in one.by_layer.values()]
+    assert texts(report.plot_shares()) == [f"{share:.2f}" for share in shares]
+    conflicts = [line.conflicts for line in report.modules.values()]  # one target per layer
+    assert texts(report.plot_conflicts()) == [f"{conflict:.2f}" for conflict in conflicts]
+    cosine = f"{float(geometry_of(adapters, silent).cosines[0, 1]):.2f}"
+    assert texts(compare_adapters(adapters).plot_cosines()) == ["1.00", cosine, cosine, "1.00"]
+
+
+def test_figures_without_matplotlib_say_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UnsupportedError, match=r"pcb-peft\[plots\]"):
+        merge_adapters(in_memory(), "ties").report.plot_shares()
 
 
 def test_a_heat_map_has_a_shade_for_every_value():

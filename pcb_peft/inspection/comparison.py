@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from pcb_peft.errors import OptionError
 from pcb_peft.inspection.pairs import Geometry
+from pcb_peft.runtime.plots import heat_map
 from pcb_peft.runtime.tables import table
 from pcb_peft.runtime.units import format_size
 
@@ -50,6 +52,27 @@ class Comparison:
                 one.name: _plain(getattr(self.geometry, one.name)) for one in numbers
             }
         return fields
+
+    def plot_cosines(self) -> Any:
+        """Draw the cosine of ΔW of each pair of adapters.
+
+        Returns:
+            A `matplotlib.figure.Figure`.
+
+        Raises:
+            OptionError: The adapters do not fit each other.
+            UnsupportedError: matplotlib is not installed.
+
+        Example:
+            compare_adapters(["math-lora", "code-lora"]).plot_cosines().savefig("cosines.png")
+        """
+        if self.geometry is None:
+            raise OptionError(
+                "these adapters cannot be merged, so there is nothing to draw: see problems"
+            )
+        rows = zip(self.names, self.geometry.cosines.tolist(), strict=True)
+        cosines = {name: dict(zip(self.names, line, strict=True)) for name, line in rows}
+        return heat_map("Cosine of ΔW", cosines, (0.0, 1.0))
 
     def __str__(self) -> str:
         if self.geometry is None:

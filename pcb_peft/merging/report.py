@@ -10,68 +10,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pcb_peft.base.paths import layer_of, target_of
+from pcb_peft.merging.module_report import (
+    AdapterReport,
+    ModuleReport,
+    adapter_report,
+    mean_conflicts,
+)
+from pcb_peft.runtime.plots import heat_map
 from pcb_peft.runtime.tables import table
 
 LOW_ENERGY = 0.9
 CLEARLY_LOSSLESS = 0.99995
 USUAL_SHARE_FACTOR = 1.5
 """A merge whose share is this many times smaller or larger than usual is said to be weak or strong."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class ModuleReport:
-    """One module of the merge.
-
-    Attributes:
-        shape: (out, in) of ΔW.
-        rank: Rank of the result, of a DoRA its low-rank part; None where it is dense, or a vector.
-        energy: Retained fraction of the merged ‖ΔW‖²_F, times what a lossy space holds of the adapters'.
-        norm: ‖ΔW‖_F of the result.
-        kept: Fraction of its entries that each adapter kept, by name; empty where the method drops none.
-        conflicts: Fraction of the entries at which adapters disagree on the sign.
-        adapter_norms: ‖ΔW_t‖_F of each adapter that changes the module, by name; of an (IA)³ ‖l − 1‖, of a DoRA that
-            of its low-rank part.
-        products: ⟨M, ΔW_t⟩ of the result M with each of them; empty where the result is dense.
-    """
-
-    shape: tuple[int, int]
-    rank: int | None
-    energy: float
-    norm: float
-    kept: Mapping[str, float]
-    conflicts: float
-    adapter_norms: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])
-    products: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])
-
-    @property
-    def conflicts_chance(self) -> float:
-        """Fraction of the entries at which as many adapters with random signs disagree: 1 − 2^(1 − T)."""
-        return 1 - 2.0 ** (1 - max(1, len(self.adapter_norms)))
-
-    def scaled(self, weight: float) -> "ModuleReport":
-        """The line of the same module, times a number."""
-        products = {name: weight * product for name, product in self.products.items()}
-        return dataclasses.replace(self, norm=abs(weight) * self.norm, products=products)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class AdapterReport:
-    """One of the adapters, in the merge.
-
-    Attributes:
-        norm: ‖ΔW_t‖ over all modules.
-        share: ⟨M, ΔW_t⟩ / ‖ΔW_t‖², the part of the adapter's own change that the merge M makes; None where it is not
-            known.
-        by_target: The same for the modules with one last name, such as q_proj.
-        by_layer: The same for each layer, by its number.
-        kept: Fraction of its entries that were kept; None where the method drops none.
-    """
-
-    norm: float
-    share: float | None
-    by_target: Mapping[str, float]
-    by_layer: Mapping[int, float]
-    kept: float | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, repr=False)
@@ -135,7 +86,7 @@ class Report:
         """The adapters in the merge, by name, in the order of the merge."""
         names = dict.fromkeys(n for line in self.modules.values() for n in line.adapter_norms)
         kept = self.kept
-        return {name: self._adapter(name, kept.get(name)) for name in names}
+        return {name: adapter_report(self.modules, name, kept.get(name)) for name in names}
 
     @property
     def share(self) -> float | None:
@@ -163,33 +114,47 @@ class Report:
         """The report as HTML, as notebooks show it."""
         return report_html(self)
 
-    def _adapter(self, name: str, kept: float | None) -> AdapterReport:
-        lines = {m: line for m, line in self.modules.items() if name in line.adapter_norms}
-        known = all(name in line.products for line in lines.values())
-        targets: dict[str, list[ModuleReport]] = {}
-        layers: dict[int, list[ModuleReport]] = {}
-        for module, line in lines.items() if known else ():
-            targets.setdefault(target_of(module), []).append(line)
-            if (layer := layer_of(module)) is not None:
-                layers.setdefault(layer, []).append(line)
-        return AdapterReport(
-            norm=math.sqrt(math.fsum(line.adapter_norms[name] ** 2 for line in lines.values())),
-            share=_share(lines.values(), name) if known else None,
-            by_target={target: _share(some, name) for target, some in sorted(targets.items())},
-            by_layer={layer: _share(some, name) for layer, some in sorted(layers.items())},
-            kept=kept,
-        )
+    def plot_shares(self) -> Any:
+        """Draw the share of each adapter by layer.
+
+        Returns:
+            A `matplotlib.figure.Figure`.
+
+        Raises:
+            UnsupportedError: matplotlib is not installed.
+
+        Example:
+            merged.report.plot_shares().savefig("shares.png")
+        """
+        shares = {
+            name: {f"layer {layer}": share for layer, share in one.by_layer.items()}
+            for name, one in self.adapters.items()
+        }
+        return heat_map("Share of each adapter's change that the merge makes", shares)
+
+    def plot_conflicts(self) -> Any:
+        """Draw the fraction of entries at which signs differ, by layer and target; chance is in the title.
+
+        Returns:
+            A `matplotlib.figure.Figure`.
+
+        Raises:
+            UnsupportedError: matplotlib is not installed.
+        """
+        groups: dict[str, dict[str, list[ModuleReport]]] = {}
+        for module, line in self.modules.items():
+            layer = layer_of(module)
+            row = groups.setdefault("other" if layer is None else f"layer {layer}", {})
+            row.setdefault(target_of(module), []).append(line)
+        conflicts = {
+            layer: {target: mean_conflicts(lines) for target, lines in row.items()}
+            for layer, row in groups.items()
+        }
+        return heat_map(f"Sign conflicts; chance: {self.conflicts_chance:.2f}", conflicts)
 
     def _mean(self, values: Sequence[float]) -> float:
         sizes = [math.prod(module.shape) for module in self.modules.values()]
         return math.fsum(s * v for s, v in zip(sizes, values, strict=True)) / max(1, sum(sizes))
-
-
-def _share(lines: Iterable[ModuleReport], name: str) -> float:
-    """⟨M, ΔW⟩ / ‖ΔW‖² of one adapter over some modules; 0 for one that changes nothing there."""
-    some = list(lines)
-    square = math.fsum(line.adapter_norms[name] ** 2 for line in some)
-    return math.fsum(line.products[name] for line in some) / square if square else 0.0
 
 
 def title(report: Report) -> str:

@@ -1,0 +1,103 @@
+"""Lines of a report: one per module, and what became of each adapter over all of them."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from pcb_peft.base.paths import layer_of, target_of
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModuleReport:
+    """One module of the merge.
+
+    Attributes:
+        shape: (out, in) of ΔW.
+        rank: Rank of the result, of a DoRA its low-rank part; None where it is dense, or a vector.
+        energy: Retained fraction of the merged ‖ΔW‖²_F, times what a lossy space holds of the adapters'.
+        norm: ‖ΔW‖_F of the result.
+        kept: Fraction of its entries that each adapter kept, by name; empty where the method drops none.
+        conflicts: Fraction of the entries at which adapters disagree on the sign.
+        adapter_norms: ‖ΔW_t‖_F of each adapter that changes the module, by name; of an (IA)³ ‖l − 1‖, of a DoRA that
+            of its low-rank part.
+        products: ⟨M, ΔW_t⟩ of the result M with each of them; empty where the result is dense.
+    """
+
+    shape: tuple[int, int]
+    rank: int | None
+    energy: float
+    norm: float
+    kept: Mapping[str, float]
+    conflicts: float
+    adapter_norms: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])
+    products: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])
+
+    @property
+    def conflicts_chance(self) -> float:
+        """Fraction of the entries at which as many adapters with random signs disagree: 1 − 2^(1 − T)."""
+        return 1 - 2.0 ** (1 - max(1, len(self.adapter_norms)))
+
+    def scaled(self, weight: float) -> "ModuleReport":
+        """The line of the same module, times a number."""
+        products = {name: weight * product for name, product in self.products.items()}
+        return dataclasses.replace(self, norm=abs(weight) * self.norm, products=products)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AdapterReport:
+    """One of the adapters, in the merge.
+
+    Attributes:
+        norm: ‖ΔW_t‖ over all modules.
+        share: ⟨M, ΔW_t⟩ / ‖ΔW_t‖², the part of the adapter's own change that the merge M makes; None where it is not
+            known.
+        by_target: The same for the modules with one last name, such as q_proj.
+        by_layer: The same for each layer, by its number.
+        kept: Fraction of its entries that were kept; None where the method drops none.
+    """
+
+    norm: float
+    share: float | None
+    by_target: Mapping[str, float]
+    by_layer: Mapping[int, float]
+    kept: float | None
+
+
+def adapter_report(
+    modules: Mapping[str, ModuleReport], name: str, kept: float | None
+) -> AdapterReport:
+    """Sum up what became of one adapter.
+
+    Args:
+        modules: The lines of the report.
+        name: The adapter's.
+        kept: Fraction of its entries that were kept; None where the method drops none.
+    """
+    lines = {m: line for m, line in modules.items() if name in line.adapter_norms}
+    known = all(name in line.products for line in lines.values())
+    targets: dict[str, list[ModuleReport]] = {}
+    layers: dict[int, list[ModuleReport]] = {}
+    for module, line in lines.items() if known else ():
+        targets.setdefault(target_of(module), []).append(line)
+        if (layer := layer_of(module)) is not None:
+            layers.setdefault(layer, []).append(line)
+    return AdapterReport(
+        norm=math.sqrt(math.fsum(line.adapter_norms[name] ** 2 for line in lines.values())),
+        share=_share(lines.values(), name) if known else None,
+        by_target={target: _share(some, name) for target, some in sorted(targets.items())},
+        by_layer={layer: _share(some, name) for layer, some in sorted(layers.items())},
+        kept=kept,
+    )
+
+
+def mean_conflicts(lines: Sequence[ModuleReport]) -> float:
+    """Fraction of the entries of some modules at which signs differ."""
+    sizes = [math.prod(line.shape) for line in lines]
+    return math.fsum(s * line.conflicts for s, line in zip(sizes, lines, strict=True)) / sum(sizes)
+
+
+def _share(lines: Iterable[ModuleReport], name: str) -> float:
+    """⟨M, ΔW⟩ / ‖ΔW‖² of one adapter over some modules; 0 for one that changes nothing there."""
+    some = list(lines)
+    square = math.fsum(line.adapter_norms[name] ** 2 for line in some)
+    return math.fsum(line.products[name] for line in some) / square if square else 0.0
