@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from pcb_peft.inspection.inspect import inspect_adapter
     from pcb_peft.merging.engine import merge, merge_adapters
     from pcb_peft.merging.into_model import add_weighted_adapter
+    from pcb_peft.merging.load_merged import load_merged
     from pcb_peft.merging.report import Report
     from pcb_peft.merging.result import MergedAdapter
     from pcb_peft.methods import MergeMethod, get_method, list_methods, merge_method
@@ -83,6 +84,7 @@ _NAMES = {
     "inspection.inspect": ("inspect_adapter",),
     "merging.engine": ("merge", "merge_adapters"),
     "merging.into_model": ("add_weighted_adapter",),
+    "merging.load_merged": ("load_merged",),
     "merging.report": ("Report",),
     "merging.result": ("MergedAdapter",),
     "methods": ("MergeMethod", "get_method", "list_methods", "merge_method"),
@@ -135,6 +137,7 @@ __all__ = [
     "list_methods",
     "list_spaces",
     "load_adapter",
+    "load_merged",
     "merge",
     "merge_adapters",
     "merge_method",

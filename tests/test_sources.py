@@ -221,8 +221,8 @@ def test_adapters_of_the_hub_merge_and_their_card_names_them(workshop, cache):
     workshop.assert_deltas(merged, {m: deltas[0][m] + deltas[1][m] for m in deltas[0]}, 1e-5)
     merged.save_pretrained(workshop.directory / "out")
     card = (workshop.directory / "out" / "README.md").read_text()
-    assert re.search(r"\| org/math \| 1(\.0)? \|", card)
-    assert "| org/many" in card
+    assert re.search(r"\| \[org/math\]\(\S+\) \| 1(\.0)? \|", card)
+    assert "| [org/many]" in card
 
 
 # -------------------------------------------------------------------------------------- live models

@@ -5,11 +5,22 @@ import functools
 import math
 from collections.abc import Callable, Container, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pcb_peft.adapters.beside import task_file
+from pcb_peft.adapters.card_sections import (
+    HEADS_HEADING,
+    USE,
+    folded_sections,
+    heads_section,
+    use_section,
+)
+from pcb_peft.adapters.companions import Companions
 from pcb_peft.adapters.delta_mapping import DeltaMapping
+from pcb_peft.adapters.folded_files import folded_files
 from pcb_peft.adapters.saving import PEFT, FileFormat, save_adapter
 from pcb_peft.adapters.source import OpenedAdapter, Source
 from pcb_peft.base.canonical import names_in_checkpoint
@@ -19,10 +30,11 @@ from pcb_peft.deltas.dtypes import parse_dtype
 from pcb_peft.deltas.replacements import TIES, Replacements, Tied, head_files
 from pcb_peft.errors import MismatchError, OptionError
 from pcb_peft.formats import Base, LazyDelta
+from pcb_peft.plugins.options import did_you_mean
 from pcb_peft.runtime.progress import tracker
 from pcb_peft.writing.edits import fitted
 from pcb_peft.writing.fold import fold_deltas
-from pcb_peft.writing.model_card import model_card
+from pcb_peft.writing.model_card import CARD, Facts, link, model_card, public_name, read_card
 from pcb_peft.writing.targets import Overwrite, check_target
 
 
@@ -40,11 +52,13 @@ class Adapter:
         base_model: Path or hub id of the base model, as far as it is known.
         revision: Revision of the base model on the Hub.
         task_type: PEFT's task type.
+        auto_mapping: The model's class, as PEFT states it for an adapter without a task type.
         scale: Number that the deltas in the files were multiplied by.
         tied: Policy of a fold for tied weights, unless it is given another.
         head: Parameters and rows that the adapter replaces.
         heads: Name of each source of a merged adapter to the parameters that this source replaces.
         inputs: Files and directories that it was made from, which no output may replace.
+        companions: Tokenizer, chat template and other files beside the weights that belong to the model, by group.
     """
 
     name: str
@@ -56,11 +70,13 @@ class Adapter:
     base_model: str | None = None
     revision: str | None = None
     task_type: str | None = None
+    auto_mapping: Mapping[str, Any] | None = None
     scale: float = 1.0
     tied: Tied = TIES[0]
     head: Replacements = dataclasses.field(default_factory=Replacements)
     heads: Mapping[str, Replacements] = dataclasses.field(default_factory=dict[str, Replacements])
     inputs: tuple[str, ...] = ()
+    companions: Companions = dataclasses.field(default_factory=dict[str, Mapping[str, Path]])
 
     def __repr__(self) -> str:
         kinds = {entry.kind.kind_name for entry in self.modules.entries.values()}
@@ -130,12 +146,40 @@ class Adapter:
             self, modules=DeltaMapping(entries), head=self.head.renamed(names), reopen=reopen
         )
 
+    def with_head(self, name: str) -> "Adapter":
+        """Return the same adapter with the head of one task as its own.
+
+        Deltas stay as they are. The heads of the other tasks are left out.
+
+        Args:
+            name: The adapter whose head it is: one of `heads`.
+
+        Returns:
+            The adapter with that head; its task type is the head's.
+
+        Raises:
+            OptionError: There is no head of that name.
+
+        Example:
+            >>> from pcb_peft import load_adapter
+            >>> classifier = load_adapter("merged").with_head("subj")  # doctest: +SKIP
+        """
+        kept = chosen_head(self, name)
+        return dataclasses.replace(
+            self,
+            head=self.head.joined(kept),
+            heads={},
+            task_type=kept.task.task_type or self.task_type,
+            auto_mapping=kept.task.auto_mapping or self.auto_mapping,
+        )
+
     def delta(self, module: str, base_model: str | Path | BaseModel | None = None) -> Tensor:
         """Return the change that is added to a module's weight W.
 
         Args:
             module: Path of the module in the base model.
-            base_model: Path or hub id of the base model, needed only where ΔW depends on W, as for (IA)³.
+            base_model: Path or hub id of the base model, needed only where ΔW depends on W, as for (IA)³; default:
+                the one that the adapter was read or merged beside.
 
         Returns:
             ΔW, float32, in W's own orientation: (out, in) for Linear, (in, out) for Conv1D. The base model says which
@@ -153,6 +197,9 @@ class Adapter:
             (2, torch.float32)
         """
         base = lazy_base(base_model)
+        if base is None and self.modules.entries[module].kind.multiplies and self.base is not None:
+            given = self.base()  # W is needed, and known
+            base = lazy_base(given) if isinstance(given, BaseModel) else None
         if base is None:
             return self.modules[module].delta()
         delta = self.on(base).modules[module]
@@ -253,7 +300,10 @@ class Adapter:
             output,
             replaced=replaced,
             tied=policy,
-            extra_files=self.companion_files(without=replaced.parameters),
+            extra_files=folded_files(
+                self.name, self.companions, base, replaced, self.folded_card(base)
+            )
+            | self.companion_files(without=replaced.parameters),
             overwrite=overwrite,
             progress=tracker(progress),
         )
@@ -270,19 +320,69 @@ class Adapter:
             without: Parameters that a folded base model holds itself. The others are in a file beside it; an adapter
                 (None) holds its own head.
         """
-        beside = {} if without is None else {self.name: self.head.without(without)}
-        return head_files(beside | dict(self.heads))
+        if without is not None:
+            return head_files({self.name: self.head.without(without)} | dict(self.heads))
+        beside = {
+            name: path.read_bytes()
+            for files in self.companions.values()
+            for name, path in files.items()
+        }
+        return beside | task_file(self.head.task.labels) | head_files(self.heads)
 
     def card(self, peft_type: str) -> str:
         """Return the text of the model card."""
-        return model_card(
-            title=self.name,
-            base_model=self.base_model,
-            task_type=self.task_type,
-            tags=[peft_type.lower(), "transformers"],
-            sources=[],
-            settings=[],
+        title, facts, sections = self.card_parts()
+        facts = dataclasses.replace(facts, tags=[peft_type.lower(), "transformers"])
+        return model_card(title, facts, sections)
+
+    def folded_card(self, base: BaseModel) -> str:
+        """Return the text of the model card of the base model with the adapter folded into it."""
+        title, facts, sections = self.card_parts()
+        model = self.base_model if public_name(base.source) is None else base.source
+        licence = read_card(base.directory / CARD).licence
+        facts = dataclasses.replace(
+            facts, base_model=model, relation="merge", library="transformers", more=licence
         )
+        title = f"{title}, folded into the base model"
+        return model_card(title, facts, folded_sections(sections, model, licence))
+
+    def card_parts(self) -> tuple[str, Facts, dict[str, str]]:
+        """Return the title, the front matter and the sections of the adapter's card.
+
+        A merge that was saved says again what the card beside it says of its making.
+        """
+        directory = None if self.files is None else self.files.directory
+        facts = Facts(base_model=self.base_model, task_type=self.task_type)
+        if directory is not None and (card := read_card(directory / CARD)).is_ours:
+            made = {k: v for k, v in card.sections.items() if k not in (USE, HEADS_HEADING)}
+            more = card.licence | {k: card.front[k] for k in ("model-index",) if k in card.front}
+            facts = dataclasses.replace(facts, models=card.models, more=more)
+            return card.title, facts, {"": made.pop("", ""), **self.loading_sections(), **made}
+        source = None if self.source is None else public_name(self.source.path)
+        first = f"The PEFT adapter {link(source)}." if source else ""
+        facts = dataclasses.replace(facts, models=[source] if source else [])
+        return self.name, facts, {"": first, **self.loading_sections()}
+
+    def loading_sections(self) -> dict[str, str]:
+        """Return the sections of a card that tell how to load the adapter, and what heads it has."""
+        use = use_section(self.base_model, self.task_type, self.auto_mapping, self.head, self.heads)
+        heads = heads_section(self.head, self.heads)
+        return {USE: use} | ({HEADS_HEADING: heads} if heads else {})
+
+
+def chosen_head(adapter: Adapter, name: str) -> Replacements:
+    """Return the head of one task that stands beside a merged adapter.
+
+    Raises:
+        OptionError: There is no head of that name.
+    """
+    if name in adapter.heads:
+        return adapter.heads[name]
+    own = f"; its own {', '.join(adapter.head.modules)} loads with it" if adapter.head else ""
+    known = f"its heads are {', '.join(adapter.heads)}" if adapter.heads else f"it keeps none{own}"
+    raise OptionError(
+        f"{adapter.name} has no head {name!r}{did_you_mean(name, adapter.heads)}; {known}"
+    )
 
 
 def _scaled(entry: LazyDelta, weight: float) -> Delta:

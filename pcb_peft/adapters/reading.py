@@ -7,16 +7,18 @@ from typing import Any
 
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.delta_mapping import DeltaMapping
-from pcb_peft.adapters.source import OpenedAdapter, Source
+from pcb_peft.adapters.source import NESTED, OpenedAdapter, Source
 from pcb_peft.deltas.replacements import (
     ReplacedParameter,
     Replacements,
+    Task,
     modules_to_save_keys,
 )
 from pcb_peft.errors import AdapterError, PcbPeftError, UnsupportedError
-from pcb_peft.files.tensors import refuse_other_numbers
+from pcb_peft.files.shown import shown
+from pcb_peft.files.tensors import refuse_empty, refuse_other_numbers
 from pcb_peft.formats import AdapterContents, Base, format_of
-from pcb_peft.formats.checkpoint import ReadFinite, Tensors
+from pcb_peft.formats.checkpoint import ReadFinite, SafetensorsFile
 from pcb_peft.formats.heads import without_copies
 from pcb_peft.formats.keys import PREFIX
 from pcb_peft.formats.plain_names import with_plain_names, with_plain_patterns
@@ -32,7 +34,10 @@ def read_adapter(name: str, source: Source | None, files: OpenedAdapter, base: B
     config = with_plain_patterns(files.config)
     where = source.path if source else f"adapter {name!r}"
     refuse_other_numbers(files.tensors)
+    refuse_empty(files.tensors)
     tensors = without_copies(with_plain_names(files.tensors))
+    if nested := next((n for n in tensors.names() if n.startswith(PREFIX + PREFIX)), None):
+        raise UnsupportedError(f"{where}: {nested} is from a PeftModel in another; {NESTED}")
     try:
         contents = format_of(config).read(config, tensors, base)
     except PcbPeftError as error:
@@ -40,6 +45,9 @@ def read_adapter(name: str, source: Source | None, files: OpenedAdapter, base: B
     if not (contents.modules or contents.rows):
         raise AdapterError(f"{where}: the files hold no delta of peft_type {config['peft_type']}")
     _refuse_replaced_targets(contents, set(tensors.names()), where)
+    rows = {new.shape[0] for new in contents.saved.values() if new.shape}
+    labels = files.labels if len(files.labels) in rows else ()  # others are the base model's
+    task = Task(config.get("task_type"), labels, config.get("auto_mapping") or None)
     return Adapter(
         name=name,
         modules=DeltaMapping(contents.modules),
@@ -49,13 +57,16 @@ def read_adapter(name: str, source: Source | None, files: OpenedAdapter, base: B
         base=base,
         base_model=config.get("base_model_name_or_path") or None,
         revision=config.get("revision"),
-        task_type=config.get("task_type"),
+        task_type=task.task_type,
+        auto_mapping=task.auto_mapping,
         head=Replacements(
             modules_to_save_keys(contents.saved, config.get("modules_to_save") or []),
             contents.saved,
             contents.rows,
             contents.copies,
+            task,
         ),
+        companions=files.companions,
         heads={owner: _kept_head(head) for owner, head in files.heads.items()},
         inputs=_inputs(source, config),
     )
@@ -78,11 +89,18 @@ def _refuse_replaced_targets(contents: AdapterContents, names: set[str], where: 
             )
 
 
-def _kept_head(tensors: Tensors) -> Replacements:
+def _kept_head(tensors: SafetensorsFile) -> Replacements:
     """Return the head of one source of a merged adapter, from its file beside the adapter."""
     refuse_other_numbers(tensors)
+    refuse_empty(tensors)
     parameters = {
         name: ReplacedParameter(tensors.shape(name), ReadFinite(tensors, name))
         for name in tensors.names()
     }
-    return Replacements(modules_to_save_keys(parameters, ()), parameters)
+    try:
+        task = Task.from_metadata(tensors.metadata())
+    except ValueError as error:
+        raise AdapterError(
+            f"{tensors.where}: the texts beside the tensors are damaged ({shown(error)}); save it again"
+        ) from error
+    return Replacements(modules_to_save_keys(parameters, ()), parameters, task=task)

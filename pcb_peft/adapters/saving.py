@@ -48,6 +48,8 @@ class Savable(Protocol):
     def task_type(self) -> str | None: ...
     @property
     def inputs(self) -> tuple[str, ...]: ...
+    @property
+    def auto_mapping(self) -> Mapping[str, Any] | None: ...
     def whole_biases(self) -> Mapping[str, Callable[[], Tensor]]: ...
     def companion_files(self) -> dict[str, bytes]: ...
     def card(self, peft_type: str) -> str: ...
@@ -155,9 +157,11 @@ def _identity(adapter: Savable, peft_type: str) -> dict[str, Any]:
     parts = {part for name in adapter.head.parameters for part in name.split(".")}
     headless = automatic and not parts.intersection(automatic)
     base = public_name(adapter.base_model)
+    task_type = None if headless else adapter.task_type
     fields = {
         "peft_type": peft_type,
-        "task_type": None if headless else adapter.task_type,
+        "task_type": task_type,
+        "auto_mapping": None if task_type else adapter.auto_mapping,
         "base_model_name_or_path": base,
         "revision": adapter.revision if base else None,
         "inference_mode": True,

@@ -5,9 +5,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pcb_peft.adapters.beside import STATING_LABELS, labels_beside, labels_in
+from pcb_peft.adapters.companions import (
+    GROUPS,
+    TRAINED,
+    Companions,
+    companions_beside,
+    refuse_trained_files,
+)
+from pcb_peft.adapters.other_files import how_to_get_an_adapter, refuse_file
 from pcb_peft.base.hub import download
 from pcb_peft.deltas.replacements import HEADS
-from pcb_peft.errors import AdapterError, AdapterNotFoundError, OptionError
+from pcb_peft.errors import (
+    AdapterError,
+    AdapterNotFoundError,
+    OptionError,
+    UnsupportedError,
+)
 from pcb_peft.formats.checkpoint import (
     CONFIG,
     PICKLE,
@@ -23,6 +37,12 @@ from pcb_peft.formats.checkpoint import (
 from pcb_peft.runtime.hashing import sha256_of_file
 
 IN_MEMORY = "in memory: "
+NESTED = (
+    "PEFT puts one adapter inside the other then, and the outer one alone is no adapter of the base model: call "
+    "get_peft_model on the base model, and model.add_adapter for a second adapter; to train on top of a finished one, "
+    "merge_and_unload() it first"
+)
+"""Why an adapter of nested PeftModels is refused, and the way out."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -65,13 +85,21 @@ class OpenedAdapter:
         sha256: Hash of the tensors' file.
         config_sha256: Hash of the configuration's file.
         heads: Heads beside a merged adapter: those of its sources, by the source's name.
+        labels: Names of the classes of the adapter's head, in the order of its rows.
+        directory: Directory of the files; None for an adapter in memory, or a single file.
+        companions: Tokenizer and other files beside it that belong to the model.
     """
 
     config: Mapping[str, Any]
     tensors: Tensors
     sha256: str | None = None
     config_sha256: str | None = None
-    heads: Mapping[str, Tensors] = dataclasses.field(default_factory=dict[str, Tensors])
+    heads: Mapping[str, SafetensorsFile] = dataclasses.field(
+        default_factory=dict[str, SafetensorsFile]
+    )
+    labels: tuple[str, ...] = ()
+    directory: Path | None = None
+    companions: Companions = dataclasses.field(default_factory=dict[str, Mapping[str, Path]])
 
 
 def open_files(source: Source, *, hashed: bool = True) -> OpenedAdapter:
@@ -86,6 +114,8 @@ def open_files(source: Source, *, hashed: bool = True) -> OpenedAdapter:
             f"{source.path} has no files: the recipe comes from a merge of adapters in memory; save that adapter, "
             "and write its directory into the recipe"
         )
+    if problem := refuse_file(Path(source.path).expanduser()):
+        raise AdapterError(problem)
     directory = _local(source) or _downloaded(source)
     if (file := _pipeline_file(directory)) is not None:
         tensors = SafetensorsFile(file)
@@ -93,7 +123,11 @@ def open_files(source: Source, *, hashed: bool = True) -> OpenedAdapter:
             pipeline_config(tensors), tensors, _tensors_digest(source, file, hashed=hashed)
         )
     if not (directory / CONFIG).is_file():
-        raise AdapterNotFoundError(f"{directory} holds no {CONFIG}{_nearby(directory)}")
+        raise AdapterNotFoundError(
+            f"{directory} holds no {CONFIG}{how_to_get_an_adapter(directory)}"
+        )
+    config = _config(directory)
+    refuse_trained_files(directory)
     weights = (directory / name for name in (SAFETENSORS, PICKLE))
     digest = _tensors_digest(source, next(filter(Path.is_file, weights), None), hashed=hashed)
     configured = sha256_of_file(directory / CONFIG)
@@ -102,8 +136,16 @@ def open_files(source: Source, *, hashed: bool = True) -> OpenedAdapter:
         path.stem: SafetensorsFile(path)
         for path in sorted(directory.glob(f"{HEADS}/*.safetensors"))
     }
-    config, tensors = read_config(directory / CONFIG), open_tensors(directory)
-    return OpenedAdapter(config, tensors, digest, configured, heads)
+    return OpenedAdapter(
+        config,
+        open_tensors(directory),
+        digest,
+        configured,
+        heads,
+        labels_beside(directory),
+        directory,
+        companions_beside(directory),
+    )
 
 
 def _tensors_digest(source: Source, file: Path | None, *, hashed: bool) -> str | None:
@@ -136,7 +178,7 @@ def files_of_model(model: Any, adapter_name: str) -> OpenedAdapter:
     Raises:
         OptionError: The model has no adapter of that name.
     """
-    from peft import get_peft_model_state_dict
+    from peft import PeftModel, get_peft_model_state_dict
 
     if adapter_name not in getattr(model, "peft_config", {}):
         names = ", ".join(getattr(model, "peft_config", {})) or "none (is it a PeftModel?)"
@@ -147,7 +189,19 @@ def files_of_model(model: Any, adapter_name: str) -> OpenedAdapter:
     if config.get("base_model_name_or_path") is None:
         config["base_model_name_or_path"] = getattr(model.get_base_model(), "name_or_path", None)
     tensors = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    return OpenedAdapter(config, TensorsInMemory(tensors, f"adapter {adapter_name!r}"))
+    base = model.get_base_model()
+    if isinstance(base, PeftModel):
+        raise UnsupportedError(
+            f"adapter {adapter_name!r} is in a PeftModel around another PeftModel; {NESTED}"
+        )
+    if config["task_type"] is None:  # what PEFT writes when it saves
+        names = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+        config["auto_mapping"] = names
+    of_model = getattr(base, "config", None)
+    labels = labels_in({"id2label": getattr(of_model, "id2label", None)})
+    return OpenedAdapter(
+        config, TensorsInMemory(tensors, f"adapter {adapter_name!r}"), labels=labels
+    )
 
 
 def _local(source: Source) -> Path | None:
@@ -162,7 +216,9 @@ def _local(source: Source) -> Path | None:
 def _downloaded(source: Source) -> Path:
     """Return the adapter's directory in the Hub's cache."""
     prefix = f"{source.subfolder}/" if source.subfolder else ""
-    names = (CONFIG, SAFETENSORS, PICKLE, PIPELINE, f"{HEADS}/*.safetensors")
+    adapter = (CONFIG, SAFETENSORS, PICKLE, PIPELINE, f"{HEADS}/*.safetensors")
+    companions = [name for patterns in GROUPS.values() for name in patterns]
+    names = (*adapter, *STATING_LABELS, *companions, *TRAINED)
     root = download(
         source.path,
         source.revision,
@@ -172,9 +228,19 @@ def _downloaded(source: Source) -> Path:
     return root / prefix
 
 
-def _nearby(directory: Path) -> str:
-    """Return a hint for messages: the subfolders of a directory that hold adapters."""
-    if not directory.is_dir():
-        return ": no such directory"
-    names = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG}"))
-    return f"; there are adapters in its subfolders {', '.join(names)}" if names else ""
+def _config(directory: Path) -> dict[str, Any]:
+    """Return the configuration of an adapter whose tensors are there.
+
+    Raises:
+        AdapterError: It is none of PEFT's.
+        AdapterNotFoundError: The tensors are missing.
+    """
+    try:
+        config = read_config(directory / CONFIG)
+    except AdapterError as error:
+        raise AdapterError(f"{error}{how_to_get_an_adapter(directory)}") from error
+    if not any((directory / name).is_file() for name in (SAFETENSORS, PICKLE)):
+        raise AdapterNotFoundError(
+            f"{directory} has neither {SAFETENSORS} nor {PICKLE}{how_to_get_an_adapter(directory)}"
+        )
+    return config

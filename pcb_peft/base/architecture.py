@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from pcb_peft.deltas.layout import ParameterForm, own_parameters_of
+from pcb_peft.errors import BaseModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -152,6 +154,13 @@ def skeleton_of(model: "PreTrainedModel") -> Skeleton:
     )
 
 
+TRANSFORMERS_ERRORS = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError),
+    StrictDataclassError,
+)
+"""What transformers raises for a configuration that it cannot make sense of."""
+
+
 @contextlib.contextmanager
 def _without_garbage_collection() -> Generator[None]:
     """Pause the garbage collector, which would look through all of transformers repeatedly while it is imported."""
@@ -165,7 +174,11 @@ def _without_garbage_collection() -> Generator[None]:
 
 
 def built_on_meta(directory: Path) -> "PreTrainedModel | None":
-    """Build the model of a checkpoint without memory; None if transformers has no code of its own for it."""
+    """Build the model of a checkpoint without memory; None if transformers has no code of its own for it.
+
+    Raises:
+        BaseModelError: transformers knows the architecture, and cannot make sense of the configuration.
+    """
     with _without_garbage_collection():
         import transformers
 
@@ -178,6 +191,21 @@ def built_on_meta(directory: Path) -> "PreTrainedModel | None":
             return transformers.AutoModel.from_config(config, trust_remote_code=False)
     except (ImportError, OSError, ValueError):
         return None
+    except TRANSFORMERS_ERRORS as error:
+        raise unreadable_config(str(directory), error) from error
+
+
+def unreadable_config(source: str, error: Exception) -> BaseModelError:
+    """Return the error that says why transformers cannot load a model, with the way out."""
+    import transformers
+
+    if isinstance(error, OSError | RuntimeError):  # no such model, no memory …
+        return BaseModelError(f"{source} cannot be loaded with transformers: {error}")
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    return BaseModelError(
+        f"{source} cannot be loaded with transformers {transformers.__version__}: {reason}; its config.json is "
+        "damaged, or was written for another version: install that version, or get the model again"
+    )
 
 
 def _ends(model: "PreTrainedModel") -> tuple[str | None, frozenset[str]]:

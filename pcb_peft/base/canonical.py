@@ -18,13 +18,19 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pcb_peft.base.architecture import Skeleton, built_on_meta, skeleton_of
+from pcb_peft.base.architecture import (
+    TRANSFORMERS_ERRORS,
+    Skeleton,
+    built_on_meta,
+    skeleton_of,
+)
 from pcb_peft.base.model import BaseModel
+from pcb_peft.errors import BaseModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-AUTO_CLASSES = {  # of transformers, by PEFT's task type
+AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
@@ -32,6 +38,7 @@ AUTO_CLASSES = {  # of transformers, by PEFT's task type
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "FEATURE_EXTRACTION": "AutoModel",
 }
+"""PEFT's task types, and the class of transformers that does each."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -150,12 +157,17 @@ def canonical_names(directory: Path, task_types: Collection[str | None] = ()) ->
 
         try:
             return transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        except (OSError, ValueError, KeyError):
+        except TRANSFORMERS_ERRORS:
             return None
 
     @functools.cache
     def first() -> "PreTrainedModel | None":
-        return built_on_meta(directory)
+        try:
+            return built_on_meta(directory)
+        except (
+            BaseModelError
+        ):  # names can do without; whoever needs the model itself raises it again
+            return None
 
     @functools.cache
     def checkpoint_class() -> ModelClass | None:

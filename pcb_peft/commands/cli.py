@@ -36,6 +36,7 @@ COMMANDS = (
     "distill",
     "evaluate",
     "search",
+    "head",
     "fold",
     "extract",
     "collect",

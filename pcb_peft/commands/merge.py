@@ -155,7 +155,7 @@ def _write(merged: "MergedAdapter", parsed: argparse.Namespace) -> "MergedAdapte
 def _answer(merged: "MergedAdapter", parsed: argparse.Namespace, notes: list[str]) -> Answer:
     report, output = merged.report, parsed.output
     rank, size = highest_rank(report), size_on_disk(output) if output.is_dir() else 0
-    warning = None if parsed.fold else missing_heads(merged, output)
+    warning = missing_heads(merged, output, folded=parsed.fold)
     following = after_fold(output) if parsed.fold else after_merge(merged, output, rank)
     details = _module_lines(report) if is_verbose(parsed) else []
     page = [f"report for a browser: {parsed.report}"] if parsed.report else []
@@ -167,6 +167,7 @@ def _answer(merged: "MergedAdapter", parsed: argparse.Namespace, notes: list[str
         "rank": rank,
         "folded": parsed.fold,
         "base_model": merged.base_model,
+        "head": merged.recipe.head,
         "heads_kept_apart": list(merged.heads),
         "notes": [*report.notes, *notes],
         "report": report.as_dict(),

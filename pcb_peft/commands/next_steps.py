@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from pcb_peft.runtime.units import format_size
 
 if TYPE_CHECKING:
+    from pcb_peft.adapters.adapter import Adapter
     from pcb_peft.merging.report import Report
     from pcb_peft.merging.result import MergedAdapter
 
@@ -34,7 +35,7 @@ def where_written(output: Path, rank: int | None, size: int) -> str:
 def after_merge(merged: MergedAdapter, output: Path, rank: int | None) -> str:
     """Say how to load, serve and fold a merged adapter that was saved."""
     base = merged.base_model or "BASE_MODEL"
-    lines = [f'  load   PeftModel.from_pretrained(base_model, "{output}")']
+    lines = [f"  load   {_loading(merged, output)}"]
     served = next((most for most in VLLM_RANKS if rank is not None and rank <= most), None)
     if served is not None and merged.task_type == "CAUSAL_LM":
         lines.append(
@@ -44,18 +45,48 @@ def after_merge(merged: MergedAdapter, output: Path, rank: int | None) -> str:
     return "\n".join(["next:", *lines])
 
 
+def load_with_head(adapter: Adapter, output: Path) -> str:
+    """Say how to load a merged adapter that has got a head."""
+    return f"next:\n  load   {_loading(adapter, output)}"
+
+
+def _loading(adapter: Adapter, output: Path) -> str:
+    """Return the call that loads a saved adapter."""
+    base = adapter.base_model or "BASE_MODEL"
+    if adapter.heads:
+        return f'load_merged("{base}", "{output}", head="{next(iter(adapter.heads))}")'
+    if adapter.head.task.labels:
+        return f'load_merged("{base}", "{output}"), or PeftModel.from_pretrained(base_model, "{output}")'
+    return f'PeftModel.from_pretrained(base_model, "{output}")'
+
+
 def after_fold(output: Path) -> str:
     """Say how to load a folded model."""
     return f'next:\n  load   AutoModel.from_pretrained("{output}"), or the class of your task'
 
 
-def missing_heads(merged: MergedAdapter, output: Path) -> str | None:
-    """Say that a merged adapter lacks what its sources replace in different ways; None where it lacks nothing."""
-    if not merged.heads:
+def missing_heads(adapter: Adapter, output: Path, *, folded: bool = False) -> str | None:
+    """Say that an output lacks what its sources replace in different ways; None where it lacks nothing.
+
+    Args:
+        adapter: What was written.
+        output: Where.
+        folded: True for a whole model.
+    """
+    if not adapter.heads:
         return None
-    modules = sorted({module for kept in merged.heads.values() for module in kept.modules})
-    owners = ", ".join(merged.heads)
+    modules = sorted({module for kept in adapter.heads.values() for module in kept.modules})
+    owners, first = ", ".join(adapter.heads), next(iter(adapter.heads))
+    found = (
+        f"NO {' and '.join(modules) or 'head'} of its own: {owners} have different ones, saved in "
+        f"{output / 'heads'}"
+    )
+    if folded:
+        return (
+            f"the folded model has {found}. What it holds there is the base model's, or nothing: merge with --head "
+            f"{first} to fold one in"
+        )
     return (
-        f"the merged adapter has NO {' and '.join(modules) or 'head'} of its own: {owners} have different ones, "
-        f"saved in {output / 'heads'}. Load one of them first, or PEFT will make one up"
+        f"the merged adapter has {found}. Load one first, or PEFT will make one up: pcb-peft head {output} {first} "
+        f"-o {output}-{first}"
     )

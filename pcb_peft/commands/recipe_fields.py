@@ -120,6 +120,14 @@ def _model_fields() -> Iterator[Field]:
         "POLICY",
         names=heads,
     )
+    yield Field("head", "the adapter whose head the merged adapter gets", _text, "ADAPTER")
+    yield Field(
+        "companions",
+        "whose tokenizer, chat template, generation and processor files the merged adapter gets: agree (those that all "
+        "adapters have alike), none, or the name of an adapter (default: agree)",
+        _text,
+        "POLICY",
+    )
     ties = constant(REPLACEMENTS, "TIES")
     yield Field("tied", tied_help(), _name(ties), "POLICY", names=ties)
     yield Field("chain", "each adapter was trained on top of those before it", _switch, None)

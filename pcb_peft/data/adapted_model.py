@@ -8,7 +8,8 @@ from typing import Any
 
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.source import Source
-from pcb_peft.errors import BaseModelError, MismatchError
+from pcb_peft.base.architecture import TRANSFORMERS_ERRORS, unreadable_config
+from pcb_peft.errors import MismatchError
 
 
 @contextlib.contextmanager
@@ -85,5 +86,5 @@ def _load_base(adapter: Adapter, base_model: str | Path) -> Any:
         return classes.get(str(adapter.task_type), stated).from_pretrained(
             base_model, config=config
         )
-    except (OSError, ValueError, AttributeError) as error:
-        raise BaseModelError(f"{base_model} cannot be loaded with transformers: {error}") from error
+    except TRANSFORMERS_ERRORS as error:
+        raise unreadable_config(str(base_model), error) from error

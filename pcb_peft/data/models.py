@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from pcb_peft.base.architecture import TRANSFORMERS_ERRORS, unreadable_config
 from pcb_peft.base.canonical import AUTO_CLASSES
-from pcb_peft.errors import BaseModelError, OptionError
+from pcb_peft.errors import OptionError
 
 WITH_LOGITS = frozenset({"CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "SEQ_2_SEQ_LM"})
 """PEFT's task types whose models answer with logits; others have hidden states only."""
@@ -29,8 +30,16 @@ def load_base(base_model: str | Path | Any, task_type: str | None) -> Any:
     return load_model(str(base_model), AUTO_CLASSES.get(str(task_type), "AutoModel"))
 
 
-def load_model(source: str, auto_class: str, dtype: torch.dtype | str = "auto") -> Any:
+def load_model(
+    source: str, class_name: str, dtype: torch.dtype | str = "auto", **options: Any
+) -> Any:
     """Load a model of transformers in evaluation mode, without the report that its head is new.
+
+    Args:
+        source: Path or hub id.
+        class_name: The class of transformers.
+        dtype: Data type of the weights.
+        **options: Further arguments of its ``from_pretrained``.
 
     Raises:
         BaseModelError: It cannot be loaded.
@@ -39,9 +48,10 @@ def load_model(source: str, auto_class: str, dtype: torch.dtype | str = "auto") 
 
     with quiet_transformers():
         try:
-            model = getattr(transformers, auto_class).from_pretrained(source, dtype=dtype)
-        except (OSError, ValueError, KeyError) as error:
-            raise BaseModelError(f"{source} cannot be loaded with transformers: {error}") from error
+            model_class = getattr(transformers, class_name)
+            model = model_class.from_pretrained(source, dtype=dtype, **options)
+        except TRANSFORMERS_ERRORS as error:
+            raise unreadable_config(source, error) from error
     return model.eval()
 
 

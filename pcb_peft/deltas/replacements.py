@@ -1,9 +1,10 @@
 """Values that an adapter replaces in the base model instead of adding to them: parameters, and rows of embeddings."""
 
 import dataclasses
+import json
 import typing
 from collections.abc import Callable, Collection, Container, Iterable, Mapping
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import safetensors.torch
 import torch
@@ -55,6 +56,46 @@ class TokenRows:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Task:
+    """The task that a head was trained for, as far as it is known.
+
+    Attributes:
+        task_type: PEFT's task type, such as SEQ_CLS.
+        labels: Names of the classes, in the order of the head's rows.
+        auto_mapping: The class of the model, as PEFT states it where there is no task type.
+    """
+
+    task_type: str | None = None
+    labels: tuple[str, ...] = ()
+    auto_mapping: Mapping[str, Any] | None = None
+
+    def as_metadata(self) -> dict[str, str]:
+        """Return the texts that a safetensors file keeps beside the head."""
+        fields = {
+            "task_type": self.task_type,
+            "labels": json.dumps(self.labels, ensure_ascii=False) if self.labels else None,
+            "auto_mapping": json.dumps(self.auto_mapping) if self.auto_mapping else None,
+        }
+        return {key: value for key, value in fields.items() if value is not None}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str]) -> "Task":
+        """Return the task that the texts in a safetensors file name.
+
+        Raises:
+            ValueError: They are not what `as_metadata` writes.
+        """
+        try:
+            labels = json.loads(metadata.get("labels", "[]"))
+            mapping = json.loads(metadata.get("auto_mapping", "{}"))
+        except RecursionError as error:
+            raise ValueError("nested too deeply") from error
+        if type(labels) is not list or type(mapping) is not dict:
+            raise ValueError("labels must be a list, and auto_mapping an object")
+        return cls(metadata.get("task_type"), tuple(map(str, labels)), mapping or None)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Replacements:
     """Parameters and rows that an adapter replaces; most often a classification head.
 
@@ -63,6 +104,7 @@ class Replacements:
         parameters: Path of a parameter in the base model to its new values.
         rows: Module path to the new rows of its weight.
         copies: Module to the module that it was tied to when the adapter was trained, whose rows it has.
+        task: The task that the head was trained for.
     """
 
     modules: tuple[str, ...] = ()
@@ -71,14 +113,30 @@ class Replacements:
     )
     rows: Mapping[str, TokenRows] = dataclasses.field(default_factory=dict[str, TokenRows])
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
+    task: Task = Task()
 
     def __bool__(self) -> bool:
         return bool(self.parameters or self.rows)
 
+    def joined(self, other: "Replacements") -> "Replacements":
+        """Return these replacements, and those of another adapter; where both replace a parameter, the other's.
+
+        The task is the one that both name, or the only one that is named.
+        """
+        tasks = [one.task for one in (self, other) if one.parameters and one.task != Task()]
+        return Replacements(
+            tuple(dict.fromkeys([*self.modules, *other.modules])),
+            {**self.parameters, **other.parameters},
+            {**self.rows, **other.rows},
+            {**self.copies, **other.copies},
+            tasks[0] if len(tasks) == 1 or tasks[1:] == tasks[:1] else Task(),
+        )
+
     def only(self, names: Container[str]) -> "Replacements":
         """Return the parameters of these names, without rows."""
         parameters = {name: new for name, new in self.parameters.items() if name in names}
-        return Replacements(modules_to_save_keys(parameters, self.modules), parameters)
+        keys = modules_to_save_keys(parameters, self.modules)
+        return Replacements(keys, parameters, task=self.task)
 
     def without(self, names: Container[str]) -> "Replacements":
         """Return the parameters that do not have these names, without rows."""
@@ -113,6 +171,7 @@ class Replacements:
             parameters,
             {names.get(module, module): rows for module, rows in self.rows.items()},
             {names.get(copy, copy): names.get(of, of) for copy, of in self.copies.items()},
+            self.task,
         )
 
     def groups(self) -> dict[str, set[str]]:
@@ -149,15 +208,23 @@ def modules_to_save_keys(parameters: Iterable[str], keys: Collection[str]) -> tu
 
 
 def head_files(heads: Mapping[str, Replacements]) -> dict[str, bytes]:
-    """Return one file per adapter that has a head: its path to its content.
-
-    ``model.load_state_dict(load_file(path), strict=False)`` loads one.
-    """
+    """Return one file per adapter that has a head: its path to its content, in which its task is stated, too."""
     return {
-        f"{HEADS}/{name}.safetensors": safetensors.torch.save(
-            {key: values.contiguous() for key, values in head.read().items()},
-            metadata={"format": "pt"},
-        )
+        f"{HEADS}/{name}.safetensors": _file_content(head.read(), head.task.as_metadata())
         for name, head in heads.items()
         if head.parameters
     }
+
+
+def _file_content(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> bytes:
+    """Return the bytes of a safetensors file, always the same: the library writes several texts in any order."""
+    contiguous = {key: values.contiguous() for key, values in tensors.items()}
+    content = safetensors.torch.save(contiguous, metadata={"format": "pt"})
+    if not texts:
+        return content
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] |= texts
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # values begin at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text + content[end:]

@@ -22,7 +22,7 @@ from pcb_peft.errors import MismatchError, OptionError
 from pcb_peft.recipes.yaml_text import dump_yaml
 from pcb_peft.runtime.progress import tracker
 from pcb_peft.version import __version__
-from pcb_peft.writing.model_card import model_card
+from pcb_peft.writing.model_card import Facts, table
 
 FILE_NAME = "distill_recipe.yaml"
 FEW = 128  # texts of a task
@@ -49,16 +49,14 @@ class DistilledAdapter(Adapter):
         text = dump_yaml(dict(self.recipe))
         return {FILE_NAME: text.encode(), **super().companion_files(without)}
 
-    def card(self, peft_type: str) -> str:
+    def card_parts(self) -> tuple[str, Facts, dict[str, str]]:
         adapters = self.recipe["adapters"]
-        return model_card(
-            title=f"{len(adapters)} adapters merged, and distilled on unlabelled texts",
-            base_model=self.base_model,
-            task_type=self.task_type,
-            tags=[peft_type.lower(), "transformers"],
-            sources=[(adapter["name"], f"{adapter['texts']} texts") for adapter in adapters],
-            settings=[("steps", self.best_step), ("recipe", FILE_NAME)],
-        )
+        sources = [(adapter["name"], f"{adapter['texts']} texts") for adapter in adapters]
+        settings = [("steps", self.best_step), ("recipe", FILE_NAME)]
+        tables = [table(("adapter", "weight"), sources), table(("setting", "value"), settings)]
+        title = f"{len(adapters)} adapters merged, and distilled on unlabelled texts"
+        facts = Facts(base_model=self.base_model, task_type=self.task_type)
+        return title, facts, {"": "\n\n".join(tables), **self.loading_sections()}
 
 
 def distill_merge(  # noqa: PLR0913  (every choice, by name)

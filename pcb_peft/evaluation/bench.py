@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.data.live_heads import Head
 from pcb_peft.data.models import load_tokenizer
 from pcb_peft.errors import OptionError, PcbPeftError
 from pcb_peft.evaluation.budget import PROBED, SHARE, parse_budget, texts_within, tokens_per_second
 from pcb_peft.evaluation.cache import OutcomeCache, default_cache_directory
 from pcb_peft.evaluation.harness import harness_outcomes, harness_version
-from pcb_peft.evaluation.host import Head, ModelHost
+from pcb_peft.evaluation.host import ModelHost
 from pcb_peft.evaluation.measures import Runner
 from pcb_peft.evaluation.pairing import Pair
 from pcb_peft.evaluation.scores import Score

@@ -1,26 +1,18 @@
 """The one model in memory: a base model that puts on one adapter after another, loaded by PEFT as users load it."""
 
 import contextlib
-import copy
 import dataclasses
-import re
-import warnings
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from pcb_peft.base.architecture import TRANSFORMERS_ERRORS, unreadable_config
 from pcb_peft.base.canonical import AUTO_CLASSES
+from pcb_peft.data.live_heads import Head, put_head, with_head, wrapped_by_peft
 from pcb_peft.data.models import load_model
-from pcb_peft.errors import BaseModelError, MismatchError
-
-MISSING_KEY = re.compile(r"'([^']+)'")
-"""A parameter in PEFT's warning about those that an adapter's files lack."""
-
-Head = Mapping[str, Tensor]
-"""A classification head: its parameters by their names in the base model."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -87,10 +79,8 @@ class ModelHost:
 
         try:
             return AutoConfig.from_pretrained(self.base_model)
-        except (OSError, ValueError) as error:
-            raise BaseModelError(
-                f"{self.base_model} cannot be loaded with transformers: {error}"
-            ) from error
+        except TRANSFORMERS_ERRORS as error:
+            raise unreadable_config(self.base_model, error) from error
 
     def task_type(self) -> str:
         """PEFT's word for what the base model was built for, such as CAUSAL_LM."""
@@ -144,7 +134,7 @@ class ModelHost:
         if place is None:
             return
         self._loaded = None  # until it is known that the adapter has left nothing behind
-        wearing = _wrapped(model, place, name, head)
+        wearing = wrapped_by_peft(model, place.arguments(), name, head)
         put_head(wearing.get_base_model(), head, name)
         self._model, self._worn = wearing.to(self.device).eval(), wanted
 
@@ -173,112 +163,6 @@ class ModelHost:
             self._loaded = self._class = wanted
             self._sums, self._heads = _sums(self._model), set[str]()
         return self._model
-
-
-def with_head(model: Any, head: Head, name: str = "the adapter") -> None:
-    """Give a model a head of these values, with as many classes.
-
-    Args:
-        model: A classifier of transformers.
-        head: Parameters by name.
-        name: What messages call the adapter.
-
-    Raises:
-        MismatchError: The model has no such head.
-    """
-    present = model.state_dict()
-    if all(key in present and present[key].shape == value.shape for key, value in head.items()):
-        put_head(model, head, name)
-        return
-    classes = _classes(model, head)
-    if classes is None:
-        shapes = {key: tuple(value.shape) for key, value in head.items()}
-        raise MismatchError(
-            f"the head of {name} has {shapes}, which does not fit {type(model).__name__}; give the base model and the "
-            "class that the adapter was trained on"
-        )
-    model.config.num_labels = classes
-    fresh = _skeleton(model, classes).state_dict()
-    for key in fresh:
-        if key in present and fresh[key].shape != present[key].shape:
-            _replace(model, key, fresh[key].shape)
-    if hasattr(model, "num_labels"):
-        model.num_labels = classes
-    put_head(model, head, name)
-
-
-def put_head(model: nn.Module, head: Head, name: str = "the adapter") -> None:
-    """Copy a head's values into a model, also where PEFT has wrapped the head.
-
-    Raises:
-        MismatchError: The model has no parameter of that name, or in another shape.
-    """
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for key, value in head.items():
-            module, _, kind = key.rpartition(".")
-            wrapped = [
-                f"{module}.original_module.{kind}",
-                f"{module}.modules_to_save.default.{kind}",
-            ]
-            places = [parameters[place] for place in [key, *wrapped] if place in parameters]
-            if not places or any(place.shape != value.shape for place in places):
-                raise MismatchError(f"the head of {name}: {key} is not in {type(model).__name__}")
-            for place in places:
-                place.copy_(value)
-
-
-def _classes(model: Any, head: Head) -> int | None:
-    """Number of classes of a head: the number that gives the model's head the shapes of this one."""
-    for classes in dict.fromkeys(value.shape[0] for value in head.values()):
-        shapes = {key: value.shape for key, value in _skeleton(model, classes).named_parameters()}
-        if all(shapes.get(key) == value.shape for key, value in head.items()):
-            return classes
-    return None
-
-
-def _skeleton(model: Any, classes: int) -> nn.Module:
-    """The same architecture with so many classes, without values."""
-    config = copy.deepcopy(model.config)
-    config.num_labels = classes
-    with torch.device("meta"):
-        return type(model)(config)
-
-
-def _replace(model: nn.Module, key: str, shape: torch.Size) -> None:
-    """Give a parameter another shape; its layer learns of it."""
-    module, _, kind = key.rpartition(".")
-    layer = model.get_submodule(module)
-    old = getattr(layer, kind)
-    setattr(layer, kind, nn.Parameter(old.new_zeros(shape), requires_grad=False))
-    if isinstance(layer, nn.Linear):
-        layer.out_features = shape[0]
-
-
-def _wrapped(base: Any, place: Place, name: str, head: Head) -> Any:
-    """The base model with an adapter, by PEFT.
-
-    Raises:
-        MismatchError: The adapter does not fit the base model.
-    """
-    from peft import PeftModel
-
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        try:
-            model = PeftModel.from_pretrained(base, **place.arguments())
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise MismatchError(f"{name} does not fit the base model: {error}") from error
-    heads = {key.rpartition(".")[0] for key in head}
-    for message in (str(warning.message) for warning in told):
-        keys = MISSING_KEY.findall(message) if "missing adapter keys" in message else []
-        lacking = [key for key in keys if not any(f".{module}." in key for module in heads)]
-        if lacking:
-            raise MismatchError(
-                f"{name} does not fit {type(base).__name__}: its files lack {', '.join(lacking[:3])}; give the base "
-                "model that it was trained on"
-            )
-    return model
 
 
 def _sums(model: nn.Module) -> dict[str, float]:

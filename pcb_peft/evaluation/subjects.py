@@ -9,9 +9,10 @@ from torch import Tensor
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.loading import load_adapter
 from pcb_peft.adapters.source import Source
+from pcb_peft.data.live_heads import Head
 from pcb_peft.deltas.delta import Dense
 from pcb_peft.evaluation.cache import OutcomeCache
-from pcb_peft.evaluation.host import Head, Place
+from pcb_peft.evaluation.host import Place
 from pcb_peft.formats.checkpoint import CONFIG
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -206,7 +205,7 @@ def _head_labels(
     if all(isinstance(row["label"], int) for row in rows):
         return tuple(map(str, range(classes)))
     known = labels or adapter_labels(adapter)
-    if known is None:
+    if not known:
         data = sorted({str(row["label"]) for row in rows})
         raise OptionError(
             f"{name}: the head has {classes} rows, and neither task.json nor config.json beside the adapter says which "
@@ -220,22 +219,9 @@ def _head_labels(
     return known
 
 
-def adapter_labels(adapter: Adapter | None) -> Sequence[str] | None:
-    """Names of the classes that stand beside an adapter: in task.json, config.json or its own configuration."""
-    if adapter is None or adapter.source is None:
-        return None
-    directory = Path(adapter.source.path).expanduser() / (adapter.source.subfolder or "")
-    for file in ("task.json", "config.json", "adapter_config.json"):
-        path = directory / file
-        if not path.is_file():
-            continue
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if content.get("labels"):
-            return [str(label) for label in content["labels"]]
-        names: dict[str, str] = content.get("id2label") or {}
-        if names and not all(value.startswith("LABEL_") for value in names.values()):
-            return [names[key] for key in sorted(names, key=int)]
-    return None
+def adapter_labels(adapter: Adapter | None) -> Sequence[str]:
+    """Names of the classes of an adapter's head, as far as they are known."""
+    return () if adapter is None else adapter.head.task.labels
 
 
 def _check_labels(name: str, rows: Sequence[Row], known: Sequence[str]) -> None:

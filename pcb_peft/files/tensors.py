@@ -103,6 +103,17 @@ def refuse_other_numbers(tensors: Tensors) -> None:
             tensors.dtype(name)
 
 
+def refuse_empty(tensors: Tensors) -> None:
+    """Raise AdapterError where a tensor holds no values."""
+    for name in tensors.names():
+        if 0 in tensors.shape(name):
+            raise AdapterError(
+                f"{tensors.where}: {shown(name)} is empty (shape {tensors.shape(name)}): DeepSpeed ZeRO-3 keeps each "
+                "weight in parts, and the adapter was saved without gathering them; save it again with "
+                "stage3_gather_16bit_weights_on_model_save, or rebuild it from the checkpoint with zero_to_fp32.py"
+            )
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class ReadFinite:
     """Reads one tensor in float32 each time it is called; errors are those of `read_finite`."""

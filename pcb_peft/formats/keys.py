@@ -12,7 +12,11 @@ from pcb_peft.errors import UnsupportedError
 PREFIX = "base_model.model."
 """PEFT's prefix of every tensor that belongs to a module."""
 
-AUTOMATIC_HEADS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"]}
+AUTOMATIC_HEADS = {
+    "SEQ_CLS": ["classifier", "score"],
+    "TOKEN_CLS": ["classifier", "score"],
+    "QUESTION_ANS": ["qa_outputs"],
+}
 """Task type to the modules that PEFT saves whole for it without being told."""
 
 PLAIN_PARAMETER = re.compile(r".+\.(weight|bias)")

@@ -3,7 +3,7 @@
 import copy
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.deltas.delta import Delta
@@ -118,11 +118,11 @@ def common_base(adapters: Sequence[Adapter], stated: str | None) -> CommonBase:
             + "; if they are the same model under several names, state it: base_model=…, --base-model …"
         )
     if stated is not None or not named:
-        return CommonBase(stated, None)
+        return CommonBase(stated, None, _class_notes(adapters))
     hub = next((a for a in named if not str(a.base_model).startswith(("/", "."))), named[0])
     revisions = {adapter.revision for adapter in named}
     revision = revisions.pop() if len(revisions) == 1 else None
-    notes: list[str] = []
+    notes = _class_notes(adapters)
     if len(spellings := {str(adapter.base_model) for adapter in named}) > 1:
         notes.append(
             f"{', '.join(sorted(spellings))} are taken for one base model: the names end alike"
@@ -131,6 +131,27 @@ def common_base(adapters: Sequence[Adapter], stated: str | None) -> CommonBase:
         listed = ", ".join(sorted(str(revision) for revision in revisions))
         notes.append(f"the base model's revision is left open: the adapters name {listed}")
     return CommonBase(hub.base_model, revision, notes)
+
+
+def common_mapping(adapters: Sequence[Adapter]) -> Mapping[str, Any] | None:
+    """Return the class of the model (PEFT's auto_mapping), if the adapters that state one agree; else None."""
+    stated = [adapter.auto_mapping for adapter in adapters if adapter.auto_mapping]
+    return stated[0] if len(_classes(adapters)) == 1 else None
+
+
+def _class_notes(adapters: Sequence[Adapter]) -> list[str]:
+    """Return a note where adapters were trained on different classes of the base model."""
+    classes = _classes(adapters)
+    if len(classes) < 2:
+        return []
+    return [
+        f"the adapters were trained on {', '.join(classes)}: the merged adapter names no class (auto_mapping)"
+    ]
+
+
+def _classes(adapters: Sequence[Adapter]) -> list[str]:
+    mappings = [adapter.auto_mapping for adapter in adapters if adapter.auto_mapping]
+    return sorted({str(mapping.get("base_model_class")) for mapping in mappings})
 
 
 def _last(path: str) -> str:

@@ -29,7 +29,7 @@ from pcb_peft.deltas.rank_choice import (
 from pcb_peft.deltas.replacements import HeadPolicy, Tied
 from pcb_peft.errors import OptionError
 from pcb_peft.formats import LazyDelta
-from pcb_peft.merging.compatibility import AdapterSet
+from pcb_peft.merging.compatibility import AdapterSet, common_mapping
 from pcb_peft.merging.dora_or_lora import lift_to_dora
 from pcb_peft.merging.finish import ModuleFinisher, PendingModule, apply_rank_budget, gather
 from pcb_peft.merging.module_merger import Machine, MergeModule, ModuleMerger
@@ -67,6 +67,8 @@ def merge_adapters(  # noqa: PLR0913  (every choice of a merge, by name)
     before: StepsLike = (),
     after: StepsLike = (),
     heads: HeadPolicy = "keep-each",
+    head: str | None = None,
+    companions: str = "agree",
     tied: Tied = "refuse",
     chain: bool = False,
     max_memory: int | str = DEFAULT_MEMORY,
@@ -100,6 +102,8 @@ def merge_adapters(  # noqa: PLR0913  (every choice of a merge, by name)
         heads: What happens to fully trained layers (modules_to_save, embeddings, token rows) that differ between
             adapters: "keep-each" (a file per adapter), "average" (by weight), "first" or "refuse". A layer that only
             one adapter holds, or all alike, is part of the result.
+        companions: Whose tokenizer, chat template, generation and processor files the result gets: "agree" (those that
+            all adapters which have them have alike), "none", or the name of an adapter.
         tied: How the result is folded when only one of two tied matrices changes: "refuse", "untie" or "both".
         chain: Each adapter was trained on top of those before it, not on the bare base model.
         max_memory: Limit of what is cached between passes, in bytes or as "1G". Peak memory is roughly this, the
@@ -127,27 +131,28 @@ def merge_adapters(  # noqa: PLR0913  (every choice of a merge, by name)
     chosen = method if isinstance(method, MergeMethod) else get_method(method_of(method))
     loaded = load_adapters(adapters, base_model=lazy_base(base_model))
     opened = [open_statistics(one) for one in statistics]
-    recipe = Recipe.parse(
-        adapters=sources_of(loaded),
-        weights=weights,
-        method=method if isinstance(method, str) else method.name,
-        space=space,
-        scope=scope,
-        rank=rank,
-        options=options,
-        overrides=overrides,
-        before=before,
-        after=after,
-        heads=heads,
-        tied=tied,
-        chain=chain,
-        base_model=base_model,
-        seed=seed,
-        statistics=sources_of(opened),
-        metric=metric,
-    )
+    what = {"weights": weights, "space": space, "scope": scope, "rank": rank, "options": options}
+    how = {"overrides": overrides, "before": before, "after": after, "chain": chain}
+    where = {"base_model": base_model, "metric": metric, "seed": seed}
+    beside = {"heads": heads, "head": head, "companions": companions, "tied": tied}
+    recipe = _recipe_of(loaded, opened, method, **what, **how, **where, **beside)
     return merge(
         recipe, loaded, chosen, opened, device=device, progress=progress, max_memory=max_memory
+    )
+
+
+def _recipe_of(
+    adapters: Sequence[Adapter],
+    statistics: Sequence[TaskStatistics],
+    method: str | MergeMethod,
+    **given: Any,
+) -> Recipe:
+    """The recipe of a merge of what is open; `given` are its other fields."""
+    return Recipe.parse(
+        adapters=sources_of(adapters),
+        statistics=sources_of(statistics),
+        method=method if isinstance(method, str) else method.name,
+        **given,
     )
 
 
@@ -358,16 +363,19 @@ def _result(
         report.note(warning)
         warnings.warn(warning, stacklevel=4)
     tasks = {adapter.task_type for adapter in adapters}
+    stated = prepared.heads.head.task.task_type if recipe.head else None
     return MergedAdapter(
         name="merged",
         modules=DeltaMapping(entries),
         base=prepared.base,
         base_model=prepared.common.name,
         revision=prepared.common.revision,
-        task_type=tasks.pop() if len(tasks) == 1 else None,
+        task_type=stated or (tasks.pop() if len(tasks) == 1 else None),
+        auto_mapping=common_mapping(adapters),
         head=prepared.heads.head,
         tied=recipe.tied,
         heads=prepared.heads.kept,
+        companions=prepared.companions,
         recipe=dataclasses.replace(recipe, scale=1.0),
         report=report.build(recipe.method, recipe.space, recipe.scope, seconds, len(pending)),
         pending=pending,

@@ -3,15 +3,26 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from pcb_peft.adapters.adapter import Adapter
-from pcb_peft.deltas.replacements import HeadPolicy, ReplacedParameter, Replacements, TokenRows
+from pcb_peft.deltas.replacements import (
+    HeadPolicy,
+    ReplacedParameter,
+    Replacements,
+    Task,
+    TokenRows,
+)
 from pcb_peft.errors import MismatchError, OptionError, UnsupportedError
+from pcb_peft.merging.untrained import beside_deltas, equal_up_to_rounding
+from pcb_peft.plugins.options import did_you_mean
 from pcb_peft.recipes.weights import Weight, at_depth, number_of_layers
+
+NO_HEAD = "the merged adapter itself has NONE"
+"""Part of the note on heads that are kept apart."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,11 +47,13 @@ class _HeadOwner:
     Attributes:
         name: The adapter's name, or that of the source whose head a merged adapter keeps.
         head: What it replaces.
+        beside: The parameters among these that stand beside a delta: most often copies of the base model's.
         weight: From a parameter's path to the adapter's weight there; None for a head kept beside a merged adapter.
     """
 
     name: str
     head: Replacements
+    beside: Collection[str]
     weight: Callable[[str], float] | None
 
 
@@ -49,6 +62,7 @@ def merge_heads(
     weights: Sequence[Weight],
     policy: HeadPolicy,
     *,
+    chosen: str | None = None,
     compare: bool = True,
 ) -> MergedHeads:
     """Decide what the result replaces, and what is kept beside it for each adapter.
@@ -60,6 +74,7 @@ def merge_heads(
         adapters: The adapters that are merged.
         weights: One per adapter.
         policy: "keep-each", "average", "first" or "refuse".
+        chosen: The adapter whose head the result gets; the policy is then for what this adapter does not replace.
         compare: False if the values of several heads are not to be read: they then count as different.
 
     Raises:
@@ -73,9 +88,12 @@ def merge_heads(
             f"{', '.join(owner.name for owner in owners)} replace parameters of the base model (modules_to_save, token "
             "rows) and heads='refuse'; heads='keep-each' keeps them in a file per adapter"
         )
+    if chosen is not None:
+        owners = _with_first(owners, chosen)
     merged = MergedHeads(Replacements(), {}, [])
     for group in _groups(owners):
-        merged = _with_group(merged, owners, group, policy, compare)
+        is_chosen = chosen is not None and bool(group & owners[0].head.parameters.keys())
+        merged = _with_group(merged, owners, group, "first" if is_chosen else policy, compare)
     rows: dict[str, TokenRows] = {}
     for module in sorted({module for owner in owners for module in owner.head.rows}):
         holders = [owner for owner in owners if module in owner.head.rows]
@@ -95,14 +113,30 @@ def _head_owners(adapters: Sequence[Adapter], weights: Sequence[Weight]) -> list
         def weight(parameter: str, index: int = index) -> float:
             return at_depth(weights, parameter, layers)[index]
 
-        owners.append(_HeadOwner(adapter.name, adapter.head, weight))
+        owners.append(_HeadOwner(adapter.name, adapter.head, beside_deltas(adapter), weight))
         for source, head in adapter.heads.items():
             name = source
             while name in taken:
                 name = f"{adapter.name}-{name}"
             taken.add(name)
-            owners.append(_HeadOwner(name, head, None))
+            owners.append(_HeadOwner(name, head, (), None))
     return [owner for owner in owners if owner.head]
+
+
+def _with_first(owners: Sequence[_HeadOwner], name: str) -> list[_HeadOwner]:
+    """The owners, the one of this name first.
+
+    Raises:
+        OptionError: It has no head.
+    """
+    chosen = [owner for owner in owners if owner.name == name and owner.head.parameters]
+    if not chosen:
+        names = [owner.name for owner in owners if owner.head.parameters]
+        known = f"those with a head are {', '.join(names)}" if names else "none of them has one"
+        raise OptionError(
+            f"head is {name!r}, and no adapter of that name has a head{did_you_mean(name, names)}; {known}"
+        )
+    return [*chosen, *(owner for owner in owners if owner not in chosen)]
 
 
 def _groups(owners: Sequence[_HeadOwner]) -> list[set[str]]:
@@ -128,26 +162,24 @@ def _with_group(
     keys = ", ".join(heads[0].modules)
     names = ", ".join(owner.name for owner in holders)
     if len(holders) == 1 or (compare and _identical(heads)):
-        return dataclasses.replace(merged, head=_union(merged.head, heads[0]))
+        return dataclasses.replace(merged, head=merged.head.joined(heads[0]))
+    copies = compare and all(group <= {*owner.beside} for owner in holders)
+    if copies and (finest := _finest_copy(heads)) is not None:
+        return dataclasses.replace(merged, head=merged.head.joined(finest))
     if policy == "keep-each":
         kept = {
-            owner.name: _union(merged.kept.get(owner.name, Replacements()), head)
+            owner.name: merged.kept.get(owner.name, Replacements()).joined(head)
             for owner, head in zip(holders, heads, strict=True)
         }
         note = (
-            f"{keys}: {names} have different ones, which are saved to heads/; the merged adapter itself has none: load "
-            "one before use"
+            f"{keys}: {names} have different ones, which are saved to heads/, and {NO_HEAD}: load one first, or PEFT "
+            f"will make one up (load_merged(base_model, directory, head={holders[0].name!r}))"
         )
         return MergedHeads(merged.head, merged.kept | kept, [*merged.notes, note])
     head = heads[0] if policy == "first" else _average(holders, heads)
     how = f"that of {holders[0].name}" if policy == "first" else "the weighted average"
     note = f"{keys}: {how}, of {names}"
-    return MergedHeads(_union(merged.head, head), merged.kept, [*merged.notes, note])
-
-
-def _union(one: Replacements, other: Replacements) -> Replacements:
-    keys = tuple(dict.fromkeys([*one.modules, *other.modules]))
-    return Replacements(keys, {**one.parameters, **other.parameters})
+    return MergedHeads(merged.head.joined(head), merged.kept, [*merged.notes, note])
 
 
 def _identical(heads: Sequence[Replacements]) -> bool:
@@ -157,6 +189,21 @@ def _identical(heads: Sequence[Replacements]) -> bool:
         for other in others
         for name, values in first.parameters.items()
     )
+
+
+def _finest_copy(heads: Sequence[Replacements]) -> Replacements | None:
+    """Return the head of which all others are copies, some of them rounded; None if there is none."""
+    if any(_shapes(head) != _shapes(heads[0]) for head in heads):
+        return None
+    for head in heads:
+        others = (other for other in heads if other is not head)
+        if all(
+            equal_up_to_rounding(values(), other.parameters[name]())
+            for other in others
+            for name, values in head.parameters.items()
+        ):
+            return head
+    return None
 
 
 def _shapes(head: Replacements) -> Mapping[str, tuple[int, ...]]:
@@ -180,7 +227,9 @@ def _average(holders: Sequence[_HeadOwner], heads: Sequence[Replacements]) -> Re
         )
         for name, shape in shapes[0].items()
     }
-    return Replacements(heads[0].modules, parameters)
+    tasks = [head.task for head in heads]
+    task = tasks[0] if all(other == tasks[0] for other in tasks) else Task()
+    return Replacements(heads[0].modules, parameters, task=task)
 
 
 def _mean(loads: Sequence[Callable[[], Tensor]], shares: Sequence[float]) -> Tensor:

@@ -4,12 +4,14 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.adapters.companions import Companions
 from pcb_peft.adapters.loading import load_adapters
 from pcb_peft.adapters.names import named_apart
 from pcb_peft.adapters.source import IN_MEMORY, Source
 from pcb_peft.base.model import BaseModel, lazy_base
 from pcb_peft.data.statistics_file import TaskStatistics, check_statistics, open_statistics
 from pcb_peft.errors import ProcessError
+from pcb_peft.merging.companions import merge_companions
 from pcb_peft.merging.compatibility import (
     AdapterSet,
     CommonBase,
@@ -20,6 +22,7 @@ from pcb_peft.merging.heads import MergedHeads, merge_heads
 from pcb_peft.merging.one_name import under_one_name
 from pcb_peft.merging.plan import Plan, plan
 from pcb_peft.merging.resolve_base import chain_on_base, resolve_against_base
+from pcb_peft.merging.untrained import without_untrained_copies
 from pcb_peft.methods import MergeMethod, get_method
 from pcb_peft.recipes.peft_aliases import method_of, resolve_peft_alias
 from pcb_peft.recipes.recipe import Recipe
@@ -40,6 +43,7 @@ class Prepared:
         plan: How each module is merged.
         statistics: One per adapter, for methods that need them.
         heads: The parameters that the result replaces.
+        companions: The files beside the adapters that the result gets.
         notes: What was decided, for the report.
     """
 
@@ -50,6 +54,7 @@ class Prepared:
     plan: Plan
     statistics: Sequence[TaskStatistics]
     heads: MergedHeads
+    companions: Companions
     notes: Sequence[str]
 
 
@@ -78,7 +83,7 @@ def prepare(
     given = adapters or load_adapters(recipe.adapters, base_model=base, hashed=not headers_only)
     renamed, name_notes = _under_one_name(named_apart(given), base)
     resolved = _resolved(renamed, recipe, base)
-    fitting, fallback_notes = fall_back_to_lora(resolved, base)
+    fitting, fitting_notes = _fitting(resolved, base, headers_only=headers_only)
     opened = statistics or [open_statistics(source) for source in recipe.statistics]
     if opened:
         check_statistics(opened, fitting, hashed=not headers_only)
@@ -93,7 +98,8 @@ def prepare(
         adapter_set,
         opened[0].kind if opened else None,
     )
-    heads = merge_heads(fitting, planned.recipe.weights, recipe.heads, compare=not headers_only)
+    heads = _heads(fitting, planned.recipe, headers_only=headers_only)
+    companions, companion_notes = merge_companions(fitting, recipe.companions)
     return Prepared(
         recipe=planned.recipe,
         adapter_set=adapter_set,
@@ -102,11 +108,13 @@ def prepare(
         plan=planned,
         statistics=opened,
         heads=heads,
+        companions=companions,
         notes=[
             *heads.notes,
+            *companion_notes,
             *_version_notes(recipe),
             *name_notes,
-            *fallback_notes,
+            *fitting_notes,
             *common.notes,
         ],
     )
@@ -132,6 +140,21 @@ def _resolved(
     chained = chain_on_base(adapters, base) if recipe.chain else adapters
     asked = None if recipe.space == "auto" else get_space(recipe.space)
     return resolve_against_base(chained, base, asked)
+
+
+def _heads(adapters: Sequence[Adapter], recipe: Recipe, *, headers_only: bool) -> MergedHeads:
+    """What the result replaces, and what is kept beside it."""
+    compare = not headers_only
+    return merge_heads(adapters, recipe.weights, recipe.heads, chosen=recipe.head, compare=compare)
+
+
+def _fitting(
+    adapters: Sequence[Adapter], base: Callable[[], BaseModel] | None, *, headers_only: bool
+) -> tuple[list[Adapter], list[str]]:
+    """The adapters as the merge takes them, and notes on what was changed for that."""
+    loras, lora_notes = fall_back_to_lora(adapters, base)
+    trained, copy_notes = without_untrained_copies(loras, None if headers_only else base)
+    return trained, [*lora_notes, *copy_notes]
 
 
 def _refuse_different_files(adapters: Sequence[Adapter]) -> None:

@@ -15,13 +15,14 @@ from pcb_peft.base.model import BaseModel
 from pcb_peft.deltas.delta import Delta
 from pcb_peft.deltas.replacements import Tied
 from pcb_peft.formats import LazyDelta, Weights
+from pcb_peft.merging.card import merge_card
 from pcb_peft.merging.finish import PendingModule
+from pcb_peft.merging.heads import NO_HEAD
 from pcb_peft.merging.report import ModuleReport, Report
 from pcb_peft.recipes.recipe import FILE_NAME, Recipe
-from pcb_peft.recipes.steps import in_words
 from pcb_peft.recipes.weights import plain
 from pcb_peft.runtime.processes import current, union
-from pcb_peft.writing.model_card import model_card, public_name
+from pcb_peft.writing.model_card import Facts
 from pcb_peft.writing.targets import Overwrite
 
 
@@ -117,6 +118,20 @@ class MergedAdapter(Adapter):
         report = dataclasses.replace(self.report, modules=known, pending=pending)
         return dataclasses.replace(self, report=report)
 
+    def with_head(self, name: str) -> "MergedAdapter":
+        chosen = super().with_head(name)
+        notes = [note for note in self.report.notes if NO_HEAD not in note]
+        keys = ", ".join(self.heads[name].modules)
+        return dataclasses.replace(
+            self,
+            head=chosen.head,
+            heads=chosen.heads,
+            task_type=chosen.task_type,
+            auto_mapping=chosen.auto_mapping,
+            recipe=dataclasses.replace(self.recipe, head=name),
+            report=dataclasses.replace(self.report, notes=(*notes, f"{keys}: that of {name}")),
+        )
+
     def whole_biases(self) -> Mapping[str, Callable[[], Tensor]]:
         entries = self.modules.entries
         biases = {name: entry for name, entry in entries.items() if name.endswith(".bias")}
@@ -153,33 +168,8 @@ class MergedAdapter(Adapter):
     def companion_files(self, without: Container[str] | None = None) -> dict[str, bytes]:
         return {FILE_NAME: self.recipe.to_yaml().encode(), **super().companion_files(without)}
 
-    def card(self, peft_type: str) -> str:
-        recipe, report = self.recipe, self.report
-        sources = [
-            (public_name(source.path) or source.name, weight)
-            for source, weight in zip(recipe.adapters, recipe.weights, strict=True)
-        ]
-        settings = {
-            "method": recipe.method,
-            "space": recipe.space,
-            "scope": recipe.scope,
-            **{
-                when: in_words(steps)
-                for when, steps in (("before", recipe.before), ("after", recipe.after))
-                if steps
-            },
-            **{name: value for name, value in recipe.options.items() if value is not None},
-            **({} if recipe.scale == 1 else {"scale": recipe.scale}),
-            "retained energy": f"{report.energy:.4f}",
-        }
-        return model_card(
-            title=f"{len(sources)} adapters merged with {recipe.method}",
-            base_model=self.base_model,
-            task_type=self.task_type,
-            tags=[peft_type.lower(), "transformers"],
-            sources=sources,
-            settings=list(settings.items()),
-        )
+    def card_parts(self) -> tuple[str, Facts, dict[str, str]]:
+        return merge_card(self, self.recipe, self.report.energy)
 
 
 def _pending_deltas(pending: Mapping[str, PendingModule]) -> DeltaMapping:

@@ -71,6 +71,8 @@ class Recipe:
         before: Calibrations of the adapters.
         after: Calibrations of the merge.
         heads: What the merge does with parameters that several adapters replace.
+        head: The adapter whose head the result gets, where several have one.
+        companions: Whose tokenizer, chat template and processor files the result gets.
         tied: What a fold does with tied weights that would change differently.
         base_model: Path or hub id, where one was given.
         chain: True if each adapter was trained on top of those before it.
@@ -94,6 +96,8 @@ class Recipe:
     before: Annotated[Steps, read_steps] = ()
     after: Annotated[Steps, read_steps] = ()
     heads: Annotated[HeadPolicy, one_of(POLICIES)] = "keep-each"
+    head: Annotated[str | None, a_name] = None
+    companions: Annotated[str, a_name] = "agree"
     tied: Annotated[Tied, one_of(TIES)] = "refuse"
     base_model: Annotated[str | None, _path] = None
     chain: Annotated[bool, a_truth] = False

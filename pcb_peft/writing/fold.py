@@ -47,7 +47,7 @@ def fold_deltas(
     *,
     replaced: Replacements | None = None,
     tied: str = "refuse",
-    extra_files: Mapping[str, bytes] | None = None,
+    extra_files: Mapping[str, bytes | None] | None = None,
     overwrite: Overwrite = False,
     progress: Track | None = None,
 ) -> None:
@@ -65,7 +65,8 @@ def fold_deltas(
         output: Directory to write. It appears whole or not at all.
         replaced: Parameters and rows that take the place of the base model's, before a delta is added.
         tied: Policy for tied weights that do not change alike: "refuse", "untie", "both".
-        extra_files: Path to content of files to write beside the weights, in place of the base model's.
+        extra_files: Path to content of files to write beside the weights, in place of the base model's; None leaves a
+            file of the base model out.
         overwrite: Replace `output` even though it holds something: True, if this package wrote it; "all", anything.
         progress: Receives the parameters that change in a shard, and the shard's name; passes the parameters on.
 
@@ -79,6 +80,7 @@ def fold_deltas(
     changes = plan_fold(deltas, base, replaced or Replacements())
     checkpoint = resolve_tied_edits(changes, base, tied)
     resized, untied = vocab_resizes(checkpoint, base), tuple(checkpoint.added)
+    beside = dict(extra_files or {})
     descriptions = index_of(base, checkpoint) | config_of(base, resized, untied=bool(untied))
     track = progress or tracker(progress=False)
     processes = current()
@@ -91,8 +93,10 @@ def fold_deltas(
         if not processes.is_main:
             return
         for path in _other_files(base):
-            copy_file(base.directory / path, directory / path)
-        write_files(directory, descriptions | dict(extra_files or {}))
+            if path.as_posix() not in beside:
+                copy_file(base.directory / path, directory / path)
+        written = {name: text for name, text in (descriptions | beside).items() if text is not None}
+        write_files(directory, written)
         if untied:
             check_untied(directory, untied)
 

@@ -1,0 +1,73 @@
+"""The files of a folded model that are not the base model's: its card, and the tokenizer of a vocabulary that grew."""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+from pcb_peft.adapters.companions import TEMPLATE, TOKENIZER, Companions, companions_beside
+from pcb_peft.base.model import BaseModel
+from pcb_peft.deltas.replacements import Replacements
+from pcb_peft.formats.checkpoint import CONFIG
+from pcb_peft.writing.model_card import CARD
+
+BASE_CARD = "BASE_README.md"
+
+
+def folded_files(
+    name: str, companions: Companions, base: BaseModel, replaced: Replacements, card: str
+) -> dict[str, bytes | None]:
+    """Return the files that stand beside the weights of a folded model in the place of the base model's.
+
+    Args:
+        name: The adapter's name, for warnings.
+        companions: Files beside the adapter that belong to the model.
+        base: The base model.
+        replaced: Parameters that take the place of the base model's.
+        card: The card of the folded model.
+
+    Returns:
+        Path to content; None for a file of the base model that is left out.
+    """
+    files: dict[str, bytes | None] = {CARD: card.encode(), CONFIG: None}
+    if (base.directory / CARD).is_file():
+        files[BASE_CARD] = (base.directory / CARD).read_bytes()
+    if (base.directory / CONFIG).is_file():
+        warnings.warn(
+            f"{base.source} holds an adapter beside its weights ({CONFIG}), which transformers would apply when it "
+            "loads that directory. It is not part of the folded model: merge it too, if it is wanted",
+            stacklevel=4,
+        )
+    if (sizes := _sizes(base, replaced)) is not None:
+        files |= _tokenizer(name, companions, base.directory, sizes)
+    return files
+
+
+def _sizes(base: BaseModel, replaced: Replacements) -> tuple[int, int] | None:
+    """Return the number of tokens before the fold and after it; None if the vocabulary stays."""
+    for parameter, new in replaced.parameters.items():
+        module, _, kind = parameter.rpartition(".")
+        old = base.shape(module) if kind == "weight" else ()
+        if len(old) == 2 and old[1:] == new.shape[1:] and old != new.shape:
+            return old[0], new.shape[0]
+    return None
+
+
+def _tokenizer(
+    name: str, companions: Companions, base: Path, sizes: tuple[int, int]
+) -> Mapping[str, bytes | None]:
+    """Return the tokenizer beside the adapter, in the place of the base model's, which lacks the new tokens."""
+    old = companions_beside(base)
+    if TOKENIZER not in companions:
+        if TOKENIZER in old:
+            warnings.warn(
+                f"the vocabulary changes from {sizes[0]} to {sizes[1]} tokens, and no tokenizer stands beside {name}: "
+                "the folded model has the base model's tokenizer, which does not know them; copy the tokenizer that "
+                "the adapter was trained with into the adapter's directory",
+                stacklevel=6,
+            )
+        return {}
+    files: dict[str, bytes | None] = {}
+    for group in (TOKENIZER, TEMPLATE):
+        files |= dict.fromkeys(old.get(group, {}) if group in companions else {})
+        files |= {file: path.read_bytes() for file, path in companions.get(group, {}).items()}
+    return files
