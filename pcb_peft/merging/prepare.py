@@ -143,7 +143,7 @@ def _resolved(
 
 
 def _heads(adapters: Sequence[Adapter], recipe: Recipe, *, headers_only: bool) -> MergedHeads:
-    """What the result replaces, and what is kept beside it."""
+    """The heads of the result: what it replaces, and what is kept beside it."""
     compare = not headers_only
     return merge_heads(adapters, recipe.weights, recipe.heads, chosen=recipe.head, compare=compare)
 

@@ -27,7 +27,7 @@ LICENCE_FIELDS = ("license", "license_name", "license_link")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """What the front matter of a card says.
+    """The front matter of a card.
 
     Attributes:
         base_model: Path or hub id of the base model; a path is left out.
@@ -100,7 +100,7 @@ class Card:
 
     @property
     def is_ours(self) -> bool:
-        """Whether this package wrote it."""
+        """True if this package wrote it."""
         return "pcb_peft" in (self.front.get("tags") or [])
 
     @property
