@@ -41,7 +41,8 @@ def exchanged(tensors):
     ("kind", "parameters", "version", "is_exchanged", "asks"),
     [
         pytest.param("mixtral", BOTH, "0.17.1", True, False, id="shapes of both tell"),
-        pytest.param("mixtral", BOTH, "0.21.2", True, False, id="shapes before version"),
+        pytest.param("mixtral", BOTH, None, True, False, id="no version: shapes of both tell"),
+        pytest.param("mixtral", BOTH, "0.21.2", True, True, id="the base before the version"),
         pytest.param("mixtral", BOTH[1:], "0.19.1", True, True, id="shapes of the base tell"),
         pytest.param("square mixtral", BOTH[1:], "0.17.1", True, True, id="0.17 exchanges"),
         pytest.param("square mixtral", BOTH[1:], None, True, True, id="no version: before 0.18"),

@@ -28,6 +28,7 @@ class LazyDelta:
         rank: Rank of a low-rank delta, or of a delta's low-rank part.
         missing: Why the delta cannot be read without the base model; empty where it can.
         stacked: True where the weight is one of several in a parameter (an expert's).
+        parameter: True where PEFT finds the weight as a parameter, because its layer is none that PEFT wraps (a router).
     """
 
     kind: type[Delta]
@@ -36,6 +37,7 @@ class LazyDelta:
     rank: int | None = None
     missing: str = ""
     stacked: bool = False
+    parameter: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -11,6 +11,12 @@ PEFT           stack (E, out, in)  stack (E, in, out): ``is_transposed``, as in 
 0.19.0         exchanged           exchanged
 ≥ 0.19.1       as it is            as it is
 =============  ==================  =====================================================
+
+A model such as Llama 4 stores (E, in, out) and does not say so. PEFT takes it for (E, out, in), and so is it read here:
+the matrix of an expert is the stored one, whichever of its sides is the input.
+
+The name of a parameter may stand alone in `target_parameters`: PEFT 0.19 and later write ``gate_up_proj`` where
+somebody targets ``gate_proj`` and ``up_proj`` of a model whose experts are a stack.
 """
 
 import dataclasses
@@ -32,7 +38,8 @@ from pcb_peft.formats.keys import PREFIX
 from pcb_peft.formats.lazy_delta import Config, LazyDelta
 from pcb_peft.formats.lora_parts import DEFAULT, LoraTensors, pattern_value, scaling_of
 
-ORDER = ("gate_up_proj", "down_proj")  # order of the parameters in transformers' experts
+GATED = {"gate_up_proj", "down_proj"}
+ORDER = ("w1", "v1", "gate_up_proj", "gate_proj", "up_proj", "w2", "down_proj")  # in transformers' experts
 AS_IT_IS, NEVER_AS_IT_IS = (0, 19, 1), (0, 19, 0)  # versions of PEFT
 
 
@@ -92,33 +99,57 @@ def read_experts(
     Raises:
         UnsupportedError: The files do not say which tensors belong to which parameter, or which way round they are.
     """
-    targets = config.get("target_parameters") or []
-    wrapped: dict[str, list[LoraTensors]] = {}
+    by_path: dict[str, list[LoraTensors]] = {}
     for lora in modules:
-        if any(_is_container(lora.path, target) for target in targets):
-            wrapped.setdefault(lora.path, []).append(lora)
+        by_path.setdefault(lora.path, []).append(lora)
+    names = {path: _parameters(config, base, path, wrappers) for path, wrappers in by_path.items()}
+    wrapped = {path: wrappers for path, wrappers in by_path.items() if names[path]}
     entries: dict[str, LazyDelta] = {}
     recent = _RecentTensors(tensors)
     for module, wrappers in wrapped.items():
-        stacks = _stacks(config, tensors, base, module, wrappers)
+        stacks = _stacks(config, tensors, base, module, wrappers, names[module])
         flipped = _flipped(config, tensors, stacks)
         for stack in stacks:
             entries |= _entries(config, tensors, stack, flipped[stack.name], recent)
     return entries, [lora for lora in modules if lora.path not in wrapped]
 
 
-def _is_container(module: str, target: str) -> bool:
-    """Return whether a module holds the targeted parameter."""
-    container = target.rpartition(".")[0]
-    return bool(container) and f".{module}".endswith(f".{container}")
+def _parameters(
+    config: Config, base: Base, module: str, wrappers: Sequence[LoraTensors]
+) -> set[str]:
+    """Return the names of the targeted parameters that a module holds; none where its layer is targeted as such.
+
+    A target without a path (``down_proj``) is one of every module that has such a parameter. Without the base model, a
+    module may have it if it is wrapped more than once, or if `target_modules` does not name it.
+    """
+    targets = [str(target).rpartition(".") for target in config.get("target_parameters") or []]
+    names = {name for path, _, name in targets if path and f".{module}".endswith(f".{path}")}
+    alone = {name for path, _, name in targets if not path}
+    if not alone or (len(names) == len(wrappers) and not base):
+        return names
+    if base is not None:
+        return names | (alone & base().own_parameters(module).keys())
+    wrapped_again = any(lora.depth for lora in wrappers)
+    return names | alone if wrapped_again or not _is_targeted(config, module) else names
+
+
+def _is_targeted(config: Config, module: str) -> bool:
+    """Return whether `target_modules` names a module."""
+    targets = config.get("target_modules") or []
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module) is not None
+    return any(f".{module}".endswith(f".{target}") for target in targets)
 
 
 def _stacks(
-    config: Config, tensors: Tensors, base: Base, module: str, wrappers: Sequence[LoraTensors]
+    config: Config,
+    tensors: Tensors,
+    base: Base,
+    module: str,
+    wrappers: Sequence[LoraTensors],
+    names: set[str],
 ) -> list[Stack]:
     """Return the targeted parameters of a module in its order: the innermost wrapper is that of the first."""
-    targets = [target for target in config["target_parameters"] if _is_container(module, target)]
-    names = {target.rpartition(".")[2] for target in targets}
     forms = base().own_parameters(module) if base else {}
     order = [name for name in forms if name in names] or nested(names)
     if len(order) != len(wrappers):
@@ -172,10 +203,12 @@ def _stack(
 
 
 def _flipped(config: Config, tensors: Tensors, stacks: Sequence[Stack]) -> dict[str, bool]:
-    """Return, by parameter, whether its factors are those of the transposed matrix: by shapes, else PEFT's version.
+    """Return, by parameter, whether its factors are those of the transposed matrix.
+
+    The shapes of the base model say so, else the version of PEFT, else the shapes of the adapter.
 
     Raises:
-        UnsupportedError: Neither says.
+        UnsupportedError: None of them says.
     """
     sizes = {  # inputs and outputs according to the adapter
         stack.leaf: (
@@ -184,15 +217,25 @@ def _flipped(config: Config, tensors: Tensors, stacks: Sequence[Stack]) -> dict[
         )
         for stack in stacks
     }
-    if set(sizes) == set(ORDER):  # gate_up_proj has two outputs for each input of down_proj
-        (gate_up_in, gate_up_out), (down_in, down_out) = (sizes[name] for name in ORDER)
-        straight, turned = gate_up_out == 2 * down_in, gate_up_in == 2 * down_out
-        if straight != turned:
-            return {stack.name: turned for stack in stacks}
-    return {stack.name: _is_flipped(config, stack, sizes[stack.leaf]) for stack in stacks}
+    guess = _by_gate(sizes)
+    return {stack.name: _is_flipped(config, stack, sizes[stack.leaf], guess) for stack in stacks}
 
 
-def _is_flipped(config: Config, stack: Stack, sizes: tuple[int, int]) -> bool:
+def _by_gate(sizes: Mapping[str, tuple[int, int]]) -> bool | None:
+    """Return whether factors are those of the transposed matrices: gate_up_proj has two outputs per input of down_proj.
+
+    None if the shapes do not say.
+    """
+    if set(sizes) != GATED:
+        return None
+    (gate_up_in, gate_up_out), (down_in, down_out) = sizes["gate_up_proj"], sizes["down_proj"]
+    straight, turned = gate_up_out == 2 * down_in, gate_up_in == 2 * down_out
+    return turned if straight != turned else None
+
+
+def _is_flipped(
+    config: Config, stack: Stack, sizes: tuple[int, int], guess: bool | None
+) -> bool:
     """Return whether factors with these inputs and outputs are those of the transposed matrix."""
     if stack.is_matrix:
         return False
@@ -204,6 +247,8 @@ def _is_flipped(config: Config, stack: Stack, sizes: tuple[int, int]) -> bool:
         return False
     if version >= NEVER_AS_IT_IS:
         return True
+    if guess is not None and stack.transposed is None:
+        return guess
     if stack.transposed is None:
         raise UnsupportedError(
             f"{stack.name}: an adapter of PEFT {config.get('peft_version') or 'before 0.18'} does not say which way "
@@ -239,6 +284,7 @@ def _entries(
             functools.partial(_load_expert, stack, index, rank, scaling, flipped, recent),
             rank,
             stacked=not stack.is_matrix,
+            parameter=stack.is_matrix,
         )
         for index, path in enumerate(paths)
     }

@@ -1,6 +1,7 @@
 """Adapters side by side, and the checks that they fit each other: made before a tensor is read."""
 
 import copy
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -32,6 +33,8 @@ class AdapterSet:
             for module, entry in adapter.modules.entries.items():
                 first = self.modules.setdefault(module, entry)
                 _check_pair(module, (owners.setdefault(module, adapter), first), (adapter, entry))
+                if entry.parameter:  # of a router under two names, this one is right for PEFT
+                    self.modules[module] = dataclasses.replace(first, parameter=True)
         self.modules = dict(sorted(self.modules.items()))
 
     @property
