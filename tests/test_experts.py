@@ -5,6 +5,7 @@ import json
 import peft
 import pytest
 import torch
+import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from pcb_peft import BaseModelError, UnsupportedError, load_adapter, merge_adapters
@@ -151,3 +152,78 @@ def test_a_fold_leaves_what_no_expert_touches(workshop, tmp_path):
     after = load_file(tmp_path / "out" / "model.safetensors")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if name.endswith("w2.weight")}
+
+
+# ------------------------------------------------------- names and layouts that PEFT does not explain
+
+
+def small(**options):
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return {**sizes, "intermediate_size": 24, "num_key_value_heads": 1, "head_dim": 8, **options}
+
+
+def qwen3_moe():
+    options = {"moe_intermediate_size": 12, "num_experts": 3, "num_experts_per_tok": 2}
+    return hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**small(**options)))
+
+
+def llama4():
+    options = {"intermediate_size_mlp": 24, "num_local_experts": 3, "interleave_moe_layer_step": 1}
+    return hf.Llama4ForCausalLM(hf.Llama4TextConfig(**small(**options)))
+
+
+def nemotron():
+    mixture = {"n_routed_experts": 3, "moe_intermediate_size": 12, "n_group": 1, "topk_group": 1}
+    shared = {"moe_shared_expert_intermediate_size": 12, "num_experts_per_tok": 2}
+    options = {**mixture, **shared, "hybrid_override_pattern": "E*", "num_hidden_layers": 2}
+    return hf.NemotronHForCausalLM(hf.NemotronHConfig(**small(**options)))
+
+
+PLAIN = ["q_proj", "gate_proj", "up_proj", "down_proj"]
+ALONE = {"target_modules": [*PLAIN, "gate"]}  # PEFT makes bare names of these
+STACKS = {
+    "target_modules": ["q_proj"],
+    "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+}
+NO_GATE = {**STACKS, "target_parameters": ["experts.up_proj", "experts.down_proj"]}
+MIXTURES = [
+    pytest.param(qwen3_moe, ALONE, id="bare names"),
+    pytest.param(qwen3_moe, {"target_modules": "all-linear"}, id="all linear"),
+    pytest.param(llama4, STACKS, id="in before out"),
+    pytest.param(nemotron, NO_GATE, id="no gate"),
+]
+
+
+@pytest.mark.parametrize("beside_base", [True, False], ids=["base", "no base"])
+@pytest.mark.parametrize(("make", "targets"), MIXTURES)
+def test_a_mixture_is_merged_saved_and_folded_as_peft_loads_it(
+    make, targets, beside_base, workshop, tmp_path
+):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = make()
+        torch.nn.init.normal_(
+            next(v for n, v in model.named_parameters() if "gate.weight" in n or "router" in n)
+        )
+    base = tmp_path / "base"
+    model.save_pretrained(base)
+    adapters, changes = [], []
+    for seed in (1, 2):
+        config = peft.LoraConfig(r=2, lora_alpha=3, **targets)
+        loaded = type(model).from_pretrained(base)
+        adapters.append(tmp_path / f"adapter{seed}")
+        adapted = workshop.peft_model(loaded, config, seed=seed)
+        adapted.save_pretrained(adapters[-1])
+        before, after = model.state_dict(), adapted.merge_and_unload().state_dict()
+        changes.append({name: after[name] - before[name] for name in before})
+    given = str(base) if beside_base else None
+    merged = merge_adapters(adapters, "linear", [2, -0.5], base_model=given)
+    merged.save_pretrained(tmp_path / "saved")
+    merged.fold(base, tmp_path / "folded")
+    loaded = type(model).from_pretrained(base)
+    saved = peft.PeftModel.from_pretrained(loaded, tmp_path / "saved").merge_and_unload()
+    folded = type(model).from_pretrained(tmp_path / "folded")
+    for name, values in model.state_dict().items():
+        wanted = values + 2 * changes[0][name] - 0.5 * changes[1][name]
+        workshop.assert_close(saved.state_dict()[name], wanted, 1e-5, name)
+        workshop.assert_close(folded.state_dict()[name], wanted, 1e-5, name)

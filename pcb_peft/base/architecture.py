@@ -27,6 +27,7 @@ class Skeleton:
         parameters: Names of all parameters in memory.
         layers: Module to layer, on the meta device.
         tied: Parameter to the other names of the same tensor.
+        tie_sources: Parameter to the one whose values it gets where the files do not say otherwise (transformers 5).
         prefix: Module that is the bare model, ``bert`` in a ``BertForMaskedLM``.
         conversions: Transformers' own rules from names and tensors of files to those in memory (transformers 5).
         input_embeddings: Name of the input embeddings; None if the model has none.
@@ -40,6 +41,7 @@ class Skeleton:
     conversions: tuple[Any, ...]
     input_embeddings: str | None = None
     embeddings: frozenset[str] = frozenset()
+    tie_sources: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
 
     def in_model(self, name: str) -> str | None:
         """Return a name as this model has it: as it is, without the prefix, or with it; None if it has none of them."""
@@ -149,6 +151,7 @@ def skeleton_of(model: "PreTrainedModel") -> Skeleton:
         parameters=frozenset(model.state_dict()),
         layers=dict(model.named_modules(remove_duplicate=False)),
         tied=_tied_names(model),
+        tie_sources=dict(getattr(model, "all_tied_weights_keys", {})),
         prefix=model.base_model_prefix,
         conversions=_conversions(model),
     )

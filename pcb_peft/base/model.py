@@ -162,7 +162,7 @@ class BaseModel:
     @functools.cached_property
     def names(self) -> ParameterNames:
         """The names of the parameters in memory and in the files."""
-        return ParameterNames(self._skeleton, self.tensors, self.config)
+        return ParameterNames(self._skeleton, self.tensors, self.config, self.tensor)
 
     @functools.cached_property
     def _skeleton(self) -> Skeleton:

@@ -3,12 +3,18 @@
 ``model.layers.0.mlp.up_proj.weight`` is a name in memory: that of a parameter in the model that transformers builds.
 The name in the files is another one where the checkpoint was saved from the bare model (without ``bert.``), or by an
 older release of transformers, or where several parameters share one tensor (tied weights).
+
+What the files hold decides what is tied, as it does when transformers 5 loads them: two ends that are there with
+different values are two weights, whatever ``tie_word_embeddings`` says.
 """
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from pcb_peft.base.architecture import Skeleton
 from pcb_peft.base.files import TensorInfo
@@ -22,11 +28,13 @@ class ParameterNames:
         skeleton: The architecture; empty where transformers does not know it.
         tensors: Name in the files to place and shape.
         config: ``config.json``.
+        read: Reads a tensor of the files.
     """
 
     skeleton: Skeleton
     tensors: Mapping[str, TensorInfo]
     config: Mapping[str, Any]
+    read: Callable[[str], Tensor]
 
     @functools.cached_property
     def files(self) -> Mapping[str, str]:
@@ -78,11 +86,42 @@ class ParameterNames:
         every token) decide.
         """
         if self.skeleton.parameters:
-            return self.skeleton.tied.get(self.in_memory(name), ())
+            return self._ties.get(self.in_memory(name), ())
         tensor = self.tensors.get(name)
         has_token_rows = tensor is not None and tensor.shape[:1] == (self.config.get("vocab_size"),)
-        tied = has_token_rows and self.config.get("tie_word_embeddings")
-        return ("the output layer",) if tied else ()
+        if not (has_token_rows and self.config.get("tie_word_embeddings")):
+            return ()
+        others = self.embeddings - {name}
+        same = tuple(sorted(other for other in others if self._are_same(name, other)))
+        return same if others else ("the output layer",)
+
+    @functools.cached_property
+    def _ties(self) -> dict[str, tuple[str, ...]]:
+        """Parameter in memory to the others that have its values."""
+        ties: dict[str, tuple[str, ...]] = {}
+        for name, others in self.skeleton.tied.items():
+            if name not in self._own_weights:
+                ties[name] = tuple(other for other in others if other not in self._own_weights)
+        return ties
+
+    @functools.cached_property
+    def _own_weights(self) -> set[str]:
+        """Parameters that the architecture ties to others, and for which the files hold other values."""
+        own_weights: set[str] = set()
+        stand_ins: dict[str, str] = {}  # for a parameter that the files do not hold
+        for name, source in self.skeleton.tie_sources.items():
+            source = stand_ins.get(source, source)
+            if name in self.files and source not in self.files:
+                stand_ins[source] = name
+            elif name in self.files and not self._are_same(self.files[name], self.files[source]):
+                own_weights.add(name)
+        return own_weights
+
+    def _are_same(self, one: str, other: str) -> bool:
+        """Return whether two tensors of the files have the same values."""
+        if self.tensors[one].shape != self.tensors[other].shape:
+            return False
+        return torch.equal(self.read(one), self.read(other))
 
     @functools.cached_property
     def embeddings(self) -> frozenset[str]:

@@ -78,8 +78,9 @@ def compare_checkpoints(
     changed: dict[str, str] = {}
     added: list[str] = []
     left_out: dict[str, str | None] = {}
-    for name in track(tuned.names.files, "compare"):
-        before = base.names.in_files(name)
+    names = [name for name in tuned.names.files if not _is_copy(tuned, base, name)]
+    for name in track(names, "compare"):
+        before = _counterpart(tuned, base, name)
         if before is not None and _is_same(tuned, base, name, before):
             continue
         if any(fnmatch.fnmatchcase(name, glob) for glob in leave_out):
@@ -99,6 +100,19 @@ def compare_checkpoints(
         notes.append(f"{tuned.source} has no {', '.join(missing)}: nothing is extracted of it")
         warnings.warn(notes[-1], stacklevel=3)
     return Comparison(tuned, base, changed, added, left_out, notes)
+
+
+def _is_copy(tuned: BaseModel, base: BaseModel, name: str) -> bool:
+    """Return whether a parameter is a copy of one that it is tied to, and is compared under that name."""
+    if base.names.in_files(name) is not None:
+        return False
+    return any(map(tuned.names.in_files, tuned.names.tied(name)))
+
+
+def _counterpart(tuned: BaseModel, base: BaseModel, name: str) -> str | None:
+    """Return the name in the base model's files of a parameter, or of one that both models tie it to."""
+    ties = set(tuned.names.tied(name)).intersection(base.names.tied(name))
+    return next(filter(None, map(base.names.in_files, [name, *sorted(ties)])), None)
 
 
 def _is_same(tuned: BaseModel, base: BaseModel, name: str, before: str) -> bool:
@@ -130,8 +144,13 @@ def _refuse_converted_changes(tuned: BaseModel, base: BaseModel) -> None:
 
 
 def _missing(tuned: BaseModel, base: BaseModel) -> list[str]:
-    """Return the parameters that only the base model has; raise where the fine-tuned model has tied them."""
-    missing = [name for name in base.names.files if tuned.names.in_files(name) is None]
+    """Return the parameters that only the base model has; raise where only the fine-tuned model has tied them."""
+    missing = [
+        name
+        for name in base.names.files
+        if tuned.names.in_files(name) is None
+        and not (tuned.names.tied(name) and base.names.tied(name))
+    ]
     for name in missing:
         if tuned.names.tied(name):
             raise MismatchError(

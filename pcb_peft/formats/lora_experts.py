@@ -39,7 +39,15 @@ from pcb_peft.formats.lazy_delta import Config, LazyDelta
 from pcb_peft.formats.lora_parts import DEFAULT, LoraTensors, pattern_value, scaling_of
 
 GATED = {"gate_up_proj", "down_proj"}
-ORDER = ("w1", "v1", "gate_up_proj", "gate_proj", "up_proj", "w2", "down_proj")  # in transformers' experts
+ORDER = (
+    "w1",
+    "v1",
+    "gate_up_proj",
+    "gate_proj",
+    "up_proj",
+    "w2",
+    "down_proj",
+)  # in transformers' experts
 AS_IT_IS, NEVER_AS_IT_IS = (0, 19, 1), (0, 19, 0)  # versions of PEFT
 
 
@@ -233,9 +241,7 @@ def _by_gate(sizes: Mapping[str, tuple[int, int]]) -> bool | None:
     return turned if straight != turned else None
 
 
-def _is_flipped(
-    config: Config, stack: Stack, sizes: tuple[int, int], guess: bool | None
-) -> bool:
+def _is_flipped(config: Config, stack: Stack, sizes: tuple[int, int], guess: bool | None) -> bool:
     """Return whether factors with these inputs and outputs are those of the transposed matrix."""
     if stack.is_matrix:
         return False

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import torch
 
-from pcb_peft.base.architecture import build_skeleton
-from pcb_peft.base.model import BaseModel, tied_error
+from pcb_peft.base.model import BaseModel, open_base_model, tied_error
 from pcb_peft.errors import BaseModelError, MismatchError
 from pcb_peft.writing.edits import TensorEdit, Unchanged
 from pcb_peft.writing.shards import CheckpointEdit
@@ -112,9 +111,9 @@ def _same(one: ParameterChange, other: ParameterChange, base: BaseModel) -> bool
 
 def check_untied(directory: Path, ends: Sequence[str]) -> None:
     """Raise BaseModelError where transformers would tie weights of a written model all the same."""
-    skeleton = build_skeleton(directory)
+    names = open_base_model(directory).names
     for end in ends:
-        if tied := skeleton.tied.get(skeleton.in_model(end) or end):
+        if tied := names.tied(end):
             raise BaseModelError(
                 f"{end} is tied to {', '.join(tied)} by the architecture, whatever tie_word_embeddings says: it cannot "
                 "be untied; fold with tied='both', or leave the module out"
