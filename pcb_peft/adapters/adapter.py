@@ -3,9 +3,9 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ from pcb_peft.writing.edits import fitted
 from pcb_peft.writing.fold import fold_deltas
 from pcb_peft.writing.model_card import CARD, Facts, link, model_card, public_name, read_card
 from pcb_peft.writing.targets import Overwrite, check_target
+
+AnyAdapter = TypeVar("AnyAdapter", bound="Adapter")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -105,7 +107,7 @@ class Adapter:
         Example:
             >>> from pcb_peft import merge_adapters
             >>> merged = merge_adapters(["math-lora", "code-lora"])
-            >>> merged.scaled(1.4).save_pretrained("stronger")
+            >>> saved = merged.scaled(1.4).save_pretrained("stronger")
         """
         if not math.isfinite(weight):
             raise OptionError(f"{self.name}: scaled({weight}): the weight must be a finite number")
@@ -208,18 +210,19 @@ class Adapter:
         return fitted(delta, module, base()).delta(base().weight(module))
 
     def save_pretrained(
-        self,
+        self: AnyAdapter,
         directory: str | Path,
         *,
         dtype: str | torch.dtype = torch.float32,
         rank_pattern: bool = False,
         overwrite: Overwrite = False,
         format: FileFormat = PEFT,  # noqa: A002  (as it is called where people ask for it)
-    ) -> None:
+    ) -> AnyAdapter:
         """Write a PEFT adapter that `PeftModel.from_pretrained` loads, whole or not at all.
 
         The scaling is multiplied into the factors (r = lora_alpha, the same for all modules), so that every program
-        reads it alike.
+        reads it alike. Where the base model's configuration is on this machine, the installed PEFT looks the modules up
+        in its architecture first.
 
         Args:
             directory: Directory to write.
@@ -229,8 +232,12 @@ class Adapter:
                 whatever it holds.
             format: "peft", or "diffusers" or "kohya" for a LoRA of an image model: pytorch_lora_weights.safetensors.
 
+        Returns:
+            The adapter. The report of a merge now says how many modules PEFT finds.
+
         Raises:
             UnsupportedError: The deltas are dense, or of several kinds.
+            MismatchError: PEFT would not find a module in the base model.
             OptionError: The dtype cannot hold the values, or is not one of weights; `rank_pattern` without ranks.
             OutputError: The directory cannot be written, must not be replaced, contains what the adapter was read
                 from, or lies in it.
@@ -238,9 +245,9 @@ class Adapter:
         Example:
             >>> from pcb_peft import merge_adapters
             >>> merged = merge_adapters(["math-lora", "code-lora"])
-            >>> merged.save_pretrained("merged", dtype="bfloat16")
+            >>> saved = merged.save_pretrained("merged", dtype="bfloat16")
         """
-        save_adapter(
+        notes = save_adapter(
             self,
             Path(directory),
             parse_dtype(dtype),
@@ -248,6 +255,12 @@ class Adapter:
             overwrite=overwrite,
             file_format=format,
         )
+        return self.noted(notes)
+
+    def noted(self: AnyAdapter, notes: Sequence[str]) -> AnyAdapter:
+        """Return the same adapter with more sentences in its report, if it has one."""
+        del notes
+        return self
 
     def fold(
         self,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pcb_peft.adapters.delta_mapping import DeltaMapping
+from pcb_peft.adapters.found_by_peft import as_peft_finds_it, loaded_on, with_parameter_targets
 from pcb_peft.deltas.delta import Delta, LowRank
 from pcb_peft.deltas.linalg import all_finite
 from pcb_peft.deltas.replacements import Replacements
@@ -63,14 +64,20 @@ def save_adapter(
     rank_pattern: bool,
     overwrite: Overwrite,
     file_format: FileFormat,
-) -> None:
+) -> list[str]:
     """Write an adapter's directory, whole or not at all; of several processes, the first one writes.
 
     Arguments and errors are those of `Adapter.save_pretrained`.
+
+    Returns:
+        Sentences for the report.
     """
+    notes: list[str] = []
     if current().is_main:
         check_target(directory, overwrite=overwrite, inputs=adapter.inputs)
         content = adapter_files(adapter, dtype, rank_pattern=rank_pattern, file_format=file_format)
+        if file_format == PEFT:
+            content, notes = _looked_up(adapter, content)
         card = adapter.card(str(content.config.get("peft_type", "LORA")))
         files = adapter.companion_files() | {"README.md": card.encode()}
         if content.config:
@@ -81,7 +88,19 @@ def save_adapter(
                 path = target / content.file
                 safetensors.torch.save_file(content.tensors, path, metadata={"format": "pt"})
             write_files(target, files)
-    current().barrier()
+    return [note for each in current().all_gather(notes) for note in each]
+
+
+def _looked_up(adapter: Savable, content: AdapterFiles) -> tuple[AdapterFiles, list[str]]:
+    """Return an adapter's files with targets that PEFT finds in its base model, and sentences for the report."""
+    entries = adapter.modules.entries
+    replaced = [*adapter.head.rows, *(name.rpartition(".")[0] for name in adapter.head.parameters)]
+    modules = [*entries, *replaced]
+    model_class = loaded_on(adapter.base_model, adapter.revision, adapter.task_type, modules)
+    if model_class is None or not entries:
+        return content, []
+    content, note = as_peft_finds_it(content, model_class, len(entries))
+    return content, [note]
 
 
 def adapter_files(
@@ -111,6 +130,8 @@ def adapter_files(
         raise OptionError(f"rank_pattern: {adapter.name} has no ranks; leave it out")
     format_ = format_for(kind)
     content = _written(format_, dict(DeltaMapping(entries)), dtype, rank_pattern=rank_pattern)
+    routers = {module for module, entry in entries.items() if entry.parameter}
+    content = with_parameter_targets(content, routers)
     content = with_biases(content, biases, entries, dtype)
     head = write_head(adapter.head, entries.keys(), format_, dtype)
     tensors = _separate_storage(content.tensors | head.tensors)

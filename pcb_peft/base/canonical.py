@@ -126,6 +126,22 @@ class CanonicalNames:
         """Return a module's name in the class that the checkpoint names; None if no class has it."""
         return _in_first_class(self._built(), module)
 
+    def loaded_as(self, modules: Collection[str]) -> ModelClass | None:
+        """Return the class that an adapter of these modules is loaded on: the first that has most of them.
+
+        Args:
+            modules: Names of modules as they are written, those that the adapter replaces included.
+        """
+        best: ModelClass | None = None
+        most = -1
+        for model_class in self._built():
+            count = sum(model_class.native_name(module) is not None for module in modules)
+            if count > most:
+                best, most = model_class, count
+            if count == len(modules):
+                break
+        return best
+
     def __bool__(self) -> bool:
         return next(self._built(), None) is not None
 

@@ -44,3 +44,20 @@ def download(
             f"{similar_path(source)}: {reason}"
         ) from error
     return Path(root)
+
+
+def configuration_directory(model: str, revision: str | None) -> Path | None:
+    """Return the directory of a model's ``config.json``, which may lie in the Hub's cache; None if it is not here.
+
+    Nothing is fetched.
+    """
+    directory = Path(model).expanduser()
+    if (directory / "config.json").is_file():
+        return directory
+    try:
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(model, "config.json", revision=revision)
+    except ValueError:  # of huggingface_hub: no repository's name
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None

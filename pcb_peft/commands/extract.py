@@ -46,7 +46,7 @@ def _run(parsed: argparse.Namespace) -> Answer:
         leave_out=parsed.leave_out,
         progress=progress_of(parsed),
     )
-    extracted.save_pretrained(
+    extracted = extracted.save_pretrained(
         parsed.output,
         dtype=dtype_of(parsed),
         rank_pattern=parsed.rank_pattern,

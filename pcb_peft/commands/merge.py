@@ -142,7 +142,7 @@ def _write(merged: "MergedAdapter", parsed: argparse.Namespace) -> "MergedAdapte
     if parsed.fold:
         base, progress = str(merged.recipe.base_model), progress_of(parsed)
         return merged.fold(base, parsed.output, overwrite=parsed.overwrite, progress=progress)
-    merged.save_pretrained(
+    return merged.save_pretrained(
         parsed.output,
         dtype=dtype_of(parsed),
         rank_pattern=parsed.rank_pattern,

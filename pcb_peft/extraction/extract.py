@@ -46,6 +46,10 @@ class ExtractedAdapter(Adapter):
     def whole_biases(self) -> Mapping[str, Callable[[], Tensor]]:
         return self.biases
 
+    def noted(self, notes: Sequence[str]) -> "ExtractedAdapter":
+        report = dataclasses.replace(self.report, notes=(*self.report.notes, *notes))
+        return dataclasses.replace(self, report=report)
+
 
 def extract_adapter(
     finetuned: str | Path | BaseModel,
@@ -80,7 +84,8 @@ def extract_adapter(
 
     Example:
         >>> from pcb_peft import extract_adapter
-        >>> extract_adapter("math-model", "base-model", rank=16).save_pretrained("extracted-lora")
+        >>> extracted = extract_adapter("math-model", "base-model", rank=16)
+        >>> saved = extracted.save_pretrained("extracted-lora")
     """
     choice = parse_rank(rank)
     if not isinstance(choice, Lossless | FixedRank | EnergyFraction):

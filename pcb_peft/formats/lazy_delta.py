@@ -28,7 +28,7 @@ class LazyDelta:
         rank: Rank of a low-rank delta, or of a delta's low-rank part.
         missing: Why the delta cannot be read without the base model; empty where it can.
         stacked: True where the weight is one of several in a parameter (an expert's).
-        parameter: True where PEFT targets the weight as a parameter, since its layer is none that PEFT wraps (a router).
+        parameter: True where PEFT targets the weight as a parameter: its layer is none that PEFT wraps (a router).
     """
 
     kind: type[Delta]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -41,6 +42,10 @@ from pcb_peft.formats.registry import Format, RowStore, register
 
 TOKENS = "token_adapter."
 OUTPUTS = ("lm_head", "embed_out", "decoder", "output", "output_layer")
+
+SINGLE_EXPERT = re.compile(
+    r"\.experts\.\d+\."
+)  # PEFT stacks them, for which they must have one rank
 
 UNSUPPORTED = {  # field of the configuration to the reason why such a LoRA is not read
     "layer_replication": "the adapter's layers are not those of the base model",
@@ -188,20 +193,25 @@ def _write_loras(
     """Return the deltas as a LoRA checkpoint; arguments and errors are those of `write`."""
     biases = {name: delta for name, delta in modules.items() if is_vector(delta)}
     weights = {name: delta for name, delta in modules.items() if name not in biases}
-    rank = max((delta.rank for delta in weights.values()), default=1)
+    singles = {name for name in weights if SINGLE_EXPERT.search(name)} if rank_pattern else set()
+    rank = max((weights[name].rank for name in singles or weights), default=1)
     expert_config, expert_tensors = write_experts(weights, rank)
     weights = {name: delta for name, delta in weights.items() if delta.layout.expert is None}
     tensors = {name: values.to(dtype) for name, values in expert_tensors.items()}
+    own_ranks = {
+        name: delta.rank if rank_pattern and name not in singles else rank
+        for name, delta in weights.items()
+    }
     for module, delta in weights.items():
-        lora_A, lora_B = delta.padded(delta.rank if rank_pattern else rank)
+        lora_A, lora_B = delta.padded(own_ranks[module])
         factors = lora_A.to(dtype), lora_B.to(dtype)
         tensors |= stored(module, weights, factors, delta.layout)
     targets = sorted({target_of(module, weights) for module in weights})
     tensors |= _biases(biases, weights, dtype)
     ranks = {
-        _pattern(target_of(module, weights), targets): delta.rank
-        for module, delta in weights.items()
-        if delta.rank != rank
+        _pattern(target_of(module, weights), targets): own_rank
+        for module, own_rank in own_ranks.items()
+        if own_rank != rank
     }
     config: dict[str, Any] = {
         "r": rank,

@@ -5,7 +5,6 @@ model is known, its own code says which names mean one weight (`pcb_peft.base.ca
 may mean one weight are refused: merged as two modules, one of the two adapters would be lost without a word.
 """
 
-import functools
 import itertools
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.base.canonical import CanonicalNames, canonical_names
+from pcb_peft.base.hub import configuration_directory
 from pcb_peft.base.model import BaseModel
 from pcb_peft.errors import BaseModelError, MismatchError, PcbPeftError
 from pcb_peft.plugins.options import did_you_mean
@@ -83,7 +83,9 @@ def _named_model(adapters: Sequence[Adapter]) -> Path | None:
     different paths; transformers takes seconds to import.
     """
     bases = {str(adapter.base_model) for adapter in adapters if adapter.base_model}
-    directory = _configured(bases.pop(), adapters[0].revision) if len(bases) == 1 else None
+    directory = (
+        configuration_directory(bases.pop(), adapters[0].revision) if len(bases) == 1 else None
+    )
     if directory is None:
         return None
     try:
@@ -98,21 +100,6 @@ def _model_parts(config: dict[str, object]) -> Iterator[object]:
     return (
         value for key, value in config.items() if key.endswith("_config") and "quant" not in key
     )
-
-
-@functools.cache
-def _configured(base: str, revision: str | None) -> Path | None:
-    """Return the directory of a model's ``config.json``, which may lie in the Hub's cache. Nothing is fetched."""
-    directory = Path(base).expanduser()
-    if (directory / "config.json").is_file():
-        return directory
-    try:
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = try_to_load_from_cache(base, "config.json", revision=revision)
-    except ValueError:  # of huggingface_hub: no repository's name
-        return None
-    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def _refuse_unknown(adapter: Adapter, modules: Collection[str], base: BaseModel) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import html
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +164,10 @@ class MergedAdapter(Adapter):
         if not self.pending:
             return self
         return self._with_lines(union(current().all_gather(lines)))
+
+    def noted(self, notes: Sequence[str]) -> "MergedAdapter":
+        report = dataclasses.replace(self.report, notes=(*self.report.notes, *notes))
+        return dataclasses.replace(self, report=report)
 
     def companion_files(self, without: Container[str] | None = None) -> dict[str, bytes]:
         return {FILE_NAME: self.recipe.to_yaml().encode(), **super().companion_files(without)}

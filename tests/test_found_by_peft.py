@@ -1,0 +1,168 @@
+"""What is written is looked up as PEFT looks it up, in the base model as transformers builds it."""
+
+import json
+import warnings
+
+import peft
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import save_file
+
+from pcb_peft import MismatchError, merge_adapters
+from pcb_peft.commands.cli import main
+
+P = "base_model.model."
+SIZES = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+MIXTURE = {"moe_intermediate_size": 12, "num_experts": 3, "num_experts_per_tok": 2}
+
+
+@pytest.fixture
+def llama(tmp_path):
+    hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES)).save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+@pytest.fixture
+def mixture(tmp_path):
+    config = hf.Qwen2MoeConfig(
+        **SIZES, **MIXTURE, shared_expert_intermediate_size=12, mlp_only_layers=[1]
+    )
+    hf.Qwen2MoeForCausalLM(config).save_pretrained(tmp_path / "mixture")
+    return tmp_path / "mixture"
+
+
+def written(directory, modules, base, rank=2, seed=0, **config):
+    """A LoRA with tensors of these names: module to (out, in)."""
+    directory.mkdir()
+    generator, tensors = torch.Generator().manual_seed(seed), {}
+    for module, (rows, cols) in modules.items():
+        tensors[f"{P}{module}.lora_A.weight"] = torch.randn(rank, cols, generator=generator)
+        tensors[f"{P}{module}.lora_B.weight"] = torch.randn(rows, rank, generator=generator)
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    names = sorted({module.rpartition(".")[2] for module in modules})
+    fields = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": names}
+    fields |= {"base_model_name_or_path": str(base), "task_type": "CAUSAL_LM", **config}
+    (directory / "adapter_config.json").write_text(json.dumps(fields))
+    return directory
+
+
+def changes(base, adapter):
+    """What PEFT adds to each weight that it changes; it must find tensors for all that it adapts."""
+    model_class = hf.AutoModelForCausalLM
+    before = model_class.from_pretrained(base).state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        adapted = peft.PeftModel.from_pretrained(model_class.from_pretrained(base), adapter)
+    after = adapted.merge_and_unload().state_dict()
+    return {n: after[n] - before[n] for n in before if not torch.equal(after[n], before[n])}
+
+
+def test_the_report_of_a_saved_merge_counts_the_modules_that_load(llama, tmp_path):
+    adapter = written(tmp_path / "a", {"model.layers.0.self_attn.q_proj": (16, 16)}, llama)
+    merged = merge_adapters([adapter, adapter], "linear")
+    saved = merged.save_pretrained(tmp_path / "out")
+    assert "1 of 1 modules load in PEFT on LlamaForCausalLM" in saved.report.notes
+    assert saved.modules.entries == merged.modules.entries
+
+
+def test_the_command_says_how_many_modules_load(llama, tmp_path, capsys):
+    modules = {f"model.layers.{i}.mlp.up_proj": (24, 16) for i in (0, 1)}
+    adapter = str(written(tmp_path / "a", modules, llama))
+    assert main(["merge", adapter, adapter, "-o", str(tmp_path / "out")]) == 0
+    assert "2 of 2 modules load in PEFT" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "found"),
+    [
+        pytest.param("model.layers.7.mlp.up_proj", (24, 16), "layers.7", id="no such layer"),
+        pytest.param("model.layers.0.mlp.up_proj", (20, 16), "size mismatch", id="other shape"),
+    ],
+)
+def test_what_peft_would_not_load_is_not_written(llama, tmp_path, module, shape, found):
+    modules = {"model.layers.0.self_attn.q_proj": (16, 16), module: shape}
+    adapter = written(tmp_path / "a", modules, llama)
+    merged = merge_adapters([adapter, adapter], "linear")
+    with pytest.raises(MismatchError, match=found):
+        merged.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_the_configuration_nothing_is_looked_up(tmp_path):
+    adapter = written(tmp_path / "a", {"model.layers.7.mlp.up_proj": (24, 16)}, "nobody/nothing")
+    saved = merge_adapters([adapter, adapter], "linear").save_pretrained(tmp_path / "out")
+    assert not any("load in PEFT" in note for note in saved.report.notes)
+
+
+@pytest.mark.parametrize("rank_pattern", [False, True])
+def test_layers_that_share_their_names_with_experts_load(mixture, tmp_path, rank_pattern):
+    """PEFT takes every ``up_proj`` of such a model for one of an expert."""
+    modules = {
+        "model.layers.0.mlp.shared_expert.up_proj": (12, 16),
+        "model.layers.1.mlp.down_proj": (16, 24),
+        "model.layers.0.mlp.gate": (3, 16),  # the router
+        "model.layers.0.self_attn.q_proj": (16, 16),
+    }
+    one = written(tmp_path / "one", modules, mixture)
+    two = written(tmp_path / "two", dict(list(modules.items())[:2]), mixture, seed=1)
+    merged = merge_adapters([one, two], "linear", base_model=str(mixture))
+    merged.save_pretrained(tmp_path / "out", rank_pattern=rank_pattern)
+    found = changes(mixture, tmp_path / "out")
+    assert found.keys() == {f"{module}.weight" for module in modules}
+    for module in modules:
+        assert torch.dist(found[f"{module}.weight"], merged.delta(module)) < 1e-5
+
+
+def experts(layers=2):
+    shapes = {"gate_proj": (12, 16), "up_proj": (12, 16), "down_proj": (16, 12)}
+    return {
+        f"model.layers.{layer}.mlp.experts.{expert}.{name}": shape
+        for layer in range(layers)
+        for expert in range(3)
+        for name, shape in shapes.items()
+    }
+
+
+@pytest.mark.filterwarnings("ignore:the merged adapter retains")
+def test_experts_one_by_one_get_one_rank_even_by_a_rank_pattern(tmp_path):
+    mixture = tmp_path / "mixture"
+    config = hf.Qwen3MoeConfig(**SIZES, **MIXTURE, head_dim=8)
+    hf.Qwen3MoeForCausalLM(config).save_pretrained(mixture)
+    modules = {**experts(), "model.layers.0.self_attn.q_proj": (16, 16)}
+    both = [written(tmp_path / name, modules, mixture, seed=s) for s, name in enumerate("ab")]
+    merged = merge_adapters(both, "linear", rank=0.8, base_model=str(mixture))
+    assert len({entry.rank for entry in merged.modules.entries.values()}) > 1
+    merged.save_pretrained(tmp_path / "out", rank_pattern=True)
+    found = changes(mixture, tmp_path / "out")
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    wanted = [
+        torch.cat(
+            [merged.delta(f"model.layers.0.mlp.experts.{e}.{p}_proj") for p in ("gate", "up")]
+        )
+        for e in range(3)
+    ]
+    assert torch.dist(found[name], torch.stack(wanted)) < 1e-4
+
+
+def test_a_router_under_two_names_is_one(mixture, tmp_path):
+    """Before transformers 5 it was a linear layer; now it is a parameter."""
+    router = {"model.layers.0.mlp.gate": (3, 16)}
+    old = written(tmp_path / "old", router, "somewhere/base", peft_version="0.17.0")
+    fields = {"target_modules": [], "target_parameters": ["mlp.gate.weight"]}
+    new = written(tmp_path / "new", router, "somewhere/base", seed=1, **fields)
+    merged = merge_adapters([old, new], "linear", [2, 3])
+    merged.save_pretrained(tmp_path / "out")
+    found = changes(mixture, tmp_path / "out")
+    assert list(found) == ["model.layers.0.mlp.gate.weight"]
+    parts = [changes(mixture, new), changes(mixture, written(tmp_path / "b", router, "", **fields))]
+    name = "model.layers.0.mlp.gate.weight"
+    assert torch.dist(found[name], 2 * parts[1][name] + 3 * parts[0][name]) < 1e-4
