@@ -223,7 +223,7 @@ ARCHITECTURES = [
             n_layers=2,
             max_seq_len=64,
             vocab_size=64,
-            attn_config={"kv_n_heads": 2, "rope_theta": 10000, "clip_qkv": None},
+            attn_config={"kv_n_heads": 2, "rope_theta": 10000, "clip_qkv": 8},
             ffn_config={"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
         ),
         modules("Wqkv", "out_proj"),
@@ -334,7 +334,7 @@ ARCHITECTURES = [
         STATES,
         "MambaForCausalLM",
         lambda: hf.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=8),
-        modules("in_proj", "x_proj", "out_proj"),
+        modules("in_proj", "x_proj"),
     ),
     Architecture(
         STATES,
@@ -348,7 +348,7 @@ ARCHITECTURES = [
             head_dim=8,
             n_groups=1,
         ),
-        modules("in_proj", "out_proj"),
+        modules("in_proj"),
     ),
     Architecture(
         ENCODERS,

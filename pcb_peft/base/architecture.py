@@ -50,11 +50,11 @@ class Skeleton:
 
     def in_memory(self, name: str) -> str:
         """Return the name in memory of a parameter of a file; the same name if there is none."""
-        return self.in_model(self._convert(name)[0]) or self.in_model(name) or name
+        return self.in_model(self.converted_name(name)[0]) or self.in_model(name) or name
 
     def is_converted(self, name: str) -> bool:
         """Return whether the values of a parameter of a file are fused, split or permuted when it is loaded."""
-        in_memory, computation, _ = self._convert(name)
+        in_memory, computation, _ = self.converted_name(name)
         return computation is not None and self.in_model(in_memory) is not None
 
     def layer(self, module: str) -> nn.Module | None:
@@ -69,6 +69,16 @@ class Skeleton:
             next((self.layers[name] for name in names if name in self.layers), None)
         )
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a parameter in memory."""
+        module, _, kind = name.rpartition(".")
+        return tuple(getattr(self.layers[module], kind).shape)
+
+    @staticmethod
+    def natural(name: str) -> list[int]:
+        """Return the numbers in a name, by which names are sorted: the tenth layer after the ninth."""
+        return [int(number) for number in re.findall(r"\d+", name)]
+
     def stack_sources(self, files: Iterable[str]) -> dict[str, list[list[str]]]:
         """Return the stacks in memory that are made of parameters of the files that are not stacks.
 
@@ -80,7 +90,7 @@ class Skeleton:
         """
         parts_of: dict[str, dict[int, list[str]]] = {}
         for file in files:
-            name, conversion, position = self._convert(file)
+            name, conversion, position = self.converted_name(file)
             stack = self.in_model(name)
             if stack and conversion is not None and _stacks(conversion):
                 parts_of.setdefault(stack, {}).setdefault(position, []).append(file)
@@ -98,14 +108,40 @@ class Skeleton:
 
     def is_single_expert(self, name: str) -> bool:
         """Return whether a name in the files is that of one matrix of a stack in memory."""
-        stack, conversion, _ = self._convert(name)
+        stack, conversion, _ = self.converted_name(name)
         return conversion is not None and stack in self.parameters and stack != name
 
-    def _convert(self, name: str) -> tuple[str, Any, int]:
-        """Convert a name as transformers does: by all renamings in turn, then by the first computation that fits.
+    def place_in_stack(self, module: str) -> "PlaceInStack | None":
+        """Return the place of an expert's matrix in the stack that holds it in memory; None for other modules.
+
+        Args:
+            module: Its path where experts are stored one by one: ``experts.3.up_proj``; or, as some trainers split a
+                stack, ``experts.gate_up_projs.3``.
+        """
+        split = _SPLIT_STACK.fullmatch(module)
+        if split and (stack := self.in_model(f"{split[1]}.{split[2]}")):
+            return self._place(stack, int(split[3]), 0, 1)
+        name, rule, position = self.converted_name(f"{module}.weight")
+        stack = self.in_model(name)
+        if stack is None or rule is None or not _stacks(rule):
+            return None
+        numbers = self.natural(module)
+        for number in self.natural(stack):
+            numbers.remove(number)
+        return self._place(stack, numbers[0], position, len(rule.source_patterns))
+
+    def _place(self, stack: str, index: int, position: int, count: int) -> "PlaceInStack | None":
+        experts, height = self.shape(stack)[0], self.shape(stack)[1] // count
+        if index >= experts:
+            return None
+        rows = None if count == 1 else (position * height, (position + 1) * height)
+        return PlaceInStack(stack, index, rows)
+
+    def converted_name(self, name: str) -> tuple[str, Any, int]:
+        """Convert a name of a file as transformers does: by all renamings in turn, then by the first rule that fits.
 
         Returns:
-            The name in memory, that computation if there is one, and the number of its pattern that fits.
+            The name in memory (of several, the first), that rule if there is one, and the number of its pattern.
         """
         computation, position = None, 0
         for conversion in self.conversions:
@@ -117,6 +153,24 @@ class Skeleton:
         return name, computation, position
 
 
+_SPLIT_STACK = re.compile(r"(.+)\.(\w+)s\.(\d+)")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PlaceInStack:
+    """The place of one expert's matrix in the parameter that holds those of all experts.
+
+    Attributes:
+        stack: Name of the parameter in memory.
+        index: Number of the expert.
+        rows: First row and last row + 1 of the expert's matrix there; None for the whole matrix.
+    """
+
+    stack: str
+    index: int
+    rows: tuple[int, int] | None
+
+
 def _stacks(conversion: Any) -> bool:
     """Return whether a computation stacks matrices, each of them made of several on top of each other or of one."""
     steps = [(type(step).__name__, getattr(step, "dim", None)) for step in conversion.operations]
@@ -126,12 +180,8 @@ def _stacks(conversion: Any) -> bool:
 
 def _by_matrix(parts: Mapping[int, list[str]]) -> list[list[str]]:
     """Return the parameters of each matrix, from those of all matrices by the part that they are (gate, up)."""
-    in_order = [sorted(parts[position], key=_natural) for position in sorted(parts)]
+    in_order = [sorted(parts[position], key=Skeleton.natural) for position in sorted(parts)]
     return [list(rows) for rows in zip(*in_order, strict=True)]
-
-
-def _natural(name: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", name)]
 
 
 def build_skeleton(directory: Path) -> Skeleton:

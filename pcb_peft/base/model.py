@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import functools
-import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,32 +24,9 @@ from pcb_peft.base.files import (
 )
 from pcb_peft.base.hub import download
 from pcb_peft.base.names import ParameterNames
+from pcb_peft.base.places import WeightSlice, places_of
 from pcb_peft.deltas.layout import CONV1D, LINEAR, Layout, ParameterForm, layout_of
 from pcb_peft.errors import BaseModelError, MismatchError
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class WeightSlice:
-    """The place of a weight, or of some rows of it, in the files.
-
-    Attributes:
-        parameter: Name in the files.
-        index: Number of the matrix in a stack; None for a parameter that is not a stack.
-        rows: First row and last row + 1 of the weight that are stored here; None for all rows.
-    """
-
-    parameter: str
-    index: int | None = None
-    rows: tuple[int, int] | None = None
-
-    @property
-    def is_whole_parameter(self) -> bool:
-        """True if the parameter and the weight are the same."""
-        return self.index is None and self.rows is None
-
-    def view(self, values: Tensor) -> Tensor:
-        """Return the view of this matrix inside the values of the parameter."""
-        return values if self.index is None else values[self.index]
 
 
 def open_base_model(source: str | Path, revision: str | None = None) -> "BaseModel":
@@ -194,49 +170,43 @@ class BaseModel:
         return name
 
     def bias_parameter(self, module: str) -> str | None:
-        """Return the name in the files of a module's bias, or None where it has none."""
-        return self.names.in_files(f"{module}.bias")
+        """Return the name in memory of a module's bias, or None where it has none."""
+        name = f"{module}.bias"
+        if self.names.in_files(name) is None and self.names.conversion(name) is None:
+            return None
+        return self.name_in_memory(module, "bias")
 
     def name_in_memory(self, module: str, kind: str = "weight") -> str:
         """Return the name in memory of a module's weight, or of a parameter; errors are those of `parameter`.
 
         A tensor in the files that is only a part of a parameter in memory keeps its name in the files.
         """
+        in_model = self._skeleton.in_model(f"{module}.{kind}") or self._skeleton.in_model(module)
+        if in_model and self.names.conversion(in_model):
+            return in_model
         parameter = self.parameter(module, kind)
         if self.names.is_converted(parameter):
             return parameter
-        in_model = self._skeleton.in_model(f"{module}.{kind}") or self._skeleton.in_model(module)
         return in_model or self.names.in_memory(parameter)
 
     def slices(self, module: str) -> tuple[WeightSlice, ...]:
         """Return the places of a module's weight, from its first rows to its last; errors are those of `parameter`.
 
-        An expert (``mlp.experts.gate_up_proj.3``) is part of a stack, or is stored in tensors of its own.
+        An expert (``mlp.experts.gate_up_proj.3``, ``mlp.experts.3.up_proj``) is part of a stack, or is stored in
+        tensors of its own.
         """
-        stack, _, number = module.rpartition(".")
-        if not number.isdecimal() or self.names.in_files(f"{module}.weight"):
-            return (WeightSlice(self.parameter(module)),)
-        stored_stack, index = self.names.in_files(stack), int(number)
-        if stored_stack is not None and index < self.tensors[stored_stack].shape[0]:
-            return (WeightSlice(stored_stack, index),)
-        matrices = self.names.stack_sources(stack)
-        if index >= len(matrices):
-            raise self._not_found(module, "weight")
-        heights = [self.tensors[name].shape[0] for name in matrices[index]]
-        ends = itertools.accumulate(heights)
-        return tuple(
-            WeightSlice(name, rows=(end - height, end))
-            for name, height, end in zip(matrices[index], heights, ends, strict=True)
-        )
+        places = places_of(module, self.names)
+        return places or (WeightSlice(self.parameter(module)),)
 
     def shape(self, module: str) -> tuple[int, ...]:
         """Return the shape of a module's weight, as it is stored; errors are those of `parameter`."""
-        slices = self.slices(module)
-        last = slices[-1]
-        shape = self.tensors[last.parameter].shape
-        if last.rows is not None:  # the last of several tensors
-            return (last.rows[1], *shape[1:])
-        return shape if last.index is None else shape[1:]
+        last = self.slices(module)[-1]
+        shape = (
+            self._skeleton.shape(last.parameter)
+            if last.converted
+            else self.tensors[last.parameter].shape
+        )
+        return last.shape_in(shape)
 
     def own_parameters(self, module: str) -> dict[str, ParameterForm]:
         """Return the parameters that a module holds itself, in their order.
@@ -253,13 +223,30 @@ class BaseModel:
 
     def weight(self, module: str) -> Tensor:
         """Read W of a module, as it is stored; errors are those of `parameter`."""
-        rows = [place.view(self.tensor(place.parameter)) for place in self.slices(module)]
+        rows = [place.view(self._values(place)) for place in self.slices(module)]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def bias(self, module: str) -> Tensor | None:
         """Read the bias of a module; None where it has none."""
         name = self.bias_parameter(module)
-        return None if name is None else self.tensor(name)
+        return None if name is None else self.values(name)
+
+    def values(self, name: str) -> Tensor:
+        """Read a parameter by its name in memory, in the arrangement that it has there."""
+        conversion = self.names.conversion(name)
+        if conversion is None:
+            return self.tensor(self.parameter(name))
+        tensors = {file: self.tensor(file) for file in conversion.files}
+        return conversion.load(tensors)[self.name_in_memory(name)]
+
+    def parameter_shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a parameter, by its name in memory."""
+        if self.names.conversion(name):
+            return self._skeleton.shape(self.name_in_memory(name))
+        return self.tensors[self.parameter(name)].shape
+
+    def _values(self, place: WeightSlice) -> Tensor:
+        return self.values(place.parameter) if place.converted else self.tensor(place.parameter)
 
     def layout(self, module: str, shape: tuple[int, int]) -> Layout:
         """Return how a module stores W.
@@ -280,7 +267,9 @@ class BaseModel:
         weight = self.shape(module)
         if len(weight) != 2:
             return Layout(shape=weight)
-        container, _, leaf = module.rpartition(".")[0].rpartition(".")
+        place = self._skeleton.place_in_stack(module)
+        stack = place.stack if place else module.rpartition(".")[0]
+        container, _, leaf = stack.rpartition(".")
         forms = self.own_parameters(container)
         if leaf in forms:  # one matrix of a stack
             return CONV1D if forms[leaf].transposed else LINEAR

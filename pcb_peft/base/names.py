@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pcb_peft.base.architecture import Skeleton
+from pcb_peft.base.conversions import Conversion, conversions_of
 from pcb_peft.base.files import TensorInfo
 
 
@@ -60,13 +61,27 @@ class ParameterNames:
         """Return whether values in the files are fused, split or permuted when the model is loaded."""
         return self.skeleton.is_converted(name)
 
+    @functools.cached_property
+    def _conversions(self) -> dict[str, Conversion]:
+        return conversions_of(self.skeleton, sorted(self.tensors))
+
+    def conversion(self, name: str) -> Conversion | None:
+        """Return how a parameter in memory is made of tensors in the files; None where it is one of them."""
+        return self._conversions.get(self.skeleton.in_model(name) or name)
+
+    @functools.cached_property
+    def in_model(self) -> tuple[str, ...]:
+        """Names in memory of the parameters that the files hold, those of other arrangements included."""
+        return tuple(dict.fromkeys([*self.files, *self._conversions]))
+
     def has(self, name: str) -> bool:
         """Return whether the model has a parameter of that name in memory, its own or tied to another."""
         return self.in_files(name) is not None or self.skeleton.in_model(name) is not None
 
     def stores(self, name: str) -> bool:
         """Return whether the files hold the values of a parameter in memory, under its name or a tied one."""
-        return self.in_files(name) is not None or bool(self.tied(name))
+        made = self.conversion(name) is not None
+        return made or self.in_files(name) is not None or bool(self.tied(name))
 
     def is_required(self, name: str) -> bool:
         """Return whether the model lacks values if the files do not hold the parameter of that name in the files.

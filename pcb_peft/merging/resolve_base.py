@@ -218,5 +218,5 @@ def _load_product(
 
 def _load_bias_product(module: str, entry: LazyDelta, base: BaseModel) -> LowRank:
     """b∘(l − 1)."""
-    bias = base.tensor(str(base.bias_parameter(module))).float()
+    bias = base.values(str(base.bias_parameter(module))).float()
     return vector_delta(entry.load().apply_to_bias(bias) - bias)

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from pcb_peft.base.model import BaseModel, WeightSlice
+from pcb_peft.base.model import BaseModel
+from pcb_peft.base.places import WeightSlice
 from pcb_peft.deltas.delta import Delta, Dense
 from pcb_peft.deltas.replacements import ReplacedParameter, TokenRows
 from pcb_peft.errors import MismatchError

@@ -1,11 +1,15 @@
 """The plan of a fold: for every parameter that changes, the edit that makes its new values."""
 
+import dataclasses
 from collections.abc import Mapping
 
-from pcb_peft.base.model import BaseModel, WeightSlice, split_parameter_name
+from pcb_peft.base.conversions import Conversion
+from pcb_peft.base.model import BaseModel, split_parameter_name
+from pcb_peft.base.places import WeightSlice
 from pcb_peft.deltas.delta import Delta
 from pcb_peft.deltas.replacements import Replacements
 from pcb_peft.errors import MismatchError
+from pcb_peft.writing.converted_edits import ConvertedEdits, ReplaceFile
 from pcb_peft.writing.edits import (
     AddDeltas,
     ChangeBias,
@@ -50,7 +54,7 @@ def plan_fold(
     changes: dict[str, ParameterChange] = {}
     for name in dict.fromkeys([*edits, *parameters, *rows]):
         steps: list[TensorEdit] = []
-        shape = base.tensors[base.parameter(name)].shape
+        shape = base.parameter_shape(name)
         if name in parameters:
             steps.append(ReplaceParameter(parameters[name]))
             shape = parameters[name].shape
@@ -59,8 +63,28 @@ def plan_fold(
         if name in edits:
             steps.append(edits[name])
         edit = steps[0] if len(steps) == 1 else InTurn(steps)
-        changes[name] = ParameterChange(base.parameter(name), edit, shape, name in asked_for)
-    return changes
+        changes[name] = ParameterChange(name, edit, shape, name in asked_for)
+    return _in_files(changes, base)
+
+
+def _in_files(
+    changes: Mapping[str, ParameterChange], base: BaseModel
+) -> dict[str, ParameterChange]:
+    """Return changes of parameters in memory with the tensors of the files that they change."""
+    in_files: dict[str, ParameterChange] = {}
+    converted: dict[Conversion, dict[str, TensorEdit]] = {}
+    for name, change in changes.items():
+        conversion = None if base.names.in_files(name) else base.names.conversion(name)
+        if conversion is None:
+            in_files[name] = dataclasses.replace(change, parameter=base.parameter(name))
+        else:
+            converted.setdefault(conversion, {})[name] = change.edit
+    for conversion, edits in converted.items():
+        arranged = ConvertedEdits(conversion, edits, base)
+        for file in conversion.files:
+            edit = ReplaceFile(arranged, file)
+            in_files[file] = ParameterChange(file, edit, base.tensors[file].shape)
+    return in_files
 
 
 def _tied_in_memory(base: BaseModel, name: str) -> list[str]:

@@ -1,0 +1,91 @@
+"""The places of weights in the files of a checkpoint: a tensor, a matrix of a stack, or some rows of one."""
+
+import dataclasses
+import itertools
+
+from torch import Tensor
+
+from pcb_peft.base.names import ParameterNames
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class WeightSlice:
+    """The place of a weight, or of some rows of it, in the files.
+
+    Attributes:
+        parameter: Name in the files; in memory, if `converted`.
+        index: Number of the matrix in a stack; None for a parameter that is not a stack.
+        rows: First row and last row + 1 of the weight that are stored here; None for all rows.
+        converted: True where the files hold the parameter's values in another arrangement.
+        part: First row and last row + 1 of the matrix that are the weight; None where it is the whole matrix.
+    """
+
+    parameter: str
+    index: int | None = None
+    rows: tuple[int, int] | None = None
+    converted: bool = False
+    part: tuple[int, int] | None = None
+
+    @property
+    def is_whole_parameter(self) -> bool:
+        """True if the parameter and the weight are the same."""
+        return self.index is None and self.rows is None and self.part is None
+
+    def view(self, values: Tensor) -> Tensor:
+        """Return the view of this matrix inside the values of the parameter."""
+        matrix = values if self.index is None else values[self.index]
+        return matrix if self.part is None else matrix[slice(*self.part)]
+
+    def shape_in(self, parameter: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the weight, if this is its last place.
+
+        Args:
+            parameter: Shape of the parameter.
+        """
+        matrix = parameter if self.index is None else parameter[1:]
+        if self.rows is not None:
+            return (self.rows[1], *matrix[1:])
+        return matrix if self.part is None else (self.part[1] - self.part[0], *matrix[1:])
+
+
+def places_of(module: str, names: ParameterNames) -> tuple[WeightSlice, ...]:
+    """Return the places of a module's weight, from its first rows to its last; none if it is an ordinary parameter.
+
+    Args:
+        module: Path in memory.
+        names: The names of the checkpoint's parameters.
+    """
+    if names.in_files(f"{module}.weight"):
+        return ()
+    in_memory = names.skeleton.in_model(f"{module}.weight") or names.skeleton.in_model(module)
+    if in_memory and names.conversion(in_memory) and not names.in_files(in_memory):
+        return (WeightSlice(in_memory, converted=True),)
+    stack, _, number = module.rpartition(".")
+    if number.isdecimal() and (places := _in_stack(stack, int(number), names)):
+        return places
+    place = None if in_memory else names.skeleton.place_in_stack(module)
+    if place is None:
+        return ()
+    places = _in_stack(place.stack, place.index, names)
+    if place.rows is None:
+        return places
+    return (dataclasses.replace(places[0], part=place.rows),) if len(places) == 1 else ()
+
+
+def _in_stack(stack: str, index: int, names: ParameterNames) -> tuple[WeightSlice, ...]:
+    """Return the places of one matrix of a stack in memory; none if there is no such stack."""
+    stored = names.in_files(stack)
+    if stored is not None:
+        return (WeightSlice(stored, index),) if index < names.tensors[stored].shape[0] else ()
+    matrices = names.stack_sources(stack)
+    if index < len(matrices):
+        heights = [names.tensors[name].shape[0] for name in matrices[index]]
+        ends = itertools.accumulate(heights)
+        return tuple(
+            WeightSlice(name, rows=(end - height, end))
+            for name, height, end in zip(matrices[index], heights, ends, strict=True)
+        )
+    name = names.skeleton.in_model(stack)
+    if name is None or not names.conversion(name) or index >= names.skeleton.shape(name)[0]:
+        return ()
+    return (WeightSlice(name, index, converted=True),)
