@@ -192,7 +192,7 @@ ARCHITECTURES = [
         EXPERTS,
         "GraniteMoeForCausalLM",
         lambda: hf.GraniteMoeConfig(**WORDS, num_local_experts=4, num_experts_per_tok=2),
-        parameters("input_linear.weight", "output_linear.weight"),
+        parameters(),
     ),
     Architecture(
         EXPERTS,

@@ -122,6 +122,21 @@ def test_layers_that_share_their_names_with_experts_load(mixture, tmp_path, rank
         assert torch.dist(found[f"{module}.weight"], merged.delta(module)) < 1e-5
 
 
+def test_modules_whose_paths_end_alike_stay_apart(tmp_path):
+    """PEFT takes a name for the end of a path."""
+    text = {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}
+    vision = {**text, "image_size": 8, "patch_size": 4, "projection_dim": 16}
+    config = hf.CLIPConfig(text_config=text, vision_config={**vision, "num_hidden_layers": 2})
+    hf.CLIPModel(config).save_pretrained(tmp_path / "clip")
+    modules = {"text_model.encoder.layers.0.mlp.fc1": (24, 16)}
+    module, model_class = next(iter(modules)), hf.CLIPModel
+    assert module in dict(model_class(config).named_modules())
+    adapter = written(tmp_path / "a", modules, tmp_path / "clip", task_type=None)
+    merged = merge_adapters([adapter, adapter], "linear")
+    saved = merged.save_pretrained(tmp_path / "out")
+    assert "1 of 1 modules load in PEFT on CLIPModel" in saved.report.notes
+
+
 def experts(layers=2):
     shapes = {"gate_proj": (12, 16), "up_proj": (12, 16), "down_proj": (16, 12)}
     return {
@@ -133,10 +148,11 @@ def experts(layers=2):
 
 
 @pytest.mark.filterwarnings("ignore:the merged adapter retains")
-def test_experts_one_by_one_get_one_rank_even_by_a_rank_pattern(tmp_path):
+@pytest.mark.parametrize("kind", ["Qwen2Moe", "Qwen3Moe"])  # PEFT converts names of one of them
+def test_experts_one_by_one_load_even_with_a_rank_pattern(kind, tmp_path):
     mixture = tmp_path / "mixture"
-    config = hf.Qwen3MoeConfig(**SIZES, **MIXTURE, head_dim=8)
-    hf.Qwen3MoeForCausalLM(config).save_pretrained(mixture)
+    config = getattr(hf, f"{kind}Config")(**SIZES, **MIXTURE, shared_expert_intermediate_size=12)
+    getattr(hf, f"{kind}ForCausalLM")(config).save_pretrained(mixture)
     modules = {**experts(), "model.layers.0.self_attn.q_proj": (16, 16)}
     both = [written(tmp_path / name, modules, mixture, seed=s) for s, name in enumerate("ab")]
     merged = merge_adapters(both, "linear", rank=0.8, base_model=str(mixture))

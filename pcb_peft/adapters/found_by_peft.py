@@ -25,24 +25,11 @@ from pcb_peft.errors import MismatchError
 from pcb_peft.formats import AdapterFiles
 from pcb_peft.formats.keys import PREFIX
 
-SHOWN = 3  # names in a message
+SHOWN, SHOWN_OF_ERROR = 3, 500  # names, and characters of PEFT's message
 _ADAPTER = "default"
 _MATRIX = 2  # dimensions
 _PART = re.compile(r"(\.base_layer)*\.(lora_|ia3_l).*$")
 _BESIDE = ("peft_type", "task_type", "modules_to_save", "trainable_token_indices", "bias")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Loaded:
-    """What PEFT did with an adapter.
-
-    Attributes:
-        lost: Modules whose tensors it did not find a place for.
-        unfilled: Modules that it adapts, and for which the files hold nothing.
-    """
-
-    lost: frozenset[str]
-    unfilled: frozenset[str]
 
 
 def loaded_on(
@@ -86,38 +73,81 @@ def _moved(pattern: str, moved: Mapping[str, str]) -> str:
     return pattern if module not in moved else pattern + ".weight"
 
 
-def as_peft_finds_it(
-    files: AdapterFiles, model_class: ModelClass, count: int
-) -> tuple[AdapterFiles, str]:
-    """Return the adapter with targets that PEFT resolves to its modules, and a sentence for the report.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Found:
+    """An adapter's files, and what the installed PEFT finds of them.
+
+    Attributes:
+        files: The files, with targets for PEFT.
+        model_class: The class that they are loaded on.
+        lost: Modules whose tensors PEFT has no place for.
+        unfilled: Modules that PEFT adapts too, and for which the files hold nothing.
+        error: PEFT's error, if it raises one.
+    """
+
+    files: AdapterFiles
+    model_class: ModelClass
+    lost: frozenset[str] = frozenset()
+    unfilled: frozenset[str] = frozenset()
+    error: str = ""
+
+    @property
+    def is_exact(self) -> bool:
+        """True if PEFT adapts exactly the modules of the adapter."""
+        return not (self.lost or self.unfilled or self.error)
+
+    def note(self, count: int) -> str:
+        """Return a sentence for the report.
+
+        Args:
+            count: Number of the adapter's modules.
+
+        Raises:
+            MismatchError: PEFT would raise an error, or not find a module.
+        """
+        version, where = importlib.metadata.version("peft"), self.model_class.name
+        if self.error:
+            raise MismatchError(
+                f"PEFT {version} would not load the adapter on {where}: {self.error}; nothing was written. Give the "
+                "base model that the adapters were trained on (base_model=…, --base-model …), or fold the adapter into "
+                "it"
+            )
+        if self.lost:
+            lost = sorted(self.lost)
+            more = f" and {len(lost) - SHOWN} others" if len(lost) > SHOWN else ""
+            raise MismatchError(
+                f"PEFT {version} would not find {', '.join(lost[:SHOWN])}{more} in {where}, as transformers builds the "
+                "base model; nothing was written. Give the base model that the adapters were trained on "
+                "(base_model=…, --base-model …), or fold the adapter into it"
+            )
+        more = f"; PEFT adapts {len(self.unfilled)} more, which stay as they are"
+        return f"{count} of {count} modules load in PEFT on {where}" + more * bool(self.unfilled)
+
+
+def looked_up(files: AdapterFiles, model_class: ModelClass) -> Found:
+    """Return an adapter with targets that PEFT resolves to its modules, as far as there are such targets.
 
     Args:
-        files: The adapter's deltas, as they would be written.
+        files: The adapter as it would be written.
         model_class: The class that it is loaded on.
-        count: Number of its modules, for the sentence.
-
-    Raises:
-        MismatchError: PEFT would not find a module.
     """
-    modules = set(map(_module_of, _deltas(files)))
     layers = model_class.skeleton.layers
+    modules = map(_module_of, _deltas(files))
     files = with_parameter_targets(files, {m for m in modules if _is_no_layer(layers.get(m))})
-    loaded = _load(files, model_class)
-    if loaded.lost:
-        files = with_parameter_targets(files, loaded.lost)
-        loaded = _load(files, model_class)
-    if loaded.lost:
-        lost = sorted(loaded.lost)
-        more = f" and {len(lost) - SHOWN} others" if len(lost) > SHOWN else ""
-        raise MismatchError(
-            f"PEFT {importlib.metadata.version('peft')} would not find {', '.join(lost[:SHOWN])}{more} in "
-            f"{model_class.name}, as transformers builds the base model; nothing was written. Give the base model that "
-            "the adapters were trained on (base_model=…, --base-model …), or fold the adapter into it"
-        )
-    note = f"{count} of {count} modules load in PEFT on {model_class.name}"
-    if loaded.unfilled:
-        note += f"; PEFT adapts {len(loaded.unfilled)} more, which stay as they are"
-    return files, note
+    found = _load(files, model_class)
+    if found.lost:
+        found = _load(with_parameter_targets(files, found.lost), model_class)
+    if found.unfilled and not found.lost:
+        exact = _load(_with_whole_paths(found.files), model_class)
+        found = exact if exact.is_exact else found
+    return found
+
+
+def _with_whole_paths(files: AdapterFiles) -> AdapterFiles:
+    """Return the same adapter with targets that match whole paths, and no others that end alike."""
+    targets = files.config["target_modules"]
+    pattern = "|".join(map(re.escape, targets))
+    return dataclasses.replace(files, config={**files.config, "target_modules": pattern or targets})
 
 
 def _deltas(files: AdapterFiles) -> dict[str, Tensor]:
@@ -139,7 +169,7 @@ def _is_no_layer(layer: nn.Module | None) -> bool:
     return weight is not None and weight.ndim == _MATRIX
 
 
-def _load(files: AdapterFiles, model_class: ModelClass) -> _Loaded:
+def _load(files: AdapterFiles, model_class: ModelClass) -> Found:
     """Load an adapter without values on a model without values."""
     import peft
 
@@ -157,10 +187,7 @@ def _load(files: AdapterFiles, model_class: ModelClass) -> _Loaded:
                 model, tensors, _ADAPTER, low_cpu_mem_usage=True
             )
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        raise MismatchError(
-            f"PEFT {importlib.metadata.version('peft')} would not load the adapter on {model_class.name}: "
-            f"{' '.join(str(error).split())[:500]}"
-        ) from error
+        return Found(files, model_class, error=" ".join(str(error).split())[:SHOWN_OF_ERROR])
     missing = [name for name in result.missing_keys if f".{_ADAPTER}" in name]
     lost = frozenset(map(_module_of, result.unexpected_keys))
-    return _Loaded(lost, frozenset(map(_module_of, missing)) - lost)
+    return Found(files, model_class, lost, frozenset(map(_module_of, missing)) - lost)

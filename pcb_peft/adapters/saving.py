@@ -1,6 +1,7 @@
 """The files of a saved adapter: configuration, tensors, model card, and the heads beside them."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from pcb_peft.adapters.delta_mapping import DeltaMapping
-from pcb_peft.adapters.found_by_peft import as_peft_finds_it, loaded_on, with_parameter_targets
+from pcb_peft.adapters.expert_stacks import stacked
+from pcb_peft.adapters.found_by_peft import loaded_on, looked_up, with_parameter_targets
 from pcb_peft.deltas.delta import Delta, LowRank
 from pcb_peft.deltas.linalg import all_finite
 from pcb_peft.deltas.replacements import Replacements
@@ -75,9 +77,13 @@ def save_adapter(
     notes: list[str] = []
     if current().is_main:
         check_target(directory, overwrite=overwrite, inputs=adapter.inputs)
-        content = adapter_files(adapter, dtype, rank_pattern=rank_pattern, file_format=file_format)
+        make = functools.partial(
+            adapter_files, adapter, dtype, rank_pattern=rank_pattern, file_format=file_format
+        )
         if file_format == PEFT:
-            content, notes = _looked_up(adapter, content)
+            content, notes = _looked_up(adapter, make)
+        else:
+            content = make()
         card = adapter.card(str(content.config.get("peft_type", "LORA")))
         files = adapter.companion_files() | {"README.md": card.encode()}
         if content.config:
@@ -91,16 +97,25 @@ def save_adapter(
     return [note for each in current().all_gather(notes) for note in each]
 
 
-def _looked_up(adapter: Savable, content: AdapterFiles) -> tuple[AdapterFiles, list[str]]:
-    """Return an adapter's files with targets that PEFT finds in its base model, and sentences for the report."""
-    entries = adapter.modules.entries
+def _looked_up(
+    adapter: Savable, make: Callable[..., AdapterFiles]
+) -> tuple[AdapterFiles, list[str]]:
+    """Return an adapter's files with targets that PEFT finds in its base model, and sentences for the report.
+
+    Experts one by one are written as the stacks that hold them where PEFT finds others, or more, by their own names.
+    """
+    content, entries = make(), adapter.modules.entries
     replaced = [*adapter.head.rows, *(name.rpartition(".")[0] for name in adapter.head.parameters)]
     modules = [*entries, *replaced]
     model_class = loaded_on(adapter.base_model, adapter.revision, adapter.task_type, modules)
     if model_class is None or not entries:
         return content, []
-    content, note = as_peft_finds_it(content, model_class, len(entries))
-    return content, [note]
+    found = looked_up(content, model_class)
+    if not found.is_exact:
+        as_stacks = DeltaMapping(stacked(entries, model_class.skeleton))
+        if as_stacks.entries.keys() != entries.keys():
+            found = looked_up(make(modules=as_stacks), model_class)
+    return found.files, [found.note(len(entries))]
 
 
 def adapter_files(
@@ -109,13 +124,22 @@ def adapter_files(
     *,
     rank_pattern: bool = False,
     file_format: FileFormat = PEFT,
+    modules: DeltaMapping | None = None,
 ) -> AdapterFiles:
     """Return the configuration and the tensors of an adapter's files.
 
-    Arguments and errors are those of `Adapter.save_pretrained`.
+    Other arguments, and errors, are those of `Adapter.save_pretrained`.
+
+    Args:
+        adapter: The adapter.
+        dtype: Dtype of the tensors.
+        rank_pattern: Give every module its own rank.
+        file_format: Program that the files are for.
+        modules: Deltas to write in place of the adapter's.
     """
     biases = adapter.whole_biases()
-    entries = {path: e for path, e in adapter.modules.entries.items() if path not in biases}
+    all_entries = (modules or adapter.modules).entries
+    entries = {path: e for path, e in all_entries.items() if path not in biases}
     kinds = {entry.kind for entry in entries.values()}
     if len(kinds) > 1 or not (kinds or adapter.head.rows):
         names = ", ".join(sorted(kind.kind_name for kind in kinds)) or "no deltas at all"

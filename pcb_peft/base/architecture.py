@@ -19,6 +19,32 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_SPLIT_STACK = re.compile(r"(.+)\.(\w+)s\.(\d+)")
+_SINGLE_EXPERT = re.compile(r"(.+)\.(\d+)\.(\w+)")
+_PARTS = {  # name of an expert's matrix to the stack that holds it, its place there, and the number of places
+    "gate_proj": ("gate_up_proj", 0, 2),
+    "up_proj": ("gate_up_proj", 1, 2),
+    "down_proj": ("down_proj", 0, 1),
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PlaceInStack:
+    """The place of one expert's matrix in the parameter that holds those of all experts.
+
+    Attributes:
+        stack: Name of the parameter in memory.
+        index: Number of the expert.
+        rows: First row, last row + 1 and step in the expert's matrix (out, in) there; None for the whole matrix.
+        transposed: True if the stack holds its matrices as (in, out).
+    """
+
+    stack: str
+    index: int
+    rows: tuple[int, int, int] | None
+    transposed: bool
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Skeleton:
     """An architecture as transformers builds it; empty where transformers does not know it.
@@ -106,36 +132,44 @@ class Skeleton:
                 name, _ = conversion.rename_source_key(name)
         return name
 
-    def is_single_expert(self, name: str) -> bool:
-        """Return whether a name in the files is that of one matrix of a stack in memory."""
-        stack, conversion, _ = self.converted_name(name)
-        return conversion is not None and stack in self.parameters and stack != name
-
-    def place_in_stack(self, module: str) -> "PlaceInStack | None":
+    def place_in_stack(self, module: str) -> PlaceInStack | None:
         """Return the place of an expert's matrix in the stack that holds it in memory; None for other modules.
 
         Args:
-            module: Its path where experts are stored one by one: ``experts.3.up_proj``; or, as some trainers split a
-                stack, ``experts.gate_up_projs.3``.
+            module: Its path where experts are stored one by one (``experts.3.up_proj``); or as some trainers split a
+                stack (``experts.gate_up_projs.3``).
         """
-        split = _SPLIT_STACK.fullmatch(module)
-        if split and (stack := self.in_model(f"{split[1]}.{split[2]}")):
-            return self._place(stack, int(split[3]), 0, 1)
+        if split := _SPLIT_STACK.fullmatch(module):
+            return self._place(split[1], split[2], int(split[3]), 0, 1)
         name, rule, position = self.converted_name(f"{module}.weight")
-        stack = self.in_model(name)
-        if stack is None or rule is None or not _stacks(rule):
-            return None
-        numbers = self.natural(module)
-        for number in self.natural(stack):
-            numbers.remove(number)
-        return self._place(stack, numbers[0], position, len(rule.source_patterns))
+        if rule is not None and _stacks(rule) and (stack := self.in_model(name)):
+            numbers = self.natural(module)
+            for number in self.natural(stack):  # of the layer
+                if number in numbers:
+                    numbers.remove(number)
+            index = numbers[0] if numbers else -1
+            container, _, leaf = stack.rpartition(".")
+            return self._place(container, leaf, index, position, len(rule.source_patterns))
+        single = _SINGLE_EXPERT.fullmatch(module)
+        if single and single[3] in _PARTS:
+            leaf, position, count = _PARTS[single[3]]
+            return self._place(single[1], leaf, int(single[2]), position, count)
+        return None
 
-    def _place(self, stack: str, index: int, position: int, count: int) -> "PlaceInStack | None":
-        experts, height = self.shape(stack)[0], self.shape(stack)[1] // count
-        if index >= experts:
+    def _place(
+        self, container: str, leaf: str, index: int, position: int, count: int
+    ) -> PlaceInStack | None:
+        """Return a place in a stack, unless the model has no such stack or no such expert."""
+        stack = self.in_model(f"{container}.{leaf}")
+        if stack is None or len(self.shape(stack)) != 3 or not 0 <= index < self.shape(stack)[0]:
             return None
-        rows = None if count == 1 else (position * height, (position + 1) * height)
-        return PlaceInStack(stack, index, rows)
+        layer = self.layers[stack.rpartition(".")[0]]
+        transposed = bool(getattr(layer, "is_transposed", False))
+        outputs = self.shape(stack)[2 if transposed else 1]
+        rows = (position * outputs // count, (position + 1) * outputs // count, 1)
+        if not getattr(layer, "is_concatenated", True):
+            rows = (position, outputs, count)
+        return PlaceInStack(stack, index, None if count == 1 else rows, transposed)
 
     def converted_name(self, name: str) -> tuple[str, Any, int]:
         """Convert a name of a file as transformers does: by all renamings in turn, then by the first rule that fits.
@@ -151,24 +185,6 @@ class Skeleton:
                 if computes and pattern is not None:
                     computation, position = conversion, conversion.source_patterns.index(pattern)
         return name, computation, position
-
-
-_SPLIT_STACK = re.compile(r"(.+)\.(\w+)s\.(\d+)")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class PlaceInStack:
-    """The place of one expert's matrix in the parameter that holds those of all experts.
-
-    Attributes:
-        stack: Name of the parameter in memory.
-        index: Number of the expert.
-        rows: First row and last row + 1 of the expert's matrix there; None for the whole matrix.
-    """
-
-    stack: str
-    index: int
-    rows: tuple[int, int] | None
 
 
 def _stacks(conversion: Any) -> bool:

@@ -68,7 +68,10 @@ class ModelClass:
         if self._has(renamed):
             return renamed
         renamed = self.skeleton.converted(module)
-        return renamed if self._has(renamed) else None
+        if self._has(renamed):
+            return renamed
+        router = module.removesuffix(".linear")  # as some trainers wrap it for PEFT
+        return router if router != module and self._has(router) else None
 
     def native_name(self, module: str) -> str | None:
         """Return the name of a module if it is the one that it has in this class today, else None."""
@@ -88,7 +91,7 @@ class ModelClass:
         stack, _, number = name.rpartition(".")
         expert = number.isdecimal() and stack in skeleton.parameters
         known = f"{name}.weight" in skeleton.parameters or name in skeleton.parameters
-        return known or expert or skeleton.is_single_expert(f"{name}.weight")
+        return known or expert or skeleton.place_in_stack(name) is not None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

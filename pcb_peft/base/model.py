@@ -245,8 +245,28 @@ class BaseModel:
             return self._skeleton.shape(self.name_in_memory(name))
         return self.tensors[self.parameter(name)].shape
 
+    def holds(self, name: str) -> bool:
+        """Return whether the files hold a parameter in memory, or a matrix of a stack (``stack.3``)."""
+        stack, _, number = name.rpartition(".")
+        if number.isdecimal() and self.holds(stack):
+            return int(number) < self.parameter_shape(stack)[0]
+        return self.names.in_files(name) is not None or self.names.conversion(name) is not None
+
     def _values(self, place: WeightSlice) -> Tensor:
-        return self.values(place.parameter) if place.converted else self.tensor(place.parameter)
+        """Read the values of a parameter; of a stack they are kept until those of another are asked for."""
+        read = self.values if place.converted else self.tensor
+        if place.index is None:
+            return read(place.parameter)
+        latest = self._latest.get(place.parameter)
+        if latest is None:
+            latest = read(place.parameter)
+            self._latest.clear()
+            self._latest[place.parameter] = latest
+        return latest
+
+    @functools.cached_property
+    def _latest(self) -> dict[str, Tensor]:
+        return {}
 
     def layout(self, module: str, shape: tuple[int, int]) -> Layout:
         """Return how a module stores W.

@@ -17,14 +17,16 @@ class WeightSlice:
         index: Number of the matrix in a stack; None for a parameter that is not a stack.
         rows: First row and last row + 1 of the weight that are stored here; None for all rows.
         converted: True where the files hold the parameter's values in another arrangement.
-        part: First row and last row + 1 of the matrix that are the weight; None where it is the whole matrix.
+        part: First row, last row + 1 and step of the matrix that are the weight; None where it is the whole matrix.
+        columns: True where `part` counts columns: the matrix is stored as (in, out).
     """
 
     parameter: str
     index: int | None = None
     rows: tuple[int, int] | None = None
     converted: bool = False
-    part: tuple[int, int] | None = None
+    part: tuple[int, int, int] | None = None
+    columns: bool = False
 
     @property
     def is_whole_parameter(self) -> bool:
@@ -34,7 +36,9 @@ class WeightSlice:
     def view(self, values: Tensor) -> Tensor:
         """Return the view of this matrix inside the values of the parameter."""
         matrix = values if self.index is None else values[self.index]
-        return matrix if self.part is None else matrix[slice(*self.part)]
+        if self.part is None:
+            return matrix
+        return matrix[:, slice(*self.part)] if self.columns else matrix[slice(*self.part)]
 
     def shape_in(self, parameter: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of the weight, if this is its last place.
@@ -45,7 +49,10 @@ class WeightSlice:
         matrix = parameter if self.index is None else parameter[1:]
         if self.rows is not None:
             return (self.rows[1], *matrix[1:])
-        return matrix if self.part is None else (self.part[1] - self.part[0], *matrix[1:])
+        if self.part is None:
+            return matrix
+        size = len(range(*self.part))
+        return (matrix[0], size) if self.columns else (size, *matrix[1:])
 
 
 def places_of(module: str, names: ParameterNames) -> tuple[WeightSlice, ...]:
@@ -69,7 +76,12 @@ def places_of(module: str, names: ParameterNames) -> tuple[WeightSlice, ...]:
     places = _in_stack(place.stack, place.index, names)
     if place.rows is None:
         return places
-    return (dataclasses.replace(places[0], part=place.rows),) if len(places) == 1 else ()
+    if len(places) != 1:  # one of them is the part
+        start, end, _ = place.rows
+        parts = [one.parameter for one in places if one.rows == (start, end)]
+        return tuple([WeightSlice(parameter, rows=(0, end - start)) for parameter in parts])
+    (whole,) = places
+    return (dataclasses.replace(whole, part=place.rows, columns=place.transposed),)
 
 
 def _in_stack(stack: str, index: int, names: ParameterNames) -> tuple[WeightSlice, ...]:

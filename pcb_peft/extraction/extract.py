@@ -18,7 +18,7 @@ from pcb_peft.deltas.rank import truncate
 from pcb_peft.deltas.rank_choice import EnergyFraction, FixedRank, Lossless, parse_rank
 from pcb_peft.deltas.replacements import ReplacedParameter, Replacements
 from pcb_peft.errors import OptionError, UnsupportedError
-from pcb_peft.extraction.comparison import Comparison, compare_checkpoints
+from pcb_peft.extraction.comparison import Comparison, compare_checkpoints, stack_of
 from pcb_peft.formats import LazyDelta, in_memory, vector_delta
 from pcb_peft.merging.report import ModuleReport, Report, ReportBuilder
 from pcb_peft.runtime.progress import tracker
@@ -123,8 +123,11 @@ def _entry(comparison: Comparison, name: str) -> LazyDelta:
     if len(shape) == 1:
         return LazyDelta(LowRank, (shape[0], 1), functools.partial(_vector, change), 1)
     layout = comparison.base.layout(name.removesuffix(".weight"), (1, 1))
+    if stack_of(name):
+        layout = dataclasses.replace(layout, expert=int(name.rpartition(".")[2]))
     load = functools.partial(_matrix, change, layout)
-    return LazyDelta(Dense, layout.matrix_shape(shape), load)
+    is_expert = layout.expert is not None
+    return LazyDelta(Dense, layout.matrix_shape(shape), load, stacked=is_expert)
 
 
 def _vector(change: Callable[[], Tensor]) -> LowRank:
@@ -137,7 +140,7 @@ def _matrix(change: Callable[[], Tensor], layout: Layout) -> Dense:
 
 def _head(comparison: Comparison, modules: set[str]) -> Replacements:
     """Return modules that are stored whole, with all their parameters."""
-    names = [name for name in comparison.tuned.names.files if name.rpartition(".")[0] in modules]
+    names = [name for name in comparison.tuned.names.in_model if name.rpartition(".")[0] in modules]
     return Replacements(
         tuple(sorted(modules)),
         {
@@ -158,9 +161,10 @@ def _as_lora(
     for module, entry in entries.items():
         if entry.kind is not Dense:
             continue
-        _refuse_what_no_lora_holds(module, base)
+        if not entry.stacked:
+            _refuse_what_no_lora_holds(module, base)
         delta, energy = truncate(entry.load(), rank)
-        lora[module] = in_memory(delta)
+        lora[module] = dataclasses.replace(in_memory(delta), stacked=entry.stacked)
         report.modules[module] = ModuleReport(
             entry.shape, delta.rank, energy, delta.norm(), kept={}, conflicts=0.0
         )
@@ -195,7 +199,7 @@ def _beside_lora(vectors: Sequence[str], lora: Container[str]) -> tuple[list[str
 
 
 def _refuse_what_no_lora_holds(module: str, base: BaseModel) -> None:
-    parameter = base.parameter(module)
+    parameter = base.name_in_memory(module)
     if not parameter.endswith(LORA_PARAMETERS):
         raise UnsupportedError(
             f"{module} has changed, and is a parameter of several dimensions that no layer holds as its weight: "

@@ -27,6 +27,7 @@ from pcb_peft.formats.lazy_delta import (
     is_vector,
     vector_delta,
 )
+from pcb_peft.formats.lora_expert_tensors import read_expert_tensors
 from pcb_peft.formats.lora_experts import read_experts, write_experts
 from pcb_peft.formats.lora_parts import (
     LazyFactors,
@@ -71,6 +72,8 @@ def read(config: Config, tensors: Tensors, base: Base) -> AdapterContents:
     replaced = read_rows(tensors, rest, TOKENS, functools.partial(_row_numbers, config))
     saved = saved_parameters(tensors, replaced.rest)
     entries, modules = read_experts(config, tensors, base, modules)
+    experts, modules = read_expert_tensors(config, tensors, modules)
+    entries |= experts
     for lora in modules:
         factors = factors_of(config, tensors, lora)
         scaling = scaling_of(config, lora, factors.rank)

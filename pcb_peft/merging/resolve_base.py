@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.delta_mapping import DeltaMapping
+from pcb_peft.adapters.expert_stacks import stacked
 from pcb_peft.base.model import BaseModel
 from pcb_peft.deltas.delta import Dense, LowRank
 from pcb_peft.deltas.layout import Layout
@@ -17,8 +18,10 @@ from pcb_peft.spaces import Space
 from pcb_peft.writing.edits import fitted
 from pcb_peft.writing.folded_model import folded
 
-ONE_BY_ONE = re.compile(r"\.experts\.\d+\.")  # names of experts in transformers 4, and in files
-STACKED = re.compile(r"\.experts\.\w+\.\d+$")  # in transformers 5
+ONE_BY_ONE = re.compile(
+    r"\.experts\.(\d+\.|\w+s\.\d+$)"
+)  # names of experts in transformers 4, and in files
+STACKED = re.compile(r"\.experts\.\w+[^s.]\.\d+$")  # in transformers 5
 
 
 def resolve_against_base(
@@ -54,7 +57,21 @@ def resolve_against_base(
     ]
     if mixed:
         read = [ia3_as_additive(adapter, base()) for adapter in read]
-    return [unstack_experts(adapter, base()) for adapter in read] if renamed else read
+    return _with_same_experts(read, base()) if renamed else read
+
+
+def _with_same_experts(adapters: Sequence[Adapter], base: BaseModel) -> list[Adapter]:
+    """Return the adapters with their experts under names of one kind: those of the files, or stacks if these are."""
+    unstacked = [unstack_experts(adapter, base) for adapter in adapters]
+    if not _mixed_names(unstacked):
+        return unstacked
+    return [
+        dataclasses.replace(
+            adapter,
+            modules=DeltaMapping(stacked(adapter.modules.entries, base.names.skeleton)),
+        )
+        for adapter in adapters
+    ]
 
 
 def _mixed_kinds(adapters: Sequence[Adapter], space: Space | None) -> str:
