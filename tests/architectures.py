@@ -376,3 +376,16 @@ ARCHITECTURES = [
         PICTURE,
     ),
 ]
+
+
+def table() -> str:
+    """The table of the documentation: ``PYTHONPATH=tests python -m architectures`` prints it."""
+    lines = ["| kind | class in transformers | what the LoRAs target |", "|---|---|---|"]
+    for one in ARCHITECTURES:
+        targets = [*one.targets["target_modules"], *one.targets.get("target_parameters", [])]
+        lines.append(f"| {one.kind} | `{one.name}` | {', '.join(targets)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

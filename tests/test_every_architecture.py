@@ -1,17 +1,19 @@
 """What PEFT's forward pass computes with an adapter, the saved merge and the folded merge of it compute too."""
 
 import copy
+from pathlib import Path
 
 import peft
 import pytest
 import torch
 import transformers
-from architectures import ARCHITECTURES, Architecture
+from architectures import ARCHITECTURES, Architecture, table
 from torch import nn
 
 from pcb_peft import merge_adapters
 
-pytestmark = pytest.mark.slow
+DOCUMENT = Path(__file__).parents[1] / "docs" / "formats.md"
+pytestmark = pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match")
 
 
 def built(architecture: Architecture) -> nn.Module:
@@ -34,6 +36,11 @@ def output(model, architecture):
         return model.eval()(**architecture.inputs).logits
 
 
+def test_the_documentation_names_what_is_tried():
+    assert table() in DOCUMENT.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
 def test_saved_and_folded_merges_compute_what_peft_computes(architecture, workshop, tmp_path):
     model = built(architecture)
