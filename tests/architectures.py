@@ -4,6 +4,7 @@ What is targeted is written as a user of PEFT writes it. Inputs are the same for
 """
 
 import dataclasses
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -388,4 +389,4 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    print(table())
+    sys.stdout.write(table() + "\n")

@@ -20,9 +20,11 @@ from pcb_peft.adapters.card_sections import (
 )
 from pcb_peft.adapters.companions import Companions
 from pcb_peft.adapters.delta_mapping import DeltaMapping
+from pcb_peft.adapters.expert_stacks import without_fused_layers
 from pcb_peft.adapters.folded_files import folded_files
 from pcb_peft.adapters.saving import PEFT, FileFormat, save_adapter
 from pcb_peft.adapters.source import OpenedAdapter, Source
+from pcb_peft.base.architecture import Skeleton
 from pcb_peft.base.canonical import names_in_checkpoint
 from pcb_peft.base.model import BaseModel, lazy_base, opened_base
 from pcb_peft.deltas.delta import Delta
@@ -175,6 +177,13 @@ class Adapter:
             auto_mapping=kept.task.auto_mapping or self.auto_mapping,
         )
 
+    def split_as(self: AnyAdapter, skeleton: Skeleton) -> AnyAdapter:
+        """Return the same adapter with layers that the architecture has split as their parts (q, k and v of qkv)."""
+        entries = without_fused_layers(self.modules.entries, skeleton)
+        if entries.keys() == self.modules.entries.keys():
+            return self
+        return dataclasses.replace(self, modules=DeltaMapping(entries), reopen=None)
+
     def delta(self, module: str, base_model: str | Path | BaseModel | None = None) -> Tensor:
         """Return the change that is added to a module's weight W.
 
@@ -305,6 +314,7 @@ class Adapter:
         if policy not in TIES:
             raise OptionError(f"tied is {policy!r}; it must be one of {', '.join(TIES)}")
         adapter = self.on(lazy_base(base))
+        adapter = adapter.split_as(base.names.skeleton)
         adapter = adapter.renamed(names_in_checkpoint(base, adapter.modules))
         replaced = adapter.head.within(base.names.stores)
         fold_deltas(

@@ -1,7 +1,9 @@
-"""Experts one by one, as changes of the stacks that hold them in memory.
+"""Experts one by one as changes of the stacks that hold them in memory; layers that are fused, or split, likewise.
 
 ``experts.3.gate_proj`` and ``experts.3.up_proj`` are rows of ``experts.gate_up_proj.3``. Two LoRAs of rank r on the
 parts are one of rank 2r on the whole: lora_A on top of each other, lora_B side by side, each in the rows of its part.
+The same holds for ``q_proj``, ``k_proj`` and ``v_proj`` of a model that has ``qkv_proj``. The other way, a LoRA on
+``qkv_proj`` is one on each part: the same lora_A, and some rows of lora_B.
 """
 
 import dataclasses
@@ -9,8 +11,10 @@ import functools
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
-from pcb_peft.base.architecture import PlaceInStack, Skeleton
+from pcb_peft.base.architecture import FUSED, PlaceInStack, Skeleton
+from pcb_peft.base.conversions import conversions_of
 from pcb_peft.deltas.delta import Dense, LowRank
 from pcb_peft.deltas.layout import CONV1D, LINEAR
 from pcb_peft.formats import LazyDelta
@@ -30,21 +34,75 @@ def stacked(entries: Mapping[str, LazyDelta], skeleton: Skeleton) -> dict[str, L
         if place is None:
             result[module] = entry
         else:
-            parts.setdefault(f"{place.stack}.{place.index}", []).append((place, entry))
+            parts.setdefault(_module(place), []).append((place, entry))
     for module, each in parts.items():
         ranks = [entry.rank for _, entry in each]
         rank = None if None in ranks else sum(rank or 0 for rank in ranks)
         place, first = each[0]
-        shape = skeleton.shape(place.stack)
-        outputs = shape[2 if place.transposed else 1]
+        matrix = skeleton.shape(place.stack)[0 if place.index is None else 1 :]
+        outputs = matrix[1 if place.transposed else 0]
         result[module] = LazyDelta(
             kind=Dense if rank is None else LowRank,
             shape=(outputs, first.shape[1]),
             load=functools.partial(_fused, each, outputs),
             rank=rank,
-            stacked=True,
+            stacked=place.index is not None,
         )
     return result
+
+
+def _module(place: PlaceInStack) -> str:
+    if place.index is None:
+        return place.stack.removesuffix(".weight")
+    return f"{place.stack}.{place.index}"
+
+
+def without_fused_layers(
+    entries: Mapping[str, LazyDelta], skeleton: Skeleton
+) -> dict[str, LazyDelta]:
+    """Return deltas with those of layers that the model has split as deltas of their parts.
+
+    Args:
+        entries: Deltas by module.
+        skeleton: The architecture.
+    """
+    result: dict[str, LazyDelta] = {}
+    for module, entry in entries.items():
+        parts = _parts(module, entry, skeleton) if entry.kind in (LowRank, Dense) else {}
+        for part, rows in parts.items():
+            load = functools.partial(_some_rows, entry, rows)
+            shape = (len(rows), entry.shape[1])
+            result[part] = dataclasses.replace(entry, shape=shape, load=load)
+        if not parts:
+            result[module] = entry
+    return result
+
+
+def _parts(module: str, entry: LazyDelta, skeleton: Skeleton) -> dict[str, Tensor]:
+    """Return the parts in memory of a layer that is fused elsewhere, with their rows in it; none for other modules."""
+    if skeleton.in_model(f"{module}.weight") or skeleton.in_model(module):
+        return {}
+    conversions = conversions_of(skeleton, [f"{module}.weight"])
+    outputs = entry.shape[0]
+    for conversion in conversions.values():  # the same one for all parts
+        if len(conversion.parameters) > 1:
+            rows = conversion.rows(outputs)
+            return {name.removesuffix(".weight"): numbers for name, numbers in rows.items()}
+    container, _, leaf = module.rpartition(".")
+    names = [skeleton.in_model(f"{container}.{part}.weight") for part in FUSED.get(leaf, ())]
+    known = [name for name in names if name is not None]
+    heights = [skeleton.shape(name)[0] for name in known]
+    if len(known) < len(names) or sum(heights) != outputs:
+        return {}
+    split = torch.arange(outputs).split(heights)
+    return {name.removesuffix(".weight"): rows for name, rows in zip(known, split, strict=True)}
+
+
+def _some_rows(entry: LazyDelta, rows: Tensor) -> LowRank | Dense:
+    delta = entry.load()
+    if isinstance(delta, LowRank):
+        return LowRank(delta.lora_A, delta.lora_B[rows], delta.scaling)
+    return Dense(delta.matrix()[rows])
 
 
 def _fused(parts: list[tuple[PlaceInStack, LazyDelta]], outputs: int) -> LowRank | Dense:

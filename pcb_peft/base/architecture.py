@@ -27,20 +27,25 @@ _PARTS = {  # name of an expert's matrix to the stack that holds it, its place t
     "down_proj": ("down_proj", 0, 1),
 }
 
+FUSED = {  # layer that some architectures have in place of several, and those, from top to bottom
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PlaceInStack:
-    """The place of one expert's matrix in the parameter that holds those of all experts.
+    """The place of a matrix in a parameter that holds several: those of all experts, or of a fused layer.
 
     Attributes:
         stack: Name of the parameter in memory.
-        index: Number of the expert.
+        index: Number of the expert; None in a fused layer.
         rows: First row, last row + 1 and step in the expert's matrix (out, in) there; None for the whole matrix.
         transposed: True if the stack holds its matrices as (in, out).
     """
 
     stack: str
-    index: int
+    index: int | None
     rows: tuple[int, int, int] | None
     transposed: bool
 
@@ -154,7 +159,32 @@ class Skeleton:
         if single and single[3] in _PARTS:
             leaf, position, count = _PARTS[single[3]]
             return self._place(single[1], leaf, int(single[2]), position, count)
+        return self._place_in_layer(module)
+
+    def _place_in_layer(self, module: str) -> PlaceInStack | None:
+        """Return the place of a projection in a layer that is fused in memory."""
+        container, _, leaf = module.rpartition(".")
+        for fused, parts in FUSED.items():
+            stack = self.in_model(f"{container}.{fused}.weight") if leaf in parts else None
+            if stack is None or self.in_model(f"{module}.weight"):
+                continue
+            heights = self._heights(fused, self.shape(stack)[0])
+            if sum(heights) == self.shape(stack)[0]:
+                start = sum(heights[: parts.index(leaf)])
+                rows = (start, start + heights[parts.index(leaf)], 1)
+                return PlaceInStack(stack, None, rows, transposed=False)
         return None
+
+    def _heights(self, fused: str, outputs: int) -> list[int]:
+        """Return the numbers of rows of the projections in a fused layer."""
+        if fused != "qkv_proj":
+            return [outputs // len(FUSED[fused])] * len(FUSED[fused])
+        model: Any = self.layers[""]
+        config = model.config.get_text_config()
+        heads = config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        key_heads = getattr(config, "num_key_value_heads", None) or heads
+        return [heads * width, key_heads * width, key_heads * width]
 
     def _place(
         self, container: str, leaf: str, index: int, position: int, count: int

@@ -129,6 +129,12 @@ class CanonicalNames:
         """Return a module's name in the class that the checkpoint names; None if no class has it."""
         return _in_first_class(self._built(), module)
 
+    @property
+    def skeleton(self) -> Skeleton | None:
+        """The architecture of the class that the checkpoint names; None if transformers does not know it."""
+        first = next(self._built(), None)
+        return None if first is None else first.skeleton
+
     def loaded_as(self, modules: Collection[str]) -> ModelClass | None:
         """Return the class that an adapter of these modules is loaded on: the first that has most of them.
 

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pcb_peft.base.architecture import Skeleton
@@ -56,6 +57,22 @@ class Conversion:
             for pattern, name in zip(self.rule.target_patterns, self.parameters, strict=True)
         }
         return self._checked(found, {name: self.skeleton.shape(name) for name in found})
+
+    def rows(self, outputs: int) -> dict[str, Tensor]:
+        """Return the rows of the tensor in the files that each parameter in memory is made of, by name.
+
+        Args:
+            outputs: Number of rows of the only tensor in the files.
+        """
+        numbers = torch.arange(outputs)[:, None]
+        values = self._run(
+            {self.rule.source_patterns[0]: [numbers]}, self.rule.operations, self.rule
+        )
+        found = {
+            name: _one(values.get(pattern))
+            for pattern, name in zip(self.rule.target_patterns, self.parameters, strict=True)
+        }
+        return {name: rows[:, 0] for name, rows in found.items() if rows is not None}
 
     def store(
         self, parameters: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]

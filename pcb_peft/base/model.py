@@ -288,6 +288,8 @@ class BaseModel:
         if len(weight) != 2:
             return Layout(shape=weight)
         place = self._skeleton.place_in_stack(module)
+        if place and place.index is None:
+            return LINEAR
         stack = place.stack if place else module.rpartition(".")[0]
         container, _, leaf = stack.rpartition(".")
         forms = self.own_parameters(container)

@@ -73,6 +73,9 @@ def places_of(module: str, names: ParameterNames) -> tuple[WeightSlice, ...]:
     place = None if in_memory else names.skeleton.place_in_stack(module)
     if place is None:
         return ()
+    if place.index is None:  # of a fused layer
+        whole = places_of(place.stack, names) or (WeightSlice(names.in_files(place.stack) or ""),)
+        return tuple([dataclasses.replace(one, part=place.rows) for one in whole if one.parameter])
     places = _in_stack(place.stack, place.index, names)
     if place.rows is None:
         return places

@@ -43,6 +43,8 @@ def under_one_name(
     if not names:
         _refuse_equal_tails(adapters)
         return list(adapters), notes
+    if (skeleton := names.skeleton) is not None:
+        adapters = [adapter.split_as(skeleton) for adapter in adapters]
     paths = [[*adapter.modules, *_replaced_modules(adapter)] for adapter in adapters]
     renamed: list[Adapter] = []
     for adapter, found in zip(adapters, names.of(paths), strict=True):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.delta_mapping import DeltaMapping
 from pcb_peft.adapters.expert_stacks import stacked
+from pcb_peft.base.architecture import FUSED
 from pcb_peft.base.model import BaseModel
 from pcb_peft.deltas.delta import Dense, LowRank
 from pcb_peft.deltas.layout import Layout
@@ -57,7 +58,25 @@ def resolve_against_base(
     ]
     if mixed:
         read = [ia3_as_additive(adapter, base()) for adapter in read]
-    return _with_same_experts(read, base()) if renamed else read
+    if renamed:
+        return _with_same_experts(read, base())
+    return _as_stacks(read, base()) if _mixed_layers(read) else read
+
+
+def _mixed_layers(adapters: Sequence[Adapter]) -> bool:
+    """Return whether one adapter may name a fused layer, and another its parts."""
+    leaves = {module.rpartition(".")[2] for adapter in adapters for module in adapter.modules}
+    return any(fused in leaves and leaves.intersection(parts) for fused, parts in FUSED.items())
+
+
+def _as_stacks(adapters: Sequence[Adapter], base: BaseModel) -> list[Adapter]:
+    skeleton = base.names.skeleton
+    return [
+        dataclasses.replace(
+            adapter, modules=DeltaMapping(stacked(adapter.modules.entries, skeleton))
+        )
+        for adapter in adapters
+    ]
 
 
 def _with_same_experts(adapters: Sequence[Adapter], base: BaseModel) -> list[Adapter]:
@@ -65,13 +84,7 @@ def _with_same_experts(adapters: Sequence[Adapter], base: BaseModel) -> list[Ada
     unstacked = [unstack_experts(adapter, base) for adapter in adapters]
     if not _mixed_names(unstacked):
         return unstacked
-    return [
-        dataclasses.replace(
-            adapter,
-            modules=DeltaMapping(stacked(adapter.modules.entries, base.names.skeleton)),
-        )
-        for adapter in adapters
-    ]
+    return _as_stacks(adapters, base)
 
 
 def _mixed_kinds(adapters: Sequence[Adapter], space: Space | None) -> str:
