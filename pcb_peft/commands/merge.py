@@ -149,7 +149,6 @@ def _write(merged: "MergedAdapter", parsed: argparse.Namespace) -> "MergedAdapte
         overwrite=parsed.overwrite,
         format=parsed.format,
     )
-    return merged
 
 
 def _answer(merged: "MergedAdapter", parsed: argparse.Namespace, notes: list[str]) -> Answer:
