@@ -133,7 +133,7 @@ ARCHITECTURES = [
         DENSE,
         "GPT2LMHeadModel",
         lambda: hf.GPT2Config(vocab_size=64, n_positions=64, n_embd=32, n_layer=2, n_head=4),
-        modules("c_attn", "c_proj", "c_fc"),
+        {**modules("c_attn", "c_proj", "c_fc"), "fan_in_fan_out": True},
     ),
     Architecture(
         DENSE,

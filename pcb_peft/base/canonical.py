@@ -91,7 +91,9 @@ class ModelClass:
         stack, _, number = name.rpartition(".")
         expert = number.isdecimal() and stack in skeleton.parameters
         known = f"{name}.weight" in skeleton.parameters or name in skeleton.parameters
-        return known or expert or skeleton.place_in_stack(name) is not None
+        place = None if known or expert else skeleton.place_in_stack(name)
+        in_stack = place is not None and place.stack.split(".")[0] == name.split(".")[0]
+        return known or expert or in_stack
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
