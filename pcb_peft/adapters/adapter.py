@@ -10,14 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from pcb_peft.adapters import card_sections
 from pcb_peft.adapters.beside import task_file
-from pcb_peft.adapters.card_sections import (
-    HEADS_HEADING,
-    USE,
-    folded_sections,
-    heads_section,
-    use_section,
-)
+from pcb_peft.adapters.chosen_head import chosen_head
 from pcb_peft.adapters.companions import Companions
 from pcb_peft.adapters.delta_mapping import DeltaMapping
 from pcb_peft.adapters.expert_stacks import without_fused_layers
@@ -32,7 +27,6 @@ from pcb_peft.deltas.dtypes import parse_dtype
 from pcb_peft.deltas.replacements import TIES, Replacements, Tied, head_files
 from pcb_peft.errors import MismatchError, OptionError
 from pcb_peft.formats import Base, LazyDelta
-from pcb_peft.plugins.options import did_you_mean
 from pcb_peft.runtime.progress import tracker
 from pcb_peft.writing.edits import fitted
 from pcb_peft.writing.fold import fold_deltas
@@ -168,7 +162,7 @@ class Adapter:
             >>> from pcb_peft import load_adapter
             >>> classifier = load_adapter("merged").with_head("subj")  # doctest: +SKIP
         """
-        kept = chosen_head(self, name)
+        kept = chosen_head(self.name, self.head, self.heads, name)
         return dataclasses.replace(
             self,
             head=self.head.joined(kept),
@@ -367,7 +361,7 @@ class Adapter:
             facts, base_model=model, relation="merge", library="transformers", more=licence
         )
         title = f"{title}, folded into the base model"
-        return model_card(title, facts, folded_sections(sections, model, licence))
+        return model_card(title, facts, card_sections.folded_sections(sections, model, licence))
 
     def card_parts(self) -> tuple[str, Facts, dict[str, str]]:
         """Return the title, the front matter and the sections of the adapter's card.
@@ -377,7 +371,7 @@ class Adapter:
         directory = None if self.files is None else self.files.directory
         facts = Facts(base_model=self.base_model, task_type=self.task_type)
         if directory is not None and (card := read_card(directory / CARD)).is_ours:
-            made = {k: v for k, v in card.sections.items() if k not in (USE, HEADS_HEADING)}
+            made = card_sections.without_loading(card.sections)
             more = card.licence | {k: card.front[k] for k in ("model-index",) if k in card.front}
             facts = dataclasses.replace(facts, models=card.models, more=more)
             return card.title, facts, {"": made.pop("", ""), **self.loading_sections(), **made}
@@ -388,24 +382,9 @@ class Adapter:
 
     def loading_sections(self) -> dict[str, str]:
         """Return the sections of a card that tell how to load the adapter, and what heads it has."""
-        use = use_section(self.base_model, self.task_type, self.auto_mapping, self.head, self.heads)
-        heads = heads_section(self.head, self.heads)
-        return {USE: use} | ({HEADS_HEADING: heads} if heads else {})
-
-
-def chosen_head(adapter: Adapter, name: str) -> Replacements:
-    """Return the head of one task that stands beside a merged adapter.
-
-    Raises:
-        OptionError: There is no head of that name.
-    """
-    if name in adapter.heads:
-        return adapter.heads[name]
-    own = f"; its own {', '.join(adapter.head.modules)} loads with it" if adapter.head else ""
-    known = f"its heads are {', '.join(adapter.heads)}" if adapter.heads else f"it keeps none{own}"
-    raise OptionError(
-        f"{adapter.name} has no head {name!r}{did_you_mean(name, adapter.heads)}; {known}"
-    )
+        return card_sections.loading_sections(
+            self.base_model, self.task_type, self.auto_mapping, self.head, self.heads
+        )
 
 
 def _scaled(entry: LazyDelta, weight: float) -> Delta:

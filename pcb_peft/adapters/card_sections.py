@@ -20,6 +20,24 @@ _COMMENT = re.compile(r"<!--.*?-->")  # marks around an evaluation
 _CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
 
 
+def loading_sections(
+    base_model: str | None,
+    task_type: str | None,
+    auto_mapping: Mapping[str, Any] | None,
+    head: Replacements,
+    heads: Mapping[str, Replacements],
+) -> dict[str, str]:
+    """Return the sections that tell how to load an adapter, and what heads it has; arguments as of `use_section`."""
+    use = use_section(base_model, task_type, auto_mapping, head, heads)
+    listed = heads_section(head, heads)
+    return {USE: use} | ({HEADS_HEADING: listed} if listed else {})
+
+
+def without_loading(sections: Mapping[str, str]) -> dict[str, str]:
+    """Return a card's sections without those that tell how to load the adapter."""
+    return {name: text for name, text in sections.items() if name not in (USE, HEADS_HEADING)}
+
+
 def use_section(
     base_model: str | None,
     task_type: str | None,

@@ -1,4 +1,4 @@
-"""What PEFT will find of an adapter that is written: it is loaded on the base model's skeleton, which needs no weights.
+"""A look at an adapter through PEFT before it is written: it is loaded on the base model's skeleton, without weights.
 
 PEFT drops tensors whose names its model does not have, with a warning at most. So the files are looked up before they
 are written, by the installed PEFT itself, in the model as transformers builds it.

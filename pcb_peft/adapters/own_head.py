@@ -2,7 +2,8 @@
 
 import torch
 
-from pcb_peft.adapters.adapter import Adapter, chosen_head
+from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.adapters.chosen_head import chosen_head
 from pcb_peft.adapters.source import OpenedAdapter
 from pcb_peft.formats import AdapterFiles, format_of
 from pcb_peft.formats.heads import write_head
@@ -23,7 +24,7 @@ def files_with_head(adapter: Adapter, opened: OpenedAdapter, name: str) -> Adapt
     Raises:
         OptionError: There is no head of that name.
     """
-    kept = chosen_head(adapter, name)
+    kept = chosen_head(adapter.name, adapter.head, adapter.heads, name)
     stored = with_plain_names(opened.tensors)
     written = write_head(kept, adapter.modules.keys(), format_of(opened.config), torch.float32)
     config = {key: value for key, value in opened.config.items() if value is not None}
