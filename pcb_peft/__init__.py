@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from pcb_peft.searching.result import SearchResult
     from pcb_peft.searching.search import search
     from pcb_peft.spaces import list_spaces
+    from pcb_peft.writing.publish import Publication, publish
 
 # The same names for Python, by module: each is imported when it is first used, because torch takes seconds to import.
 _NAMES = {
@@ -94,6 +95,7 @@ _NAMES = {
     "searching.result": ("SearchResult",),
     "searching.search": ("search",),
     "spaces": ("list_spaces",),
+    "writing.publish": ("Publication", "publish"),
 }
 _FORMER_NAMES = {"Statistics": "TaskStatistics"}  # understood for one release
 _MODULES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}
@@ -115,6 +117,7 @@ __all__ = [
     "OutputError",
     "PcbPeftError",
     "ProcessError",
+    "Publication",
     "Recipe",
     "Report",
     "SearchResult",
@@ -142,6 +145,7 @@ __all__ = [
     "merge_adapters",
     "merge_method",
     "open_statistics",
+    "publish",
     "read_recipe",
     "responses",
     "search",

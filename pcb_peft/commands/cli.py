@@ -38,6 +38,7 @@ COMMANDS = (
     "search",
     "head",
     "fold",
+    "push",
     "extract",
     "collect",
     "methods",
