@@ -1,13 +1,16 @@
 """Measure how much of each task a merge keeps: accuracy on held-out texts, relative to the task's own adapter.
 
     python benchmarks/quality.py "linear" "pcb space=knots|core density=0.1|0.2" --limit 100
+    python benchmarks/quality.py pcb flat --together 2
 
-This measures these settings on the example adapters, with the validation texts beside this script. The tables in
-``docs/methods.md`` were printed by it.
+The first measures these settings on the example adapters, with the validation texts beside this script, the second on
+every pair of them. The tables in ``docs/methods.md`` were printed by it.
 
-A setting is a method and its options. ``|`` separates alternatives; every combination is measured, with every weight
-at 1 and at the best common weight. (All weights times s give s times the merged delta, so only the encoder runs again.)
-The search starts at 1 and goes through ``--scales`` in the direction that improves the mean, as long as it improves.
+A setting is a method with arguments of `merge_adapters`. ``|`` separates alternatives; every combination is measured,
+with every weight at 1 and at the best common weight. (All weights times s give s times the merged delta, so only the
+encoder runs again.) The search starts at 1 and goes through ``--scales`` in the direction that improves the mean, as
+long as it improves. A calibration is written as on the command line, ``after=response:least=0.7``; ``distill=64``
+distils the merge on so many texts of each task, from ``--training``.
 """
 
 import argparse
@@ -18,15 +21,17 @@ import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pcb_peft import TaskStatistics, collect_statistics, get_method, merge_adapters
+from pcb_peft import TaskStatistics, collect_statistics, distill_merge, get_method, merge_adapters
 from pcb_peft.commands import demo
+from pcb_peft.commands.arguments import parse_step
 from pcb_peft.errors import PcbPeftError
 from pcb_peft.evaluation import classification
 from pcb_peft.recipes.peft_aliases import method_of
@@ -55,6 +60,24 @@ class Setting:
 
     label: str
     options: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Texts:
+    """Where unlabelled texts of the tasks are, for what needs them.
+
+    Attributes:
+        folder: With ``<task>.jsonl``, or with ``<task>/<split>.jsonl``.
+        split: Which file of a task's folder.
+    """
+
+    folder: Path
+    split: str
+
+    def of(self, task: str) -> Path:
+        """Return the file of a task."""
+        flat = self.folder / f"{task}.jsonl"
+        return flat if flat.exists() else self.folder / task / f"{self.split}.jsonl"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -101,7 +124,7 @@ class Bench:
         self,
         tasks: list[classification.Task],
         base: Path,
-        training: Path,
+        training: Texts,
         *,
         bfloat16: bool = False,
     ) -> None:
@@ -121,31 +144,53 @@ class Bench:
 
     def score(self, deltas: Deltas, scale: float) -> Score:
         """Add the deltas, run the encoder once per task, take the deltas away."""
+        return self._score(deltas, scale, self.everything)
+
+    def _score(self, deltas: Deltas, scale: float, indices: Sequence[int]) -> Score:
         with added(self.model, deltas, scale):
-            found = [self._accuracy(self.model, index) for index in range(len(self.tasks))]
-        return Score(tuple(now / own for now, own in zip(found, self.own, strict=True)))
+            return Score(tuple(self._accuracy(self.model, i) / self.own[i] for i in indices))
+
+    @property
+    def everything(self) -> Sequence[int]:
+        """All tasks, by number."""
+        return range(len(self.tasks))
 
     def measure(self, setting: Setting, scales: tuple[float, ...]) -> Result:
         """Merge once; score the merge at weight 1 and on the way to its best common weight."""
-        self._statistics(setting)  # not part of the merge
+        self._statistics(setting, self.everything)  # not part of the merge
         begin = time.perf_counter()
-        deltas = self.merge(setting)
+        deltas = self.merge(setting, self.everything)
         seconds = time.perf_counter() - begin
         scores = climb(lambda scale: self.score(deltas, scale), scales)
         return Result(setting.label, scores, seconds)
 
-    def merge(self, setting: Setting) -> Deltas:
-        """Merge and return what is added to each parameter."""
-        adapters = [task.adapter for task in self.tasks]
-        merged = merge_adapters(adapters, **setting.options, **self._statistics(setting))
+    def together(self, setting: Setting, count: int) -> list[Score]:
+        """Merge every `count` of the adapters at weight 1, and score each merge on their own tasks."""
+        subsets = itertools.combinations(self.everything, count)
+        return [self._score(self.merge(setting, some), 1.0, some) for some in subsets]
+
+    def merge(self, setting: Setting, indices: Sequence[int]) -> Deltas:
+        """Merge the adapters of these tasks, and return what is added to each parameter."""
+        adapters = [self.tasks[index].adapter for index in indices]
+        options = dict(setting.options)
+        texts = options.pop("distill", None)
+        if "metric" in options:
+            options["base_model"] = self.base
+        options |= self._statistics(setting, indices)
+        merged: Any = merge_adapters(adapters, progress=False, **options)
+        if texts:
+            files = [self.training.of(self.tasks[index].name) for index in indices]
+            merged = distill_merge(merged, adapters, files, self.base, limit=texts, progress=False)
         if (self.tasks[0].adapter / "adapter_config.json").read_text("utf-8").count('"IA3"'):
             return self._multiplied(merged)
         return {f"{module}.weight": merged.delta(module) for module in merged.modules}
 
-    def _statistics(self, setting: Setting) -> dict[str, list[TaskStatistics]]:
+    def _statistics(
+        self, setting: Setting, indices: Sequence[int]
+    ) -> dict[str, list[TaskStatistics]]:
         """Collect the statistics that the method needs of each adapter, on its training texts."""
         kind = get_method(method_of(str(setting.options["method"]))).needs_statistic
-        return {"statistics": self._collected(kind)} if kind else {}
+        return {"statistics": [self._collected(kind)[i] for i in indices]} if kind else {}
 
     @functools.cache  # noqa: B019  (one bench per process)
     def _collected(self, kind: str) -> list[TaskStatistics]:
@@ -153,7 +198,7 @@ class Bench:
             collect_statistics(
                 task.adapter,
                 self.base,
-                self.training / f"{task.name}.jsonl",
+                self.training.of(task.name),
                 kind=kind,
                 labels=task.labels,
                 batch_size=classification.BATCH_SIZE,
@@ -234,7 +279,9 @@ def settings_of(text: str) -> list[Setting]:
 
 
 def _value(text: str) -> object:
-    """Parse a number or a list of them (``1,0.5``); return any other word as it is."""
+    """Parse a number, a list of them (``1,0.5``) or a calibration; return any other word as it is."""
+    if ":" in text and not text.startswith(("budget:", "utility:")):
+        return parse_step(text)
     if "," in text:
         return [float(part) for part in text.split(",")]
     for kind in (int, float):
@@ -259,6 +306,24 @@ def table(bench: Bench, results: list[Result]) -> str:
     return "\n".join([*lines, *map(_line, ordered)]) + "\n"
 
 
+def table_of_subsets(count: int, results: Mapping[str, list[Score]]) -> str:
+    """Return a Markdown table of merges of some of the adapters."""
+    merges = len(next(iter(results.values())))
+    lines = [
+        f"All {merges} merges of {count} adapters, each on its own tasks, with every weight at 1.",
+        "",
+        "| setting | mean | mean of the worst | lowest |",
+        "|---|---|---|---|",
+    ]
+    return "\n".join([*lines, *(_line_of_subsets(*row) for row in results.items())]) + "\n"
+
+
+def _line_of_subsets(label: str, scores: list[Score]) -> str:
+    means, worst = [score.mean for score in scores], [score.worst for score in scores]
+    numbers = fmean(means), fmean(worst), min(worst)
+    return f"| {' | '.join([f'`{label}`', *(f'{100 * n:.1f}' for n in numbers)])} |"
+
+
 def _line(result: Result) -> str:
     plain, best = result.scores[1.0], result.scores[result.best]
     each = " ".join(f"{100 * value:.0f}" for value in best.by_task)
@@ -280,11 +345,26 @@ def main(arguments: list[str] | None = None) -> int:
         options.limit,
         dict(pair.split("=", 1) for pair in options.rename),
     )
-    training = options.training or Path(__file__).parent / "training"
+    training = Texts(options.training or Path(__file__).parent / "training", options.training_split)
     bench = Bench(tasks, demo.base_model_folder(), training, bfloat16=options.bfloat16)
+    settings = itertools.chain.from_iterable(map(settings_of, options.settings or SETTINGS))
+    run = _all_together if options.together is None else _some_together
+    sys.stdout.write(run(bench, list(settings), options))
+    return 0
+
+
+def _some_together(bench: Bench, settings: list[Setting], options: argparse.Namespace) -> str:
+    results: dict[str, list[Score]] = {}
+    for setting in settings:
+        results[setting.label] = bench.together(setting, options.together)
+        sys.stderr.write(_line_of_subsets(setting.label, results[setting.label]) + "\n")
+    return table_of_subsets(options.together, results)
+
+
+def _all_together(bench: Bench, settings: list[Setting], options: argparse.Namespace) -> str:
     base = Result("none: the base encoder", {1.0: bench.score({}, 1.0)}, 0.0)
     results = [base]
-    for setting in itertools.chain.from_iterable(map(settings_of, options.settings or SETTINGS)):
+    for setting in settings:
         try:
             results.append(bench.measure(setting, options.scales))
         except PcbPeftError as error:
@@ -293,8 +373,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write(_line(results[-1]) + "\n")
         if options.output:
             options.output.write_text(table(bench, results), "utf-8")
-    sys.stdout.write(table(bench, results))
-    return 0
+    return table(bench, results)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -306,6 +385,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--adapters", type=Path, help="folder of adapters (default: examples/minilm/lora)")
     add("--data", type=Path, help="folder of <task>.jsonl or <task>/<split>.jsonl")
     add("--training", type=Path, help="folder of <task>.jsonl, for methods that need data")
+    add(
+        "--training-split",
+        default="train",
+        help="file of a task's folder, for methods that need data (default: %(default)s)",
+    )
+    add("--together", type=int, metavar="N", help="merge every N of the adapters, at weight 1")
     add("--split", default="validation", help="file of a task's folder (default: %(default)s)")
     add("--limit", type=int, default=250, help="texts per task (default: %(default)s)")
     add(

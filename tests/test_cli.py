@@ -70,7 +70,7 @@ MERGES = {  # flags to the arguments that they stand for
     "--method linear": {"method": "linear"},
     "--method linear --weights 1 -0.5": {"method": "linear", "weights": [1.0, -0.5]},
     "--weights 2 1e-1 --method ties": {"method": "ties", "weights": [2.0, 0.1]},
-    "--method pcb --density 0.5 --formula nlp": {"density": 0.5, "formula": "nlp"},
+    "--method pcb --density 0.5 --formula nlp": {"method": "pcb", "density": 0.5, "formula": "nlp"},
     "--space core --scope global": {"space": "core", "scope": "global"},
     "--space factor --gauge as_trained --method linear": {
         "method": "linear",
@@ -334,9 +334,9 @@ def test_methods_lists_what_there_is_in_eighty_columns(run, monkeypatch):
         *list_calibrations("before"),
         *list_calibrations("after"),
     }
-    assert {*words, "pcb"} >= names
-    assert words[1] == "pcb*"
-    assert "* the default method" in out
+    assert {*words, "flat"} >= names
+    assert "flat*" in words
+    assert one_line("* the default: flat, or pcb") in one_line(out)
     for method in list_methods().values():
         assert one_line(out).count(one_line(method.summary)) >= 1
     assert "Good at" not in out
@@ -553,12 +553,12 @@ USAGE = {  # command to the error, and words of the hint
     ),
     "merge math code -o @out --method linear --density 0.1": (
         "density belongs to breadcrumbs, .*pcb, .*ties.*; "
-        "neither linear nor the space core has such an option",
+        "linear and core have no such option",
         "pcb-peft methods linear",
     ),
     "merge math code -o @out --gauge balanced": (
-        "gauge belongs to factor; neither pcb nor the space knots has such an option",
-        "pcb-peft methods pcb",
+        "gauge belongs to factor; flat, core, pcb and knots have no such option",
+        "pcb-peft methods flat",
     ),
     "merge math code -o @out --set densty=0.1": (
         "--set: no field or option 'densty'; did you mean 'density'?",

@@ -107,7 +107,7 @@ def test_short_forms_are_understood(write):
         write({"adapters": ["a", {"path": "b", "revision": "v1"}], "weights": [1, 2]})
     )
     assert long.weights == short.weights
-    assert (short.method, long.method) == ("linear", "pcb")
+    assert (short.method, long.method) == ("linear", "auto")
 
 
 def test_the_file_of_a_result_is_plain_yaml_with_everything_in_it(adapters, tmp_path):

@@ -132,11 +132,11 @@ def test_a_fold_of_what_is_counted_returns_the_adapter(workshop):
 def test_texts_about_a_merge_are_short(workshop):
     merged = merge_adapters(workshop.adapters("llama", [LORA, LORA]), base_model="org/<base>")
     assert repr(merged) == (
-        "<MergedAdapter: 2 adapters merged with pcb in knots space, 4 modules of rank 4, base model org/<base>>"
+        "<MergedAdapter: 2 adapters merged with flat in core space, 4 modules of rank 4, base model org/<base>>"
     )
     assert (
         repr(merged.report)
-        == f"<Report: pcb in knots space, {merged.report.scope} scope: 4 modules, rank 4>"
+        == f"<Report: flat in core space, {merged.report.scope} scope: 4 modules, rank 4>"
     )
 
 
@@ -224,4 +224,4 @@ def test_a_report_is_plain_data_for_json(workshop):
     merged = merge_adapters(workshop.adapters("llama", [LORA, LORA]))
     found = json.loads(json.dumps(merged.report.as_dict()))
     assert set(found["modules"]) == set(merged.modules)
-    assert (found["pending"], found["method"]) == (0, "pcb")
+    assert (found["pending"], found["method"]) == (0, "flat")

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pcb_peft.commands.method_options import DEFAULT_METHOD, flag_of, peft_aliases
+from pcb_peft.commands.method_options import default_methods, flag_of, peft_aliases
 from pcb_peft.commands.sources import Entry, Kind, entries
 from pcb_peft.errors import OptionError
 from pcb_peft.plugins.options import Option, did_you_mean
@@ -84,7 +84,7 @@ def _parts(*, purposes: bool) -> "Iterator[RenderableType]":
             (heading, "kept", "what it does"),
             [(_marked(m), _kept(m), _purpose(m) if purposes else m.summary) for m in methods],
         )
-    yield f"* the default method. With -v: what each method is good at.\n{MEASURED}\n"
+    yield f"* the default: {_default()}. With -v: what each method is good at.\n{MEASURED}\n"
     yield _table(
         ("spaces", "what the method sees"), [(s.name, s.summary) for s in entries("spaces")]
     )
@@ -95,19 +95,23 @@ def _parts(*, purposes: bool) -> "Iterator[RenderableType]":
     yield "pcb-peft methods NAME explains one of them, with its options."
 
 
+def _default() -> str:
+    first, *others = default_methods()
+    return f"{first}, or {', '.join(others)} for adapters, ranks and options that it does not suit"
+
+
 def _groups() -> list[tuple[str, list[Entry]]]:
-    """Methods under headings, the default first, then those that keep most."""
-    methods = sorted(
-        entries("methods"), key=lambda m: (m.name != DEFAULT_METHOD, -_score(m), m.name)
-    )
+    """Methods under headings, those that keep most first."""
+    methods = sorted(entries("methods"), key=lambda m: (-_score(m), m.name))
     needs_data = [m for m in methods if m.facts["needs_statistic"]]
     whole = [m for m in methods if m.facts["whole_matrix"] and m not in needs_data]
     others = [m for m in methods if m not in needs_data and m not in whole]
-    return [
+    groups = [
         ("number by number", others),
         ("whole matrices", whole),
         ("with sample data", needs_data),
     ]
+    return sorted(groups, key=lambda group: -_score(group[1][0]))
 
 
 def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> "RenderableType":
@@ -123,7 +127,7 @@ def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> "Renderable
 
 
 def _marked(method: Entry) -> str:
-    return method.name + ("*" if method.name == DEFAULT_METHOD else "")
+    return method.name + ("*" if method.name == default_methods()[0] else "")
 
 
 def _purpose(method: Entry) -> str:

@@ -13,7 +13,7 @@ from pcb_peft.commands.sources import Entry, constant, entries, find
 from pcb_peft.plugins.options import Option
 
 PREFIX = "option."  # begins the name of a parsed option
-DEFAULT_METHOD = "pcb"
+AUTO = "auto"  # no method is named
 METAVARS = {bool: "true|false", int: "N", float: "NUMBER"}
 
 
@@ -39,7 +39,7 @@ class _HelpOfMethod(argparse.Action):
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: object
     ) -> None:
-        method = getattr(namespace, "method", DEFAULT_METHOD).lower()
+        method = getattr(namespace, "method", AUTO).lower()
         owners = owners_of(method, getattr(namespace, "space", "auto").lower())
         shown = {PREFIX + option.name: (owner, option) for owner, option in _options_of(owners)}
         for action in parser._actions:  # pyright: ignore[reportPrivateUsage]
@@ -54,13 +54,23 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def default_methods() -> tuple[str, ...]:
+    """The methods of a merge that names none, best first."""
+    return constant("methods/default.py", "DEFAULT_METHODS")
+
+
 def peft_aliases() -> dict[str, dict[str, Any]]:
     """PEFT's names for merges, each with what it stands for."""
     return constant("recipes/peft_aliases.py", "PEFT_ALIASES")
 
 
 def owners_of(method: str, space: str) -> list[Entry]:
-    """The method and the space of these names; empty if one of them is not known."""
+    """The method and the space of these names; empty if one of them is not known.
+
+    Where no method is named, these are all methods that it may then be, each with its space.
+    """
+    if method == AUTO:
+        return [owner for name in default_methods() for owner in owners_of(name, space)]
     chosen = find("methods", peft_aliases().get(method, {}).get("method", method))
     if chosen is None:
         return []
@@ -93,9 +103,15 @@ def check_options(names: Iterable[str], method: str, space: str) -> None:
         if owners and name not in known:
             raise UsageError(
                 f"{name} belongs to {', '.join(option_owners()[name])}; "
-                f"neither {method} nor the space {owners[-1].name} has such an option",
-                f"pcb-peft methods {method} lists its options",
+                f"{_enumerated([owner.name for owner in owners])} have no such option",
+                f"pcb-peft methods {owners[0].name} lists its options",
             )
+
+
+def _enumerated(names: Sequence[str]) -> str:
+    """``flat, core and pcb``."""
+    *others, last = dict.fromkeys(names)
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _options_of(owners: Iterable[Entry]) -> Iterator[tuple[Entry, Option]]:

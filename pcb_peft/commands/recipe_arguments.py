@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pcb_peft.commands.arguments import parse_value
 from pcb_peft.commands.method_options import (
-    DEFAULT_METHOD,
+    AUTO,
     PREFIX,
     add_method_options,
     check_options,
@@ -64,7 +64,7 @@ def recipe_of(parsed: argparse.Namespace) -> "tuple[Recipe, list[str]]":
     fields, options = _given(parsed)
     first, *others = parsed.adapters
     if not first.endswith((".yaml", ".yml")):
-        check_options(options, fields.get("method", DEFAULT_METHOD), fields.get("space", "auto"))
+        check_options(options, fields.get("method", AUTO), fields.get("space", "auto"))
         return _new_recipe(parsed.adapters, fields, options), []
     if others:
         raise UsageError(

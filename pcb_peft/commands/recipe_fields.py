@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from pcb_peft.commands.arguments import in_known_case, parse_step, parse_value, parse_weights
-from pcb_peft.commands.method_options import DEFAULT_METHOD, flag_of, peft_aliases
+from pcb_peft.commands.method_options import AUTO, default_methods, flag_of, peft_aliases
 from pcb_peft.commands.sources import constant, entries
 
 SCOPES = ("auto", "global", "module")
@@ -59,9 +59,13 @@ def tied_help() -> str:
 
 
 def _merge_fields() -> Iterator[Field]:
-    methods = [*(method.name for method in entries("methods")), *peft_aliases()]
+    methods = [AUTO, *(method.name for method in entries("methods")), *peft_aliases()]
     spaces = ["auto", *(space.name for space in entries("spaces"))]
-    words = f"{', '.join(methods)} (default: {DEFAULT_METHOD})"
+    first, *others = default_methods()
+    words = (
+        f"{', '.join(methods)} (default: auto: {first} or, for adapters or ranks that it does not suit, "
+        f"{', '.join(others)})"
+    )
     yield Field("method", words, _name(methods), "NAME", names=methods)
     yield Field("weights", "one per adapter (default: 1 each)", parse_weights, "WEIGHT", many=True)
     words = f"{', '.join(spaces)} (default: auto, the method's own)"

@@ -44,6 +44,20 @@ class AdapterSet:
             entry.kind for adapter in self.adapters for entry in adapter.modules.entries.values()
         }
 
+    @property
+    def has_vectors(self) -> bool:
+        """True if the deltas are (IA)³ vectors."""
+        return any(kind.multiplies for kind in self.kinds)
+
+    @property
+    def has_full_rank(self) -> bool:
+        """True if a delta is a matrix of full rank: that of a full fine-tune, or of a DoRA, which rescales W."""
+        return any(
+            entry.kind.rescales or (entry.rank is None and not entry.kind.multiplies)
+            for adapter in self.adapters
+            for entry in adapter.modules.entries.values()
+        )
+
     def only(self, modules: Iterable[str]) -> "AdapterSet":
         """Return the same adapters, limited to some modules."""
         limited = copy.copy(self)

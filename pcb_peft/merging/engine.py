@@ -34,14 +34,14 @@ from pcb_peft.merging.dora_or_lora import lift_to_dora
 from pcb_peft.merging.finish import ModuleFinisher, PendingModule, apply_rank_budget, gather
 from pcb_peft.merging.module_merger import Machine, MergeModule, ModuleMerger
 from pcb_peft.merging.net_utility import select_by_net_utility
-from pcb_peft.merging.plan import Setting
+from pcb_peft.merging.plan import Setting, named_method
 from pcb_peft.merging.prepare import Prepared, prepare, sources_of
 from pcb_peft.merging.report import LOW_ENERGY, Report, ReportBuilder
 from pcb_peft.merging.result import MergedAdapter
 from pcb_peft.merging.scopes import Calibrated, GlobalScope, ModuleScope, Passthrough, Truncated
-from pcb_peft.methods import MergeMethod, get_method
+from pcb_peft.methods import MergeMethod
+from pcb_peft.methods.default import AUTO
 from pcb_peft.recipes.overrides import OverrideLike, Scope
-from pcb_peft.recipes.peft_aliases import method_of
 from pcb_peft.recipes.recipe import Recipe, read_recipe
 from pcb_peft.recipes.steps import StepsLike
 from pcb_peft.recipes.weights import WeightsLike
@@ -53,7 +53,7 @@ from pcb_peft.writing.targets import existing
 
 def merge_adapters(  # noqa: PLR0913  (every choice of a merge, by name)
     adapters: Sequence[str | Path | Source | tuple[Any, str] | Adapter],
-    method: str | MergeMethod = "pcb",
+    method: str | MergeMethod = AUTO,
     weights: WeightsLike | None = None,
     space: str = "auto",
     scope: Scope = "auto",
@@ -80,7 +80,9 @@ def merge_adapters(  # noqa: PLR0913  (every choice of a merge, by name)
 
     Args:
         adapters: Directories, hub ids, (PeftModel, adapter name) or loaded adapters; one or more.
-        method: A name from `list_methods()`, one of PEFT's (`cat`, `svd`, `ties_svd` …), or a `MergeMethod`.
+        method: A name from `list_methods()`, one of PEFT's (`cat`, `svd`, `ties_svd` …), or a `MergeMethod`. "auto":
+            `flat`, which kept most on our benchmarks; `pcb` if some deltas have full rank (DoRA, full fine-tunes), or
+            if `rank` is a fraction of the energy or a budget.
         weights: The λ of the papers, one per adapter; default 1.0 each. A list of numbers instead of one is a gradient
             from the first layer to the last.
         space: The coordinates in which the adapters are merged: a name from `list_spaces()`; "auto": the method's own.
@@ -128,7 +130,7 @@ def merge_adapters(  # noqa: PLR0913  (every choice of a merge, by name)
         merged.save_pretrained("merged")
     """
     _refuse_one_adapter(adapters)
-    chosen = method if isinstance(method, MergeMethod) else get_method(method_of(method))
+    chosen = method if isinstance(method, MergeMethod) else named_method(method)
     loaded = load_adapters(adapters, base_model=lazy_base(base_model))
     opened = [open_statistics(one) for one in statistics]
     what = {"weights": weights, "space": space, "scope": scope, "rank": rank, "options": options}

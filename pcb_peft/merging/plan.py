@@ -18,8 +18,10 @@ from pcb_peft.deltas.rank_choice import (
 from pcb_peft.errors import OptionError, UnsupportedError
 from pcb_peft.merging.compatibility import AdapterSet
 from pcb_peft.methods import MergeMethod, get_method, list_methods
+from pcb_peft.methods.default import AUTO, default_method
 from pcb_peft.plugins.options import RANK, bind, did_you_mean
 from pcb_peft.recipes.overrides import Override
+from pcb_peft.recipes.peft_aliases import method_of
 from pcb_peft.recipes.recipe import Recipe
 from pcb_peft.recipes.weights import Weight, at_depth, number_of_layers
 from pcb_peft.spaces import Projection, Space, get_space, in_parts, list_spaces
@@ -92,28 +94,51 @@ class Plan(NamedTuple):
         settings: Each with its modules; every module is in one of them.
         before: Calibrations of the adapters.
         after: Calibrations of the merge.
+        notes: What was decided, for the report.
     """
 
     recipe: Recipe
     settings: Sequence[Setting]
     before: Sequence[Calibration]
     after: Sequence[Calibration]
+    notes: Sequence[str] = ()
+
+
+def named_method(name: str) -> MergeMethod | None:
+    """Return the method of a name, or of PEFT's name for it; None for "auto", which the plan decides.
+
+    Raises:
+        OptionError: There is no method of that name.
+    """
+    return None if name == AUTO else get_method(method_of(name))
 
 
 def plan(
-    recipe: Recipe, method: MergeMethod, adapter_set: AdapterSet, statistic: str | None = None
+    recipe: Recipe,
+    method: MergeMethod | None,
+    adapter_set: AdapterSet,
+    statistic: str | None = None,
 ) -> Plan:
     """Decide how each module is merged.
 
     Args:
         recipe: As it was given.
-        method: Its method.
+        method: Its method; None if it names none.
         adapter_set: Its adapters.
         statistic: The kind of the statistics that are given, if there are any.
 
     Raises:
         OptionError: A value is not allowed; an override matches nothing; a rank is given for what has none.
     """
+    notes: list[str] = []
+    if method is None:
+        inherited = [override.options for override in recipe.overrides if override.method is None]
+        method, notes = default_method(
+            {name for options in (recipe.options, *inherited) for name in options},
+            vectors=adapter_set.has_vectors,
+            full_rank=adapter_set.has_full_rank,
+            by_energy=isinstance(recipe.rank, EnergyFraction | RankBudget),
+        )
     main = _setting(method, recipe.space, recipe.scope, recipe.options, recipe.weights, adapter_set)
     if all(kind.multiplies for kind in main.space.accepts) and recipe.rank != LOSSLESS:
         raise OptionError(
@@ -138,7 +163,7 @@ def plan(
         version=__version__,
     )
     owners = list(zip(recipe.overrides, others, strict=True))
-    return Plan(complete, _distributed(main, owners, adapter_set), before, after)
+    return Plan(complete, _distributed(main, owners, adapter_set), before, after, notes)
 
 
 def _distributed(
@@ -284,7 +309,8 @@ def _rank_known_to(settings: Sequence[Setting], rank: RankChoice) -> int | None:
     if flat and isinstance(rank, EnergyFraction | RankBudget):
         raise OptionError(
             f"rank is {rank.as_given!r}, but {flat} makes all directions of the merge equally strong, and none of them "
-            "has more energy to be kept for; give an integer rank, which the method takes into account, or none"
+            "has more energy to be kept for; give an integer rank, which the method takes into account, or none; or "
+            "take a method that tells strong from weak directions, such as linear or pcb"
         )
     return rank.rank if isinstance(rank, FixedRank) else None
 

@@ -20,11 +20,11 @@ from pcb_peft.merging.compatibility import (
 from pcb_peft.merging.dora_or_lora import fall_back_to_lora
 from pcb_peft.merging.heads import MergedHeads, merge_heads
 from pcb_peft.merging.one_name import under_one_name
-from pcb_peft.merging.plan import Plan, plan
+from pcb_peft.merging.plan import Plan, named_method, plan
 from pcb_peft.merging.resolve_base import chain_on_base, resolve_against_base
 from pcb_peft.merging.untrained import without_untrained_copies
-from pcb_peft.methods import MergeMethod, get_method
-from pcb_peft.recipes.peft_aliases import method_of, resolve_peft_alias
+from pcb_peft.methods import MergeMethod
+from pcb_peft.recipes.peft_aliases import resolve_peft_alias
 from pcb_peft.recipes.recipe import Recipe
 from pcb_peft.runtime.processes import current
 from pcb_peft.spaces import get_space
@@ -79,7 +79,7 @@ def prepare(
     Raises:
         PcbPeftError: The merge cannot be made.
     """
-    chosen, base = method or get_method(method_of(recipe.method)), lazy_base(recipe.base_model)
+    chosen, base = method or named_method(recipe.method), lazy_base(recipe.base_model)
     given = adapters or load_adapters(recipe.adapters, base_model=base, hashed=not headers_only)
     renamed, name_notes = _under_one_name(named_apart(given), base)
     resolved = _resolved(renamed, recipe, base)
@@ -110,6 +110,7 @@ def prepare(
         heads=heads,
         companions=companions,
         notes=[
+            *planned.notes,
             *heads.notes,
             *companion_notes,
             *_version_notes(recipe),

@@ -11,6 +11,7 @@ from pcb_peft.adapters.source import Source
 from pcb_peft.deltas.rank_choice import LOSSLESS, RankChoice, parse_rank
 from pcb_peft.deltas.replacements import POLICIES, TIES, HeadPolicy, Tied
 from pcb_peft.errors import OptionError
+from pcb_peft.methods.default import AUTO
 from pcb_peft.recipes.fields import (
     a_mapping,
     a_name,
@@ -61,7 +62,7 @@ class Recipe:
     Attributes:
         adapters: Where the adapters are.
         weights: λ of the papers, one per adapter: a number, or a gradient over the layers.
-        method: A method's name.
+        method: A method's name, or "auto": the first of `DEFAULT_METHODS` that suits.
         space: A space's name, or "auto": the method's own.
         scope: "global", "module", or "auto": the method's own.
         rank: Rank of the result.
@@ -84,7 +85,7 @@ class Recipe:
 
     adapters: Annotated[tuple[Source, ...], _adapters]
     weights: Annotated[tuple[Weight, ...], unnamed(read_weights)]
-    method: Annotated[str, a_name] = "pcb"
+    method: Annotated[str, a_name] = AUTO
     space: Annotated[str, a_name] = "auto"
     scope: Annotated[Scope, one_of(SCOPES)] = "auto"
     rank: Annotated[RankChoice, unnamed(parse_rank)] = LOSSLESS

@@ -1,0 +1,50 @@
+"""The method of a merge that names none."""
+
+from collections.abc import Collection
+
+from pcb_peft.methods.registry import MergeMethod, get_method
+
+AUTO = "auto"  # the method in a recipe that names none
+
+DEFAULT_METHODS = ("flat", "pcb")
+"""The methods of a merge that names none, best first: it takes the first that suits what is merged, and how."""
+
+
+def default_method(
+    options: Collection[str], *, vectors: bool, full_rank: bool, by_energy: bool
+) -> tuple[MergeMethod, list[str]]:
+    """Choose the method of a merge that names none.
+
+    Args:
+        options: Names of the options that are given.
+        vectors: The deltas are (IA)³ vectors. A vector has one direction, and nothing to choose or to make equal.
+        full_rank: A delta has full rank, such as that of a DoRA or of a full fine-tune. A method that sees whole
+            matrices would decompose every ΔW; none was measured there.
+        by_energy: The rank is chosen by the energy of the merge's directions. A method that knows the rank makes them
+            equal.
+
+    Returns:
+        The method, and a note on why it is not the first one, if it is not.
+    """
+    methods = [get_method(name) for name in DEFAULT_METHODS]
+    known = {name for method in methods for name in method.options}
+
+    def obstacle(method: MergeMethod) -> str | None:
+        if lacking := [name for name in options if name in known - method.options.keys()]:
+            return f"has no option {lacking[0]}"
+        if vectors and method.whole_matrix:
+            return "merges matrices, and these are vectors ((IA)³)"
+        if full_rank and method.whole_matrix:
+            return "decomposes whole matrices, and some of these have full rank (DoRA, full fine-tunes …)"
+        if by_energy and method.knows_rank:
+            return (
+                "makes all directions equally strong, so that the rank cannot be chosen by energy"
+            )
+        return None
+
+    obstacles = [obstacle(method) for method in methods]
+    chosen = obstacles.index(None) if None in obstacles else 0
+    if chosen == 0:
+        return methods[0], []
+    method, first = methods[chosen].name, methods[0].name
+    return methods[chosen], [f"no method is named: it is {method}, because {first} {obstacles[0]}"]
