@@ -241,9 +241,10 @@ def iso_c(x: Sequence[Matrix]) -> Matrix:
 def flat(x: Sequence[Matrix], response: float = 0.7) -> Matrix:
     """The scale is found from what the response must be."""
     squares = sum(np.linalg.norm(matrix) ** 2 for matrix in x)
-    u, _, vh = svd(sum(x), np.sqrt(squares))
+    u, s, vh = svd(sum(x), np.sqrt(squares))
+    least = response if len(s) > 1 else 0
     kept = np.linalg.norm(sum(x)) ** 2 / squares
-    wanted = max(response, (kept / len(x)) ** (1 / 3)) * min(1, 2 * kept)
+    wanted = max(least, (kept / len(x)) ** (1 / 3)) * min(1, 2 * kept)
     shares = [np.sum(u @ vh * matrix) / np.linalg.norm(matrix) ** 2 for matrix in x]
     pooled = sum(np.sum(u @ vh * matrix) for matrix in x) / squares
     return u @ vh * wanted / max(np.mean(shares), pooled)

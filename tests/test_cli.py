@@ -552,8 +552,7 @@ USAGE = {  # command to the error, and words of the hint
         "merge --help",
     ),
     "merge math code -o @out --method linear --density 0.1": (
-        "density belongs to breadcrumbs, .*pcb, .*ties.*; "
-        "linear and core have no such option",
+        "density belongs to breadcrumbs, .*pcb, .*ties.*; linear and core have no such option",
         "pcb-peft methods linear",
     ),
     "merge math code -o @out --gauge balanced": (

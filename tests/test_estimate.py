@@ -227,7 +227,10 @@ def test_a_calibration_that_does_not_exist_is_found_without_the_merge(adapters):
 
 def test_a_dry_run_says_it_and_writes_nothing(adapters, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(["merge", *map(str, adapters), "--dry-run", "--space", "dense"]) == 0
+    assert (
+        main(["merge", *map(str, adapters), "--dry-run", "--method", "pcb", "--space", "dense"])
+        == 0
+    )
     assert (
         "6 modules, 1,536 values per adapter, 3 passes over them\nreads " in capsys.readouterr().out
     )

@@ -133,3 +133,17 @@ def test_a_scale_must_be_a_number(workshop: Workshop, tmp_path: Path):
     recipe.write_text(yaml.safe_dump({"adapters": [str(path)], "scale": "big"}))
     with pytest.raises(OptionError, match="scale is 'big'; it must be a number"):
         read_recipe(recipe)
+
+
+def test_flat_of_vectors_is_their_sum_at_the_response_of_a_sum(workshop: Workshop):
+    """A vector has one direction, which no other is as strong as."""
+    config = peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+    paths = workshop.adapters("llama", [config] * 4)
+    found, parents = merge_adapters(paths, "flat"), [load_adapter(path) for path in paths]
+    for module in found.modules:
+        x = torch.stack([parent.modules[module].l.double() - 1 for parent in parents])
+        total, squares = x.sum(0), x.square().sum(1)
+        kept = total.square().sum() / squares.sum()
+        share = torch.maximum((x @ total / squares).mean(), kept)
+        wanted = 1 + total * (kept / 4) ** (1 / 3) * min(1, 2 * kept) / share
+        workshop.assert_close(found.modules[module].l, wanted, 1e-6)

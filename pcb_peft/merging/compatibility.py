@@ -45,11 +45,6 @@ class AdapterSet:
         }
 
     @property
-    def has_vectors(self) -> bool:
-        """True if the deltas are (IA)³ vectors."""
-        return any(kind.multiplies for kind in self.kinds)
-
-    @property
     def has_full_rank(self) -> bool:
         """True if a delta is a matrix of full rank: that of a full fine-tune, or of a DoRA, which rescales W."""
         return any(

@@ -135,7 +135,6 @@ def plan(
         inherited = [override.options for override in recipe.overrides if override.method is None]
         method, notes = default_method(
             {name for options in (recipe.options, *inherited) for name in options},
-            vectors=adapter_set.has_vectors,
             full_rank=adapter_set.has_full_rank,
             by_energy=isinstance(recipe.rank, EnergyFraction | RankBudget),
         )

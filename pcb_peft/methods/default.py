@@ -11,13 +11,12 @@ DEFAULT_METHODS = ("flat", "pcb")
 
 
 def default_method(
-    options: Collection[str], *, vectors: bool, full_rank: bool, by_energy: bool
+    options: Collection[str], *, full_rank: bool, by_energy: bool
 ) -> tuple[MergeMethod, list[str]]:
     """Choose the method of a merge that names none.
 
     Args:
         options: Names of the options that are given.
-        vectors: The deltas are (IA)³ vectors. A vector has one direction, and nothing to choose or to make equal.
         full_rank: A delta has full rank, such as that of a DoRA or of a full fine-tune. A method that sees whole
             matrices would decompose every ΔW; none was measured there.
         by_energy: The rank is chosen by the energy of the merge's directions. A method that knows the rank makes them
@@ -32,8 +31,6 @@ def default_method(
     def obstacle(method: MergeMethod) -> str | None:
         if lacking := [name for name in options if name in known - method.options.keys()]:
             return f"has no option {lacking[0]}"
-        if vectors and method.whole_matrix:
-            return "merges matrices, and these are vectors ((IA)³)"
         if full_rank and method.whole_matrix:
             return "decomposes whole matrices, and some of these have full rank (DoRA, full fine-tunes …)"
         if by_energy and method.knows_rank:

@@ -27,12 +27,14 @@ def flat(
 
         mean_t ⟨ΔW, λ_t ΔW_t⟩ / ‖λ_t ΔW_t‖² = c
 
-    A c of 1 would do to every adapter's own directions what the adapter does, and disturb the others too much.
+    A c of 1 would do to every adapter's own directions what the adapter does, and disturb the others too much. An (IA)³
+    vector has one direction: it is the sum, at the scale of T_eff.
 
     Args:
-        response: The smallest c. Adapters that have much in common get a larger one: c = (T_eff)^(−1/3), where T_eff =
-            T Σ_t ‖λ_t ΔW_t‖² / ‖X‖² is T for adapters that have nothing in common and 1 for copies of one. Where they
-            take each other back, so that ‖X‖² is less than half of the sum of squares, c is smaller in proportion.
+        response: The smallest c, where there are several directions. Adapters that have much in common get a larger
+            one: c = (T_eff)^(−1/3), where T_eff = T Σ_t ‖λ_t ΔW_t‖² / ‖X‖² is T for adapters that have nothing in
+            common and 1 for copies of one. Where they take each other back, so that ‖X‖² is less than half of the sum
+            of squares, c is smaller in proportion.
         rank: k, the rank of the result; None: all directions stay.
 
     Good at: many tasks with every weight at 1, at full rank and at the rank of one adapter.
@@ -46,10 +48,11 @@ def flat(
 
 def _merge(x: Tensor, response: float, rank: int | None) -> Tensor:
     total, squares = x.sum(0), x.square().sum((1, 2))
-    u, _, vh = leading(significant(total, scale=squares.sum().sqrt()), rank)
+    u, s, vh = leading(significant(total, scale=squares.sum().sqrt()), rank)
     directions = u @ vh
     own = (directions * x).sum((1, 2))
     share = torch.maximum((own / squares).mean(), own.sum() / squares.sum())  # the last is >= 0
     kept = float(total.square().sum() / squares.sum())  # T / T_eff
-    c = max(response, (kept / len(x)) ** (1 / 3)) * min(1, 2 * kept)
+    least = response if len(s) > 1 else 0.0  # one direction is not made equal to others
+    c = max(least, (kept / len(x)) ** (1 / 3)) * min(1, 2 * kept)
     return c / clamp_positive(share) * directions
