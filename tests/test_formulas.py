@@ -188,9 +188,9 @@ def balanced(x):
 
 
 def as_trained(lora_B, lora_A, scaling):
-    """The factors as they are, the scaling shared out evenly, its sign with lora_B."""
+    """The factors as they are, the scaling shared out evenly, its sign with lora_A."""
     root = np.sqrt(abs(scaling))
-    return root * lora_A.astype(np.float64), np.sign(scaling) * root * lora_B.astype(np.float64)
+    return np.sign(scaling) * root * lora_A.astype(np.float64), root * lora_B.astype(np.float64)
 
 
 def stacked(pairs, rank):
@@ -203,7 +203,7 @@ def stacked(pairs, rank):
 @pytest.mark.parametrize("gauge", ["balanced", "as_trained"])
 @pytest.mark.parametrize("weights", [(1.0, -0.7), (0.3, 1.25, 0.5)], ids=["negative", "fractional"])
 @every_formula
-def test_in_factor_space_both_sides_carry_the_root_of_the_weight_and_lora_b_its_sign(
+def test_in_factor_space_both_sides_carry_the_root_of_the_weight_and_lora_a_its_sign(
     name, weights, gauge
 ):
     shapes = {"a": (20, 12), "b": (11, 25)}
@@ -220,8 +220,8 @@ def test_in_factor_space_both_sides_carry_the_root_of_the_weight_and_lora_b_its_
         rows[module, "A"], rows[module, "B"] = stacked(pairs, rank)
     merged, formula = merge(pool, name, 0.45, weights, space="factor", gauge=gauge)
     roots = np.sqrt(np.abs(weights))
-    side_A = over(rows, functools.partial(formula, w=roots))
-    side_B = over(rows, functools.partial(formula, w=roots * np.sign(weights)))
+    side_A = over(rows, functools.partial(formula, w=roots * np.sign(weights)))
+    side_B = over(rows, functools.partial(formula, w=roots))
     agree(merged, {module: side_B[module, "B"] @ side_A[module, "A"] for module in shapes})
 
 

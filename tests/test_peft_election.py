@@ -1,12 +1,14 @@
 """PEFT's names do what PEFT does, also where the weights differ."""
 
 import numpy as np
+import peft
 import pytest
 import torch
+from conftest import Workshop
 from helpers import adapters, low_rank
 from peft.utils import merge_utils
 
-from pcb_peft import Adapter, merge_adapters
+from pcb_peft import Adapter, load_adapter, merge_adapters
 
 
 def pool() -> list[Adapter]:
@@ -41,3 +43,19 @@ def test_the_election_can_be_chosen_against_pefts_name():
     ours = merge_adapters(made, "ties_svd", weights, rank="full", elect="weighted").delta("m")
     plain = merge_adapters(made, "ties", weights, space="dense", scope="module", rank="full")
     assert torch.equal(ours, plain.delta("m"))
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_linear_on_the_trained_factors_is_pefts_linear(workshop: Workshop, weights: list[float]):
+    config = peft.LoraConfig(r=3, lora_alpha=4, target_modules=["q_proj", "v_proj"])
+    paths = workshop.adapters("llama", [config] * 3)
+    model = peft.PeftModel.from_pretrained(workshop.model("llama"), paths[0], paths[0].name)
+    for path in paths[1:]:
+        model.load_adapter(path, path.name)
+    names = [path.name for path in paths]
+    model.add_weighted_adapter(names, weights, "merged", combination_type="linear")
+    model.save_pretrained(workshop.directory / "theirs", selected_adapters=["merged"])
+    theirs = load_adapter(workshop.directory / "theirs" / "merged")
+    ours = merge_adapters(paths, "linear", weights, space="factor", gauge="as_trained")
+    for module in theirs.modules:
+        workshop.assert_close(ours.delta(module), theirs.delta(module), 1e-5)

@@ -15,8 +15,10 @@ from pcb_peft.tasks.blocks import stacked
 
 
 def _as_trained(delta: Delta) -> tuple[Tensor, Tensor]:
-    """(lora_A, lora_B) as they are stored, each times the root of the scaling."""
+    """(lora_A, lora_B) as they are stored, each times the root of the scaling, whose sign goes to lora_A."""
     lora_B, lora_A = delta.factors()
+    if isinstance(delta, LowRank) and delta.scaling < 0:
+        return -lora_A, -lora_B
     return lora_A, lora_B
 
 
@@ -35,8 +37,9 @@ def factor(
 ) -> Projection:
     """The entries of lora_A and lora_B, each merged by itself; smaller ranks are padded with zeros.
 
-    A weight λ enters as √|λ| on both sides, with its sign on lora_B. The product of merged factors is not the merge of
-    the products: even `linear` has cross terms here.
+    A weight λ enters as √|λ| on both sides, with its sign on lora_A, as in PEFT. (kohya's `merge_lora` multiplies both
+    sides by |λ|, so that 0.5 acts as 0.25.) The product of merged factors is not the merge of the products: even
+    `linear` has cross terms here.
 
     Args:
         gauge: Which factors are merged: (BG, G⁻¹A) is the same adapter for every invertible G. `balanced` uses B = U√Σ
@@ -50,7 +53,7 @@ def factor(
     roots = [math.sqrt(abs(weight)) for weight in weights]
     signed = [math.copysign(root, weight) for root, weight in zip(roots, weights, strict=True)]
     layout = deltas[0].layout
-    blocks = (stacked(lora_A, roots), stacked(lora_B, signed))
+    blocks = (stacked(lora_A, signed), stacked(lora_B, roots))
     return Projection(
         blocks, lambda merged: LowRank(merged[0].float(), merged[1].float(), layout=layout)
     )
