@@ -75,3 +75,19 @@ def test_no_method_blows_up_adapters_that_were_trained_from_one_lora_a(method: s
     ]
     merged = merge_adapters(adapters(factors), method).delta("m").norm()
     assert float(merged) < 1.01 * sum(np.linalg.norm(b @ a) for b, a in factors)
+
+
+CONTINUOUS = [
+    name
+    for name, m in list_methods().items()
+    if m.identity_on_one and m.needs_statistic is None and m.arity is None
+]
+
+
+@pytest.mark.parametrize("condition", [1e1, 1e3])
+@pytest.mark.parametrize("method", CONTINUOUS)
+def test_other_factors_of_an_adapter_merge_as_the_adapter_does(method: str, condition: float):
+    """(BG, G⁻¹A), written to float32, is the same adapter up to rounding, which grows with the condition of G."""
+    plain, other = ([A, B, copy] for copy in (A, regauged(A, condition)))
+    first, second = (merge_adapters(adapters(x), method).delta("m").numpy() for x in (plain, other))
+    assert np.linalg.norm(first - second) < 1e-6 * condition * np.linalg.norm(first)

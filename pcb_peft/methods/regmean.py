@@ -46,9 +46,9 @@ def regmean(
     Measured: LoRA 96.7 (89.7), at 1.3 97.0 (88.8).
 
     Source: Jin et al. 2023, and the reduction of off-diagonal entries in their code; in `core` space SSR-Merge,
-    arXiv:2606.10617, whose ridge is absolute. Differences: W_t = W + ΔW_t, so
-    that W drops out; G_t is a mean, not a sum, so that more data give a task no more weight; an adapter that does not
-    touch a module is left out there; an input in a direction that no task has seen is answered by W alone.
+    arXiv:2606.10617, whose ridge is absolute. Differences: W_t = W + ΔW_t, so that W drops out; G_t is a mean, not a
+    sum, so that more data give a task no more weight; an adapter that does not touch a module is left out there; an
+    input in a direction that no task has seen is answered by W alone.
     """
 
     def regression(grams: Sequence[Tensor]) -> View:

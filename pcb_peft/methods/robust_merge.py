@@ -32,10 +32,11 @@ def robust_merge(tasks: TaskVectors, *, density: Density = 0.2) -> Merged:
 
     Source: Zeng et al. 2025, and github.com/AuroraZengfh/RobustMerge at 1212802. Differences: the products are summed,
     as in the paper (the code multiplies Σ_t B̃_t by Σ_t Ã_t); the paper's factor λ = 2 is left to the weights; S is not
-    winsorised; a direction that is pruned altogether has S = 0; and the factors are U√Σ and √ΣVᵀ of ΔW_t instead of the
-    trained ones, so that (BG, G⁻¹A) merges as (B, A) does. Pruning looks at single entries, so this method, unlike
-    other spectral ones, depends on the space: in `core` the entries are coordinates in the shared bases; in `dense`
-    they are those of the layer, as in the paper, at the price of a decomposition of every ΔW_t.
+    winsorised; of D entries int(density · D) are kept, and not one more, as in the code; a direction that is pruned
+    altogether has S = 0; and the factors are U√Σ and √ΣVᵀ of ΔW_t instead of the trained ones, so that (BG, G⁻¹A)
+    merges as (B, A) does. Pruning looks at single entries, so this method, unlike other spectral ones, depends on the
+    space: in `core` the entries are coordinates in the shared bases; in `dense` they are those of the layer, as in the
+    paper, at the price of a decomposition of every ΔW_t.
     """
     return merge_matrices(tasks, lambda x: _merge(x, density))
 

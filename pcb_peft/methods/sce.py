@@ -25,8 +25,9 @@ def sce(tasks: TaskVectors, *, density: Density = 0.1) -> Merged:
 
     Source: Wan et al. 2024 (FuseChat), the three steps and task arithmetic with η. Differences: entries that tie with
     the smallest selected variance are selected; weights, which the paper does not have, scale the selected task vectors
-    before the election; signs as in `ties`. (mergekit divides by Σ η_t over the tasks with the elected sign, and counts
-    the density among the entries in which tasks differ.)
+    before the election; signs as in `ties`. (The authors' code, github.com/fanqiwan/FuseAI at 7d9a307, selects only to
+    compute η, and merges all entries of τ_t. It and mergekit divide by Σ η_t over the tasks with the elected sign, and
+    count the density among the entries in which tasks differ.)
     """
 
     def variance(x: Tensor) -> Tensor:

@@ -3,10 +3,12 @@
 import torch
 from torch import Tensor
 
-from pcb_peft.deltas.linalg import RANK_TOLERANCE, cat_svds, significant
+from pcb_peft.deltas.linalg import cat_svds, significant
 from pcb_peft.methods.registry import merge_method
 from pcb_peft.methods.spectral import merge_matrices
 from pcb_peft.tasks.task_vectors import Merged, TaskVectors
+
+ALIKE = 1e-6  # an eigenvalue of the kernel below this part of the largest: two features differ by rounding only
 
 
 @merge_method(
@@ -23,8 +25,8 @@ def stf(tasks: TaskVectors) -> Merged:
     Measured: LoRA 89.8 (71.4), at 0.5 93.2 (81.2).
 
     Source: Qiu et al. 2025. Differences: a task has as many triplets as its numerical rank; and where features depend
-    on each other, as those of two equal adapters do, x is the least-squares solution, so that equal adapters merge to
-    themselves.
+    on each other, as those of two equal adapters do, or all but do, as those of a copy with other factors, x is the
+    least-squares solution, so that equal adapters merge to themselves.
     """
     return merge_matrices(tasks, _merge)
 
@@ -32,5 +34,5 @@ def stf(tasks: TaskVectors) -> Merged:
 def _merge(x: Tensor) -> Tensor:
     u, s, vh = cat_svds([significant(matrix) for matrix in x])
     kernel = (u.T @ u) * (vh @ vh.T)
-    strength = torch.linalg.pinv(kernel, rtol=RANK_TOLERANCE**2, hermitian=True) @ s
+    strength = torch.linalg.pinv(kernel, rtol=ALIKE, hermitian=True) @ s
     return (u * strength) @ vh

@@ -23,7 +23,9 @@ def ties(tasks: TaskVectors, *, density: Density = 0.2, elect: Election = "weigh
     Source: Yadav et al. 2023, algorithm 1. Differences: the weights scale the task vectors before the election, so that
     a weight of −1 is the negated task vector and equal weights are the paper's λ; entries that tie with the smallest
     kept one are kept; an entry whose sum is 0 elects no sign and merges to 0 (the authors' code gives it the sign that
-    most other entries have).
+    most other entries have). Of D entries int(density · D) are kept, as in PEFT and mergekit; the code of the authors,
+    of KnOTS and of MergeLM keeps one more, because the threshold itself counts as kept. mergekit divides by the
+    weights of the elected tasks unless `normalize` is false.
     """
     threshold = magnitude_threshold(tasks, density)
 
