@@ -21,12 +21,12 @@ import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
+from quality_tables import Result, Score, line_of_subsets, table, table_of_subsets
 from torch import Tensor
 
 from pcb_peft import TaskStatistics, collect_statistics, distill_merge, get_method, merge_adapters
@@ -78,43 +78,6 @@ class Texts:
         """Return the file of a task."""
         flat = self.folder / f"{task}.jsonl"
         return flat if flat.exists() else self.folder / task / f"{self.split}.jsonl"
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Score:
-    """Accuracies by task, relative to the task's own adapter: 1 is as good."""
-
-    by_task: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        """Return the mean over the tasks."""
-        return sum(self.by_task) / len(self.by_task)
-
-    @property
-    def worst(self) -> float:
-        """Return the score of the worst task."""
-        return min(self.by_task)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Result:
-    """A line of the table.
-
-    Attributes:
-        label: The setting.
-        scores: By common weight: those tried.
-        seconds: What the merge took.
-    """
-
-    label: str
-    scores: Mapping[float, Score]
-    seconds: float
-
-    @property
-    def best(self) -> float:
-        """Return the common weight with the highest mean."""
-        return max(self.scores, key=lambda scale: self.scores[scale].mean)
 
 
 class Bench:
@@ -290,50 +253,6 @@ def _value(text: str) -> object:
     return text
 
 
-def table(bench: Bench, results: list[Result]) -> str:
-    """Return the results as a Markdown table, the best at its best common weight first."""
-    alone = ", ".join(
-        f"{task.name} {100 * own:.1f}" for task, own in zip(bench.tasks, bench.own, strict=True)
-    )
-    count = sum(len(task.texts) for task in bench.tasks)
-    lines = [
-        f"Accuracy over {count} texts of {len(bench.tasks)} tasks, in % of each adapter's own: {alone}.",
-        "",
-        "| setting | mean at 1 | worst at 1 | best weight | mean | worst | merge, s | by task |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    ordered = sorted(results, key=lambda result: -result.scores[result.best].mean)
-    return "\n".join([*lines, *map(_line, ordered)]) + "\n"
-
-
-def table_of_subsets(count: int, results: Mapping[str, list[Score]]) -> str:
-    """Return a Markdown table of merges of some of the adapters."""
-    merges = len(next(iter(results.values())))
-    lines = [
-        f"All {merges} merges of {count} adapters, each on its own tasks, with every weight at 1.",
-        "",
-        "| setting | mean | mean of the worst | lowest |",
-        "|---|---|---|---|",
-    ]
-    return "\n".join([*lines, *(_line_of_subsets(*row) for row in results.items())]) + "\n"
-
-
-def _line_of_subsets(label: str, scores: list[Score]) -> str:
-    means, worst = [score.mean for score in scores], [score.worst for score in scores]
-    numbers = fmean(means), fmean(worst), min(worst)
-    return f"| {' | '.join([f'`{label}`', *(f'{100 * n:.1f}' for n in numbers)])} |"
-
-
-def _line(result: Result) -> str:
-    plain, best = result.scores[1.0], result.scores[result.best]
-    each = " ".join(f"{100 * value:.0f}" for value in best.by_task)
-    label = f"`{result.label}`"
-    numbers = [plain.mean, plain.worst], [best.mean, best.worst]
-    first, second = ([f"{100 * value:.1f}" for value in pair] for pair in numbers)
-    cells = [label, *first, f"{result.best:g}", *second, f"{result.seconds:.1f}", each]
-    return f"| {' | '.join(cells)} |"
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Read the command line, measure, print the table."""
     options = _parser().parse_args(arguments)
@@ -357,7 +276,7 @@ def _some_together(bench: Bench, settings: list[Setting], options: argparse.Name
     results: dict[str, list[Score]] = {}
     for setting in settings:
         results[setting.label] = bench.together(setting, options.together)
-        sys.stderr.write(_line_of_subsets(setting.label, results[setting.label]) + "\n")
+        sys.stderr.write(line_of_subsets(setting.label, results[setting.label]) + "\n")
     return table_of_subsets(options.together, results)
 
 
@@ -370,10 +289,10 @@ def _all_together(bench: Bench, settings: list[Setting], options: argparse.Names
         except PcbPeftError as error:
             sys.stderr.write(f"{setting.label}: {error}\n")
             continue
-        sys.stderr.write(_line(results[-1]) + "\n")
+        sys.stderr.write(results[-1].line + "\n")
         if options.output:
-            options.output.write_text(table(bench, results), "utf-8")
-    return table(bench, results)
+            options.output.write_text(table(bench.tasks, bench.own, results), "utf-8")
+    return table(bench.tasks, bench.own, results)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""``pcb-peft distill``: a merge, trained for a minute on unlabelled texts to answer as its adapters do."""
+"""``pcb-peft distill``: a merge, trained a little on unlabelled texts to answer as its adapters do."""
 
 import argparse
 from pathlib import Path
@@ -83,7 +83,7 @@ def _run(parsed: argparse.Namespace) -> Answer:
 
 COMMAND = Command(
     "distill",
-    "Train a merge for a minute on unlabelled texts, so that it answers as its adapters do",
+    "Train a merge a little on unlabelled texts, so that it answers as its adapters do",
     "pcb-peft distill merged math-lora law-lora --base-model BASE --texts math.jsonl law.jsonl -o better",
     _add_arguments,
     _run,

@@ -1,4 +1,4 @@
-"""`distill_merge`: a merge, trained for a minute to answer as its adapters do."""
+"""`distill_merge`: a merge, trained a little to answer as its adapters do."""
 
 import dataclasses
 import hashlib
@@ -77,7 +77,7 @@ def distill_merge(  # noqa: PLR0913  (every choice, by name)
     checkpoint: str | Path | None = None,
     progress: bool | None = None,
 ) -> DistilledAdapter:
-    """Train a merge for a minute, on unlabelled texts of its tasks, to answer as each adapter answers its own.
+    """Train a merge a little, on unlabelled texts of its tasks, to answer as each adapter answers its own.
 
     This is a little training, not a closed form. The base model and lora_A stay as they are; lora_B moves towards what
     the adapters say of their texts: class probabilities, the next-token probabilities of their own continuations, or

@@ -11,7 +11,7 @@ from pcb_peft.plugins.options import Density, Range
 from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 
-@merge_method("breadcrumbs", paper="arXiv:2312.06795", scope="module")
+@merge_method("breadcrumbs", paper="arXiv:2312.06795", space="knots", scope="module")
 def breadcrumbs(
     tasks: TaskVectors,
     *,
@@ -21,7 +21,7 @@ def breadcrumbs(
     """Drop the outliers and the smallest entries of each task vector, then add: τ_m = Σ_t λ_t τ_t m_t.
 
     The mask m_t drops the fraction `gamma` of the entries with the largest |τ_t|, and keeps the fraction `density` that
-    comes next in size.
+    comes next in size. In `core` space the largest entries are the strongest directions of the adapters, not outliers.
 
     Args:
         density: Fraction of entries kept per task vector.

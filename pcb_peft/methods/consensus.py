@@ -9,7 +9,9 @@ from pcb_peft.plugins.options import Range
 from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 
-@merge_method("consensus", paper="arXiv:2405.07813", scope="module", identity_on_one=True)
+@merge_method(
+    "consensus", paper="arXiv:2405.07813", space="knots", scope="module", identity_on_one=True
+)
 def consensus(
     tasks: TaskVectors,
     *,
@@ -19,7 +21,7 @@ def consensus(
     """Add, then keep the entries that matter to several tasks: τ_m [Σ_t m_t ≥ votes].
 
     τ_m = Σ_t λ_t τ_t, and m_t = [|λ_t τ_t| ≥ tall · |τ_m − λ_t τ_t|] is the TALL mask of task t. No statistics are
-    taken, so both scopes give the same result.
+    taken, so both scopes give the same result. In `core` space few entries matter to two tasks.
 
     Args:
         tall: How large an entry must be, relative to all others together, to matter to its task. The paper's λ_t, which

@@ -38,8 +38,8 @@ def regmean(
     Args:
         alpha: Factor of the off-diagonal entries of G_t. 1 uses the inputs as they are; the smaller it is, the less the
             merge relies on how the inputs correlate.
-        ridge: Fraction of the mean diagonal entry of G_t that is added to its diagonal. 0.01 is enough at alpha 1;
-            adapters that were trained from one random lora_A need it in `core` space.
+        ridge: Fraction of the mean diagonal entry of G_t that is added to its diagonal. Adapters that were trained from
+            one random lora_A need it in `core` space at alpha 1: 0.01, for example.
 
     Good at: all tasks at once with every weight at 1, where texts of each task are at hand; no labels are needed.
 
