@@ -2,7 +2,7 @@
 
 from pcb_peft import merge_adapters
 
-merged = merge_adapters(["math-lora", "code-lora"], method="pcb")
+merged = merge_adapters(["math-lora", "code-lora"])
 merged.save_pretrained("merged")
 """
 

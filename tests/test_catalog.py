@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from pcb_peft import list_methods
+from pcb_peft.commands.catalog import render
+from pcb_peft.methods.default import DEFAULT_METHODS
 
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "methods.md").read_text("utf-8")
 NUMBERS = r"(?P<weight>at \S+ |in `dense` space )?(?P<mean>\d+\.\d) \((?P<worst>\d+\.\d)\)"
@@ -53,3 +55,9 @@ def test_what_is_in_the_document_is_on_the_shelf_and_every_method_says_what_for(
     assert method.good_at
     if rows(name, "LoRA"):
         assert method.measured.startswith("LoRA ")
+
+
+def test_the_list_begins_with_the_default_and_what_kept_most_comes_first():
+    lines = render().splitlines()
+    names = [line.split()[0] for line in lines if re.search(r"\d\d\.\d \(\d\d\.\d\)", line)]
+    assert names[0] == f"{DEFAULT_METHODS[0]}*"

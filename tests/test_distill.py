@@ -245,6 +245,25 @@ def test_the_command_line(workshop, words, tmp_path: Path, capsys: pytest.Captur
     assert list((tmp_path / "better" / "heads").iterdir())
 
 
+@pytest.mark.slow
+def test_two_processes_write_what_one_writes(workshop, words, launch, tmp_path: Path):
+    """Each has the texts of one task; a gradient is the sum of both."""
+    paths, base = made(workshop, "classifier")
+    words.save_pretrained(base)
+    merge_adapters(paths, "flat", rank=2).save_pretrained(tmp_path / "merged")
+    files = [tmp_path / f"{number}.jsonl" for number in range(2)]
+    for number, file in enumerate(files):
+        file.write_text("\n".join(json.dumps({"text": text}) for text in texts(number)))
+    given = ["--base-model", base, "--texts", *files, "--steps", "10"]
+    command = ["-m", "pcb_peft", "distill", tmp_path / "merged", *paths, *given, "-o"]
+    for count in (1, 2):
+        codes, outputs, errors = launch(count, [*command, tmp_path / str(count)])
+        assert codes == [0] * count, errors
+        assert outputs[1:] == [""] * (count - 1)
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+
 def test_a_module_that_the_merge_leaves_alone_stays_so(workshop, words):
     paths, base = made(workshop, "classifier")
     merged = merge_adapters(paths, "flat", rank=2)

@@ -188,7 +188,7 @@ def test_modules_of_other_settings_are_counted_too(adapters):
 
 
 def test_memory_between_passes_is_no_more_than_what_is_allowed(adapters):
-    words = recipe(adapters, space="dense", scope="global")
+    words = recipe(adapters, space="dense", scope="global", method="pcb")
     much, none = estimate_merge(words), estimate_merge(words, max_memory=0)
     assert none.memory < much.memory
     assert none.read > much.read

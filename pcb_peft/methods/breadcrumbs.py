@@ -27,9 +27,9 @@ def breadcrumbs(
         density: Fraction of entries kept per task vector.
         gamma: Fraction of entries dropped as outliers, the largest in magnitude; at most 1 − density.
 
-    Good at: task vectors with outliers, says its paper; it scored below `linear` on our benchmark.
+    Good at: task vectors with outliers, says its paper.
 
-    Measured: LoRA 71.3 (54.5).
+    Measured: LoRA 90.9 (86.7), at 1.3 92.7 (88.8).
 
     Source: Davari and Belilovsky 2024, with a mask per layer. The paper's β, the fraction dropped at the bottom, is
     1 − density − gamma here. Difference: entries that tie with the smallest or the largest kept one are kept. Without

@@ -17,7 +17,7 @@ def dare_linear(tasks: TaskVectors, *, density: Density = 0.5, rescale: bool = T
         density: Probability with which an entry is kept; the paper's 1 − p.
         rescale: Divide what is kept by the density.
 
-    Good at: fully fine-tuned models with much redundancy, says its paper; it scored below `linear` on our benchmark.
+    Good at: fully fine-tuned models with much redundancy, says its paper.
 
     Measured: LoRA 80.0 (46.9), at 0.5 89.0 (67.0).
 

@@ -30,7 +30,7 @@ def fr(tasks: TaskVectors, *, cutoff: Annotated[float, Range(0, 1)] = 0.1) -> Me
     Args:
         cutoff: D₀ as a fraction of the largest √(η² + γ²), that of the fastest oscillation along both sides.
 
-    Good at: (IA)³ and fully fine-tuned models, says its paper; it scored like `linear` on our benchmark.
+    Good at: (IA)³ and fully fine-tuned models, says its paper.
 
     Measured: LoRA 89.0 (68.7), at 0.5 93.0 (81.7).
 

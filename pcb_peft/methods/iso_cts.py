@@ -27,7 +27,7 @@ def iso_cts(
         common: k / R, the fraction of directions that stay common; T·round((R − k) / T) become task-specific.
         rank: R, the rank of the result; None: that of the sum.
 
-    Good at: many tasks with a tuned common weight: with `iso_c` the best score on our benchmark.
+    Good at: many tasks with a tuned common weight, or without one after `response` with `least=0.7`.
 
     Measured: LoRA 95.2 (87.1), at 2.2 98.9 (96.4).
 

@@ -22,7 +22,7 @@ def karcher(tasks: TaskVectors) -> Merged:
     the sign is minus if λ_t is negative. Its length is the mean |λ| times Σ_t w_t ‖τ_t‖. For two task vectors it equals
     `slerp`.
 
-    Good at: an average without a weight to tune; it scored like `multislerp` on our benchmark.
+    Good at: an average without a weight to tune.
 
     Measured: LoRA 92.6 (75.9).
 

@@ -85,7 +85,7 @@ def pcb(
         winsor: Fraction of each tail of |τ| that is clamped first; default: the formula's own, 0.0001 for `reference`,
             0 for `paper` (always), 0.01 for the others.
 
-    Good at: all tasks at once with every weight at 1, nothing to tune; LoRA and (IA)³ alike.
+    Good at: all tasks at once with every weight at 1, entry by entry; LoRA and (IA)³ alike.
 
     Measured: LoRA 97.2 (90.6); (IA)³ 93.8 (90.2).
 

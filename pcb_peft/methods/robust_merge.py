@@ -26,7 +26,7 @@ def robust_merge(tasks: TaskVectors, *, density: Density = 0.2) -> Merged:
     Args:
         density: Fraction of the entries of lora_A, and of lora_B, that is kept, the largest in magnitude.
 
-    Good at: multimodal adapters, says its paper; it scored like `linear` at its best weight on our benchmark.
+    Good at: multimodal adapters, says its paper.
 
     Measured: LoRA 92.1 (81.7), at 1.6 93.3 (80.8).
 

@@ -18,8 +18,7 @@ def sce(tasks: TaskVectors, *, density: Density = 0.1) -> Merged:
     Args:
         density: Fraction of entries selected, the same for all tasks.
 
-    Good at: models that complement each other, says its paper; slightly above `linear` on our benchmark, and even
-    across tasks.
+    Good at: models that complement each other, says its paper.
 
     Measured: LoRA 91.3 (86.2).
 
