@@ -51,7 +51,7 @@ def texts(seed: int, count: int = 16) -> list[str]:
     ]
 
 
-def lora(task_type: str, targets: list[str], **options) -> peft.LoraConfig:
+def lora(task_type: str | None, targets: list[str], **options) -> peft.LoraConfig:
     return peft.LoraConfig(
         r=2, lora_alpha=8, target_modules=targets, task_type=task_type, **options
     )
@@ -66,6 +66,7 @@ class Case:
 CASES = {
     "classifier": Case("bert", lora("SEQ_CLS", ["query", "dense"], exclude_modules=".*pooler.*")),
     "language model": Case("llama", lora("CAUSAL_LM", ["q_proj", "down_proj"])),
+    "no task type": Case("llama", lora(None, ["q_proj", "down_proj"])),
     "Conv1D": Case("gpt2", lora("CAUSAL_LM", ["c_attn", "c_proj"], fan_in_fan_out=True)),
     "(IA)³": Case(
         "bert",

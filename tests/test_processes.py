@@ -102,6 +102,20 @@ def test_what_rescales_w_is_the_same_too(launch, tmp_path, shared_workshop, adap
 
 
 @pytest.mark.slow
+def test_a_metric_is_measured_once_for_all_processes(launch, tmp_path, adapters, base):
+    """Each count has a cache of its own, so that the model is run each time."""
+    case = {"method": "flat", "rank": 2, "metric": "random", "base_model": base}
+    for count, name in ((1, "one"), (2, "two")):
+        cache = str(tmp_path / f"cache of {name}")
+        made = merged_by(
+            launch, count, tmp_path / name, adapters, {"out": case}, XDG_CACHE_HOME=cache
+        )
+        assert made.codes == [0] * count, made.errors
+        assert len(list((tmp_path / f"cache of {name}").rglob("*.safetensors"))) == 1
+    assert content(tmp_path / "two") == content(tmp_path / "one")
+
+
+@pytest.mark.slow
 def test_threads_that_merge_modules_side_by_side_make_the_bytes_of_one(
     launch, tmp_path, adapters, base, alone
 ):

@@ -20,14 +20,57 @@ def load_base(base_model: str | Path | Any, task_type: str | None) -> Any:
 
     Args:
         base_model: Path or hub id, or a model of transformers.
-        task_type: PEFT's word for the model that an adapter needs.
+        task_type: PEFT's word for the model that an adapter needs; None, or another word than those of
+            `AUTO_CLASSES`: the class that the checkpoint was saved from.
 
     Raises:
         BaseModelError: It cannot be loaded.
     """
     if not isinstance(base_model, str | Path):
         return base_model.eval()
-    return load_model(str(base_model), AUTO_CLASSES.get(str(task_type), "AutoModel"))
+    name = AUTO_CLASSES.get(str(task_type)) or _class_of(load_config(str(base_model)))
+    return load_model(str(base_model), name)
+
+
+def task_type_of(base_model: str | Path | Any) -> str:
+    """PEFT's word for what a base model was built for, such as CAUSAL_LM.
+
+    Args:
+        base_model: Path or hub id, or a model of transformers or its configuration.
+
+    Raises:
+        BaseModelError: It cannot be loaded.
+    """
+    given = isinstance(base_model, str | Path)
+    config = load_config(str(base_model)) if given else getattr(base_model, "config", base_model)
+    stated = (getattr(config, "architectures", None) or [""])[0]
+    if getattr(config, "is_encoder_decoder", False):
+        return "SEQ_2_SEQ_LM"
+    if stated.endswith(("ForCausalLM", "LMHeadModel")):
+        return "CAUSAL_LM"
+    return "SEQ_CLS" if stated.endswith("ForSequenceClassification") else "FEATURE_EXTRACTION"
+
+
+def load_config(source: str) -> Any:
+    """Load a base model's configuration.
+
+    Raises:
+        BaseModelError: There is none.
+    """
+    import transformers
+
+    try:
+        return transformers.AutoConfig.from_pretrained(source)
+    except TRANSFORMERS_ERRORS as error:
+        raise unreadable_config(source, error) from error
+
+
+def _class_of(config: Any) -> str:
+    """The class that a checkpoint was saved from, if transformers has it."""
+    import transformers
+
+    stated = (getattr(config, "architectures", None) or [""])[0]
+    return stated if stated and hasattr(transformers, stated) else "AutoModel"
 
 
 def load_model(

@@ -12,7 +12,7 @@ from pcb_peft.adapters.loading import load_adapter, load_adapters
 from pcb_peft.adapters.source import Source
 from pcb_peft.base.model import lazy_base
 from pcb_peft.data.batches import Data, Row
-from pcb_peft.data.models import load_base
+from pcb_peft.data.models import load_base, task_type_of
 from pcb_peft.distillation.base import head_of
 from pcb_peft.distillation.student import Student
 from pcb_peft.distillation.teacher import Reader
@@ -124,7 +124,8 @@ def distill_merge(  # noqa: PLR0913  (every choice, by name)
     schedule = Schedule(count, learning_rate, batch_texts, seed)
     settings = {"held_out": held_out, "new_tokens": new_tokens, "max_length": max_length}
     recipe = _recipe(start, loaded, rows, dataclasses.asdict(schedule) | settings)
-    task_type, accelerator, track = _common_task_type(loaded), _accelerator(), tracker(progress)
+    task_type = _common_task_type(loaded) or task_type_of(base_model)
+    accelerator, track = _accelerator(), tracker(progress)
     model = load_base(base_model, task_type).to(accelerator.device).requires_grad_(False)
     words = tokenizer_for(tokenizer, base_model)
     reader = Reader(task_type, words.pad_token_id, new_tokens)

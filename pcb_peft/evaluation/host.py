@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from pcb_peft.base.architecture import TRANSFORMERS_ERRORS, unreadable_config
 from pcb_peft.base.canonical import AUTO_CLASSES
 from pcb_peft.data.live_heads import Head, put_head, with_head, wrapped_by_peft
-from pcb_peft.data.models import load_model
+from pcb_peft.data.models import load_config, load_model, task_type_of
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -75,22 +74,11 @@ class ModelHost:
         Raises:
             BaseModelError: There is none.
         """
-        from transformers import AutoConfig
-
-        try:
-            return AutoConfig.from_pretrained(self.base_model)
-        except TRANSFORMERS_ERRORS as error:
-            raise unreadable_config(self.base_model, error) from error
+        return load_config(self.base_model)
 
     def task_type(self) -> str:
         """PEFT's word for what the base model was built for, such as CAUSAL_LM."""
-        config = self.config()
-        stated = (getattr(config, "architectures", None) or [""])[0]
-        if getattr(config, "is_encoder_decoder", False):
-            return "SEQ_2_SEQ_LM"
-        if stated.endswith(("ForCausalLM", "LMHeadModel")):
-            return "CAUSAL_LM"
-        return "SEQ_CLS" if stated.endswith("ForSequenceClassification") else "FEATURE_EXTRACTION"
+        return task_type_of(self.config())
 
     @contextlib.contextmanager
     def adapted(
