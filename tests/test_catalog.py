@@ -9,7 +9,11 @@ from pcb_peft import list_methods
 from pcb_peft.commands.catalog import render
 from pcb_peft.methods.default import DEFAULT_METHODS
 
-DOCUMENT = (Path(__file__).parents[1] / "docs" / "methods.md").read_text("utf-8")
+DOCUMENT = (
+    (Path(__file__).parents[1] / "docs" / "methods.md")
+    .read_text("utf-8")
+    .partition("## What four tasks keep")[2]
+)
 NUMBERS = r"(?P<weight>at \S+ |in `dense` space )?(?P<mean>\d+\.\d) \((?P<worst>\d+\.\d)\)"
 
 

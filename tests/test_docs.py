@@ -193,13 +193,13 @@ def test_scripts_import_what_there_is(script):
 
 
 SHOWN = {  # a line of the README: its setting in the tables of measurements
-    "the adapters, and nothing else": "flat",
-    "the base model, too": "flat metric=random",
-    "no room for more than the rank of one adapter": "flat metric=random rank=16",
-    "64 texts of each task, without labels": "flat metric=random rank=16 distill=64",
+    "you have the adapters, and nothing else": "flat",
+    "you have the base model, too": "flat metric=random",
+    "the result must have the rank of one adapter": "flat metric=random rank=16",
+    "you have 64 texts of each task, without labels": "flat metric=random rank=16 distill=64",
     "(IA)³ adapters": "flat",
-    "the wish for PCB-Merging": "pcb",
-    "the wish for the exact weighted sum": "linear",
+    "you want PCB-Merging": "pcb",
+    "you want the exact weighted sum": "linear",
 }
 
 

@@ -94,7 +94,7 @@ def _merge(tasks: list[Task], base: Path, output: Path) -> None:
     from pcb_peft.merging.engine import merge_adapters
 
     adapters = [task.adapter for task in tasks]
-    merge_adapters(adapters, method="pcb", base_model=base).save_pretrained(output)
+    merge_adapters(adapters, base_model=base).save_pretrained(output)
 
 
 def _measure(

@@ -7,7 +7,14 @@ from pcb_peft.methods.registry import MergeMethod, get_method
 AUTO = "auto"  # the method in a recipe that names none
 
 DEFAULT_METHODS = ("flat", "pcb")
-"""The methods of a merge that names none, best first: it takes the first that suits what is merged, and how."""
+"""The methods of a merge that names none, best first: it takes the first that suits what is merged, and how.
+
+Chosen on validation texts of six tasks, with adapters of one small text encoder (tables in ``docs/methods.md``). All
+six LoRA adapters, mean and worst task in % of each adapter's own: `flat` 94.1 / 79.3, `pcb` 91.1 / 74.4, `iso_c` 88.2
+/ 66.5, `tsv` 84.6 / 44.8, `linear` 78.0 / 31.9. All pairs of them: `flat` 97.3 / 95.0, `tsv` 94.8 / 89.5, `pcb` 94.2
+/ 88.7. (IA)³ adapters are merged equally well by `flat`, `pcb` and `ties`: 90.4, 91.1 and 90.7; in pairs 94.2, 93.8
+and 93.9.
+"""
 
 
 def default_method(
