@@ -113,6 +113,16 @@ def named_method(name: str) -> MergeMethod | None:
     return None if name == AUTO else get_method(method_of(name))
 
 
+def unnamed_method(recipe: Recipe, adapter_set: AdapterSet) -> tuple[MergeMethod, Sequence[str]]:
+    """Return the method of a recipe that names none, and notes on why it is not the first of the default ones."""
+    inherited = [override.options for override in recipe.overrides if override.method is None]
+    return default_method(
+        {name for options in (recipe.options, *inherited) for name in options},
+        full_rank=adapter_set.has_full_rank,
+        by_energy=isinstance(recipe.rank, EnergyFraction | RankBudget),
+    )
+
+
 def plan(
     recipe: Recipe,
     method: MergeMethod | None,
@@ -130,14 +140,9 @@ def plan(
     Raises:
         OptionError: A value is not allowed; an override matches nothing; a rank is given for what has none.
     """
-    notes: list[str] = []
+    notes: Sequence[str] = ()
     if method is None:
-        inherited = [override.options for override in recipe.overrides if override.method is None]
-        method, notes = default_method(
-            {name for options in (recipe.options, *inherited) for name in options},
-            full_rank=adapter_set.has_full_rank,
-            by_energy=isinstance(recipe.rank, EnergyFraction | RankBudget),
-        )
+        method, notes = unnamed_method(recipe, adapter_set)
     main = _setting(method, recipe.space, recipe.scope, recipe.options, recipe.weights, adapter_set)
     if all(kind.multiplies for kind in main.space.accepts) and recipe.rank != LOSSLESS:
         raise OptionError(

@@ -23,6 +23,8 @@ LOW_ENERGY = 0.9
 CLEARLY_LOSSLESS = 0.99995
 USUAL_SHARE_FACTOR = 1.5
 """A merge whose share is this many times smaller or larger than usual is said to be weak or strong."""
+NEVER_STRONG = 0.75
+"""A share that is not too large for any number of adapters: merges with equally strong directions keep most at 0.7."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, repr=False)
@@ -258,7 +260,7 @@ def _on_strength(report: Report) -> list[str]:
     if count < 2 or share is None or share <= 0:
         return []
     usual = count ** (-1 / 3)
-    if usual / USUAL_SHARE_FACTOR <= share <= usual * USUAL_SHARE_FACTOR:
+    if usual / USUAL_SHARE_FACTOR <= share <= max(usual * USUAL_SHARE_FACTOR, NEVER_STRONG):
         return []
     word = "weak" if share < usual else "strong"
     return [

@@ -7,7 +7,10 @@ from typing import Any
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.calibrations import get_calibration, list_calibrations
 from pcb_peft.errors import OptionError
+from pcb_peft.merging.compatibility import AdapterSet
+from pcb_peft.merging.plan import unnamed_method
 from pcb_peft.methods import get_method, list_methods
+from pcb_peft.methods.default import AUTO
 from pcb_peft.plugins.options import did_you_mean
 from pcb_peft.recipes.overrides import Override
 from pcb_peft.recipes.peft_aliases import method_of
@@ -106,7 +109,7 @@ def search_space(
     Args:
         vary: By name: values to choose from, or (low, high); "all" for everything that these adapters allow; None for
             the weights.
-        recipe: Where the search starts.
+        recipe: Where the search starts; if it names no method, with the one that a merge would take.
         adapters: Its adapters, by different names.
         layers: How many weights an adapter has, from the first layer to the last: a gradient.
 
@@ -117,6 +120,7 @@ def search_space(
         >>> search_space({"density": (0.05, 0.5), "method": ["pcb", "ties"]}, recipe, adapters).knobs
         {'density': Interval(low=0.05, high=0.5), 'method': Choice(values=('pcb', 'ties'))}
     """
+    recipe = _with_method(recipe, adapters, vary if isinstance(vary, Mapping) else {})
     names = tuple(adapter.name for adapter in adapters)
     if layers < 1:
         raise OptionError(f"layers is {layers}; it must be 1 or more")
@@ -132,6 +136,16 @@ def search_space(
         several = [_weight_knobs(adapter, layers) for adapter in names] if name == WEIGHTS else []
         knobs |= dict.fromkeys([knob for own in several for knob in own] or [name], knob)
     return SearchSpace(recipe=recipe, names=names, layers=layers, knobs=knobs)
+
+
+def _with_method(recipe: Recipe, adapters: Sequence[Adapter], vary: Mapping[str, Values]) -> Recipe:
+    """Return the recipe with the method that a merge would take, if it names none; options that vary count as given."""
+    if recipe.method != AUTO:
+        return recipe
+    given = dict.fromkeys(vary) | dict(recipe.options)
+    tried = dataclasses.replace(recipe, options=given)
+    method, _ = unnamed_method(tried, AdapterSet(adapters))
+    return dataclasses.replace(recipe, method=method.name)
 
 
 def everything(recipe: Recipe, adapters: Sequence[Adapter]) -> dict[str, Values]:
