@@ -2,6 +2,15 @@
 
 import sys
 
-from pcb_peft.commands.cli import main
 
-sys.exit(main())
+def main() -> int:
+    """Run one command; Ctrl-C while this package is imported ends it without a traceback, too."""
+    try:
+        from pcb_peft.commands.cli import main as run
+    except KeyboardInterrupt:
+        return 130
+    return run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -17,7 +17,8 @@ from pcb_peft.spaces import list_spaces
 # From the bottom: an import points to a lower line, or stays in the importer's room.
 LEVELS = (
     {"errors", "version"},
-    {"runtime", "plugins"},
+    {"runtime"},
+    {"plugins"},
     {"deltas"},
     {"files"},
     {"base", "tasks"},

@@ -590,7 +590,7 @@ USAGE = {  # command to the error, and words of the hint
 @pytest.mark.parametrize("line", USAGE)
 def test_a_command_line_that_is_not_understood_is_one_line_and_a_hint(run, line):
     code, out, err = run(line)
-    assert (code, out) == (2, "")
+    assert (code, out) == (64, "")
     error, hint = USAGE[line]
     first, *others = err.splitlines()
     assert re.fullmatch(f"error: {re.escape(error).replace(re.escape('.*'), '.*')}.*", first)

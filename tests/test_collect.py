@@ -562,7 +562,7 @@ def test_what_cannot_be_measured_is_refused(workshop, tmp_path):
     refused(OptionError, "there are no rows", adapter, model, [])
     refused(OptionError, "no token", adapter, model, Loader([]))
     (tmp_path / "bad.jsonl").write_text("{")
-    refused(OptionError, "cannot be read as JSON lines", adapter, model, tmp_path / "bad.jsonl")
+    refused(OptionError, "line 1 is not JSON", adapter, model, tmp_path / "bad.jsonl")
     unlabelled = [{k: v for k, v in batch.items() if k != "labels"} for batch in data]
     refused(OptionError, "no labels", adapter, model, Loader(unlabelled), kind="gradient")
     refused(

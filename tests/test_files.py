@@ -16,8 +16,8 @@ from pcb_peft import AdapterError, load_adapter, merge_adapters
 from pcb_peft.errors import BaseModelError, PcbPeftError
 from pcb_peft.files.json_text import parse_json, read_json_file
 from pcb_peft.files.pickled import open_pickled
-from pcb_peft.files.shown import LONGEST, quoted, shown
 from pcb_peft.files.tensors import SafetensorsFile, read_finite, refuse_other_numbers
+from pcb_peft.runtime.shown import LONGEST, quoted, shown
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 OTHER_NUMBERS = {

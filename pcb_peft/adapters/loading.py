@@ -13,6 +13,7 @@ from pcb_peft.base.model import BaseModel, lazy_base
 from pcb_peft.deltas.replacements import Tied
 from pcb_peft.errors import OptionError
 from pcb_peft.formats.base_weights import Base
+from pcb_peft.runtime.shown import quoted
 from pcb_peft.runtime.threads import in_order
 from pcb_peft.writing.targets import Overwrite, check_target
 
@@ -79,8 +80,8 @@ def _opened(source: object, *, hashed: bool) -> Callable[[Base], Adapter]:
         return functools.partial(read_adapter, name, None, files_of_model(model, name))
     if not isinstance(source, Source):
         raise OptionError(
-            f"adapters: {source!r} is no adapter; it must be a directory, a hub id, (PeftModel, adapter name), or what "
-            "load_adapter returns"
+            f"adapters: {quoted(source)} is no adapter; it must be a directory, a hub id, (PeftModel, adapter name), "
+            "or what load_adapter returns"
         )
     files = open_files(source, hashed=hashed)
     hashes = {"sha256": files.sha256, "config_sha256": files.config_sha256}

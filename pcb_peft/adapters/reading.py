@@ -15,13 +15,14 @@ from pcb_peft.deltas.replacements import (
     modules_to_save_keys,
 )
 from pcb_peft.errors import AdapterError, PcbPeftError, UnsupportedError
-from pcb_peft.files.shown import shown
 from pcb_peft.files.tensors import refuse_empty, refuse_other_numbers
 from pcb_peft.formats import AdapterContents, Base, format_of
-from pcb_peft.formats.checkpoint import ReadFinite, SafetensorsFile
+from pcb_peft.formats.checkpoint import CONFIG, ReadFinite, SafetensorsFile
+from pcb_peft.formats.config import checked_config
 from pcb_peft.formats.heads import without_copies
 from pcb_peft.formats.keys import PREFIX
 from pcb_peft.formats.plain_names import with_plain_names, with_plain_patterns
+from pcb_peft.runtime.shown import shown
 from pcb_peft.writing.targets import existing
 
 
@@ -39,7 +40,9 @@ def read_adapter(name: str, source: Source | None, files: OpenedAdapter, base: B
     if nested := next((n for n in tensors.names() if n.startswith(PREFIX + PREFIX)), None):
         raise UnsupportedError(f"{where}: {nested} is from a PeftModel in another; {NESTED}")
     try:
-        contents = format_of(config).read(config, tensors, base)
+        format_ = format_of(config)
+        config = checked_config(config, CONFIG)
+        contents = format_.read(config, tensors, base)
     except PcbPeftError as error:
         raise type(error)(f"{where}: {error}") from error
     if not (contents.modules or contents.rows):

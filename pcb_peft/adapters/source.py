@@ -1,5 +1,6 @@
 """Sources of adapters: a directory, the Hub, or a live PeftModel; and the record by which one is found again."""
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from pcb_peft.adapters.companions import (
 )
 from pcb_peft.adapters.other_files import how_to_get_an_adapter, refuse_file
 from pcb_peft.base.hub import download
-from pcb_peft.deltas.replacements import HEADS
+from pcb_peft.deltas.replacements import HEADS, NAME
 from pcb_peft.errors import (
     AdapterError,
     AdapterNotFoundError,
@@ -35,6 +36,8 @@ from pcb_peft.formats.checkpoint import (
     read_config,
 )
 from pcb_peft.runtime.hashing import sha256_of_file
+from pcb_peft.runtime.paths import expanded
+from pcb_peft.runtime.shown import shown
 
 IN_MEMORY = "in memory: "
 NESTED = (
@@ -71,8 +74,10 @@ class Source:
     @property
     def name(self) -> str:
         """Last part of the path, for messages and reports."""
-        name = Path(self.subfolder or self.path).resolve().name
-        return name.removesuffix(".safetensors") or "adapter"
+        path = Path(self.subfolder or self.path)
+        with contextlib.suppress(OSError, RuntimeError, ValueError):  # links in a circle
+            path = path.resolve()
+        return shown(path.name.removesuffix(".safetensors")) or "adapter"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -114,7 +119,7 @@ def open_files(source: Source, *, hashed: bool = True) -> OpenedAdapter:
             f"{source.path} has no files: the recipe comes from a merge of adapters in memory; save that adapter, "
             "and write its directory into the recipe"
         )
-    if problem := refuse_file(Path(source.path).expanduser()):
+    if problem := refuse_file(expanded(source.path)):
         raise AdapterError(problem)
     directory = _local(source) or _downloaded(source)
     if (file := _pipeline_file(directory)) is not None:
@@ -132,10 +137,11 @@ def open_files(source: Source, *, hashed: bool = True) -> OpenedAdapter:
     digest = _tensors_digest(source, next(filter(Path.is_file, weights), None), hashed=hashed)
     configured = sha256_of_file(directory / CONFIG)
     _refuse_other(source, "configuration", configured, "config_sha256", source.config_sha256)
-    heads = {
-        path.stem: SafetensorsFile(path)
+    files = [
+        (path.stem, SafetensorsFile(path))
         for path in sorted(directory.glob(f"{HEADS}/*.safetensors"))
-    }
+    ]
+    heads = {file.metadata().get(NAME, stem): file for stem, file in files}
     return OpenedAdapter(
         config,
         open_tensors(directory),
@@ -205,7 +211,7 @@ def files_of_model(model: Any, adapter_name: str) -> OpenedAdapter:
 
 
 def _local(source: Source) -> Path | None:
-    directory = Path(source.path).expanduser()
+    directory = expanded(source.path)
     if directory.is_file() and directory.suffix == ".safetensors":
         return directory
     if not directory.is_dir():

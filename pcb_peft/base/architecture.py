@@ -12,6 +12,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
+from pcb_peft.base.config import bounded_modules, read_config
 from pcb_peft.deltas.layout import ParameterForm, own_parameters_of
 from pcb_peft.errors import BaseModelError
 
@@ -281,14 +282,19 @@ def built_on_meta(directory: Path) -> "PreTrainedModel | None":
     with _without_garbage_collection():
         import transformers
 
+    model_type = read_config(directory).get("model_type")
+    if model_type not in transformers.CONFIG_MAPPING:
+        return None
     try:
         config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
         named = getattr(transformers, (config.architectures or [""])[0], None)
-        with torch.device("meta"):
+        with torch.device("meta"), bounded_modules():
             if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
                 return named(config)
+            if type(config) not in transformers.MODEL_MAPPING:
+                return None
             return transformers.AutoModel.from_config(config, trust_remote_code=False)
-    except (ImportError, OSError, ValueError):
+    except ImportError:  # of a library that this architecture needs, and that is not installed
         return None
     except TRANSFORMERS_ERRORS as error:
         raise unreadable_config(str(directory), error) from error

@@ -24,6 +24,7 @@ from pcb_peft.base.architecture import (
     built_on_meta,
     skeleton_of,
 )
+from pcb_peft.base.config import bounded_modules
 from pcb_peft.base.model import BaseModel
 from pcb_peft.errors import BaseModelError
 
@@ -223,7 +224,7 @@ def _other_class(
     if text and own is config:
         return None
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), bounded_modules():
             model: Any = getattr(transformers, auto).from_config(own, trust_remote_code=False)
     except (ImportError, ValueError, AttributeError):
         return None

@@ -7,11 +7,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from safetensors import SafetensorError, safe_open
 
+from pcb_peft.base.config import WAY_OUT
 from pcb_peft.errors import BaseModelError
 from pcb_peft.files.json_text import read_json_file
-from pcb_peft.files.shown import quoted
+from pcb_peft.files.schema import Count, checked
+from pcb_peft.files.tensors import check_name
+from pcb_peft.runtime.paths import is_file
+from pcb_peft.runtime.shown import quoted, shown
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -23,6 +28,20 @@ NOT_DOWNLOADED = ["consolidated*", "original/*", "onnx/*", "openvino/*"]
 _QUANTISED = re.compile(
     r"\.(qweight|qzeros|SCB|weight_packed|weight_scale(_inv)?|weight\.(absmax|quant_map))$"
 )
+
+
+class _Index(msgspec.Struct):
+    """The index of a checkpoint in several files: tensor to file."""
+
+    weight_map: dict[str, str]
+
+
+class _Entry(msgspec.Struct):
+    """A tensor in the header of a safetensors file."""
+
+    dtype: str
+    shape: tuple[Count, ...]
+    data_offsets: tuple[Count, Count]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -44,16 +63,6 @@ class TensorInfo:
     dtype: str
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the content of a JSON file of a checkpoint.
-
-    Raises:
-        BaseModelError: There is no such file, or it is damaged.
-    """
-    way_out = "give the directory of a transformers checkpoint"
-    return _object(read_json_file(path, BaseModelError, way_out), str(path))
-
-
 def read_index(directory: Path) -> dict[str, str]:
     """Return tensor to file, as the index says; empty for a single file, which is used even beside an index.
 
@@ -68,24 +77,18 @@ def read_index(directory: Path) -> dict[str, str]:
             f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}, and other formats (.bin, .gguf) "
             "are not read; load the model with transformers and save it again with save_pretrained"
         )
-    index: dict[str, str] = _object(
-        read_json(path).get("weight_map") or None, f"weight_map of {path}"
-    )
-    for file in index.values():
-        if Path(str(file)).name != file or not (directory / file).is_file():
+    content = read_json_file(path, BaseModelError, WAY_OUT)
+    index = checked(content, _Index, str(path), BaseModelError, WAY_OUT).weight_map
+    for file in set(index.values()):
+        if Path(file).name != file or not is_file(directory / file):
             raise BaseModelError(
-                f"{path} names the file {file!r}, which is not beside it; fetch the model again"
+                f"{path} names the file {quoted(file)}, which is not beside it; fetch the model again"
             )
-    return index
-
-
-def _object(content: Any, what: str) -> dict[str, Any]:
-    """Return JSON content that must be an object; `what` names it in messages."""
-    if not isinstance(content, dict):
+    if not index:
         raise BaseModelError(
-            f"{what}: found {quoted(content)}, where an object with names must be; fetch the model again"
+            f"{path}: weight_map is {{}}; it must name the file of each tensor; fetch the model again"
         )
-    return content  # pyright: ignore[reportUnknownVariableType]
+    return index
 
 
 def read_tensor_infos(directory: Path, files: Iterable[str]) -> dict[str, TensorInfo]:
@@ -111,18 +114,23 @@ def _tensors_in(directory: Path, file: str) -> dict[str, TensorInfo]:
     try:
         with safe_open(path, framework="pt"):  # checks header and length
             pass
-    except SafetensorError as error:
-        raise BaseModelError(f"{path} is damaged ({error}); fetch the model again") from error
-    with path.open("rb") as stream:
-        start = 8 + int.from_bytes(stream.read(8), "little")
-        header: dict[str, Any] = json.loads(stream.read(start - 8))
+        with path.open("rb") as stream:
+            start = 8 + int.from_bytes(stream.read(8), "little")
+            header: dict[str, Any] = json.loads(stream.read(start - 8))
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise BaseModelError(
+            f"{path} is damaged ({shown(error)}); fetch the model again"
+        ) from error
     header.pop("__metadata__", None)
-    return {name: _info(file, start, entry) for name, entry in header.items()}
+    entries = checked(header, dict[str, _Entry], str(path), BaseModelError, WAY_OUT)
+    for name in entries:
+        check_name(name, path, BaseModelError)
+    return {name: _info(file, start, entry) for name, entry in entries.items()}
 
 
-def _info(file: str, start: int, entry: Mapping[str, Any]) -> TensorInfo:
-    begin, end = entry["data_offsets"]
-    return TensorInfo(file, start + begin, start + end, tuple(entry["shape"]), entry["dtype"])
+def _info(file: str, start: int, entry: _Entry) -> TensorInfo:
+    begin, end = entry.data_offsets
+    return TensorInfo(file, start + begin, start + end, entry.shape, entry.dtype)
 
 
 def refuse_quantised(

@@ -4,7 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pcb_peft.errors import PcbPeftError
-from pcb_peft.runtime.paths import similar_path
+from pcb_peft.runtime.paths import expanded, similar_path
+from pcb_peft.runtime.shown import shown
+
+SECONDS = 10  # until the Hub has to answer
 
 
 def download(
@@ -29,15 +32,17 @@ def download(
     """
     from huggingface_hub import snapshot_download
 
+    silent = not _answers(source, revision)
     try:
         root = snapshot_download(
             source,
             revision=revision,
             allow_patterns=list(wanted),
             ignore_patterns=list(unwanted),
+            local_files_only=silent,
         )
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = f"the Hub did not answer within {SECONDS} s" if silent else shown(error)
         here = "" if Path(source).is_absolute() else f" (paths begin in {Path.cwd()})"
         raise error_type(
             f"{source} is neither a directory nor a hub repository that can be reached{here}"
@@ -51,7 +56,7 @@ def configuration_directory(model: str, revision: str | None) -> Path | None:
 
     Nothing is fetched.
     """
-    directory = Path(model).expanduser()
+    directory = expanded(model)
     if (directory / "config.json").is_file():
         return directory
     try:
@@ -61,3 +66,19 @@ def configuration_directory(model: str, revision: str | None) -> Path | None:
     except ValueError:  # of huggingface_hub: no repository's name
         return None
     return Path(cached).parent if isinstance(cached, str) else None
+
+
+def _answers(source: str, revision: str | None) -> bool:
+    """Return whether the Hub says anything about a repository; huggingface_hub would wait for it for ever."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.utils import HfHubHTTPError, HFValidationError
+
+    if constants.HF_HUB_OFFLINE:
+        return True  # nobody is asked
+    try:
+        HfApi().repo_info(source, revision=revision, timeout=SECONDS)
+    except (HfHubHTTPError, HFValidationError):  # an answer, which comes again
+        return True
+    except Exception:  # noqa: BLE001  (of the library below, which has changed more than once)
+        return False
+    return True

@@ -12,13 +12,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from pcb_peft.base.architecture import Skeleton, build_skeleton
+from pcb_peft.base.config import read_config
 from pcb_peft.base.files import (
     DOWNLOADED,
     NOT_DOWNLOADED,
     SINGLE_FILE,
     TensorInfo,
     read_index,
-    read_json,
     read_tensor_infos,
     refuse_quantised,
 )
@@ -27,6 +27,7 @@ from pcb_peft.base.names import ParameterNames
 from pcb_peft.base.places import WeightSlice, places_of
 from pcb_peft.deltas.layout import CONV1D, LINEAR, Layout, ParameterForm, layout_of
 from pcb_peft.errors import BaseModelError, MismatchError
+from pcb_peft.runtime.paths import expanded
 
 
 def open_base_model(source: str | Path, revision: str | None = None) -> "BaseModel":
@@ -39,7 +40,7 @@ def open_base_model(source: str | Path, revision: str | None = None) -> "BaseMod
     Raises:
         BaseModelError: There is no such model, or it is stored in a form that cannot be read.
     """
-    directory = Path(source).expanduser()
+    directory = expanded(source)
     if not directory.is_dir():
         directory = download(
             str(source),
@@ -52,7 +53,7 @@ def open_base_model(source: str | Path, revision: str | None = None) -> "BaseMod
 
 
 def _open(source: str, directory: Path) -> "BaseModel":
-    config = read_json(directory / "config.json")
+    config = read_config(directory)
     index = read_index(directory)
     tensors = read_tensor_infos(directory, sorted(set(index.values())) or [SINGLE_FILE])
     refuse_quantised(config, tensors, source)

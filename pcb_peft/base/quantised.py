@@ -6,11 +6,15 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
+import msgspec
 from torch import Tensor
 
 from pcb_peft.base import dequantise
+from pcb_peft.base.config import WAY_OUT
 from pcb_peft.base.files import TensorInfo
 from pcb_peft.errors import BaseModelError
+from pcb_peft.files.schema import Count, checked
+from pcb_peft.runtime.shown import shown
 
 Read: TypeAlias = Callable[[str], Tensor]
 """Read a tensor of the checkpoint by its name."""
@@ -60,6 +64,19 @@ def quantised_weights(
         BaseModelError: A weight is stored in a way that is not known here.
     """
     described = _described(config)
+    checked(described, _Quantisation, f"{source}: quantization_config", BaseModelError, WAY_OUT)
+    try:
+        return _all_weights(described, tensors, read, source)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise BaseModelError(
+            f"{source}: its quantised weights have other shapes, or say other things of themselves, than its "
+            f"config.json says ({type(error).__name__}: {shown(error)}); {WAY_OUT}"
+        ) from error
+
+
+def _all_weights(
+    described: Mapping[str, Any], tensors: Mapping[str, TensorInfo], read: Read, source: str
+) -> dict[str, "QuantisedWeight"]:
     found: dict[str, QuantisedWeight] = {}
     for scheme in (_bitsandbytes_4bit, _bitsandbytes_8bit, _packed_columns, _compressed, _mxfp4):
         for parameter, weight in scheme(described, tensors, read, source):
@@ -109,6 +126,30 @@ def _described(config: Mapping[str, Any]) -> Mapping[str, Any]:
     parts = (config, *(part for part in config.values() if isinstance(part, Mapping)))
     keys = ("quantization_config", "compression_config")
     return next((part[key] for part in parts for key in keys if part.get(key)), {})
+
+
+class _Codes(msgspec.Struct):
+    """The codes of a group of weights, as compressed-tensors describes them."""
+
+    num_bits: Count | None = None
+
+
+class _Group(msgspec.Struct):
+    """A group of compressed-tensors."""
+
+    weights: _Codes | None = None
+
+
+class _Quantisation(msgspec.Struct):
+    """The fields of a quantisation that are read."""
+
+    quant_method: str | None = None
+    bits: Count = 4
+    group_size: int = -1
+    version: str | None = "gemm"
+    checkpoint_format: str | None = None
+    config_groups: dict[str, _Group] | None = None
+    weight_block_size: list[Count] | None = None
 
 
 _Found: TypeAlias = Iterator[tuple[str, QuantisedWeight]]

@@ -16,6 +16,7 @@ from typing import Any
 
 from pcb_peft.commands.arguments import add_common_arguments, is_quiet, is_verbose
 from pcb_peft.commands.command import Command
+from pcb_peft.commands.exit_codes import FULL, INTERNAL, MEANINGS, NO_SPACE, code_of
 from pcb_peft.commands.output import (
     print_answer,
     print_error,
@@ -23,10 +24,11 @@ from pcb_peft.commands.output import (
     print_unexpected,
     print_version,
     print_warning,
+    print_what_the_terminal_cannot_show,
 )
 from pcb_peft.commands.parser import Parser
-from pcb_peft.errors import PcbPeftError
-from pcb_peft.runtime.processes import Processes, joined, stoppable
+from pcb_peft.errors import NoSpaceError, PcbPeftError, ProcessError
+from pcb_peft.runtime.processes import Processes, joined, rank_and_size, stoppable
 from pcb_peft.runtime.units import format_duration
 
 COMMANDS = (
@@ -54,30 +56,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The words after ``pcb-peft``; None: those of this process.
 
     Returns:
-        0 if it did what it should, 1 after an error that nobody expected, 2 after any other error, 3 if an evaluation
-        is below its limit, 130 or 143 after a signal.
+        The exit status: see `pcb_peft.commands.exit_codes`.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    print_what_the_terminal_cannot_show()
     with warnings.catch_warnings(), stoppable() as came:
         try:
             return _run(words)
         except PcbPeftError as error:
-            if _rank_and_size()[0] == 0:
+            if _is_first():
                 print_error(error, words)
-            return 2
+            return code_of(error)
         except (KeyboardInterrupt, SystemExit):
             if not came:
                 raise
-            rank, size = _rank_and_size()
+            rank, size = rank_and_size()
             which = f"process {rank} of {size}: " if size > 1 else ""
             print_interrupted(f"{which}interrupted ({came[0].name})")
             return 128 + came[0]
-        except BrokenPipeError:  # nobody reads on, as in `pcb-peft methods | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
+        except OSError as error:
+            return _without_output(error, words)
         except Exception as error:  # noqa: BLE001
             print_unexpected(error, words)
-            return 1
+            return INTERNAL
+
+
+def _is_first() -> bool:
+    """Return whether this process prints errors; it does where the launcher does not say which one it is."""
+    try:
+        return rank_and_size()[0] == 0
+    except ProcessError:
+        return True
+
+
+def _without_output(error: OSError, words: Sequence[str]) -> int:
+    """Return the exit status after an error of the system, which may be that of standard output."""
+    closed = isinstance(error, BrokenPipeError)  # nobody reads on, as in `pcb-peft methods | head`
+    if not closed and error.errno not in FULL:
+        print_unexpected(error, words)
+        return INTERNAL
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if closed:
+        return INTERNAL
+    print_error(NoSpaceError(f"the answer cannot be written: {error.strerror}"), words)
+    return NO_SPACE
 
 
 def _run(words: Sequence[str]) -> int:
@@ -127,7 +149,7 @@ def build_parser(words: Sequence[str] | None = None) -> tuple[Parser, dict[str, 
     parser = Parser(
         prog="pcb-peft",
         description="Merge PEFT adapters: several LoRA or (IA)³ adapters of one base model into one.",
-        epilog=f"example:\n  {EXAMPLE}\n\n'pcb-peft COMMAND --help' explains a command.",
+        epilog=f"example:\n  {EXAMPLE}\n\n'pcb-peft COMMAND --help' explains a command.\n\n{MEANINGS}",
     )
     parser.add_argument(
         "-V", "--version", action="store_true", help="print the version; with -v, of libraries too"
@@ -175,8 +197,3 @@ def _shower(caught: list[str], *, visible: bool) -> Callable[..., None]:
             print_warning(message)
 
     return show
-
-
-def _rank_and_size() -> tuple[int, int]:
-    """Number of this process and of all, as the launcher has them: also before they have joined, and after."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

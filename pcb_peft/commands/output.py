@@ -1,6 +1,7 @@
 """The text and the JSON that commands print: answers on standard output, errors and warnings on standard error."""
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -13,10 +14,18 @@ from pcb_peft.commands.arguments import is_json, is_quiet, is_verbose
 from pcb_peft.commands.command import Answer
 from pcb_peft.commands.parser import UsageError
 from pcb_peft.runtime import progress
+from pcb_peft.runtime.shown import one_line, visible
 from pcb_peft.version import __version__
 
 RED, YELLOW, CYAN = 31, 33, 36  # ANSI colours
 LIBRARIES = ("torch", "peft", "transformers", "safetensors")
+
+
+def print_what_the_terminal_cannot_show() -> None:
+    """Let characters that standard output cannot show be spelled out, instead of ending the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def print_answer(
@@ -38,19 +47,20 @@ def print_answer(
         warnings = [*caught, *answer.warnings]
         _print_json({"command": name, **answer.data, "warnings": warnings})
     elif answer.text and (answer.essential or not is_quiet(parsed)):
-        print(answer.text)
+        print(visible(answer.text))
+    sys.stdout.flush()  # a full disk is noticed here, and not when Python ends
 
 
 def print_warning(message: object) -> None:
     """Print a warning."""
-    print(f"{_coloured('warning:', YELLOW)} {message}", file=sys.stderr)
+    print(f"{_coloured('warning:', YELLOW)} {visible(str(message))}", file=sys.stderr)
 
 
 def print_error(error: Exception, words: Sequence[str]) -> None:
     """Print an error on one line, and its hint on another; as JSON, too, if the words of the command line say so."""
     progress.close()
     hint = error.hint if isinstance(error, UsageError) else ""
-    message = " ".join(str(error).split())  # those of other libraries may have many lines
+    message = one_line(error)  # those of other libraries may have many lines
     _print_failure(message, hint)
     if "--json" in words:
         _print_json({"error": {"kind": type(error).__name__, "message": message, "hint": hint}})
@@ -64,7 +74,7 @@ def print_unexpected(error: Exception, words: Sequence[str]) -> None:
         traceback.print_exc()
     name = type(error).__name__
     hint = "" if verbose else "run it again with -v to see where"
-    _print_failure(f"unexpected {name}: {error}", hint)
+    _print_failure(f"unexpected {name}: {one_line(error)}", hint)
     if "--json" in words:
         _print_json({"error": {"kind": name, "message": str(error), "hint": hint}})
 
@@ -88,13 +98,13 @@ def print_version(parsed: argparse.Namespace) -> None:
 
 
 def _print_failure(message: str, hint: str) -> None:
-    print(f"{_coloured('error:', RED)} {message}", file=sys.stderr)
+    print(f"{_coloured('error:', RED)} {visible(message)}", file=sys.stderr)
     if hint:
-        print(f"{_coloured('hint:', CYAN)} {hint}".rstrip(), file=sys.stderr)
+        print(f"{_coloured('hint:', CYAN)} {visible(hint)}".rstrip(), file=sys.stderr)
 
 
 def _print_json(data: dict[str, Any]) -> None:
-    print(json.dumps(data, ensure_ascii=False, default=str))
+    print(json.dumps(data, ensure_ascii=True, default=str))
 
 
 def _coloured(word: str, colour: int) -> str:

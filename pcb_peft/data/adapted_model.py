@@ -10,6 +10,7 @@ from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.source import Source
 from pcb_peft.base.architecture import TRANSFORMERS_ERRORS, unreadable_config
 from pcb_peft.errors import MismatchError
+from pcb_peft.runtime.paths import expanded
 
 
 @contextlib.contextmanager
@@ -60,7 +61,7 @@ def _check_layers(model: Any, adapter: Adapter) -> None:
 
 def _peft_arguments(source: Source) -> tuple[str, dict[str, Any]]:
     """The path or id, and the keyword arguments, with which PEFT finds an adapter."""
-    directory = Path(source.path).expanduser()
+    directory = expanded(source.path)
     if directory.is_dir():
         return str(directory / source.subfolder if source.subfolder else directory), {}
     options = {"revision": source.revision, "subfolder": source.subfolder}

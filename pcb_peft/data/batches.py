@@ -1,16 +1,22 @@
 """Batches for a model, made of texts with or without labels or answers."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
+import msgspec
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from pcb_peft.data.models import load_tokenizer
 from pcb_peft.errors import OptionError
+from pcb_peft.files.json_text import parse_json, read_text
+from pcb_peft.files.schema import checked
+from pcb_peft.runtime.paths import expanded
+from pcb_peft.runtime.shown import quoted
 
+MOST_BYTES = 1 << 32  # of a file of texts
 IGNORED = (
     -100
 )  # the label of a token that the loss leaves out: torch's and transformers' convention
@@ -50,12 +56,19 @@ def batches_of(
     """
     if isinstance(data, DataLoader) or not isinstance(data, str | Path | Sequence):
         return data  # type: ignore[return-value]
+    _check_counts(batch_size=batch_size, max_length=max_length, limit=limit)
+    if labels is not None and (isinstance(labels, str) or not _are_texts(labels)):
+        raise OptionError(f"labels is {quoted(labels)}; it must be a list of the classes' names")
     rows = read_rows(data)
     if limit is not None and limit < len(rows):  # spread, because a file may be sorted by label
         rows = [rows[index * len(rows) // limit] for index in range(limit)]
     causal = _is_causal(model)
     if with_labels and not causal:
-        rows = [_with_numeric_label(row, labels, number) for number, row in enumerate(rows, 1)]
+        stated = getattr(model.config, "num_labels", 0)
+        classes = stated if stated > 1 else 1 << 31  # one label is a number to predict
+        rows = [
+            _with_numeric_label(row, labels, number, classes) for number, row in enumerate(rows, 1)
+        ]
     longest = getattr(model.config, "max_position_embeddings", None) or max_length
     collate = _Collator(
         _loaded_tokenizer(tokenizer, model),
@@ -64,6 +77,17 @@ def batches_of(
         with_labels=with_labels,
     )
     return DataLoader(rows, batch_size=batch_size, collate_fn=collate)  # type: ignore[arg-type]
+
+
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, Sequence) and all(isinstance(value, str) for value in values)
+
+
+def _check_counts(**given: object) -> None:
+    """Raise OptionError where one of some numbers is not an integer from 1."""
+    for name, value in given.items():
+        if value is not None and (type(value) is not int or value < 1):
+            raise OptionError(f"{name} is {quoted(value)}; it must be an integer from 1")
 
 
 def read_rows(data: str | Path | Sequence[Any], keys: Sequence[str] = ("text",)) -> list[Row]:
@@ -76,24 +100,50 @@ def read_rows(data: str | Path | Sequence[Any], keys: Sequence[str] = ("text",))
     Raises:
         OptionError: The file cannot be read, or a row has no text.
     """
-    items: Sequence[Any] = data if not isinstance(data, str | Path) else _json_lines(Path(data))
+    items: Sequence[Any] = data if not isinstance(data, str | Path) else _json_lines(expanded(data))
     rows: list[Any] = [{"text": item} if isinstance(item, str) else item for item in items]
     for number, row in enumerate(rows, 1):
         if not isinstance(row, Mapping) or not any(isinstance(row.get(k), str) for k in keys):
             raise OptionError(
-                f"data: row {number} is {row!r}; it must be an object with a string `{'` or `'.join(keys)}`"
+                f"data: row {number} is {quoted(row)}; it must be an object with a string `{'` or `'.join(keys)}`"
             )
+        _check_row(row, number)
     if not rows:
         raise OptionError("data: there are no rows; give at least one text")
     return rows
 
 
+class _Texts(msgspec.Struct):
+    """The keys of a row that are read, where they are there."""
+
+    text: str | None = None
+    prompt: str | None = None
+    text_pair: str | None = None
+    answer: str | None = None
+    label: Annotated[int, msgspec.Meta(ge=0, le=1 << 31)] | str | None = None
+
+
+def _check_row(row: Mapping[str, Any], number: int) -> None:
+    """Raise OptionError where a key of a row holds something else than it may, or no text that can be encoded."""
+    texts = checked(row, _Texts, f"data: row {number}", OptionError, "correct the row")
+    for key in ("text", "prompt", "text_pair", "answer"):
+        text: str = getattr(texts, key) or ""
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise OptionError(
+                f"data: row {number}: {key} is {quoted(text)}, with half a character (a surrogate); correct the row"
+            )
+
+
 def _json_lines(path: Path) -> list[Any]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines if line.strip()]
-    except (OSError, ValueError) as error:
-        raise OptionError(f"data: {path} cannot be read as JSON lines: {error}") from error
+    """Return the rows of a file of JSON lines; empty lines are passed over."""
+    text = read_text(path, OptionError, "give a file with one JSON object per line", MOST_BYTES)
+    return [
+        parse_json(
+            line, f"data: {path}, line {number}", OptionError, "give one JSON object per line"
+        )
+        for number, line in enumerate(text.split("\n"), 1)
+        if line.strip()
+    ]
 
 
 def _is_causal(model: Any) -> bool:
@@ -101,11 +151,15 @@ def _is_causal(model: Any) -> bool:
     return type(model.get_base_model()).__name__.endswith(("CausalLM", "LMHeadModel"))
 
 
-def _with_numeric_label(row: Row, labels: Sequence[str] | None, number: int) -> Row:
+def _with_numeric_label(row: Row, labels: Sequence[str] | None, number: int, classes: int) -> Row:
     """The row with its label as a number."""
     label = row.get("label")
-    if label is None or isinstance(label, int):
+    if label is None or (isinstance(label, int) and label < classes):
         return row
+    if isinstance(label, int):
+        raise OptionError(
+            f"data: row {number} has label {label}; the head has {classes} classes, from 0 to {classes - 1}"
+        )
     if labels is None or label not in labels:
         allowed = f"one of {', '.join(labels)}" if labels else "a number, unless labels are given"
         raise OptionError(
@@ -117,12 +171,10 @@ def _with_numeric_label(row: Row, labels: Sequence[str] | None, number: int) -> 
 
 def _loaded_tokenizer(tokenizer: Any, model: Any) -> Any:
     """The tokenizer; one without a padding token pads with its end-of-text token, which is masked."""
-    from transformers import AutoTokenizer
-
     if isinstance(tokenizer, str | Path):
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        tokenizer = load_tokenizer(tokenizer)
     elif not callable(getattr(tokenizer, "pad", None)):
-        tokenizer = AutoTokenizer.from_pretrained(model.get_base_model().name_or_path)
+        tokenizer = load_tokenizer(model.get_base_model().name_or_path)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     pad_in_config = getattr(model.config, "pad_token_id", None)
@@ -158,6 +210,10 @@ class _Collator:
         tokenizer, length = self._tokenizer, self._max_length
         pair = {"text_pair": row["text_pair"]} if row.get("text_pair") is not None else {}
         entry = dict(tokenizer(row["text"], truncation=True, max_length=length, **pair))
+        if not entry["input_ids"]:
+            raise OptionError(
+                f"data: the text {quoted(row['text'])} has no token; take the row out of the data"
+            )
         if not self._causal or row.get("answer") is None:
             return entry | {"start": 0}
         answer = tokenizer(row["answer"], add_special_tokens=False)["input_ids"][:length]

@@ -10,6 +10,7 @@ import torch
 from pcb_peft.base.architecture import TRANSFORMERS_ERRORS, unreadable_config
 from pcb_peft.base.canonical import AUTO_CLASSES
 from pcb_peft.errors import OptionError
+from pcb_peft.runtime.shown import shown
 
 WITH_LOGITS = frozenset({"CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "SEQ_2_SEQ_LM"})
 """PEFT's task types whose models answer with logits; others have hidden states only."""
@@ -108,9 +109,9 @@ def load_tokenizer(base_model: str | Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(base_model)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of the Rust library, too
         raise OptionError(
-            f"{base_model} has no tokenizer that can be loaded ({error}); give one: tokenizer=…"
+            f"{base_model} has no tokenizer that can be loaded ({shown(error)}); give one: tokenizer=…"
         ) from error
     return with_padding(tokenizer)
 

@@ -23,6 +23,8 @@ from pcb_peft.data.models import load_base, load_tokenizer
 from pcb_peft.deltas.linalg import leading_svd
 from pcb_peft.deltas.metric import Moments
 from pcb_peft.errors import OptionError, OutputError, UnsupportedError
+from pcb_peft.files.json_text import parse_json
+from pcb_peft.files.schema import checked
 from pcb_peft.runtime.hashing import sha256_of_file
 from pcb_peft.runtime.processes import current
 from pcb_peft.runtime.progress import Track
@@ -232,7 +234,10 @@ def open_moments(path: Path) -> MomentsFile:
         raise OptionError(f"metric: {path} cannot be read as a file of moments: {error}") from error
     if metadata.get("format") != FORMAT:
         raise OptionError(f"metric: {path} is no file of moments, which this package writes")
-    return MomentsFile(path, digest, json.loads(metadata["layers"]))
+    where, again = f"metric: {path}: layers", "measure the moments again"
+    layers = parse_json(metadata.get("layers", ""), where, OptionError, again)
+    layers = checked(layers, dict[str, str], where, OptionError, again)
+    return MomentsFile(path, digest, layers)
 
 
 def cache_folder() -> Path:

@@ -15,10 +15,10 @@ from torch import Tensor
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.source import Source
 from pcb_peft.errors import AdapterError, MismatchError, OptionError
-from pcb_peft.files.shown import quoted, shown
 from pcb_peft.files.tensors import SafetensorsFile, read_finite, refuse_other_numbers
 from pcb_peft.runtime.hashing import sha256_of_file
 from pcb_peft.runtime.paths import expanded
+from pcb_peft.runtime.shown import quoted, shown
 from pcb_peft.version import __version__
 from pcb_peft.writing.atomic import write_file_atomically
 from pcb_peft.writing.targets import Overwrite

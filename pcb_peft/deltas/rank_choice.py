@@ -9,6 +9,7 @@ import re
 from typing import TypeAlias
 
 from pcb_peft.errors import OptionError
+from pcb_peft.runtime.shown import quoted
 
 RankLike: TypeAlias = "int | float | str | RankChoice | None"
 """A rank as users write it: 16, 0.9, "budget:200", "utility:200", "full", or None."""
@@ -123,7 +124,7 @@ def parse_rank(given: object) -> RankChoice:
         case _:
             pass
     raise OptionError(
-        f"rank is {given!r}; it must be an integer from 1, a fraction in (0, 1) of the energy to keep, 'budget:N' (N "
-        "ranks for all modules together), 'utility:N' (the N most useful directions of the adapters), 'full' (dense, "
-        "for folding), or None (lossless where the space allows it)"
+        f"rank is {quoted(given)}; it must be an integer from 1, a fraction in (0, 1) of the energy to keep, "
+        "'budget:N' (N ranks for all modules together), 'utility:N' (the N most useful directions of the adapters), "
+        "'full' (dense, for folding), or None (lossless where the space allows it)"
     )

@@ -10,7 +10,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from pcb_peft.runtime.paths import portable_names
+
 HEADS = "heads"  # folder beside an adapter
+NAME = "name"  # key in the metadata of a head's file: the name of the adapter that it belongs to
 
 Tied: TypeAlias = Literal["refuse", "untie", "both"]
 """Policy of a fold for tied weights that would change differently."""
@@ -208,11 +211,17 @@ def modules_to_save_keys(parameters: Iterable[str], keys: Collection[str]) -> tu
 
 
 def head_files(heads: Mapping[str, Replacements]) -> dict[str, bytes]:
-    """Return one file per adapter that has a head: its path to its content, in which its task is stated, too."""
+    """Return one file per adapter that has a head: its path to its content, in which its task is stated, too.
+
+    A file whose name cannot be the adapter's, such as that of ``team/math``, says the adapter's name, too.
+    """
+    files = portable_names(name for name, head in heads.items() if head.parameters)
     return {
-        f"{HEADS}/{name}.safetensors": _file_content(head.read(), head.task.as_metadata())
-        for name, head in heads.items()
-        if head.parameters
+        f"{HEADS}/{file}.safetensors": _file_content(
+            heads[name].read(),
+            {**heads[name].task.as_metadata(), **({} if file == name else {NAME: name})},
+        )
+        for name, file in files.items()
     }
 
 

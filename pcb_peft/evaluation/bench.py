@@ -23,6 +23,7 @@ from pcb_peft.evaluation.scores import Score
 from pcb_peft.evaluation.settings import Settings
 from pcb_peft.evaluation.subjects import BASE, Subject, head_of
 from pcb_peft.evaluation.texts import METRIC, TextTask, read_task, spread
+from pcb_peft.runtime.paths import expanded
 from pcb_peft.runtime.processes import current
 from pcb_peft.runtime.progress import Track, tracker
 from pcb_peft.runtime.resources import working_device
@@ -253,7 +254,7 @@ def base_digest(base_model: str, cache: OutcomeCache) -> str | None:
     """SHA-256 of a base model's files; None where they are not at hand."""
     from pcb_peft.base.model import open_base_model
 
-    directory = Path(base_model).expanduser()
+    directory = expanded(base_model)
     try:
         directory = directory if directory.is_dir() else open_base_model(base_model).directory
     except PcbPeftError:

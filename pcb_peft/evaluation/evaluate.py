@@ -24,6 +24,7 @@ from pcb_peft.evaluation.settings import Settings
 from pcb_peft.evaluation.subjects import BASE, Subject, SubjectMaker
 from pcb_peft.merging.result import MergedAdapter
 from pcb_peft.recipes.recipe import FILE_NAME, Recipe, read_recipe
+from pcb_peft.runtime.paths import expanded
 from pcb_peft.runtime.processes import current
 from pcb_peft.runtime.scratch import shared_directory
 from pcb_peft.writing.model_card import public_name
@@ -188,7 +189,7 @@ def _recipe(merged: AdapterLike) -> Recipe | None:
     """The recipe of a merge; None where it has none."""
     if isinstance(merged, MergedAdapter):
         return merged.recipe
-    file = Path(merged).expanduser() / FILE_NAME if isinstance(merged, str | Path) else None
+    file = expanded(merged) / FILE_NAME if isinstance(merged, str | Path) else None
     return read_recipe(file) if file is not None and file.is_file() else None
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 from collections.abc import Generator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 from pcb_peft.base.canonical import AUTO_CLASSES
 from pcb_peft.data.live_heads import Head, put_head, with_head, wrapped_by_peft
 from pcb_peft.data.models import load_config, load_model, task_type_of
+from pcb_peft.runtime.paths import expanded
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Place:
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of `PeftModel.from_pretrained`, beside the model."""
-        directory = Path(self.path).expanduser()
+        directory = expanded(self.path)
         if directory.is_dir():
             return {"model_id": str(directory / (self.subfolder or ""))}
         options = {"revision": self.revision, "subfolder": self.subfolder}

@@ -14,6 +14,7 @@ from pcb_peft.deltas.delta import Dense
 from pcb_peft.evaluation.cache import OutcomeCache
 from pcb_peft.evaluation.host import Place
 from pcb_peft.formats.checkpoint import CONFIG
+from pcb_peft.runtime.paths import expanded
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,8 +84,8 @@ class SubjectMaker:
         Raises:
             PcbPeftError: It cannot be read, or cannot be saved.
         """
-        if isinstance(given, str | Path) and _is_checkpoint(Path(given).expanduser()):
-            directory = Path(given).expanduser()
+        if isinstance(given, str | Path) and _is_checkpoint(expanded(given)):
+            directory = expanded(given)
             digest = self.cache.directory_digest(directory)
             title = directory.resolve().name
             return Subject(name=name, title=title, digest=digest, checkpoint=str(directory))

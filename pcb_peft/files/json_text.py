@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pcb_peft.errors import PcbPeftError
-from pcb_peft.files.shown import shown
+from pcb_peft.runtime.shown import shown
 
 MOST_BYTES = (
     64 << 20
@@ -41,13 +41,18 @@ def read_json_file(path: Path, error_type: type[PcbPeftError], way_out: str) -> 
     return parse_json(read_text(path, error_type, way_out), str(path), error_type, way_out)
 
 
-def read_text(path: Path, error_type: type[PcbPeftError], way_out: str) -> str:
+def read_text(
+    path: Path, error_type: type[PcbPeftError], way_out: str, most_bytes: int | None = None
+) -> str:
     """Return the text of a file in UTF-8; arguments and errors are those of `read_json_file`."""
+    most_bytes = most_bytes or MOST_BYTES
     try:
+        if path.is_dir() or (path.exists() and not path.is_file()):
+            raise error_type(f"{path} cannot be read: it is not a file; {way_out}")
         with path.open("rb") as file:
-            content = file.read(MOST_BYTES + 1)
-        if len(content) <= MOST_BYTES:
+            content = file.read(most_bytes + 1)
+        if len(content) <= most_bytes:
             return content.decode("utf-8")
     except (OSError, ValueError) as error:
         raise error_type(f"{path} cannot be read ({shown(error)}); {way_out}") from error
-    raise error_type(f"{path} is larger than {MOST_BYTES >> 20} MiB; {way_out}")
+    raise error_type(f"{path} is larger than {most_bytes >> 20} MiB; {way_out}")

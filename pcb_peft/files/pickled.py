@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from pcb_peft.errors import AdapterError
-from pcb_peft.files.shown import shown
-from pcb_peft.files.tensors import TensorsInMemory
+from pcb_peft.files.tensors import TensorsInMemory, check_name
+from pcb_peft.runtime.shown import shown
 
 MOST_TIMES = 4  # the size of the file: for all tensors together
 _MOST_PICKLE_BYTES = 64 << 20  # names and shapes; the values are not in there
@@ -77,6 +77,7 @@ def _check_archive(path: Path) -> None:
 
 
 def _check_tensor(path: Path, name: str, values: Any) -> None:
+    check_name(name, path, AdapterError)
     if not isinstance(values, Tensor):
         raise _other_content(path, f"{shown(name)} is none")
     plain = values.layout == torch.strided and values.device.type == "cpu"

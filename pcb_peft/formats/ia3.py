@@ -9,7 +9,8 @@ import torch
 
 from pcb_peft.deltas.delta import Diagonal
 from pcb_peft.deltas.layout import CONV1D, LINEAR, Layout
-from pcb_peft.errors import UnsupportedError
+from pcb_peft.errors import AdapterError, UnsupportedError
+from pcb_peft.files.patterns import Expression
 from pcb_peft.formats.base_weights import Base
 from pcb_peft.formats.checkpoint import Tensors, read_finite
 from pcb_peft.formats.heads import saved_parameters
@@ -57,7 +58,7 @@ def _is_feedforward(config: Config, key: str) -> bool:
     """Decide as PEFT does: by the end of the module's name, or by a regular expression."""
     module, stated = module_of(key.removesuffix(SUFFIX)), config.get("feedforward_modules") or []
     if isinstance(stated, str):
-        return re.fullmatch(stated, module) is not None
+        return Expression(stated, "feedforward_modules", AdapterError).fits(module)
     return module.endswith(tuple(stated))
 
 

@@ -15,16 +15,14 @@ def lycoris_scaling(module: ModuleTensors) -> float:
     """Return alpha/r, with the patterns that match the module.
 
     Raises:
-        AdapterError: One of them is not a number.
+        AdapterError: The rank is not a number from 1.
     """
     alpha, rank = (
         pattern_value(module.config, pattern, module.path, module.config.get(field, DEFAULT))
         for pattern, field in (("alpha_pattern", "alpha"), ("rank_pattern", "r"))
     )
-    if not isinstance(alpha, int | float) or not isinstance(rank, int) or rank < 1:
-        raise AdapterError(
-            f"{module.path}: alpha is {alpha!r}, r is {rank!r}; they must be numbers"
-        )
+    if not isinstance(rank, int) or rank < 1:
+        raise AdapterError(f"{module.path}: r is {rank!r}; it must be an integer from 1")
     return alpha / rank
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pcb_peft.deltas.layout import CONV1D, EMBEDDING, LINEAR, Layout
 from pcb_peft.errors import AdapterError, UnsupportedError
+from pcb_peft.files.patterns import Patterns
 from pcb_peft.formats.checkpoint import Tensors, read_finite
 from pcb_peft.formats.keys import PREFIX, module_of
 from pcb_peft.formats.lazy_delta import Config
@@ -194,8 +195,8 @@ def _blocks(
     config: Config, lora: LoraTensors, shapes: tuple[tuple[int, ...], tuple[int, ...]]
 ) -> tuple[int, int]:
     """Return the number of diagonal blocks of lora_A and of lora_B (BD-LoRA); 1 each in a plain LoRA."""
-    stated: dict[str, Any] = config.get("use_bdlora") or {}
-    if not stated or len(shapes[0]) > 2:
+    stated: Any = config.get("use_bdlora")
+    if not isinstance(stated, Mapping) or len(shapes[0]) > 2:
         return 1, 1
     first, second = (
         any(word in lora.path for word in stated.get(f"target_modules_bd_{side}") or [])
@@ -223,8 +224,6 @@ def scaling_of(config: Config, lora: LoraTensors, rank: int) -> float:
             f"{module}: lora_A has rank {rank}, but the configuration says {stated!r}"
         )
     alpha = pattern_value(config, "alpha_pattern", module, config.get("lora_alpha", DEFAULT))
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise AdapterError(f"{module}: lora_alpha is {alpha!r}; it must be a finite number")
     times = WRAPPED_TIMES if lora.path.endswith(WRAPPED) else 1
     return times * alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
@@ -233,18 +232,10 @@ def pattern_value(config: Config, field: str, module: str, default: Any) -> Any:
     """Return the value of the first key, in the order of the file, that matches the module as PEFT matches it.
 
     Raises:
-        AdapterError: The field is not a mapping of regular expressions.
+        AdapterError: A key is not a regular expression that can be matched in a bounded time.
     """
-    pattern = config.get(field) or {}
-    try:
-        for key, value in pattern.items():
-            if re.match(rf"(.*\.)?({key})$", module):
-                return value
-    except (AttributeError, re.error) as error:
-        raise AdapterError(
-            f"{field} is {pattern!r}; it must map regular expressions to numbers: {error}"
-        ) from error
-    return default
+    patterns: Patterns | None = config.get(field)
+    return patterns.value(module, default) if patterns else default
 
 
 def stored(

@@ -19,6 +19,7 @@ from pcb_peft.deltas.layout import LINEAR, Layout
 from pcb_peft.errors import AdapterError, UnsupportedError
 from pcb_peft.formats.base_weights import Base
 from pcb_peft.formats.checkpoint import PIPELINE, PIPELINE_TYPE, Tensors, read_finite
+from pcb_peft.formats.config import PipelineConfig, checked_config
 from pcb_peft.formats.lazy_delta import AdapterContents, AdapterFiles, Config, LazyDelta, is_vector
 from pcb_peft.formats.lora_parts import pattern_value
 from pcb_peft.formats.lora_variants import init_residual
@@ -58,7 +59,14 @@ def read(config: Config, tensors: Tensors, base: Base) -> AdapterContents:
         if part in modules.setdefault(module, {}):
             raise AdapterError(f"{module} has both {modules[module][part]} and {name}")
         modules[module][part] = name
-    entries = {module: _entry(config, tensors, module, parts) for module, parts in modules.items()}
+    stated = {
+        component: _stated(config, component)
+        for component in {m.partition(".")[0] for m in modules}
+    }
+    entries = {
+        module: _entry(stated[module.partition(".")[0]], tensors, module, parts)
+        for module, parts in modules.items()
+    }
     return AdapterContents(entries, {})
 
 
@@ -89,7 +97,21 @@ def _kohya_to_diffusers(path: str) -> str:
     return path
 
 
-def _entry(config: Config, tensors: Tensors, module: str, names: Mapping[str, str]) -> LazyDelta:
+def _stated(config: Config, component: str) -> Config:
+    """Return what diffusers' metadata in the file say of one component of the pipeline.
+
+    Raises:
+        AdapterError: A field holds something that it may not hold.
+    """
+    metadata: Mapping[str, Any] = config.get("metadata") or {}
+    prefix = f"{component}."
+    fields = {
+        key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)
+    }
+    return checked_config(fields, f"lora_adapter_metadata of {component}", PipelineConfig)
+
+
+def _entry(stated: Config, tensors: Tensors, module: str, names: Mapping[str, str]) -> LazyDelta:
     """Return the change of one module; `names` are its tensors by part."""
     if not {"A", "B"} <= names.keys():
         raise AdapterError(f"{module} has {', '.join(names.values())}; it must have both factors")
@@ -110,7 +132,7 @@ def _entry(config: Config, tensors: Tensors, module: str, names: Mapping[str, st
         )
     rank = shape_A[0]
     layout = Layout(shape=(shape_B[0], *shape_A[1:])) if kernel else LINEAR
-    load = functools.partial(_load, tensors, names, _scaling(config, module, rank), layout)
+    load = functools.partial(_load, tensors, names, _scaling(stated, module, rank), layout)
     return LazyDelta(LowRank, (shape_B[0], math.prod(shape_A[1:])), load, rank)
 
 
@@ -124,28 +146,20 @@ def _load(
     return LowRank(lora_A, lora_B, scaling, layout=layout)
 
 
-def _scaling(config: Config, module: str, rank: int) -> float:
+def _scaling(stated: Config, module: str, rank: int) -> float:
     """Return the scaling that diffusers' metadata in the file say; 1 where there are none.
 
     Raises:
         UnsupportedError: The LoRA depends on W.
     """
     component, _, path = module.partition(".")
-    metadata: Mapping[str, Any] = config.get("metadata") or {}
-    stated = {
-        key.removeprefix(f"{component}."): value
-        for key, value in metadata.items()
-        if key.startswith(f"{component}.")
-    }
-    if "lora_alpha" not in stated:
+    if stated.get("lora_alpha") is None:
         return 1.0
     if init_residual(stated) or stated.get("use_dora"):
         raise UnsupportedError(
             f"{component}: a LoRA whose change depends on W is not supported in this form; convert it with PEFT"
         )
     alpha = pattern_value(stated, "alpha_pattern", path, stated["lora_alpha"])
-    if not isinstance(alpha, int | float):
-        raise AdapterError(f"{module}: lora_alpha is {alpha!r}; it must be a number")
     return alpha / (rank**0.5 if stated.get("use_rslora") else rank)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pcb_peft.errors import AdapterError, UnsupportedError
 from pcb_peft.formats.checkpoint import Tensors
+from pcb_peft.formats.config import PATTERNS
 from pcb_peft.formats.keys import PREFIX
 
 WRAPPERS = frozenset(
@@ -34,7 +35,6 @@ _TUNER_PARTS = (
 )
 _WITH_ADAPTER = re.compile(rf"\.({_TUNER_PARTS})\.(?!weight$|bias$)([^.]+)(?=\.|$)")
 _PLAIN = re.compile(rf".*\.{_TUNER_PARTS}(\.weight|\.bias)?")
-_BY_MODULE = ("rank_pattern", "alpha_pattern")  # fields of a configuration that name modules
 
 
 class PlainNames:
@@ -89,7 +89,7 @@ def with_plain_patterns(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the configuration with no wrapper in the module names of its patterns."""
     renamed = {
         field: {without_wrappers(str(key)): value for key, value in config[field].items()}
-        for field in _BY_MODULE
+        for field in PATTERNS
         if isinstance(config.get(field), Mapping)
     }
     return {**config, **renamed} if any(renamed[f] != config[f] for f in renamed) else config

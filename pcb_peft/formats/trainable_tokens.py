@@ -1,11 +1,11 @@
 """Trainable tokens without other deltas: rows of embeddings take the place of others; nothing is added."""
 
 import functools
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pcb_peft.errors import UnsupportedError
+from pcb_peft.errors import AdapterError, UnsupportedError
+from pcb_peft.files.patterns import Expression
 from pcb_peft.formats.base_weights import Base
 from pcb_peft.formats.checkpoint import Tensors
 from pcb_peft.formats.heads import ends_with_any, read_rows, saved_parameters
@@ -24,7 +24,7 @@ def read(config: Config, tensors: Tensors, base: Base) -> AdapterContents:
 def _row_numbers(config: Config, module: str) -> Sequence[int] | None:
     targets = config.get("target_modules")
     if isinstance(targets, str):
-        targeted = re.fullmatch(targets, module) is not None
+        targeted = Expression(targets, "target_modules", AdapterError).fits(module)
     else:
         targeted = targets is None or ends_with_any(module, targets)
     return config.get("token_indices") if targeted else None

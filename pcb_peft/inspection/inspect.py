@@ -14,6 +14,7 @@ from pcb_peft.inspection.concerns import concerns
 from pcb_peft.inspection.facts import Inspection, ModuleFacts
 from pcb_peft.inspection.geometry import effective_rank, has_factors, singular_values
 from pcb_peft.merging.one_name import under_one_name
+from pcb_peft.runtime.paths import expanded
 from pcb_peft.runtime.progress import tracker
 
 COMPANIONS = (
@@ -60,7 +61,7 @@ def inspect_adapter(
     modules = {
         module: _module_facts(opened, module) for module in track(list(opened.modules), "modules")
     }
-    directory = None if opened.source is None else Path(opened.source.path).expanduser()
+    directory = None if opened.source is None else expanded(opened.source.path)
     inspection = Inspection(
         name=opened.name,
         path=None if opened.source is None else opened.source.path,

@@ -267,11 +267,10 @@ def _choose_directions(prepared: Prepared, track: Track, report: ReportBuilder) 
     rank, adapter_set = prepared.recipe.rank, prepared.adapter_set
     if not isinstance(rank, NetUtility):
         return adapter_set
-    weights = {
-        module: setting.weights_in(adapter_set.modules)(module)
-        for setting in prepared.plan.settings
-        for module in setting.modules
-    }
+    weights: dict[str, tuple[float, ...]] = {}
+    for setting in prepared.plan.settings:
+        weights_of = setting.weights_in(adapter_set.modules)
+        weights |= {module: weights_of(module) for module in setting.modules}
     chosen = AdapterSet(select_by_net_utility(adapter_set, weights, rank.total, track))
     if not chosen.modules:
         raise OptionError(

@@ -6,12 +6,12 @@ may mean one weight are refused: merged as two modules, one of the two adapters 
 """
 
 import itertools
-import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.base.canonical import CanonicalNames, canonical_names
+from pcb_peft.base.config import read_config
 from pcb_peft.base.hub import configuration_directory
 from pcb_peft.base.model import BaseModel
 from pcb_peft.errors import BaseModelError, MismatchError, PcbPeftError
@@ -38,8 +38,11 @@ def under_one_name(
             names may mean one weight, and no base model says whether they do.
     """
     opened, notes = _opened(base)
-    directory = _named_model(adapters) if opened is None else opened.directory
-    names = CanonicalNames([]) if directory is None else _names_of(directory, adapters)
+    names = (
+        _names_of_named(adapters, notes)
+        if opened is None
+        else _names_of(opened.directory, adapters)
+    )
     if not names:
         _refuse_equal_tails(adapters)
         return list(adapters), notes
@@ -68,6 +71,20 @@ def _opened(base: Callable[[], BaseModel] | None) -> tuple[BaseModel | None, lis
         return None, [f"no module was looked up in the base model: {error}"]
 
 
+def _names_of_named(adapters: Sequence[Adapter], notes: list[str]) -> CanonicalNames:
+    """Return the names in the model that the adapters name; none, and a note, where it cannot be built."""
+    directory = _named_model(adapters)
+    if directory is None:
+        return CanonicalNames([])
+    names = _names_of(directory, adapters)
+    try:
+        bool(names)
+    except BaseModelError as error:
+        notes.append(f"the base model that the adapters name was not looked at: {error}")
+        return CanonicalNames([])
+    return names
+
+
 def _names_of(directory: Path, adapters: Sequence[Adapter]) -> CanonicalNames:
     return canonical_names(directory, [adapter.task_type for adapter in adapters])
 
@@ -91,10 +108,10 @@ def _named_model(adapters: Sequence[Adapter]) -> Path | None:
     if directory is None:
         return None
     try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = read_config(directory)
+    except BaseModelError:
         return None
-    nested = isinstance(config, dict) and any(isinstance(x, dict) for x in _model_parts(config))
+    nested = any(isinstance(part, dict) for part in _model_parts(config))
     return directory if nested or any(_equal_tails(adapters)) else None
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pcb_peft.errors import OptionError
+from pcb_peft.runtime.shown import quoted
 
 RANK = "rank"  # the parameter by which a method is told the integer rank of the result, or None
 
@@ -106,7 +107,7 @@ class Option:
             or (self.kind in (int, float) and value not in self.bounds)
             or (self.choices and value not in self.choices)
         ):
-            raise OptionError(f"{owner}: {self.name} is {value!r}; it must be {self.allowed}")
+            raise OptionError(f"{owner}: {self.name} is {quoted(value)}; it must be {self.allowed}")
         return value
 
 

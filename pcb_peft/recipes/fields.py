@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 from pcb_peft.errors import OptionError
 from pcb_peft.plugins.options import did_you_mean
+from pcb_peft.runtime.shown import quoted
 
 Parser: TypeAlias = Callable[[str, Any], Any]
 """Given the field's name and a value, the converted value, or an OptionError."""
@@ -52,7 +53,7 @@ def an_instance(kind: type | tuple[type, ...], words: str) -> Parser:
     def parse(name: str, value: Any) -> Any:
         wrong = isinstance(value, bool) and kind is not bool
         if wrong or not isinstance(value, kind):
-            raise OptionError(f"{name} is {value!r}; it must be {words}")
+            raise OptionError(f"{name} is {quoted(value)}; it must be {words}")
         return value
 
     return parse
@@ -64,7 +65,7 @@ def one_of(allowed: tuple[str, ...]) -> Parser:
     def parse(name: str, value: Any) -> Any:
         if value not in allowed:
             raise OptionError(
-                f"{name} is {value!r}{did_you_mean(str(value), allowed)}; it must be one of {', '.join(allowed)}"
+                f"{name} is {quoted(value)}{did_you_mean(str(value), allowed)}; it must be one of {', '.join(allowed)}"
             )
         return value
 

@@ -15,12 +15,12 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from pcb_peft.errors import OptionError
 from pcb_peft.plugins.options import did_you_mean
 from pcb_peft.recipes.mergekit_methods import MEANINGS, OTHERS, Meaning
+from pcb_peft.runtime.paths import expanded
 
 METHOD = "merge_method"
 KNOWN = (METHOD, "base_model", "models", "slices", "parameters")
@@ -287,7 +287,7 @@ def _model(entry: Mapping[str, Any], base: str) -> _Model:
         return _Model(_located(adapter), name, parameters)
     if adapter is None and path == base:
         return _Model(None, name, parameters)
-    if adapter is None and (Path(path).expanduser() / "adapter_config.json").is_file():
+    if adapter is None and (expanded(path) / "adapter_config.json").is_file():
         return _Model(_located(path), name, parameters)
     other = f"it is not on the base model {base}" if adapter else "it is a whole model"
     raise OptionError(

@@ -5,13 +5,15 @@
 
 import dataclasses
 import fnmatch
-import re
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pcb_peft.errors import OptionError
+from pcb_peft.files.patterns import Expression
 from pcb_peft.recipes.fields import a_mapping, a_name, one_of, parse_fields, unnamed
 from pcb_peft.recipes.weights import Weight, plain, read_weights
+from pcb_peft.runtime.shown import quoted
 
 Scope: TypeAlias = Literal["auto", "global", "module"]
 """Where a method's statistics are taken: over the whole adapter, in each module, or the method's own choice."""
@@ -46,21 +48,21 @@ class Override:
         """True if the override applies to a module.
 
         Raises:
-            OptionError: The regular expression is none.
+            OptionError: The regular expression is none, or one that may take for ever.
         """
         if not self.modules.startswith(REGEX):
             return fnmatch.fnmatchcase(module, self.modules)
-        try:
-            return re.fullmatch(self.modules.removeprefix(REGEX), module) is not None
-        except re.error as error:
-            raise OptionError(
-                f"overrides: {self.modules!r} is not a regular expression: {error}"
-            ) from error
+        return _expression(self.modules.removeprefix(REGEX)).fits(module)
 
     def as_dict(self) -> dict[str, Any]:
         """The override as plain data, without what it leaves as it is."""
         fields = dataclasses.asdict(self) | {"weights": self.weights and plain(self.weights)}
         return {name: value for name, value in fields.items() if value}
+
+
+@functools.lru_cache
+def _expression(text: str) -> Expression:
+    return Expression(text, "overrides", OptionError)
 
 
 OverrideLike: TypeAlias = Override | Mapping[str, Any]
@@ -73,7 +75,7 @@ def read_overrides(given: Any) -> tuple[Override, ...]:
         OptionError: They are anything else.
     """
     if isinstance(given, str | Mapping) or not isinstance(given, Sequence):
-        raise OptionError(f"overrides is {given!r}; it must be a list")
+        raise OptionError(f"overrides is {quoted(given)}; it must be a list")
     return tuple(map(_override, given))
 
 
@@ -81,7 +83,7 @@ def _override(given: Any) -> Override:
     if isinstance(given, Override):
         return given
     if not isinstance(given, Mapping) or "modules" not in given:
-        raise OptionError(f"overrides: {given!r} must be a mapping with the key modules")
+        raise OptionError(f"overrides: {quoted(given)} must be a mapping with the key modules")
     try:
         return Override(**parse_fields(Override, given))
     except OptionError as error:

@@ -9,6 +9,7 @@ from typing import Any
 
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.deltas.rank_choice import LOSSLESS, FixedRank
+from pcb_peft.recipes.fields import a_name
 from pcb_peft.recipes.recipe import Recipe
 
 LARGEST = "largest"  # the highest rank of an adapter: PEFT's svd_rank=None
@@ -30,7 +31,12 @@ the factors; here they are methods like any other, and work where they are told 
 
 
 def method_of(name: str) -> str:
-    """Return the method behind one of PEFT's names; any other name as it is."""
+    """Return the method behind one of PEFT's names; any other name as it is.
+
+    Raises:
+        OptionError: It is no name.
+    """
+    a_name("method", name)
     return PEFT_ALIASES.get(name, {}).get("method", name)
 
 

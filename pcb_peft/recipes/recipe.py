@@ -11,6 +11,7 @@ from pcb_peft.adapters.source import Source
 from pcb_peft.deltas.rank_choice import LOSSLESS, RankChoice, parse_rank
 from pcb_peft.deltas.replacements import POLICIES, TIES, HeadPolicy, Tied
 from pcb_peft.errors import OptionError
+from pcb_peft.files.json_text import read_text
 from pcb_peft.methods.default import AUTO
 from pcb_peft.recipes.fields import (
     a_mapping,
@@ -28,8 +29,10 @@ from pcb_peft.recipes.overrides import SCOPES, Override, Scope, read_overrides
 from pcb_peft.recipes.steps import Steps, read_steps
 from pcb_peft.recipes.weights import Weight, plain, read_weights
 from pcb_peft.recipes.yaml_text import dump_yaml, load_yaml
+from pcb_peft.runtime.shown import quoted, shown
 
 FILE_NAME = "merge_recipe.yaml"
+MOST_BYTES = 1 << 20  # of a recipe; one with thousands of overrides is smaller
 _ADAPTER_KEYS = tuple(one.name for one in dataclasses.fields(Source))
 _FILE_KEYS = ("path", "sha256")
 
@@ -49,7 +52,7 @@ def _metric(_: str, given: Any) -> Source:
 
 def _path(name: str, given: Any) -> str:
     if not isinstance(given, str | Path):
-        raise OptionError(f"{name} is {given!r}; it must be a path or hub id")
+        raise OptionError(f"{name} is {quoted(given)}; it must be a path or hub id")
     return str(given)
 
 
@@ -181,9 +184,11 @@ def read_recipe(path: str | Path) -> Recipe:
         OptionError: The file is not a recipe; the message names the key.
     """
     try:
-        content = load_yaml(_file(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeError, yaml.YAMLError) as error:
-        raise OptionError(f"{path} cannot be read as YAML: {error}") from error
+        content = load_yaml(
+            read_text(_file(path), OptionError, "give the YAML file of a merge", MOST_BYTES)
+        )
+    except yaml.YAMLError as error:
+        raise OptionError(f"{path} cannot be read as YAML: {shown(error)}") from error
     if not isinstance(content, dict):
         raise OptionError(f"{path} is not a recipe: it must be a mapping with the key adapters")
     try:
@@ -196,7 +201,7 @@ def read_recipe(path: str | Path) -> Recipe:
 def _file(given: object) -> Path:
     if not isinstance(given, str | Path):
         raise OptionError(
-            f"the recipe is {given!r}; it must be a Recipe, or the path of a YAML file"
+            f"the recipe is {quoted(given)}; it must be a Recipe, or the path of a YAML file"
         )
     return Path(given)
 
@@ -208,7 +213,7 @@ def _weighed(adapters: Any, weights: Any) -> tuple[list[Any], Any]:
         OptionError: There are no adapters, or weights in both places.
     """
     if not isinstance(adapters, list | tuple | None):
-        raise OptionError(f"adapters must be a list, and is {adapters!r}")
+        raise OptionError(f"adapters must be a list, and is {quoted(adapters)}")
     if not adapters:
         raise OptionError("there is nothing to merge: name one adapter or more")
     own = [item.get("weight") if isinstance(item, Mapping) else None for item in adapters]
@@ -239,7 +244,7 @@ def _source(what: str, given: Any, keys: tuple[str, ...]) -> Source:
     if not texts or entry.get("path") is None or entry.keys() - set(keys):
         others = ", ".join(keys[1:]) + (" and weight" if keys is _ADAPTER_KEYS else "")
         raise OptionError(
-            f"{what} {given!r} must be a path, or a mapping with path and, if wanted, {others}"
+            f"{what} {quoted(given)} must be a path, or a mapping with path and, if wanted, {others}"
         )
     return Source(**entry)
 

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 from pcb_peft.base.paths import layer_of
 from pcb_peft.errors import OptionError
+from pcb_peft.runtime.shown import quoted
 
 Weight: TypeAlias = float | tuple[float, ...]
 """λ of one adapter: a number, or a gradient: its values from the first layer to the last, evenly spaced."""
@@ -29,7 +30,9 @@ def read_weights(given: Any) -> tuple[Weight, ...]:
         OptionError: They are anything else.
     """
     if isinstance(given, str) or not isinstance(given, Iterable):
-        raise OptionError(f"weights is {given!r}; it must be a list with one weight per adapter")
+        raise OptionError(
+            f"weights is {quoted(given)}; it must be a list with one weight per adapter"
+        )
     return tuple(
         tuple(map(_finite, value)) if isinstance(value, list | tuple) and value else _finite(value)
         for value in given
@@ -38,7 +41,7 @@ def read_weights(given: Any) -> tuple[Weight, ...]:
 
 def _finite(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise OptionError(f"weights: {value!r} is not a finite number, nor a list of them")
+        raise OptionError(f"weights: {quoted(value)} is not a finite number, nor a list of them")
     return float(value)
 
 

@@ -1,7 +1,17 @@
 """Paths as users write them: the home directory, and suggestions for misspelt names."""
 
 import difflib
+import hashlib
+import re
+from collections.abc import Iterable
 from pathlib import Path
+
+from pcb_peft.errors import OptionError
+from pcb_peft.runtime.shown import quoted, shown
+
+_LONGEST = 100  # characters of a portable name
+_UNPORTABLE = re.compile(r"[^\w.-]", re.ASCII)
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # on Windows
 
 
 def similar_path(path: str) -> str:
@@ -22,9 +32,49 @@ def similar_path(path: str) -> str:
     return f"; did you mean {found if missing.is_absolute() else f'./{found}'}?"
 
 
-def expanded(path: str | Path) -> Path:
-    """Return a path with ``~`` and ``~user`` replaced; where there is no such user, the path as it is."""
+def is_file(path: Path) -> bool:
+    """Return whether a path is that of a file; False for one that cannot be a path (too long, a zero byte)."""
     try:
-        return Path(path).expanduser()
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def expanded(path: str | Path) -> Path:
+    """Return a path with ``~`` and ``~user`` replaced; where there is no such user, the path as it is.
+
+    Raises:
+        OptionError: No file can have it.
+    """
+    try:
+        written = Path(path).expanduser()
     except RuntimeError:
-        return Path(path)
+        written = Path(path)
+    try:
+        written.stat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return written
+    except (OSError, ValueError) as error:  # a name that is too long, a zero byte, half a character
+        raise OptionError(
+            f"{quoted(str(path))} cannot be a path ({shown(error)}); give that of a file or a directory"
+        ) from error
+    return written
+
+
+def portable_names(names: Iterable[str]) -> dict[str, str]:
+    """Return a name for a file, without an ending, for each of some names: one that every system can store.
+
+    A name that is one already stays as it is. Others keep what they can, and end with a part of their SHA-256.
+
+    >>> portable_names(["math", "team/math"])
+    {'math': 'math', 'team/math': 'team_math-7f4daffa'}
+    """
+    files: dict[str, str] = {}
+    for name in names:
+        plain = _UNPORTABLE.sub("_", name)[:_LONGEST].strip("._ -") or "_"
+        taken = {file.casefold() for file in files.values()}
+        if plain != name or _RESERVED.fullmatch(plain) or plain.casefold() in taken:
+            digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
+            plain = f"{_RESERVED.sub('_', plain)}-{digest[:8]}"
+        files[name] = plain
+    return files

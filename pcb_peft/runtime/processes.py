@@ -21,13 +21,15 @@ import datetime
 import enum
 import itertools
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from pcb_peft.errors import PcbPeftError, ProcessError
-from pcb_peft.runtime.signals import end_process, raising_on_signals
+from pcb_peft.runtime.shown import quoted
+from pcb_peft.runtime.signals import dying_on_signals, end_process, raising_on_signals
 
 Item = TypeVar("Item")
 Key = TypeVar("Key")
@@ -264,10 +266,25 @@ def all_processes() -> Generator[Processes]:
             yield processes
 
 
+def rank_and_size() -> tuple[int, int]:
+    """Number of this process and of all, as the launcher has them: also before they have joined, and after.
+
+    Raises:
+        ProcessError: The launcher's variables hold something else.
+    """
+    rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    if not all(re.fullmatch("[0-9]{0,9}", number) for number in (rank, size)):
+        raise ProcessError(
+            f"RANK is {quoted(rank)} and WORLD_SIZE is {quoted(size)}; a launcher sets them to whole numbers: start "
+            "the command with accelerate launch or torchrun, or take both out of the environment"
+        )
+    return int(rank or 0), int(size or 1)
+
+
 @contextlib.contextmanager
 def joined() -> Generator[Processes]:
     """Join the processes that were started together, and leave together at the end of the block."""
-    if current().size > 1 or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if current().size > 1 or rank_and_size()[1] == 1:
         yield current()
         return
     import torch
@@ -275,8 +292,11 @@ def joined() -> Generator[Processes]:
     from accelerate import PartialState  # type: ignore[import-untyped]
 
     initialized_by_caller = dist.is_initialized()
-    PartialState(cpu=not torch.cuda.is_available())
-    group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    with (
+        dying_on_signals()
+    ):  # torch waits for the others where Python hears of no signal; there is nothing to clean up
+        PartialState(cpu=not torch.cuda.is_available())
+        group = dist.new_group(backend="gloo", timeout=PATIENCE)
     processes = Processes(dist.get_rank(), dist.get_world_size(), group)
     _joined_groups.append(processes)
     try:

@@ -59,6 +59,25 @@ def raising_on_signals(on_first: Callable[[], None]) -> Generator[list[signal.Si
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def dying_on_signals() -> Generator[None]:
+    """Let the signals that end a run end the process at once, in C code that does not return to Python, too."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in ENDING if in_main_thread}
+    handlers = {
+        number: handler
+        for number, handler in handlers.items()
+        if handler not in (signal.SIG_IGN, None)
+    }
+    for number in handlers:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def end_process(code: int) -> None:
     """End the process at once, without the exit handlers of torch, which would wait for other processes."""
     sys.stdout.flush()

@@ -1,13 +1,14 @@
 """Add deltas into a base model's weights, shard by shard, without loading the model."""
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import msgspec
 import torch
 
+from pcb_peft.base.config import WAY_OUT
 from pcb_peft.base.files import INDEX_FILE, SINGLE_FILE
 from pcb_peft.base.model import BaseModel
 from pcb_peft.deltas.delta import Delta
@@ -15,6 +16,8 @@ from pcb_peft.deltas.dtypes import SAFETENSORS_FLOATS
 from pcb_peft.deltas.linalg import row_slices
 from pcb_peft.deltas.replacements import Replacements
 from pcb_peft.errors import BaseModelError
+from pcb_peft.files.json_text import read_json_file
+from pcb_peft.files.schema import checked
 from pcb_peft.runtime.processes import current
 from pcb_peft.runtime.progress import Track, tracker
 from pcb_peft.runtime.threads import side_by_side
@@ -169,7 +172,15 @@ def _other_files(base: BaseModel) -> list[Path]:
 
 def _module_folders(directory: Path) -> set[str]:
     """Return the folders of the further modules of a sentence-transformers model."""
-    modules = directory / "modules.json"
-    if not modules.is_file():
+    path = directory / "modules.json"
+    if not path.is_file():
         return set()
-    return {module["path"] for module in json.loads(modules.read_text(encoding="utf-8"))}
+    content = read_json_file(path, BaseModelError, WAY_OUT)
+    modules = checked(content, list[_Module], str(path), BaseModelError, WAY_OUT)
+    return {module.path for module in modules}
+
+
+class _Module(msgspec.Struct):
+    """A module of a sentence-transformers model."""
+
+    path: str

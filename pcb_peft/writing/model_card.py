@@ -162,5 +162,5 @@ def code(language: str, text: str) -> str:
 
 
 def _row(cells: Sequence[object]) -> str:
-    escaped = [str(cell).replace("|", r"\|") for cell in cells]
+    escaped = [str(cell).replace("|", r"\|").replace("<", "&lt;") for cell in cells]
     return f"| {' | '.join(escaped)} |"

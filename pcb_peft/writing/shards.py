@@ -6,9 +6,29 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
+from pcb_peft.base.config import WAY_OUT
 from pcb_peft.base.files import INDEX_FILE
 from pcb_peft.base.model import BaseModel
+from pcb_peft.errors import BaseModelError
+from pcb_peft.files.json_text import read_json_file
+from pcb_peft.files.schema import Number, checked
 from pcb_peft.writing.edits import TensorEdit
+
+
+class _Totals(msgspec.Struct):
+    """The sums in the index of a checkpoint."""
+
+    total_size: Number | None = None
+    total_parameters: Number | None = None
+
+
+class _Index(msgspec.Struct):
+    """The index of a checkpoint."""
+
+    weight_map: dict[str, str]
+    metadata: _Totals = msgspec.field(default_factory=_Totals)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -64,16 +84,17 @@ def index_of(base: BaseModel, checkpoint: CheckpointEdit) -> dict[str, bytes]:
     path = base.directory / INDEX_FILE
     if not changed or (len(base.files) == 1 and not path.is_file()):
         return {}
-    index = json.loads(path.read_text(encoding="utf-8"))
+    index: dict[str, Any] = read_json_file(path, BaseModelError, WAY_OUT)
+    checked(index, _Index, str(path), BaseModelError, WAY_OUT)
     index["weight_map"] |= {new: base.tensors[old].file for new, old in checkpoint.added.items()}
     index["weight_map"] = dict(sorted(index["weight_map"].items()))
     totals = index.get("metadata", {})
     for name in changed:
         old = base.tensors.get(name)
         old_size, old_count = (old.end - old.begin, math.prod(old.shape)) if old else (0, 0)
-        if "total_size" in totals:
+        if totals.get("total_size") is not None:
             totals["total_size"] += _size(base, checkpoint, name) - old_size
-        if "total_parameters" in totals:
+        if totals.get("total_parameters") is not None:
             totals["total_parameters"] += math.prod(checkpoint.shape(base, name)) - old_count
     return {INDEX_FILE: _text(index)}
 

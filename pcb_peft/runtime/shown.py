@@ -29,12 +29,27 @@ def shown(text: object) -> str:
     >>> shown("a\nb\x1b[31m")
     'a b\\x1b[31m'
     """
+    return _cut(visible(one_line(text)))
+
+
+def one_line(text: object) -> str:
+    """Return a text of any length on one line."""
     try:
-        words = " ".join(str(text).split())
+        return " ".join(str(text).split())
     except (RecursionError, ValueError):  # a number of too many digits
         return type(text).__name__
-    return _cut(
-        "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
+
+
+def visible(text: str) -> str:
+    r"""Return a text whose control characters are spelled out, but for the ends of its lines.
+
+    >>> visible("a\x1b]0;title\x07")
+    'a\\x1b]0;title\\x07'
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
     )
 
 
