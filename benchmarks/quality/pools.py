@@ -53,6 +53,11 @@ class Pool:
     members: tuple[Member, ...]
     length: int = 64
 
+    @property
+    def causal(self) -> bool:
+        """True if the base model is a language model, which is asked in words."""
+        return self.base == SMOLLM2
+
 
 def _smollm2() -> tuple[Member, ...]:
     """Uneven, as adapters of different people are: other ranks, learning rates and numbers of steps."""
