@@ -7,6 +7,7 @@ import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
+    AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
@@ -24,7 +25,9 @@ from pcb_peft import (
 )
 from pcb_peft.commands.demo import base_model_folder, examples_folder
 from pcb_peft.evaluation.host import ModelHost, Place
+from pcb_peft.evaluation.measures import Runner
 from pcb_peft.evaluation.tables import markdown_table
+from pcb_peft.runtime.progress import tracker
 from pcb_peft.writing.manifest import foreign_file
 
 TASKS = ("clinc_domain", "mr_sentiment", "snips_intent", "subj")
@@ -332,3 +335,62 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path):
     AutoTokenizer.from_pretrained(BASE).save_pretrained(tmp_path)
     with pytest.raises(MismatchError):
         evaluate(ADAPTERS[3], [ADAPTERS[3]], tmp_path, [FILES[3]], limit=2, cache=False)
+
+
+def test_zero_shot_without_a_head(directory: Path, cache: Path):
+    """The label whose name is nearest, by the mean of the encoder's outputs; the merge has no such head either."""
+    plain = AutoModel.from_pretrained(BASE).eval()
+    wearing = AutoModelForSequenceClassification.from_pretrained(BASE)
+    merge = PeftModel.from_pretrained(wearing, directory).eval().get_base_model().base_model
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+
+    def embedded(model: torch.nn.Module, text: str) -> torch.Tensor:
+        with torch.no_grad():
+            mean = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0)
+        return mean / mean.norm()
+
+    some = rows("snips_intent", 10)
+    labels = sorted({row["label"] for row in some})
+    found = evaluate(directory, ADAPTERS, BASE, {"unseen": some}, cache=cache)["unseen"]
+    assert (found.metric, found.adapter) == ("accuracy", None)
+    for model, score in ((plain, found.base), (merge, found.merged)):
+        names = torch.stack([embedded(model, label) for label in labels])
+        texts = torch.stack([embedded(model, row["text"]) for row in some])
+        nearest = (texts @ names.T).argmax(-1).tolist()
+        wanted = [float(labels[n] == row["label"]) for n, row in zip(nearest, some, strict=True)]
+        assert list(score.outcomes) == wanted
+    assert found.base.value > 0.5  # of seven labels
+
+
+def test_bfloat16(directory: Path, result: Evaluation):
+    """Half the digits move few answers, and are not confused with those of float32 in the cache."""
+    options = {"limit": TEXTS, "cache": directory.parent / "cache-of-types"}
+    given = directory, [ADAPTERS[3]], BASE, [FILES[3]]
+    found = evaluate(*given, dtype=torch.bfloat16, **options)
+    assert found.settings["dtype"] == "bfloat16"
+    assert found["subj"].merged.value == pytest.approx(result["subj"].merged.value, abs=0.06)
+    assert evaluate(*given, **options)["subj"].merged == result["subj"].merged
+    kept = [path.read_text() for path in (directory.parent / "cache-of-types").rglob("*.json")]
+    assert sum('"dtype": "torch.bfloat16"' in text for text in kept) == 3  # base, adapter, merge
+
+
+def test_batches_are_of_like_length():
+    """Little of a batch is padding, and the results come in the order of the texts."""
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    runner = Runner(tokenizer, torch.device("cpu"), 4, 64, tracker(False))
+    texts = [runner.encode("word " * count) for count in (9, 1, 7, 3, 8, 2, 6, 4)]
+    widths = []
+
+    def measure(batch: dict[str, torch.Tensor]) -> list[int]:
+        widths.append(batch["input_ids"].shape[1])
+        return batch["attention_mask"].sum(-1).tolist()
+
+    assert runner.run(texts, measure, "texts") == [11, 3, 9, 5, 10, 4, 8, 6]
+    assert widths == [11, 6]
+
+
+def test_a_limit_is_spread_over_a_sorted_file(directory: Path, cache: Path):
+    ordered = sorted(rows("subj", 100), key=lambda row: row["label"])
+    found = evaluate(directory, [ADAPTERS[3]], BASE, [ordered], limit=10, cache=cache)["subj"]
+    some = evaluate(directory, [ADAPTERS[3]], BASE, [ordered[::10]], cache=cache)["subj"]
+    assert found.merged == some.merged

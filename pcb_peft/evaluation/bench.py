@@ -190,15 +190,22 @@ def limited(job: Job, count: int | None) -> Job:
     return dataclasses.replace(job, texts=job.texts.first(count)) if job.texts else job
 
 
-def job_of(pair: Pair, host: ModelHost, settings: Settings) -> Job:
-    """Read a task's data; errors are `read_task`'s."""
+def job_of(pair: Pair, host: ModelHost, settings: Settings, task_type: str | None = None) -> Job:
+    """Read a task's data; errors are `read_task`'s.
+
+    Args:
+        pair: The task.
+        host: The base model.
+        settings: How it is measured.
+        task_type: PEFT's word for the model of a task that no adapter was trained on; None: what the base model says.
+    """
     head = head_of(pair.adapter)
-    stated = pair.adapter.task_type if pair.adapter else None
+    stated = pair.adapter.task_type if pair.adapter else task_type
     task_type = "SEQ_CLS" if head else stated or host.task_type()
     if callable(pair.data) or pair.harness_task:
         return Job(pair, task_type)
     classes = next(reversed(head.values())).shape[0] if head else None
-    if classes is None and task_type == "SEQ_CLS":
+    if classes is None and task_type == host.task_type() == "SEQ_CLS":
         classes = host.config().num_labels
     texts = read_task(
         pair.name,

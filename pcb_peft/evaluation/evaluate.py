@@ -77,8 +77,9 @@ def evaluate(  # noqa: PLR0913  (every choice of an evaluation, by name)
         tasks: Names of further tasks of lm-evaluation-harness, which no adapter was trained on.
         against: Another merge to compare with, text by text.
         controls: Also measure a random adapter of the merge's norm, and the plain average of the adapters.
-        measure: "head" (accuracy of the classification head), "choose" (accuracy of the most likely answer), "exact"
-            (generated answers that are right to the letter), "loss" (1/perplexity), or "auto": what the rows allow.
+        measure: "head" (accuracy of the classification head), "choose" (accuracy of the most likely answer), "nearest"
+            (zero-shot accuracy of an encoder: the label whose name is nearest to the text), "exact" (generated answers
+            that are right to the letter), "loss" (1/perplexity), or "auto": what the rows allow.
         labels: Names of the classes in the order of the head's rows, by task; default: what task.json or config.json
             beside the adapter says.
         rename: Labels of the data to the names that the head knows.
@@ -150,7 +151,8 @@ def _evaluated(
 ) -> Evaluation:
     bench = open_bench(base, settings)
     pairs, notes = pair(adapters, data)
-    jobs = [job_of(one, bench.host, settings) for one in pairs]
+    kind = next((adapter.task_type for adapter in adapters if adapter.task_type), None)
+    jobs = [job_of(one, bench.host, settings, kind) for one in pairs]
     with shared_directory() as scratch:
         maker = SubjectMaker(base, scratch, bench.cache)
         subjects = _subjects(maker, merged, against, adapters if controls else ())

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pcb_peft.errors import OptionError
+from pcb_peft.evaluation.texts import spread
 
 
 def harness_outcomes(
@@ -17,7 +18,7 @@ def harness_outcomes(
         tokenizer: Its tokenizer.
         task: A name such as "arc_easy", or the path of a task's YAML file.
         batch_size: Documents at a time.
-        limit: How many documents to run: the first ones, as the harness counts them.
+        limit: How many documents to run, evenly spread over those of the task; None: all.
 
     Raises:
         OptionError: The package is not installed, the task is not known, or it has no number per document.
@@ -28,7 +29,7 @@ def harness_outcomes(
         found = evaluator.simple_evaluate(
             model=wrapped,
             tasks=[_name(task)],
-            limit=limit,
+            samples=_places(_name(task), manager, limit),
             task_manager=manager,
             log_samples=True,
             bootstrap_iters=0,
@@ -43,6 +44,14 @@ def harness_outcomes(
         metric = _metric(found["configs"][name])
         outcomes += [_number(task, metric, sample) for sample in samples]
     return outcomes
+
+
+def _places(name: str, manager: Any, limit: int | None) -> dict[str, list[int]] | None:
+    """The documents to run, by the name of each task that a name stands for; None for all."""
+    if limit is None:
+        return None
+    tasks = manager.load([name])["tasks"]
+    return {key: list(spread(range(len(task.eval_docs)), limit)) for key, task in tasks.items()}
 
 
 def harness_version() -> str:

@@ -1,4 +1,4 @@
-"""Four ways to measure a model on texts. Each gives one number per text."""
+"""Five ways to measure a model on texts. Each gives one number per text."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -117,6 +117,27 @@ def by_head(runner: Runner, model: Any, task: TextTask, encoder_decoder: bool) -
     return [float(a == b) for a, b in zip(predicted, answers, strict=True)]
 
 
+def by_nearest(runner: Runner, model: Any, task: TextTask, encoder_decoder: bool) -> list[float]:
+    """1 where the name of the right label is nearest to the text, by the cosine of their embeddings.
+
+    An embedding is the mean of the encoder's outputs over the tokens.
+    """
+    del encoder_decoder
+    encoder = getattr(model, "get_base_model", lambda: model)().base_model
+    names = [runner.encode(label) for label in task.labels]
+    texts = [runner.encode(str(row["text"]), row.get("text_pair")) for row in task.rows]
+
+    def embed(batch: Batch) -> list[list[float]]:
+        mask = batch["attention_mask"].unsqueeze(-1)
+        means = (encoder(**batch).last_hidden_state.float() * mask).sum(1) / mask.sum(1)
+        return torch.nn.functional.normalize(means).tolist()
+
+    embedded = torch.tensor(runner.run([*names, *texts], embed, task.name))
+    nearest = (embedded[len(names) :] @ embedded[: len(names)].T).argmax(-1).tolist()
+    answers = [task.class_of(row) for row in task.rows]
+    return [float(a == b) for a, b in zip(nearest, answers, strict=True)]
+
+
 def by_choice(runner: Runner, model: Any, task: TextTask, encoder_decoder: bool) -> list[float]:
     """1 where the right answer is the most likely one."""
     pairs = [(row, choice) for row in task.rows for choice in task.choices(row)]
@@ -167,6 +188,7 @@ def by_exact_match(
 OUTCOMES = {
     "head": by_head,
     "choose": by_choice,
+    "nearest": by_nearest,
     "exact": by_exact_match,
     "loss": by_loss,
 }

@@ -2,18 +2,21 @@
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.data.batches import Row, read_rows
 from pcb_peft.errors import OptionError
 from pcb_peft.evaluation.cache import digest_of
 
+Item = TypeVar("Item")
+
 MEASURES = {
     "head": "accuracy of the classification head",
     "choose": "accuracy of the most likely answer, among those of the task",
+    "nearest": "zero-shot accuracy of an encoder: the label whose name is nearest to the text, by their embeddings",
     "exact": "share of generated answers that are right to the letter",
     "loss": "1/perplexity of the answers, or of the texts where there are none",
 }
@@ -22,6 +25,7 @@ MEASURES = {
 METRIC = {
     "head": "accuracy",
     "choose": "accuracy",
+    "nearest": "accuracy",
     "exact": "exact match",
     "loss": "1/perplexity",
 }
@@ -85,7 +89,7 @@ Rows: TypeAlias = str | Path | Sequence[Any]
 """A ``.jsonl`` file, or rows."""
 
 
-def spread(rows: Sequence[Row], count: int | None) -> tuple[Row, ...]:
+def spread(rows: Sequence[Item], count: int | None) -> tuple[Item, ...]:
     """Take at most so many rows, evenly spread."""
     if count is None or count >= len(rows):
         return tuple(rows)
@@ -129,6 +133,9 @@ def read_task(  # noqa: PLR0913  (every choice, by name)
     elif chosen == "choose":
         known = labels or _answers(rows)
         _check_choices(name, rows, known)
+    elif chosen == "nearest":
+        known = labels or adapter_labels(adapter) or _answers(rows)
+        _check_labels(name, rows, known)
     return TextTask(
         name=name,
         rows=tuple(rows),
@@ -165,29 +172,54 @@ def _measure(
     has = {key for key in ("label", "answer", "choices") if all(key in row for row in rows)}
     language_model = task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
     if measure == "auto":
-        if classes is not None and not language_model:
-            measure = "head"
-        elif has & {"label", "choices"}:
-            measure = "choose"
-        else:
-            measure = "exact" if "answer" in has else "loss"
+        measure = _suiting(has, language_model, classes)
     if measure == "head" and classes is None:
         raise OptionError(
             f"{name}: there is no classification head, neither in the adapter (modules_to_save) nor in the merge; give "
             "an adapter that was saved with its head"
         )
-    if measure != "head" and not language_model:
+    _check_model(name, measure, language_model)
+    needed = NEEDED.get(measure, set())
+    if needed and not has & needed:
         raise OptionError(
-            f"{name}: the base model is an encoder without a head, which answers nothing: give an adapter with a "
-            "classification head, a causal language model, or a function that measures"
-        )
-    needed = {"head": {"label"}, "choose": {"label", "answer"}, "exact": {"label", "answer"}}
-    if measure in needed and not has & needed[measure]:
-        raise OptionError(
-            f"{name}: a row has none of {', '.join(sorted(needed[measure]))}, which the measure {measure} needs in "
-            "every row"
+            f"{name}: a row has none of {', '.join(sorted(needed))}, which the measure {measure} needs in every row"
         )
     return measure
+
+
+NEEDED = {
+    "head": {"label"},
+    "nearest": {"label"},
+    "choose": {"label", "answer"},
+    "exact": {"label", "answer"},
+}
+"""What every row must have for a measure: one of these."""
+
+
+def _suiting(has: Collection[str], language_model: bool, classes: int | None) -> str:
+    """The measure that suits what all rows have."""
+    if not language_model and (classes is not None or "label" in has):
+        return "head" if classes is not None else "nearest"
+    if "label" in has or "choices" in has:
+        return "choose"
+    return "exact" if "answer" in has else "loss"
+
+
+def _check_model(name: str, measure: str, language_model: bool) -> None:
+    """Refuse a measure that the model is not made for.
+
+    Raises:
+        OptionError: It is not.
+    """
+    if measure not in ("head", "nearest") and not language_model:
+        raise OptionError(
+            f"{name}: the base model is an encoder, which writes nothing: give rows with a `label`, a causal language "
+            "model, or a function that measures"
+        )
+    if measure == "nearest" and language_model:
+        raise OptionError(
+            f"{name}: the measure nearest is for encoders; a language model chooses by likelihood (choose)"
+        )
 
 
 def _head_labels(
@@ -237,7 +269,7 @@ def _check_labels(name: str, rows: Sequence[Row], known: Sequence[str]) -> None:
     pairs = _likely(unknown, unused)
     hint = " ".join(f'"{label}={meant}"' for label, meant in pairs.items())
     raise OptionError(
-        f"{name}: the data has labels that the head does not know: {', '.join(unknown)}. The head knows "
+        f"{name}: the data has labels that the adapter does not know: {', '.join(unknown)}. It knows "
         f"{', '.join(known)}"
         + (
             f"; perhaps rename={pairs} (--rename {hint})"
