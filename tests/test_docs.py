@@ -178,10 +178,13 @@ def test_recipes_are_recipes(code, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "script", [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("examples/*.py")], ids=lambda p: p.name
+    "script", [*ROOT.glob("benchmarks/**/*.py"), *ROOT.glob("examples/*.py")], ids=lambda p: p.name
 )
 def test_scripts_import_what_there_is(script):
     for node in ast.walk(ast.parse(script.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            beside = (script.parent / f"{node.module}.py").is_file()
+            assert beside or importlib.util.find_spec(node.module.partition(".")[0]), node.module
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pcb_peft"):
             module = importlib.import_module(node.module)
             for name in node.names:
