@@ -80,12 +80,7 @@ class Bench:
         with tempfile.TemporaryDirectory() as scratch:
             merged = self._merged(setting, Path(scratch))
             seconds = time.perf_counter() - begun
-            found = climb(
-                lambda scale: self.validation.kept(merged.scaled(scale), self.names),
-                MEAN,
-                begin=1.0,
-                best=None,
-            )
+            found = self._weighed(merged, setting)
             chosen = max(found, key=lambda scale: MEAN(found[scale]))
             tested = {scale: self._tested(merged.scaled(scale)) for scale in {1.0, chosen}}
         return {
@@ -95,6 +90,16 @@ class Bench:
             "test": tested[chosen],
             "seconds": round(seconds, 2),
         }
+
+    def _weighed(self, merged: Adapter, setting: Setting) -> Mapping[float, Mapping[str, float]]:
+        """What is kept of the validation texts, by common weight; controls stay as they are."""
+
+        def kept(scale: float) -> Mapping[str, float]:
+            return self.validation.kept(merged.scaled(scale), self.names)
+
+        if setting.method in CONTROLS:
+            return {1.0: kept(1.0)}
+        return climb(kept, MEAN, begin=1.0, best=None)
 
     def _tested(self, merged: Adapter) -> dict[str, dict[str, float]]:
         result = evaluate(

@@ -118,7 +118,9 @@ def _table(rows: list[Row]) -> str:
     normalised = [row.normalised for row in rows]
     mean, worst = sum(normalised) / len(rows), min(normalised)
     lines.append(f"One adapter keeps {mean:.1%} of the four, {worst:.1%} on the worst task.")
-    lines.append("These tasks are easy ones. Expect less of more tasks, and measure: pcb-peft evaluate.")
+    lines.append(
+        "These tasks are easy ones. Expect less of more tasks, and measure: pcb-peft evaluate."
+    )
     return "\n".join([*lines, ""])
 
 
