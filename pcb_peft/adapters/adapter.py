@@ -28,6 +28,7 @@ from pcb_peft.deltas.replacements import TIES, Replacements, Tied, head_files
 from pcb_peft.errors import MismatchError, OptionError
 from pcb_peft.formats import Base, LazyDelta
 from pcb_peft.runtime.progress import tracker
+from pcb_peft.writing.base_gap import BaseGap, MeasuredDeltas
 from pcb_peft.writing.edits import fitted
 from pcb_peft.writing.fold import fold_deltas
 from pcb_peft.writing.model_card import CARD, Facts, link, model_card, public_name, read_card
@@ -57,6 +58,7 @@ class Adapter:
         heads: Name of each source of a merged adapter to the parameters that this source replaces.
         inputs: Files and directories that it was made from, which no output may replace.
         companions: Tokenizer, chat template and other files beside the weights that belong to the model, by group.
+        base_gap: After a fold with `compare_base`: how far the two base models are from each other.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Adapter:
     heads: Mapping[str, Replacements] = dataclasses.field(default_factory=dict[str, Replacements])
     inputs: tuple[str, ...] = ()
     companions: Companions = dataclasses.field(default_factory=dict[str, Mapping[str, Path]])
+    base_gap: BaseGap | None = None
 
     def __repr__(self) -> str:
         kinds = {entry.kind.kind_name for entry in self.modules.entries.values()}
@@ -178,13 +181,20 @@ class Adapter:
             return self
         return dataclasses.replace(self, modules=DeltaMapping(entries), reopen=None)
 
-    def delta(self, module: str, base_model: str | Path | BaseModel | None = None) -> Tensor:
+    def delta(
+        self,
+        module: str,
+        base_model: str | Path | BaseModel | None = None,
+        *,
+        dequantize: bool = False,
+    ) -> Tensor:
         """Return the change that is added to a module's weight W.
 
         Args:
             module: Path of the module in the base model.
             base_model: Path or hub id of the base model, needed only where ΔW depends on W, as for (IA)³; default:
                 the one that the adapter was read or merged beside.
+            dequantize: Take a quantised base model; its weights are computed from their codes.
 
         Returns:
             ΔW, float32, in W's own orientation: (out, in) for Linear, (in, out) for Conv1D. The base model says which
@@ -201,7 +211,7 @@ class Adapter:
             >>> delta.ndim, delta.dtype
             (2, torch.float32)
         """
-        base = lazy_base(base_model)
+        base = lazy_base(base_model, dequantize=dequantize)
         if base is None and self.modules.entries[module].kind.multiplies and self.base is not None:
             given = self.base()  # W is needed, and known
             base = lazy_base(given) if isinstance(given, BaseModel) else None
@@ -273,6 +283,8 @@ class Adapter:
         tied: Tied | None = None,
         overwrite: Overwrite = False,
         progress: bool | None = None,
+        dequantize: bool = False,
+        compare_base: str | Path | BaseModel | None = None,
     ) -> "Adapter":
         """Write the base model with W + ΔW in the place of W, shard by shard.
 
@@ -288,13 +300,19 @@ class Adapter:
             overwrite: Replace a directory that is not empty: True, if this package wrote everything in it; "all",
                 whatever it holds.
             progress: Show a bar; default: on a terminal.
+            dequantize: Take a quantised base model (NF4, INT8, GPTQ, AWQ, FP8 …): its weights are computed from their
+                codes, one tensor at a time, and the folded model is bfloat16.
+            compare_base: The same model quantised where `base_model` is not, or the other way round. The distance
+                between the two, in units of ‖ΔW‖, is then in `base_gap` of what is returned: near 0, folding onto
+                either is what was trained; near 1 or above, only folding onto the one that was trained on is.
 
         Returns:
             The adapter. After a merge with rank "full" its report now covers all modules.
 
         Raises:
             MismatchError: The base model does not have these modules, or has them in other shapes.
-            BaseModelError: Tied weights would change differently, and the policy refuses it.
+            BaseModelError: Tied weights would change differently, and the policy refuses it; or the base model is
+                quantised, and `dequantize` is not set.
             OutputError: The directory cannot be written, must not be replaced, contains what the adapter was read
                 from, or lies in it.
 
@@ -303,16 +321,18 @@ class Adapter:
             >>> folded = load_adapter("math-lora").fold("base-model", "math-model-again")
         """
         check_target(Path(output), overwrite=overwrite, inputs=self.inputs)
-        base = opened_base(base_model)
+        base = opened_base(base_model, dequantize=dequantize)
         policy = tied or self.tied
         if policy not in TIES:
             raise OptionError(f"tied is {policy!r}; it must be one of {', '.join(TIES)}")
+        other = None if compare_base is None else opened_base(compare_base, dequantize=True)
         adapter = self.on(lazy_base(base))
         adapter = adapter.split_as(base.names.skeleton)
         adapter = adapter.renamed(names_in_checkpoint(base, adapter.modules))
         replaced = adapter.head.within(base.names.stores)
+        measured = None if other is None else MeasuredDeltas(adapter.modules, base, other)
         fold_deltas(
-            adapter.modules,
+            adapter.modules if measured is None else measured,
             base,
             output,
             replaced=replaced,
@@ -324,7 +344,7 @@ class Adapter:
             overwrite=overwrite,
             progress=tracker(progress),
         )
-        return self
+        return self if measured is None else dataclasses.replace(self, base_gap=measured.gap())
 
     def whole_biases(self) -> Mapping[str, Callable[[], Tensor]]:
         """Return functions that read the biases that PEFT stores whole, where a LoRA has no room for their changes."""

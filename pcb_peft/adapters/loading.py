@@ -25,6 +25,7 @@ def load_adapter(
     subfolder: str | None = None,
     base_model: str | Path | BaseModel | Base = None,
     hashed: bool = True,
+    dequantize: bool = False,
 ) -> Adapter:
     """Open an adapter that PEFT saved. Its tensors are read when they are asked for.
 
@@ -35,6 +36,7 @@ def load_adapter(
         base_model: Path or hub id of the base model; opened only where a delta depends on W (DoRA, PiSSA, trained
             biases …).
         hashed: Read the whole file once for its hash, by which recipes and random masks know the adapter.
+        dequantize: Take a quantised base model; its weights are computed from their codes.
 
     Returns:
         The adapter: its deltas by module, its head, and methods that save it or fold it into its base model.
@@ -49,7 +51,7 @@ def load_adapter(
         >>> adapter.modules["model.layers.0.self_attn.q_proj"].kind_name
         'LoRA'
     """
-    base = base_model if callable(base_model) else lazy_base(base_model)
+    base = base_model if callable(base_model) else lazy_base(base_model, dequantize=dequantize)
     if isinstance(source, str | Path):
         source = Source(str(source), revision, subfolder)
     return _opened(source, hashed=hashed)(base)
@@ -98,7 +100,9 @@ def fold_adapter(
     tied: Tied | None = None,
     overwrite: Overwrite = False,
     progress: bool | None = None,
-) -> None:
+    dequantize: bool = False,
+    compare_base: str | Path | None = None,
+) -> Adapter:
     """Write the base model with an adapter added into its weights.
 
     Args:
@@ -109,6 +113,11 @@ def fold_adapter(
         overwrite: Replace a directory that is not empty: True, if this package wrote everything in it; "all", whatever
             it holds.
         progress: Show a bar; default: on a terminal.
+        dequantize: Take a quantised base model, as in `Adapter.fold`.
+        compare_base: The same model with or without quantisation, as in `Adapter.fold`.
+
+    Returns:
+        The adapter; with `compare_base` its `base_gap` says how far the two base models are from each other.
 
     Raises:
         AdapterError: There is no adapter, or its files are damaged.
@@ -123,5 +132,13 @@ def fold_adapter(
     source = adapter.path if isinstance(adapter, Source) else adapter
     check_target(Path(output), overwrite=overwrite, inputs=(source, base_model))
     must_match = isinstance(adapter, Source) and adapter.sha256 is not None
-    loaded = load_adapter(adapter, base_model=base_model, hashed=must_match)
-    loaded.fold(base_model, output, tied=tied, overwrite=overwrite, progress=progress)
+    loaded = load_adapter(adapter, base_model=base_model, hashed=must_match, dequantize=dequantize)
+    return loaded.fold(
+        base_model,
+        output,
+        tied=tied,
+        overwrite=overwrite,
+        progress=progress,
+        dequantize=dequantize,
+        compare_base=compare_base,
+    )

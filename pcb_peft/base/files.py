@@ -2,8 +2,7 @@
 
 import dataclasses
 import json
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,6 @@ DOWNLOADED = [
     *("*.bpe", "*.codes", "*.spm", "*.tiktoken"),
 ]
 NOT_DOWNLOADED = ["consolidated*", "original/*", "onnx/*", "openvino/*"]
-_QUANTISED = re.compile(
-    r"\.(qweight|qzeros|SCB|weight_packed|weight_scale(_inv)?|weight\.(absmax|quant_map))$"
-)
 
 
 class _Index(msgspec.Struct):
@@ -131,17 +127,3 @@ def _tensors_in(directory: Path, file: str) -> dict[str, TensorInfo]:
 def _info(file: str, start: int, entry: _Entry) -> TensorInfo:
     begin, end = entry.data_offsets
     return TensorInfo(file, start + begin, start + end, entry.shape, entry.dtype)
-
-
-def refuse_quantised(
-    config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], source: str
-) -> None:
-    """Raise BaseModelError for a quantised model."""
-    tensor = next(filter(_QUANTISED.search, tensors), None)
-    if not (tensor or config.get("quantization_config")):
-        return
-    reason = f"it holds {tensor}" if tensor else "its config.json has a quantization_config"
-    raise BaseModelError(
-        f"{source} is quantised ({reason}): every change would be rounded away; "
-        "give the model that it was made from, in bfloat16, float16 or float32"
-    )

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from pcb_peft.base.architecture import Skeleton, build_skeleton
@@ -20,22 +19,27 @@ from pcb_peft.base.files import (
     TensorInfo,
     read_index,
     read_tensor_infos,
-    refuse_quantised,
 )
 from pcb_peft.base.hub import download
 from pcb_peft.base.names import ParameterNames
 from pcb_peft.base.places import WeightSlice, places_of
+from pcb_peft.base.plain_checkpoint import plain_checkpoint, values_in
+from pcb_peft.base.quantised import QuantisedWeight, is_quantised
 from pcb_peft.deltas.layout import CONV1D, LINEAR, Layout, ParameterForm, layout_of
 from pcb_peft.errors import BaseModelError, MismatchError
 from pcb_peft.runtime.paths import expanded
 
 
-def open_base_model(source: str | Path, revision: str | None = None) -> "BaseModel":
-    """Open a transformers checkpoint without reading a tensor.
+def open_base_model(
+    source: str | Path, revision: str | None = None, *, dequantize: bool = False
+) -> "BaseModel":
+    """Open a transformers checkpoint without reading a weight.
 
     Args:
         source: A directory, or the id of a repository on the Hub (from its cache when offline).
         revision: Branch, tag or commit of the repository. A directory has none.
+        dequantize: Take a quantised checkpoint (NF4, INT8, GPTQ, AWQ, FP8 …), whose weights are then computed from
+            their codes whenever they are read.
 
     Raises:
         BaseModelError: There is no such model, or it is stored in a form that cannot be read.
@@ -49,59 +53,83 @@ def open_base_model(source: str | Path, revision: str | None = None) -> "BaseMod
             unwanted=NOT_DOWNLOADED,
             error_type=BaseModelError,
         )
-    return _open(str(source), directory)
+    return _open(str(source), directory, dequantize=dequantize)
 
 
-def _open(source: str, directory: Path) -> "BaseModel":
+def _open(source: str, directory: Path, *, dequantize: bool) -> "BaseModel":
     config = read_config(directory)
     index = read_index(directory)
-    tensors = read_tensor_infos(directory, sorted(set(index.values())) or [SINGLE_FILE])
-    refuse_quantised(config, tensors, source)
-    base = BaseModel(source, directory, config, tensors)
+    stored = read_tensor_infos(directory, sorted(set(index.values())) or [SINGLE_FILE])
+    if reason := is_quantised(config, stored):
+        if not dequantize:
+            raise _quantised_error(source, reason)
+        base = BaseModel(source, directory, *plain_checkpoint(config, stored, directory, source))
+    else:
+        base = BaseModel(source, directory, config, stored)
     for name, file in index.items():
-        if name not in tensors and base.names.is_required(name):
+        if name not in stored and base.names.is_required(name):
             raise BaseModelError(
                 f"{directory}: the index says {name} is in {file}, which lacks it: fetch the model again"
             )
     return base
 
 
-def opened_base(base_model: "str | Path | BaseModel") -> "BaseModel":
+def _quantised_error(source: str, reason: str) -> BaseModelError:
+    return BaseModelError(
+        f"{source} is quantised ({reason}), and a change of rounded codes would be lost; either dequantize=True "
+        "(--dequantize) reads its weights as the quantised model computes with them, as an adapter that was trained on "
+        "it has seen them, and a fold then writes bfloat16; or give the model that it was made from, in bfloat16, "
+        "float16 or float32"
+    )
+
+
+def opened_base(base_model: "str | Path | BaseModel", *, dequantize: bool = False) -> "BaseModel":
     """Return a base model that is open: the one that was given, or the one in a directory or on the Hub."""
-    return base_model if isinstance(base_model, BaseModel) else open_base_model(base_model)
+    if isinstance(base_model, BaseModel):
+        return base_model
+    return open_base_model(base_model, dequantize=dequantize)
 
 
 class LazyBase:
     """A base model that is opened once, when it is first asked for; pickled unopened."""
 
-    def __init__(self, source: "str | Path | BaseModel", directory: Path | None = None) -> None:
+    def __init__(
+        self,
+        source: "str | Path | BaseModel",
+        directory: Path | None = None,
+        dequantize: bool = False,
+    ) -> None:
         """Name a base model.
 
         Args:
             source: Path or hub id, or a base model that is open.
             directory: Directory of the files, if it is known already.
+            dequantize: As `open_base_model` takes it.
         """
-        self._source, self._directory = source, directory
+        self._source, self._directory, self._dequantize = source, directory, dequantize
 
     def __call__(self) -> "BaseModel":
         """Return the base model; errors are those of `open_base_model`."""
         if isinstance(self._source, BaseModel):
             return self._source
         if self._directory is None:
-            self._source = open_base_model(self._source)
+            self._source = open_base_model(self._source, dequantize=self._dequantize)
         else:
-            self._source = _open(str(self._source), self._directory)
+            self._source = _open(str(self._source), self._directory, dequantize=self._dequantize)
         return self._source
 
     def __reduce__(self) -> tuple[Any, ...]:
         if type(self._source) is BaseModel:
-            return LazyBase, (self._source.source, self._source.directory)
-        return LazyBase, (self._source, self._directory)
+            base = self._source
+            return LazyBase, (base.source, base.directory, bool(base.quantised))
+        return LazyBase, (self._source, self._directory, self._dequantize)
 
 
-def lazy_base(base_model: "str | Path | BaseModel | None") -> LazyBase | None:
+def lazy_base(
+    base_model: "str | Path | BaseModel | None", *, dequantize: bool = False
+) -> LazyBase | None:
     """Return the base model, opened once, when it is first asked for; None where there is none."""
-    return None if base_model is None else LazyBase(base_model)
+    return None if base_model is None else LazyBase(base_model, dequantize=dequantize)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -115,16 +143,22 @@ class BaseModel:
         source: Path or hub id, as the caller gave it.
         directory: Directory of the files.
         config: ``config.json``.
-        tensors: Name in the files to place and shape.
+        tensors: Name in the files to place and shape. A quantised weight is listed as the layer without quantisation
+            has it, in bfloat16, at the place of its codes.
+        quantised: The weights that are computed from codes and scales; empty for an ordinary checkpoint.
     """
 
     source: str
     directory: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
+    quantised: Mapping[str, QuantisedWeight] = dataclasses.field(
+        default_factory=dict[str, QuantisedWeight]
+    )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _open, (self.source, self.directory)
+        reopen = functools.partial(_open, dequantize=bool(self.quantised))
+        return reopen, (self.source, self.directory)
 
     @property
     def residual(self) -> bool:
@@ -217,10 +251,10 @@ class BaseModel:
         return self._skeleton.own_parameters(module)
 
     def tensor(self, parameter: str) -> Tensor:
-        """Read the values of a parameter, by its name in the files."""
-        path = self.directory / self.tensors[parameter].file
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(parameter)
+        """Read the values of a parameter, by its name in the files; those of a quantised weight are float32."""
+        if parameter in self.quantised:
+            return self.quantised[parameter].values()
+        return values_in(self.directory / self.tensors[parameter].file, parameter)
 
     def weight(self, module: str) -> Tensor:
         """Read W of a module, as it is stored; errors are those of `parameter`."""

@@ -302,7 +302,17 @@ def _mxfp4(
 
 
 def _transposed_mxfp4(parts: tuple[str, str], read: Read) -> Tensor:
-    return dequantise.mxfp4(read(parts[0]), read(parts[1])).transpose(-1, -2).contiguous()
+    """One expert at a time: codes as indices take eight bytes per value."""
+    import torch
+
+    blocks, scales = read(parts[0]), read(parts[1])
+    if blocks.ndim < 4:
+        return dequantise.mxfp4(blocks, scales).T.contiguous()
+    experts, rows, groups, _half = blocks.shape
+    values = torch.empty(experts, 32 * groups, rows)
+    for expert in range(experts):
+        values[expert] = dequantise.mxfp4(blocks[expert], scales[expert]).T
+    return values
 
 
 def _scaled(described: Mapping[str, Any], tensors: Mapping[str, TensorInfo], read: Read) -> _Found:

@@ -10,6 +10,10 @@ from pcb_peft.commands.parser import UsageError
 
 DTYPES = ("float32", "bfloat16", "float16")
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+DEQUANTIZE = (
+    "take a quantised base model (NF4, INT8, GPTQ, AWQ, FP8 ...): weights are computed from their codes; a fold is "
+    "written in bfloat16"
+)
 WORDS = {"true": True, "false": False, "none": None, "null": None}
 
 
@@ -60,6 +64,20 @@ def add_saving_arguments(parser: argparse.ArgumentParser, *, required: bool = Tr
         "--rank-pattern",
         action="store_true",
         help="save each module at its own rank, without padding (PEFT's rank_pattern)",
+    )
+
+
+def add_dequantize(parser: argparse.ArgumentParser) -> None:
+    """Add ``--dequantize``."""
+    parser.add_argument("--dequantize", action="store_true", help=DEQUANTIZE)
+
+
+def add_compare_base(parser: argparse.ArgumentParser) -> None:
+    """Add ``--compare-base``."""
+    parser.add_argument(
+        "--compare-base",
+        metavar="MODEL",
+        help="the same model quantised, or not quantised, to measure how far from it the base model is",
     )
 
 

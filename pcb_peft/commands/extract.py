@@ -3,6 +3,7 @@
 import argparse
 
 from pcb_peft.commands.arguments import (
+    add_dequantize,
     add_saving_arguments,
     dtype_of,
     parse_value,
@@ -30,6 +31,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="GLOB",
         help="parameters not to extract, such as '*.embed_tokens.*'",
     )
+    add_dequantize(parser)
     add_saving_arguments(parser)
 
 
@@ -45,6 +47,7 @@ def _run(parsed: argparse.Namespace) -> Answer:
         parsed.rank,
         leave_out=parsed.leave_out,
         progress=progress_of(parsed),
+        dequantize=parsed.dequantize,
     )
     extracted = extracted.save_pretrained(
         parsed.output,

@@ -2,7 +2,12 @@
 
 import argparse
 
-from pcb_peft.commands.arguments import add_output_arguments, progress_of
+from pcb_peft.commands.arguments import (
+    add_compare_base,
+    add_dequantize,
+    add_output_arguments,
+    progress_of,
+)
 from pcb_peft.commands.command import Answer, Command
 from pcb_peft.commands.next_steps import after_fold, size_on_disk
 from pcb_peft.commands.recipe_fields import tied_help
@@ -15,23 +20,31 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "base_model", help="directory or hub id of a transformers checkpoint in safetensors"
     )
     parser.add_argument("--tied", type=str.lower, metavar="POLICY", help=tied_help())
+    add_dequantize(parser)
+    add_compare_base(parser)
     add_output_arguments(parser)
 
 
 def _run(parsed: argparse.Namespace) -> Answer:
     from pcb_peft.adapters.loading import fold_adapter
 
-    fold_adapter(
+    folded = fold_adapter(
         parsed.adapter,
         parsed.base_model,
         parsed.output,
         tied=parsed.tied,
         overwrite=parsed.overwrite,
         progress=progress_of(parsed),
+        dequantize=parsed.dequantize,
+        compare_base=parsed.compare_base,
     )
-    size = size_on_disk(parsed.output)
-    text = f"folded into {parsed.output} ({format_size(size)})\n{after_fold(parsed.output)}"
-    return Answer(text, {"output": str(parsed.output), "bytes": size})
+    size, gap = size_on_disk(parsed.output), folded.base_gap
+    lines = [f"folded into {parsed.output} ({format_size(size)})", after_fold(parsed.output)]
+    data = {"output": str(parsed.output), "bytes": size}
+    if gap is not None:
+        lines.insert(1, str(gap))
+        data |= {"base_gap": {"ratio": gap.ratio, "modules": dict(gap.ratios)}}
+    return Answer("\n".join(lines), data)
 
 
 COMMAND = Command(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pcb_peft.commands.arguments import (
+    add_compare_base,
     add_saving_arguments,
     dtype_of,
     is_verbose,
@@ -50,6 +51,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fold", action="store_true", help="write the base model with the merge folded in"
     )
+    add_compare_base(parser)
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -75,6 +77,8 @@ def _run(parsed: argparse.Namespace) -> Answer:
             "give -o/--output, the directory to write, or --dry-run",
             "pcb-peft merge math-lora code-lora -o merged",
         )
+    if parsed.compare_base and not parsed.fold:
+        raise UsageError("--compare-base compares base models in a fold: give --fold, too")
     recipe, notes = recipe_of(parsed)
     return _estimate(parsed, recipe, notes) if parsed.dry_run else _merge(parsed, recipe, notes)
 
@@ -111,11 +115,12 @@ def _merge(parsed: argparse.Namespace, recipe: "Recipe", notes: list[str]) -> An
         check_file_target(parsed.report, overwrite=parsed.overwrite, inputs=inputs)
     check_writable(recipe, fold=parsed.fold)
     with phase("reading", progress):
-        adapters = load_adapters(recipe.adapters, base_model=lazy_base(recipe.base_model))
+        base = lazy_base(recipe.base_model, dequantize=recipe.dequantize)
+        adapters = load_adapters(recipe.adapters, base_model=base)
     with phase("merging", progress):
         merged = merge(recipe, adapters, device=device, max_memory=memory, progress=progress)
     with phase("writing", progress):
-        merged = _write(merged, parsed)
+        merged = _written(merged, parsed)
     if parsed.report:
         _write_page(merged, adapters, parsed)
     return _answer(merged, parsed, notes)
@@ -137,11 +142,16 @@ def _inputs(parsed: argparse.Namespace, recipe: "Recipe") -> list[str | None]:
     return [*parsed.adapters, *sources, recipe.base_model]
 
 
-def _write(merged: "MergedAdapter", parsed: argparse.Namespace) -> "MergedAdapter":
-    """Write the merge; returns it with its complete report."""
+def _written(merged: "MergedAdapter", parsed: argparse.Namespace) -> "MergedAdapter":
+    """Write the output, and return the merged adapter with what is known then."""
     if parsed.fold:
-        base, progress = str(merged.recipe.base_model), progress_of(parsed)
-        return merged.fold(base, parsed.output, overwrite=parsed.overwrite, progress=progress)
+        return merged.fold(
+            str(merged.recipe.base_model),
+            parsed.output,
+            overwrite=parsed.overwrite,
+            progress=progress_of(parsed),
+            compare_base=parsed.compare_base,
+        )
     return merged.save_pretrained(
         parsed.output,
         dtype=dtype_of(parsed),

@@ -4,7 +4,13 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from pcb_peft.commands.arguments import in_known_case, parse_step, parse_value, parse_weights
+from pcb_peft.commands.arguments import (
+    DEQUANTIZE,
+    in_known_case,
+    parse_step,
+    parse_value,
+    parse_weights,
+)
 from pcb_peft.commands.method_options import AUTO, default_methods, flag_of, peft_aliases
 from pcb_peft.commands.sources import constant, entries
 
@@ -115,6 +121,7 @@ def _model_fields() -> Iterator[Field]:
         _text,
         "METRIC",
     )
+    yield Field("dequantize", DEQUANTIZE, _switch, None)
     yield Field("statistics", "files of pcb-peft collect, one per adapter", list, "FILE", many=True)
     yield Field(
         "heads",

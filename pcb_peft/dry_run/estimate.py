@@ -94,7 +94,8 @@ def estimate_merge(
     """
     check_writable(recipe, fold=fold)
     memory, file_dtype = number_of_bytes(max_memory), parse_dtype(dtype)
-    given = load_adapters(recipe.adapters, base_model=lazy_base(recipe.base_model), hashed=False)
+    base = lazy_base(recipe.base_model, dequantize=recipe.dequantize)
+    given = load_adapters(recipe.adapters, base_model=base, hashed=False)
     prepared = prepare(recipe, given, headers_only=True)
     by_setting = [
         (setting, module_costs(prepared.adapter_set, prepared.plan, setting, memory))

@@ -58,6 +58,7 @@ def extract_adapter(
     *,
     leave_out: Sequence[str] = (),
     progress: bool | None = None,
+    dequantize: bool = False,
 ) -> ExtractedAdapter:
     """Return the adapter that turns a base model into a fine-tuned one.
 
@@ -72,6 +73,7 @@ def extract_adapter(
             (PEFT's modules_to_save).
         leave_out: Globs of parameters whose changes are not wanted, such as ``*.bias`` or ``*norm*``.
         progress: Show a bar; default: on a terminal.
+        dequantize: Take quantised checkpoints; their weights are computed from their codes.
 
     Returns:
         The adapter. Its `report` says how much of each module's change it retains.
@@ -91,7 +93,8 @@ def extract_adapter(
     if not isinstance(choice, Lossless | FixedRank | EnergyFraction):
         raise OptionError(f"rank is {rank!r}; extraction takes an integer, a fraction, or None")
     started = time.perf_counter()
-    tuned, base = opened_base(finetuned), opened_base(base_model)
+    tuned = opened_base(finetuned, dequantize=dequantize)
+    base = opened_base(base_model, dequantize=dequantize)
     comparison = compare_checkpoints(tuned, base, tuple(leave_out), tracker(progress))
     report = ReportBuilder(comparison.notes)
     entries = {

@@ -74,6 +74,7 @@ def merge_adapters(  # noqa: PLR0913  (every choice of a merge, by name)
     max_memory: int | str = DEFAULT_MEMORY,
     statistics: Sequence[StatisticsLike] = (),
     metric: str | Path | None = None,
+    dequantize: bool = False,
     **options: Any,
 ) -> MergedAdapter:
     """Merge adapters of one base model into one adapter.
@@ -115,6 +116,8 @@ def merge_adapters(  # noqa: PLR0913  (every choice of a merge, by name)
             "random" (the base model's own, on random tokens: measured once per base model, for which `base_model` is
             needed), a ``.jsonl`` file of texts, a file of moments, or "statistics" (the mean of `statistics` of kind
             gram). None: all inputs count alike.
+        dequantize: Take a quantised base model (NF4, INT8, GPTQ, AWQ, FP8 …): where W is needed, it is computed from
+            its codes.
         **options: Options of the method and the space, such as `density` of `pcb`.
 
     Returns:
@@ -131,11 +134,11 @@ def merge_adapters(  # noqa: PLR0913  (every choice of a merge, by name)
     """
     _refuse_one_adapter(adapters)
     chosen = method if isinstance(method, MergeMethod) else named_method(method)
-    loaded = load_adapters(adapters, base_model=lazy_base(base_model))
+    loaded = load_adapters(adapters, base_model=lazy_base(base_model, dequantize=dequantize))
     opened = [open_statistics(one) for one in statistics]
     what = {"weights": weights, "space": space, "scope": scope, "rank": rank, "options": options}
-    how = {"overrides": overrides, "before": before, "after": after, "chain": chain}
-    where = {"base_model": base_model, "metric": metric, "seed": seed}
+    how = {"overrides": overrides, "before": before, "after": after, "chain": chain, "seed": seed}
+    where = {"base_model": base_model, "dequantize": dequantize, "metric": metric}
     beside = {"heads": heads, "head": head, "companions": companions, "tied": tied}
     recipe = _recipe_of(loaded, opened, method, **what, **how, **where, **beside)
     return merge(

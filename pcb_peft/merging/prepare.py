@@ -79,7 +79,8 @@ def prepare(
     Raises:
         PcbPeftError: The merge cannot be made.
     """
-    chosen, base = method or named_method(recipe.method), lazy_base(recipe.base_model)
+    chosen = method or named_method(recipe.method)
+    base = lazy_base(recipe.base_model, dequantize=recipe.dequantize)
     given = adapters or load_adapters(recipe.adapters, base_model=base, hashed=not headers_only)
     renamed, name_notes = _under_one_name(named_apart(given), base)
     resolved = _resolved(renamed, recipe, base)

@@ -22,6 +22,7 @@ from pcb_peft.merging.report import ModuleReport, Report
 from pcb_peft.recipes.recipe import FILE_NAME, Recipe
 from pcb_peft.recipes.weights import plain
 from pcb_peft.runtime.processes import current, union
+from pcb_peft.writing.base_gap import BaseGap
 from pcb_peft.writing.model_card import Facts
 from pcb_peft.writing.targets import Overwrite
 
@@ -151,7 +152,32 @@ class MergedAdapter(Adapter):
         tied: Tied | None = None,
         overwrite: Overwrite = False,
         progress: bool | None = None,
+        dequantize: bool | None = None,
+        compare_base: str | Path | BaseModel | None = None,
     ) -> "MergedAdapter":
+        """Write the base model with the merge in its weights, as `Adapter.fold` does.
+
+        Args:
+            base_model: As there, and so are the other arguments.
+            output: Directory to write.
+            tied: Default: the recipe's policy.
+            overwrite: Replace a directory that is not empty.
+            progress: Show a bar.
+            dequantize: Take a quantised base model; default: what the recipe says.
+            compare_base: The same model with or without quantisation.
+
+        Returns:
+            The merged adapter; its report covers all modules, and with `compare_base` says how far apart the two are.
+
+        Raises:
+            PcbPeftError: What `Adapter.fold` raises.
+
+        Example:
+            >>> from pcb_peft import merge_adapters
+            >>> merged = merge_adapters(["math-lora", "code-lora"], rank="full", progress=False)
+            >>> merged.fold("base-model", "merged-model", progress=False).report.pending
+            0
+        """
         lines: dict[str, ModuleReport] = {}
         watched = {
             name: dataclasses.replace(one.entry, load=functools.partial(_noted, one, name, lines))
@@ -159,11 +185,23 @@ class MergedAdapter(Adapter):
         }
         modules = DeltaMapping(watched) if watched else self.modules
         counting = dataclasses.replace(self, modules=modules)
-        options = {"tied": tied, "overwrite": overwrite, "progress": progress}
-        Adapter.fold(counting, base_model, output, **options)  # type: ignore[arg-type]
-        if not self.pending:
-            return self
-        return self._with_lines(union(current().all_gather(lines)))
+        gap = Adapter.fold(
+            counting,
+            base_model,
+            output,
+            tied=tied,
+            overwrite=overwrite,
+            progress=progress,
+            dequantize=self.recipe.dequantize if dequantize is None else dequantize,
+            compare_base=compare_base,
+        ).base_gap
+        done = self if gap is None else self._with_gap(gap)
+        return done._with_lines(union(current().all_gather(lines))) if self.pending else done
+
+    def _with_gap(self, gap: BaseGap) -> "MergedAdapter":
+        """The same merge, with the distance between two base models in its report."""
+        report = dataclasses.replace(self.report, notes=(*self.report.notes, str(gap)))
+        return dataclasses.replace(self, report=report, base_gap=gap)
 
     def noted(self, notes: Sequence[str]) -> "MergedAdapter":
         report = dataclasses.replace(self.report, notes=(*self.report.notes, *notes))

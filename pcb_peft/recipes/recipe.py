@@ -79,6 +79,7 @@ class Recipe:
         companions: Whose tokenizer, chat template and processor files the result gets.
         tied: What a fold does with tied weights that would change differently.
         base_model: Path or hub id, where one was given.
+        dequantize: True if the base model may be quantised; its weights are then computed from their codes.
         chain: True if each adapter was trained on top of those before it.
         seed: Seed of random methods.
         statistics: One file per adapter, for methods that need data.
@@ -104,6 +105,7 @@ class Recipe:
     companions: Annotated[str, a_name] = "agree"
     tied: Annotated[Tied, one_of(TIES)] = "refuse"
     base_model: Annotated[str | None, _path] = None
+    dequantize: Annotated[bool, a_truth] = False
     chain: Annotated[bool, a_truth] = False
     seed: Annotated[int, an_integer] = 0
     statistics: Annotated[tuple[Source, ...], _statistics] = ()
@@ -159,6 +161,7 @@ class Recipe:
             "adapters": adapters,
             "rank": self.rank.as_given,
             "scale": None if self.scale == 1 else self.scale,
+            "dequantize": self.dequantize or None,
             "options": dict(self.options),
             "overrides": [override.as_dict() for override in self.overrides] or None,
             "before": list(self.before) or None,

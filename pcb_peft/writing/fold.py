@@ -11,6 +11,7 @@ import torch
 from pcb_peft.base.config import WAY_OUT
 from pcb_peft.base.files import INDEX_FILE, SINGLE_FILE
 from pcb_peft.base.model import BaseModel
+from pcb_peft.base.plain_checkpoint import QUANTISATION_FILES
 from pcb_peft.deltas.delta import Delta
 from pcb_peft.deltas.dtypes import SAFETENSORS_FLOATS
 from pcb_peft.deltas.linalg import row_slices
@@ -30,7 +31,7 @@ from pcb_peft.writing.chunks import (
     sum_chunks,
     value_chunks,
 )
-from pcb_peft.writing.edits import TensorEdit
+from pcb_peft.writing.edits import TensorEdit, Unchanged
 from pcb_peft.writing.fold_plan import plan_fold
 from pcb_peft.writing.growing_file import GrowingFile
 from pcb_peft.writing.shards import CheckpointEdit, config_of, header_of, index_of
@@ -122,16 +123,17 @@ def _chunks(
     """Yield the chunks that follow a shard's header."""
     source = base.directory / file
     tensors = {name: tensor for name, tensor in base.tensors.items() if tensor.file == file}
-    edited = [name for name in checkpoint.edits if name in tensors]
-    edited.sort(key=lambda name: tensors[name].begin)
-    with source.open("rb") as stream:
-        position = 8 + int.from_bytes(stream.read(8), "little")
-    for name in track(edited, file):
-        yield from copy_chunks(source, position, tensors[name].begin)
-        yield from _edited_chunks(base, name, name, checkpoint.edits[name])
-        position = tensors[name].end
-    end = max((tensor.end for tensor in tensors.values()), default=position)
-    yield from copy_chunks(source, position, end)
+    names = sorted(tensors, key=lambda name: tensors[name].begin)
+    computed = [name for name in names if name in checkpoint.edits or name in base.quantised]
+    position = 0
+    for name in track(computed, file):
+        place = names.index(name, position)
+        for copied in names[position:place]:
+            yield from copy_chunks(source, tensors[copied].begin, tensors[copied].end)
+        yield from _edited_chunks(base, name, name, checkpoint.edits.get(name, Unchanged()))
+        position = place + 1
+    for copied in names[position:]:
+        yield from copy_chunks(source, tensors[copied].begin, tensors[copied].end)
     for name, origin in checkpoint.added_to(base, file).items():
         yield from _edited_chunks(base, name, origin, checkpoint.edits[name])
 
@@ -144,6 +146,9 @@ def _edited_chunks(base: BaseModel, name: str, origin: str, edit: TensorEdit) ->
             f"{base.source}: {origin} is stored as {base.tensor(origin).dtype}, to which nothing can be added; "
             "give the model in bfloat16, float16 or float32"
         )
+    if origin in base.quantised:  # float32, rounded once
+        values = edit.apply(base.tensor(origin))
+        return value_chunks(values.to(SAFETENSORS_FLOATS[tensor.dtype]), name)
     source = base.directory / tensor.file
     deltas = edit.split(row_slices(tensor.shape, CHUNK_VALUES))
     if deltas:
@@ -163,6 +168,7 @@ def _other_files(base: BaseModel) -> list[Path]:
     indices = {path.name for path in paths if path.name.endswith(".index.json")}
     own_index = {INDEX_FILE} if base.files != (SINGLE_FILE,) else set[str]()
     left_out = (weights | hidden | indices) - own_index - _module_folders(base.directory)
+    left_out |= set(QUANTISATION_FILES if base.quantised else ())
     return [
         path
         for path in paths

@@ -24,8 +24,8 @@ class FoldedModel(BaseModel):
         edits: Parameter to the edit of its values.
     """
 
-    below: BaseModel
-    edits: Mapping[str, TensorEdit]
+    below: BaseModel = dataclasses.field(kw_only=True)
+    edits: Mapping[str, TensorEdit] = dataclasses.field(kw_only=True)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _on_top_of, (self.below, self.edits)
@@ -54,4 +54,5 @@ def folded(deltas: Mapping[str, Delta], base: BaseModel, replaced: Replacements)
 
 
 def _on_top_of(below: BaseModel, edits: Mapping[str, TensorEdit]) -> FoldedModel:
-    return FoldedModel(below.source, below.directory, below.config, below.tensors, below, edits)
+    files = (below.source, below.directory, below.config, below.tensors)
+    return FoldedModel(*files, below=below, edits=edits)

@@ -57,13 +57,16 @@ class CheckpointEdit:
 
 def header_of(base: BaseModel, file: str, checkpoint: CheckpointEdit) -> bytes:
     """Return the first bytes of a shard, up to its values; if no shape changes, they are those of the base model."""
-    with (base.directory / file).open("rb") as stream:
-        length = stream.read(8)
-        text = stream.read(int.from_bytes(length, "little"))
     added = checkpoint.added_to(base, file)
-    entries: dict[str, Any] = json.loads(text)
-    if not added and not entries.keys() & checkpoint.shapes.keys():
-        return length + text
+    if base.quantised:
+        entries = _entries_of(base, file)
+    else:
+        with (base.directory / file).open("rb") as stream:
+            length = stream.read(8)
+            text = stream.read(int.from_bytes(length, "little"))
+        entries: dict[str, Any] = json.loads(text)
+        if not added and not entries.keys() & checkpoint.shapes.keys():
+            return length + text
     entries |= {new: dict(entries[old]) for new, old in added.items()}
     names = sorted(base.tensors.keys() & entries.keys(), key=lambda name: base.tensors[name].begin)
     end = 0
@@ -78,14 +81,25 @@ def header_of(base: BaseModel, file: str, checkpoint: CheckpointEdit) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+def _entries_of(base: BaseModel, file: str) -> dict[str, Any]:
+    """Return the header of a shard of a quantised model once its weights are plain numbers; no place is set yet."""
+    tensors = {name: tensor for name, tensor in base.tensors.items() if tensor.file == file}
+    entries = {name: {"dtype": tensor.dtype} for name, tensor in tensors.items()}
+    return {"__metadata__": {"format": "pt"}, **entries}
+
+
 def index_of(base: BaseModel, checkpoint: CheckpointEdit) -> dict[str, bytes]:
     """Return the index of the shards, by its file name, if it changes."""
     changed = {**checkpoint.shapes, **checkpoint.added}
     path = base.directory / INDEX_FILE
-    if not changed or (len(base.files) == 1 and not path.is_file()):
+    if not (changed or base.quantised) or (len(base.files) == 1 and not path.is_file()):
         return {}
     index: dict[str, Any] = read_json_file(path, BaseModelError, WAY_OUT)
     checked(index, _Index, str(path), BaseModelError, WAY_OUT)
+    if base.quantised:
+        total = sum(tensor.end - tensor.begin for tensor in base.tensors.values())
+        files = {name: tensor.file for name, tensor in sorted(base.tensors.items())}
+        index = dict[str, Any](metadata={"total_size": total}, weight_map=files)
     index["weight_map"] |= {new: base.tensors[old].file for new, old in checkpoint.added.items()}
     index["weight_map"] = dict(sorted(index["weight_map"].items()))
     totals = index.get("metadata", {})
@@ -107,7 +121,7 @@ def config_of(base: BaseModel, vocab_sizes: Mapping[int, int], *, untied: bool) 
         vocab_sizes: Size of the vocabulary before the fold to its size after it; empty if it stays.
         untied: True if the output layer has got weights of its own.
     """
-    if not vocab_sizes and not untied:
+    if not (vocab_sizes or untied or base.quantised):
         return {}
     config: dict[str, Any] = json.loads(json.dumps(dict(base.config)))
     nested = [part for part in config.values() if isinstance(part, dict)]
