@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pcb_peft.adapters.response import responses
     from pcb_peft.adapters.source import Source
     from pcb_peft.calibrations import list_calibrations
+    from pcb_peft.consumers.check import Check, check
     from pcb_peft.data.collect import collect_statistics
     from pcb_peft.data.statistics_file import TaskStatistics, open_statistics
     from pcb_peft.distillation.distill import DistilledAdapter, distill_merge
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     )
     from pcb_peft.evaluation.evaluate import evaluate
     from pcb_peft.evaluation.evaluation import Evaluation
+    from pcb_peft.exporting.export import Exported, export
     from pcb_peft.extraction.extract import extract_adapter
     from pcb_peft.inspection.compare import compare_adapters
     from pcb_peft.inspection.comparison import Comparison
@@ -61,6 +63,7 @@ _NAMES = {
     "adapters.response": ("responses",),
     "adapters.source": ("Source",),
     "calibrations": ("list_calibrations",),
+    "consumers.check": ("Check", "check"),
     "data.collect": ("collect_statistics",),
     "data.statistics_file": ("TaskStatistics", "open_statistics"),
     "distillation.distill": ("DistilledAdapter", "distill_merge"),
@@ -78,6 +81,7 @@ _NAMES = {
     ),
     "evaluation.evaluate": ("evaluate",),
     "evaluation.evaluation": ("Evaluation",),
+    "exporting.export": ("Exported", "export"),
     "extraction.extract": ("extract_adapter",),
     "inspection.compare": ("compare_adapters",),
     "inspection.comparison": ("Comparison",),
@@ -105,10 +109,12 @@ __all__ = [
     "AdapterError",
     "AdapterNotFoundError",
     "BaseModelError",
+    "Check",
     "Comparison",
     "DistilledAdapter",
     "Estimate",
     "Evaluation",
+    "Exported",
     "Inspection",
     "MergeMethod",
     "MergedAdapter",
@@ -127,11 +133,13 @@ __all__ = [
     "__version__",
     "add_weighted_adapter",
     "all_processes",
+    "check",
     "collect_statistics",
     "compare_adapters",
     "distill_merge",
     "estimate_merge",
     "evaluate",
+    "export",
     "extract_adapter",
     "fold_adapter",
     "get_method",

@@ -24,10 +24,10 @@ LEVELS = (
     {"base", "tasks"},
     {"formats", "writing", "methods", "spaces", "calibrations"},
     {"adapters"},
-    {"recipes", "data"},
+    {"recipes", "data", "consumers"},
     {"merging"},
     {"extraction", "distillation", "dry_run", "evaluation", "inspection"},
-    {"reporting", "searching"},
+    {"reporting", "searching", "exporting"},
     {"commands"},
     {"__init__", "__main__"},
 )

@@ -23,8 +23,8 @@ from pcb_peft import (
     merge_adapters,
 )
 from pcb_peft.commands import cli, sources
-from pcb_peft.commands.next_steps import VLLM_RANKS
 from pcb_peft.commands.recipe_fields import recipe_fields
+from pcb_peft.consumers.vllm import RANKS
 from pcb_peft.deltas import replacements
 from pcb_peft.recipes.peft_aliases import PEFT_ALIASES
 from pcb_peft.runtime.resources import DEFAULT_MEMORY
@@ -124,10 +124,11 @@ def test_flags_are_the_arguments_of_merge_adapters(run, tmp_path, flags):
 def test_a_report_ends_with_what_was_written_and_what_to_do_next(run, tmp_path):
     code, out, err = run("merge math code -o @out --method linear")
     assert (code, err) == (0, "")
-    first, *_, written, following, load, fold = out.splitlines()
+    first, *_, written, servers, following, load, fold = out.splitlines()
     assert first.startswith("linear in ")
     size = sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
     assert written == f"written to {tmp_path / 'out'}: rank 6, {size / 1024:.2g} KiB"
+    assert servers.startswith("vLLM: --enable-lora · read alike by vLLM, PEFT")
     assert following == "next:"
     assert load.split(maxsplit=1) == [
         "load",
@@ -141,7 +142,7 @@ def test_a_language_model_is_served_with_a_rank_that_vllm_takes(place, run):
         config = lora(r=5, task_type="CAUSAL_LM")
         place.adapter("llama", config, name, seed=seed, base="org/llama")
     _, out, _ = run("merge chat tool -o @out --method linear")
-    assert 10 not in VLLM_RANKS
+    assert 10 not in RANKS
     assert "vllm serve org/llama --enable-lora --max-lora-rank 16 " in out
 
 

@@ -40,6 +40,8 @@ COMMANDS = (
     "search",
     "head",
     "fold",
+    "export",
+    "check",
     "push",
     "extract",
     "collect",

@@ -13,6 +13,7 @@ from pcb_peft.commands.arguments import (
     progress_of,
 )
 from pcb_peft.commands.command import Answer, Command
+from pcb_peft.commands.export import FOLDED, PROFILES
 from pcb_peft.commands.next_steps import (
     after_fold,
     after_merge,
@@ -49,6 +50,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format", type=str.lower, default="peft", help="peft, diffusers or kohya (default: peft)"
     )
     parser.add_argument(
+        "--for",
+        dest="profile",
+        choices=PROFILES,
+        metavar="PROFILE",
+        help=f"write it as export does: {', '.join(PROFILES)}",
+    )
+    parser.add_argument(
         "--fold", action="store_true", help="write the base model with the merge folded in"
     )
     add_compare_base(parser)
@@ -79,6 +87,8 @@ def _run(parsed: argparse.Namespace) -> Answer:
         )
     if parsed.compare_base and not parsed.fold:
         raise UsageError("--compare-base compares base models in a fold: give --fold, too")
+    if parsed.profile and parsed.fold:
+        raise UsageError("--for transformers folds: leave out --fold")
     recipe, notes = recipe_of(parsed)
     return _estimate(parsed, recipe, notes) if parsed.dry_run else _merge(parsed, recipe, notes)
 
@@ -119,11 +129,15 @@ def _merge(parsed: argparse.Namespace, recipe: "Recipe", notes: list[str]) -> An
         adapters = load_adapters(recipe.adapters, base_model=base)
     with phase("merging", progress):
         merged = merge(recipe, adapters, device=device, max_memory=memory, progress=progress)
+    usage = ""
     with phase("writing", progress):
-        merged = _written(merged, parsed)
+        if parsed.profile:
+            usage = _exported(merged, parsed)
+        else:
+            merged = _written(merged, parsed)
     if parsed.report:
         _write_page(merged, adapters, parsed)
-    return _answer(merged, parsed, notes)
+    return _answer(merged, parsed, notes, usage)
 
 
 def _write_page(
@@ -140,6 +154,24 @@ def _inputs(parsed: argparse.Namespace, recipe: "Recipe") -> list[str | None]:
     """The files and models that the merge is made from: the recipe, if it is a file, and all that it names."""
     sources = [source.directory for source in (*recipe.adapters, *recipe.statistics)]
     return [*parsed.adapters, *sources, recipe.base_model]
+
+
+def _exported(merged: "MergedAdapter", parsed: argparse.Namespace) -> str:
+    """Write the output as a profile has it, and return the lines that say how to use it."""
+    from pcb_peft.exporting.export import export
+
+    recipe = merged.recipe
+    exported = export(
+        merged,
+        parsed.profile,
+        parsed.output,
+        base_model=recipe.base_model,
+        dtype=dtype_of(parsed) if parsed.profile != FOLDED else None,
+        dequantize=recipe.dequantize,
+        overwrite=parsed.overwrite,
+        progress=progress_of(parsed),
+    )
+    return "\n".join(["next:", *(f"  {line}" for line in exported.usage)])
 
 
 def _written(merged: "MergedAdapter", parsed: argparse.Namespace) -> "MergedAdapter":
@@ -161,26 +193,32 @@ def _written(merged: "MergedAdapter", parsed: argparse.Namespace) -> "MergedAdap
     )
 
 
-def _answer(merged: "MergedAdapter", parsed: argparse.Namespace, notes: list[str]) -> Answer:
+def _answer(
+    merged: "MergedAdapter", parsed: argparse.Namespace, notes: list[str], usage: str = ""
+) -> Answer:
+    from pcb_peft.consumers.check import check
+
     report, output = merged.report, parsed.output
-    rank, size = highest_rank(report), size_on_disk(output) if output.is_dir() else 0
-    warning = missing_heads(merged, output, folded=parsed.fold)
-    following = after_fold(output) if parsed.fold else after_merge(merged, output, rank)
+    rank, size = highest_rank(report), size_on_disk(output)
+    folded = parsed.fold or parsed.profile == FOLDED
+    warning = missing_heads(merged, output, folded=folded)
+    following = after_fold(output) if folded else after_merge(merged, output, rank)
     details = _module_lines(report) if is_verbose(parsed) else []
     page = [f"report for a browser: {parsed.report}"] if parsed.report else []
-    written = where_written(output, rank, size)
-    lines = [str(report), *notes, *details, written, *page, following]
+    checked, written = check(output), where_written(output, rank, size)
+    lines = [str(report), *notes, *details, written, *page, checked.line, usage or following]
     data = {
         "output": str(output),
         "bytes": size,
         "rank": rank,
-        "folded": parsed.fold,
+        "folded": folded,
         "base_model": merged.base_model,
         "head": merged.recipe.head,
         "heads_kept_apart": list(merged.heads),
         "notes": [*report.notes, *notes],
         "report": report.as_dict(),
         "page": str(parsed.report) if parsed.report else None,
+        "check": checked.as_dict(),
     }
     return Answer("\n".join(lines), data, warnings=[warning] if warning else ())
 

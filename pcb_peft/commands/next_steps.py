@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pcb_peft.consumers.vllm import served_rank
 from pcb_peft.runtime.units import format_size
 
 if TYPE_CHECKING:
@@ -12,11 +13,11 @@ if TYPE_CHECKING:
     from pcb_peft.merging.report import Report
     from pcb_peft.merging.result import MergedAdapter
 
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that --max-lora-rank takes
-
 
 def size_on_disk(directory: Path) -> int:
-    """Size of a directory's files, in bytes."""
+    """Size of a file, or of a directory's files, in bytes."""
+    if directory.is_file():
+        return directory.stat().st_size
     return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
 
 
@@ -36,7 +37,7 @@ def after_merge(merged: MergedAdapter, output: Path, rank: int | None) -> str:
     """Say how to load, serve and fold a merged adapter that was saved."""
     base = merged.base_model or "BASE_MODEL"
     lines = [f"  load   {_loading(merged, output)}"]
-    served = next((most for most in VLLM_RANKS if rank is not None and rank <= most), None)
+    served = None if rank is None else served_rank(rank)
     if served is not None and merged.task_type == "CAUSAL_LM":
         lines.append(
             f"  serve  vllm serve {base} --enable-lora --max-lora-rank {served} --lora-modules merged={output}"

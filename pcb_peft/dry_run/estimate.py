@@ -20,6 +20,7 @@ from pcb_peft.dry_run.module_cost import ModuleCost, module_costs, modules_at_on
 from pcb_peft.dry_run.output_size import adapter_bytes, folded_bytes, head_bytes
 from pcb_peft.dry_run.probes import best_of
 from pcb_peft.merging.finish import check_writable
+from pcb_peft.merging.full_rank import full_rank_warning
 from pcb_peft.merging.plan import Setting
 from pcb_peft.merging.prepare import Prepared, prepare
 from pcb_peft.recipes.recipe import Recipe
@@ -46,6 +47,8 @@ class Estimate:
         memory: Bytes that are resident at the peak. Pages of the adapters' files are among them, which a system that is
             short of memory takes back.
         seconds: Seconds on this machine as it is now, without the disk.
+        rank: Highest rank of a module in the result, at most; None where it has no ranks.
+        warning: What is to be known before the merge is made; empty where nothing is.
     """
 
     modules: int
@@ -55,6 +58,8 @@ class Estimate:
     written: int
     memory: int
     seconds: float
+    rank: int | None = None
+    warning: str = ""
 
     def __str__(self) -> str:
         passes = "1 pass" if self.passes == 1 else f"{self.passes} passes"
@@ -63,6 +68,8 @@ class Estimate:
             f"reads {format_size(self.read)}, writes {format_size(self.written)}\n"
             f"peak memory about {format_size(self.memory)}, time about {format_duration(self.seconds)} in one process, "
             "as fast as this machine is now"
+            + ("" if self.rank is None else f"\nrank {self.rank} at most")
+            + (f"\n{self.warning}" if self.warning else "")
         )
 
 
@@ -120,6 +127,8 @@ def estimate_merge(
         + max((_statistics_bytes(*some) for some in by_setting), default=0),
         seconds=sum(cost.seconds + again * cost.encode for cost in costs)
         + stored * _seconds_per_byte_hashed(),
+        rank=max((cost.output.rank for cost in costs if cost.output.rank), default=None),
+        warning=full_rank_warning(prepared),
     )
 
 

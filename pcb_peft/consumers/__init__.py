@@ -1,0 +1,1 @@
+"""Programs that load adapters and models: what each of them reads, refuses and ignores."""

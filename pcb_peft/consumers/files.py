@@ -1,0 +1,195 @@
+"""The files of an output, as a consumer's loader sees them: form, configuration, and names and shapes of tensors."""
+
+import dataclasses
+import functools
+import json
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from pcb_peft.errors import AdapterError, AdapterNotFoundError
+
+Form: TypeAlias = Literal["peft", "pipeline", "mlx", "gguf", "model"]
+"""PEFT's directory, a LoRA of an image pipeline, mlx-lm's directory, a GGUF file, or a whole model."""
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PIPELINE, MLX = "pytorch_lora_weights.safetensors", "adapters.safetensors"
+FORM_NAMES: dict[Form, str] = {
+    "peft": "a PEFT adapter",
+    "pipeline": "a LoRA of an image pipeline",
+    "mlx": "an adapter for mlx-lm",
+    "gguf": "a GGUF file",
+    "model": "a whole model",
+}
+_LORA = re.compile(r"(?:base_model\.model\.)?(.+)\.(lora_A|lora_embedding_A)(?:\.weight)?$")
+_STACK = re.compile(r"(\.base_layer)+$")
+_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TensorShape:
+    """A tensor's dtype (by safetensors' name) and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class OutputFiles:
+    """The files of an adapter or a model.
+
+    Attributes:
+        path: The directory, or the file.
+        form: The form that they have.
+        config: ``adapter_config.json``, or a model's ``config.json``; empty where there is none.
+        tensors: Name to shape, of an adapter in safetensors.
+        unreadable: Files that other users of the machine cannot read.
+        heads: Names of the heads that are kept beside the adapter.
+        base: ``config.json`` of the base model, if it is on this machine; else empty.
+    """
+
+    path: Path
+    form: Form
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorShape]
+    unreadable: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+    base: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+
+    @functools.cached_property
+    def ranks(self) -> dict[str, int]:
+        """Module to the rank of its LoRA; of a stack of experts, that of each of them."""
+        ranks: dict[str, int] = {}
+        for name, tensor in self.tensors.items():
+            if (match := _LORA.fullmatch(name)) and tensor.shape:
+                module = _STACK.sub("", match[1])
+                rank = self.config.get("r") if self.is_stack(match[1]) else tensor.shape[0]
+                ranks[module] = max(ranks.get(module, 0), rank if isinstance(rank, int) else 0)
+        return ranks
+
+    @property
+    def rank(self) -> int:
+        """The highest rank; 0 without a LoRA."""
+        return max(self.ranks.values(), default=0)
+
+    def is_stack(self, module: str) -> bool:
+        """Return whether a LoRA belongs to a stack of experts (PEFT's target_parameters)."""
+        targets = self.config.get("target_parameters") or []
+        owners = (target.rpartition(".")[0] for target in targets)
+        path = _STACK.sub("", module)
+        return any(path == owner or path.endswith(f".{owner}") for owner in owners)
+
+    def by_layer(self) -> dict[str, set[int]]:
+        """Return the kinds of modules (names without the layer's number), each with the layers that have one."""
+        kinds: dict[str, set[int]] = {}
+        for module in self.ranks:
+            if layer := _LAYER.search(module):
+                kind = f"{module[: layer.start(1)]}*{module[layer.end(1) :]}"
+                kinds.setdefault(kind, set()).add(int(layer[1]))
+        return kinds
+
+
+def open_output(path: str | Path) -> OutputFiles:
+    """Read configuration and headers of an adapter or a model; no tensor is read.
+
+    Raises:
+        AdapterNotFoundError: There is neither.
+        AdapterError: A file is damaged.
+    """
+    path = Path(path).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return OutputFiles(path, "gguf", {}, {}, _unreadable([path]))
+    if path.is_file() and path.name in (CONFIG, WEIGHTS):
+        path = path.parent
+    if path.is_file() and path.suffix == ".safetensors":
+        return OutputFiles(path, "pipeline", {}, _header(path), _unreadable([path]))
+    form = _form(path)
+    config = _json(path / ("config.json" if form == "model" else CONFIG))
+    weights = path / {"peft": WEIGHTS, "mlx": MLX, "pipeline": PIPELINE}.get(form, WEIGHTS)
+    files = [file for file in sorted(path.iterdir()) if file.is_file()]
+    ggufs = [file for file in files if file.suffix == ".gguf"]
+    if form == "gguf":
+        return OutputFiles(ggufs[0], "gguf", {}, {}, _unreadable(ggufs))
+    return OutputFiles(
+        path,
+        form,
+        config,
+        _header(weights) if weights.is_file() else {},
+        _unreadable(files),
+        tuple(sorted(file.stem for file in path.glob("heads/*.safetensors"))),
+        config_of_model(config.get("base_model_name_or_path")) if form == "peft" else {},
+    )
+
+
+def _form(path: Path) -> Form:
+    if (path / CONFIG).is_file():
+        return "mlx" if (path / MLX).is_file() else "peft"
+    if (path / "config.json").is_file():
+        return "model"
+    if (path / PIPELINE).is_file():
+        return "pipeline"
+    if path.is_dir() and any(path.glob("*.gguf")):
+        return "gguf"
+    raise AdapterNotFoundError(
+        f"{path} holds neither an adapter ({CONFIG}, {PIPELINE}, *.gguf) nor a model (config.json); give the directory "
+        "that merge, export or fold wrote"
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AdapterError(f"{path} is damaged ({error}); write the adapter again") from error
+    if not isinstance(content, dict):
+        raise AdapterError(f"{path} holds no object with names; write the adapter again")
+    return content  # pyright: ignore[reportUnknownVariableType]
+
+
+def _header(path: Path) -> dict[str, TensorShape]:
+    """Return names and shapes of a safetensors file."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > size - 8:
+            raise AdapterError(f"{path} is damaged: its header is cut; write the adapter again")
+        try:
+            header: dict[str, Any] = json.loads(stream.read(length))
+        except ValueError as error:
+            raise AdapterError(f"{path} is damaged ({error}); write the adapter again") from error
+    return {
+        name: TensorShape(entry["dtype"], tuple(entry["shape"]))
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def _unreadable(files: list[Path]) -> tuple[str, ...]:
+    group_and_others = stat.S_IRGRP | stat.S_IROTH
+    return tuple(file.name for file in files if not file.stat().st_mode & group_and_others)
+
+
+def config_of_model(name: object) -> dict[str, Any]:
+    """Return ``config.json`` of a model in a directory or in the Hub's cache; empty if it is not on this machine."""
+    return next(_configs_of_model(name), {})
+
+
+def _configs_of_model(name: object) -> Iterator[dict[str, Any]]:
+    if not isinstance(name, str) or not name:
+        return
+    directory = Path(name).expanduser()
+    if (directory / "config.json").is_file():
+        yield _json(directory / "config.json")
+        return
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        cached = try_to_load_from_cache(name, "config.json")
+    except ValueError:  # of huggingface_hub: no repository's name
+        return
+    if isinstance(cached, str):
+        yield _json(Path(cached))

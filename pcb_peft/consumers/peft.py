@@ -1,0 +1,86 @@
+"""PEFT: versions before 0.14 refuse a configuration with a field that they do not know."""
+
+from pcb_peft.consumers import features
+from pcb_peft.consumers.consumer import Consumer, Rule
+from pcb_peft.consumers.files import OutputFiles
+
+KNOWN_TO_0_11 = {
+    *(
+        "alpha_pattern",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "fan_in_fan_out",
+        "inference_mode",
+    ),
+    *(
+        "init_lora_weights",
+        "layer_replication",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+    ),
+    *(
+        "lora_alpha",
+        "lora_dropout",
+        "megatron_config",
+        "megatron_core",
+        "modules_to_save",
+        "peft_type",
+        "r",
+    ),
+    *("rank_pattern", "revision", "target_modules", "task_type", "use_dora", "use_rslora"),
+}
+"""Fields of PEFT 0.11.1's LoraConfig."""
+
+
+def _newer_fields(files: OutputFiles) -> str:
+    if features.other_kind(files):
+        return ""
+    newer = sorted(set(files.config) - KNOWN_TO_0_11)
+    return f"fields of newer versions in the configuration ({', '.join(newer)})" if newer else ""
+
+
+def _newer_kinds(files: OutputFiles) -> str:
+    return features.fused_experts(files)
+
+
+def _old_dora(files: OutputFiles) -> str:
+    return features.dora(files) if features.embedding_lora(files) or features.conv1d(files) else ""
+
+
+CONSUMER = Consumer(
+    "peft",
+    "PEFT",
+    "0.21",
+    ("peft",),
+    (
+        Rule(
+            _newer_fields,
+            "refuses",
+            "raises a TypeError",
+            "run with 0.7.1, 0.10.0, 0.13.2",
+            until="0.14",
+        ),
+        Rule(
+            _newer_kinds,
+            "refuses",
+            "has no target_parameters",
+            "peft/tuners/lora/config.py",
+            until="0.17",
+        ),
+        Rule(
+            _old_dora,
+            "refuses",
+            "knows DoRA of linear layers only",
+            "peft/tuners/lora/dora.py",
+            until="0.12",
+        ),
+        Rule(
+            features.heads_apart,
+            "misreads",
+            "makes a random head up unless one is loaded into the base model first",
+            "run with 0.21.2",
+        ),
+    ),
+)

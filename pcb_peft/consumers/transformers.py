@@ -1,0 +1,25 @@
+"""transformers: ``model.load_adapter`` and ``AutoModel…from_pretrained(adapter)``."""
+
+from pcb_peft.consumers import features
+from pcb_peft.consumers.consumer import Consumer, Rule
+
+CONSUMER = Consumer(
+    "transformers",
+    "transformers",
+    "5.23",
+    ("peft", "model"),
+    (
+        Rule(
+            features.dora,
+            "ignores",
+            "drops the magnitudes in load_adapter (PeftModel.from_pretrained keeps them)",
+            "run with 5.23.0 and PEFT 0.21.2",
+        ),
+        Rule(
+            features.heads_apart,
+            "misreads",
+            "makes a random head up unless one is loaded into the base model first",
+            "run with 5.23.0 and PEFT 0.21.2",
+        ),
+    ),
+)

@@ -1,0 +1,62 @@
+"""A whole model with the adapter in its weights, for transformers and for everything that converts its checkpoints."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.base.casting import cast_model
+from pcb_peft.base.model import BaseModel
+from pcb_peft.errors import OptionError
+from pcb_peft.exporting.profile import Profile, Request
+
+
+def _write(request: Request) -> Sequence[str]:
+    if request.base is None:
+        raise OptionError("a folded model needs the base model: give base_model (--base-model)")
+    base = request.base()
+    adapter = without_unchanged(request.adapter, base)
+    target = base if request.dtype is None else cast_model(base, request.dtype)
+    adapter.fold(target, request.output, tied=request.tied, overwrite=request.overwrite)
+    return [f'AutoModelForCausalLM.from_pretrained("{request.output}"), or the class of your task']
+
+
+def without_unchanged(adapter: Adapter, base: BaseModel) -> Adapter:
+    """Return an adapter without the parameters that it stores whole as the base model has them."""
+    same = {
+        name
+        for name, new in adapter.head.parameters.items()
+        if (stored := base.names.in_files(name)) is not None
+        and new.shape == base.tensors[stored].shape
+        and torch.equal(new(), base.tensor(stored).float())
+    }
+    if not same:
+        return adapter
+    kept = adapter.head.without(same)
+    return dataclasses.replace(
+        adapter,
+        head=dataclasses.replace(adapter.head, modules=kept.modules, parameters=kept.parameters),
+    )
+
+
+TRANSFORMERS = Profile(
+    "transformers",
+    "transformers, CTranslate2, converters to GGUF and MLX: the whole model",
+    frozenset(
+        {
+            "dora",
+            "ia3",
+            "full",
+            "head",
+            "rows",
+            "bias",
+            "embedding",
+            "output",
+            "experts",
+            "convolution",
+        }
+    ),
+    _write,
+    tolerance=1e-4,
+)

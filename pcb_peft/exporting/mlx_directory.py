@@ -1,0 +1,74 @@
+"""A LoRA for mlx-lm: transposed factors, one scale, one rank, and the modules by name."""
+
+import json
+from collections.abc import Sequence
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from pcb_peft.consumers.mlx import hidden_rope_theta
+from pcb_peft.deltas.delta import LowRank
+from pcb_peft.errors import OptionError, UnsupportedError
+from pcb_peft.exporting.gguf_file import refuse_tied
+from pcb_peft.exporting.profile import Profile, Request, in_one_process
+from pcb_peft.writing.atomic import replace_directory, write_files
+
+FILE, CONFIG = "adapters.safetensors", "adapter_config.json"
+
+
+def _write(request: Request) -> Sequence[str]:
+    entries = request.adapter.modules.entries
+    if not request.config and any(module.endswith("lm_head") for module in entries):
+        raise OptionError(
+            "whether the output layer is tied to the embeddings decides whether mlx-lm can load a LoRA on it: give "
+            "base_model (--base-model)"
+        )
+    refuse_tied(request, "mlx-lm has no output layer of its own for it")
+    rank = max((entry.rank or 0 for entry in entries.values()), default=1)
+    tensors: dict[str, Tensor] = {}
+    for module in request.track(sorted(entries), "convert"):
+        delta = entries[module].load()
+        if not isinstance(delta, LowRank):
+            raise UnsupportedError(f"{module} is a {delta.kind_name}; cut it to a rank: --max-rank")
+        lora_A, lora_B = (
+            factor.to(request.dtype or torch.float32) for factor in delta.padded(rank)
+        )
+        tensors |= {
+            f"{module}.lora_a": lora_A.T.contiguous(),
+            f"{module}.lora_b": lora_B.T.contiguous(),
+        }
+    config = {
+        "fine_tune_type": "lora",
+        "num_layers": _layers(request, list(entries)),
+        "lora_parameters": {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": sorted(entries)},
+    }
+    with replace_directory(
+        request.output, overwrite=request.overwrite, inputs=request.adapter.inputs
+    ) as directory:
+        safetensors.torch.save_file(tensors, directory / FILE, metadata={"format": "mlx"})
+        write_files(directory, {CONFIG: (json.dumps(config, indent=2) + "\n").encode()})
+    name = request.adapter.base_model or "MODEL"
+    lines = [f"mlx_lm.generate --model {name} --adapter-path {request.output} --prompt …"]
+    if theta := hidden_rope_theta(request.config):
+        lines.append(
+            f"add rope_theta = {theta} to the base model's config.json, beside rope_parameters: mlx-lm takes 10000 "
+            "otherwise, and computes something else, with and without an adapter"
+        )
+    return lines
+
+
+def _layers(request: Request, modules: Sequence[str]) -> int:
+    """Return the number of layers; mlx-lm converts the modules by name, wherever they are."""
+    if isinstance(count := request.config.get("num_hidden_layers"), int):
+        return count
+    numbers = [int(part) for module in modules for part in module.split(".") if part.isdecimal()]
+    return 1 + max(numbers, default=0)
+
+
+PROFILE = Profile(
+    "mlx",
+    "mlx-lm: adapters.safetensors and its configuration",
+    frozenset({"output"}),
+    in_one_process(_write),
+)

@@ -1,0 +1,81 @@
+"""Profiles: the form of an adapter that a program, or a group of programs, reads right."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.base.model import BaseModel
+from pcb_peft.deltas.replacements import Tied
+from pcb_peft.exporting.contents import Kind
+from pcb_peft.runtime.processes import current
+from pcb_peft.runtime.progress import Track
+from pcb_peft.writing.targets import Overwrite
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Request:
+    """What is written, and how.
+
+    Attributes:
+        adapter: The adapter, with nothing in it that the profile cannot hold.
+        output: The directory, or the file, to write.
+        base: The base model; None where none was given, and the adapter names none that is on this machine.
+        config: ``config.json`` of the base model; empty where it is not known.
+        dtype: Dtype of the tensors.
+        tied: Policy of a fold for tied weights.
+        dequantize: Take a quantised base model.
+        overwrite: Replace what is there.
+        track: Shows progress.
+    """
+
+    adapter: Adapter
+    output: Path
+    base: Callable[[], BaseModel] | None
+    config: Mapping[str, Any]
+    dtype: torch.dtype | None
+    tied: Tied | None
+    dequantize: bool
+    overwrite: Overwrite
+    track: Track
+
+
+Write: TypeAlias = Callable[[Request], Sequence[str]]
+"""Writes the files, and returns lines that say how to use them."""
+
+
+def in_one_process(write: Write) -> Write:
+    """Make a function that writes in the first of several processes, while the others wait."""
+
+    def written(request: Request) -> Sequence[str]:
+        lines = write(request) if current().is_main else ()
+        current().barrier()
+        return lines
+
+    return written
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Profile:
+    """A form of an adapter.
+
+    Attributes:
+        name: The word for it on the command line.
+        summary: Who reads it.
+        holds: The contents beside plain LoRAs that it can hold.
+        write: Writes the files, and returns lines that say how to use them.
+        cut: True if it can be cut to a rank and padded.
+        max_rank: The highest rank that its programs take; None where there is no limit.
+        tolerance: Largest difference of log-probabilities that rounding may make.
+    """
+
+    name: str
+    summary: str
+    holds: frozenset[Kind]
+    write: Write
+    cut: bool = True
+    max_rank: int | None = None
+    tolerance: float = 1e-3

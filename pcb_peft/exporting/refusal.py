@@ -1,0 +1,63 @@
+"""The refusal of an export: what the program cannot hold, and the ways out with their price."""
+
+from collections.abc import Callable, Sequence
+
+from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.base.model import BaseModel
+from pcb_peft.errors import UnsupportedError
+from pcb_peft.exporting.contents import BECOMES_LORA, Content
+from pcb_peft.exporting.low_rank import as_additions, energies
+from pcb_peft.runtime.units import format_size
+
+
+def refused(
+    adapter: Adapter,
+    profile: str,
+    contents: Sequence[Content],
+    base: Callable[[], BaseModel] | None,
+) -> UnsupportedError:
+    """Return the error that names what a profile cannot hold, and the ways out.
+
+    Args:
+        adapter: The adapter.
+        profile: Name of the profile.
+        contents: What it cannot hold.
+        base: The base model, if it is known; without it the price of a LoRA is not known where W is needed.
+    """
+    found = ", ".join(content.words for content in contents)
+    ways = [_fold(adapter, base)]
+    if all(content.kind in BECOMES_LORA for content in contents):
+        ways.insert(0, _as_lora(adapter, contents, base))
+    return UnsupportedError(
+        f"{adapter.name} holds {found}, which the profile {profile} cannot; ways out: {'; or '.join(ways)}"
+    )
+
+
+def _as_lora(
+    adapter: Adapter, contents: Sequence[Content], base: Callable[[], BaseModel] | None
+) -> str:
+    if base is None and any(content.kind in ("dora", "ia3") for content in contents):
+        return (
+            "max_rank=64 with base_model (--max-rank 64 --base-model MODEL), a LoRA of that rank; its energy is said "
+            "then"
+        )
+    additions = as_additions(adapter, base).modules.entries
+    concerned = {m: additions[m] for content in contents for m in content.modules if m in additions}
+    shares, measured = energies(concerned)
+    price = ", ".join(f"{share:.1%} at rank {rank}" for rank, share in shares.items())
+    return (
+        f"max_rank=N (--max-rank N), a LoRA that keeps of the energy {price} (measured on {measured} of "
+        f"{len(concerned)} modules)"
+    )
+
+
+def _fold(adapter: Adapter, base: Callable[[], BaseModel] | None) -> str:
+    name, size = adapter.base_model or "MODEL", ""
+    path = adapter.name if adapter.source is None else adapter.source.path
+    if base is not None:
+        size = format_size(sum(place.end - place.begin for place in base().tensors.values()))
+        size = f", {size}"
+    return (
+        f"a fold, which is exact: to='transformers' (pcb-peft export {path} --to transformers --base-model "
+        f"{name}{size})"
+    )
