@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pcb_peft.adapters import card_sections
 from pcb_peft.adapters.beside import task_file
+from pcb_peft.adapters.card_of_fold import card_of_fold
 from pcb_peft.adapters.chosen_head import chosen_head
 from pcb_peft.adapters.companions import Companions
 from pcb_peft.adapters.delta_mapping import DeltaMapping
@@ -25,7 +26,7 @@ from pcb_peft.base.model import BaseModel, lazy_base, opened_base
 from pcb_peft.deltas.delta import Delta
 from pcb_peft.deltas.dtypes import parse_dtype
 from pcb_peft.deltas.replacements import TIES, Replacements, Tied, head_files
-from pcb_peft.errors import MismatchError, OptionError
+from pcb_peft.errors import OptionError
 from pcb_peft.formats import Base, LazyDelta
 from pcb_peft.runtime.progress import tracker
 from pcb_peft.writing.base_gap import BaseGap, MeasuredDeltas
@@ -133,18 +134,10 @@ class Adapter:
         """
         if not names:
             return self
-        entries: dict[str, LazyDelta] = {}
-        for module, entry in self.modules.entries.items():
-            new = names.get(module, module)
-            if new in entries:
-                raise MismatchError(
-                    f"{self.name}: {module} and another module are both {new} in the base model: they are one weight, "
-                    "and which change is meant is not known; leave one of them out of the adapter"
-                )
-            entries[new] = entry
+        modules = self.modules.renamed(names, self.name)
         reopen = None if self.reopen is None else functools.partial(_renamed, self.reopen, names)
         return dataclasses.replace(
-            self, modules=DeltaMapping(entries), head=self.head.renamed(names), reopen=reopen
+            self, modules=modules, head=self.head.renamed(names), reopen=reopen
         )
 
     def with_head(self, name: str) -> "Adapter":
@@ -300,11 +293,8 @@ class Adapter:
             overwrite: Replace a directory that is not empty: True, if this package wrote everything in it; "all",
                 whatever it holds.
             progress: Show a bar; default: on a terminal.
-            dequantize: Take a quantised base model (NF4, INT8, GPTQ, AWQ, FP8 …): its weights are computed from their
-                codes, one tensor at a time, and the folded model is bfloat16.
-            compare_base: The same model quantised where `base_model` is not, or the other way round. The distance
-                between the two, in units of ‖ΔW‖, is then in `base_gap` of what is returned: near 0, folding onto
-                either is what was trained; near 1 or above, only folding onto the one that was trained on is.
+            dequantize: Take a quantised base model; the folded model is bfloat16.
+            compare_base: The same model with, or without, quantisation: `base_gap` then has the distance to it.
 
         Returns:
             The adapter. After a merge with rank "full" its report now covers all modules.
@@ -330,9 +320,9 @@ class Adapter:
         adapter = adapter.split_as(base.names.skeleton)
         adapter = adapter.renamed(names_in_checkpoint(base, adapter.modules))
         replaced = adapter.head.within(base.names.stores)
-        measured = None if other is None else MeasuredDeltas(adapter.modules, base, other)
+        measured = MeasuredDeltas(adapter.modules, base, other)
         fold_deltas(
-            adapter.modules if measured is None else measured,
+            measured,
             base,
             output,
             replaced=replaced,
@@ -344,7 +334,7 @@ class Adapter:
             overwrite=overwrite,
             progress=tracker(progress),
         )
-        return self if measured is None else dataclasses.replace(self, base_gap=measured.gap())
+        return self if other is None else dataclasses.replace(self, base_gap=measured.gap())
 
     def whole_biases(self) -> Mapping[str, Callable[[], Tensor]]:
         """Return functions that read the biases that PEFT stores whole, where a LoRA has no room for their changes."""
@@ -374,14 +364,7 @@ class Adapter:
 
     def folded_card(self, base: BaseModel) -> str:
         """Return the text of the model card of the base model with the adapter folded into it."""
-        title, facts, sections = self.card_parts()
-        model = self.base_model if public_name(base.source) is None else base.source
-        licence = read_card(base.directory / CARD).licence
-        facts = dataclasses.replace(
-            facts, base_model=model, relation="merge", library="transformers", more=licence
-        )
-        title = f"{title}, folded into the base model"
-        return model_card(title, facts, card_sections.folded_sections(sections, model, licence))
+        return card_of_fold(*self.card_parts(), self.base_model, base)
 
     def card_parts(self) -> tuple[str, Facts, dict[str, str]]:
         """Return the title, the front matter and the sections of the adapter's card.

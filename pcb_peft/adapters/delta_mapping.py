@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 from pcb_peft.deltas.delta import Delta
+from pcb_peft.errors import MismatchError
 from pcb_peft.formats import LazyDelta
 from pcb_peft.plugins.options import did_you_mean
 
@@ -30,3 +31,24 @@ class DeltaMapping(Mapping[str, Delta]):
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    def renamed(self, names: Mapping[str, str], owner: str) -> "DeltaMapping":
+        """Return the same deltas with other names for some modules.
+
+        Args:
+            names: Present name of a module to its new one.
+            owner: Name of the adapter, for messages.
+
+        Raises:
+            MismatchError: Two modules would have one name.
+        """
+        entries: dict[str, LazyDelta] = {}
+        for module, entry in self.entries.items():
+            new = names.get(module, module)
+            if new in entries:
+                raise MismatchError(
+                    f"{owner}: {module} and another module are both {new} in the base model: they are one weight, and "
+                    "which change is meant is not known; leave one of them out of the adapter"
+                )
+            entries[new] = entry
+        return DeltaMapping(entries)

@@ -32,7 +32,7 @@ from pcb_peft.formats import LazyDelta
 from pcb_peft.merging.compatibility import AdapterSet, common_mapping
 from pcb_peft.merging.dora_or_lora import lift_to_dora
 from pcb_peft.merging.finish import ModuleFinisher, PendingModule, apply_rank_budget, gather
-from pcb_peft.merging.full_rank import full_rank_warning
+from pcb_peft.merging.full_rank import warn_of_full_rank
 from pcb_peft.merging.module_merger import Machine, MergeModule, ModuleMerger
 from pcb_peft.merging.net_utility import select_by_net_utility
 from pcb_peft.merging.plan import Setting, named_method
@@ -208,9 +208,7 @@ def merge(
     )
     prepared = prepare(asked, adapters, method, statistics)
     report = ReportBuilder(prepared.notes)
-    if warning := full_rank_warning(prepared):
-        report.note(warning)
-        warnings.warn(warning, stacklevel=3)
+    warn_of_full_rank(prepared, report)
     prepared, metric = _with_metric(prepared, machine, report)
     chosen = _choose_directions(prepared, machine.track, report)
     merged: dict[str, LazyDelta] = {}

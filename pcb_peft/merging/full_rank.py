@@ -1,12 +1,22 @@
 """A warning before a merge whose LoRA would have full rank: one (IA)³ among LoRAs is enough for that."""
 
+import warnings
+
 from pcb_peft.deltas.delta import LowRank
 from pcb_peft.deltas.rank_choice import LOSSLESS
 from pcb_peft.merging.prepare import Prepared
+from pcb_peft.merging.report import ReportBuilder
 from pcb_peft.runtime.units import format_size
 
 USUAL_RANK = 64  # what servers reserve memory for
 FLOAT = 4  # bytes
+
+
+def warn_of_full_rank(prepared: Prepared, report: ReportBuilder) -> None:
+    """Warn of an adapter of full rank, and note it in the report."""
+    if warning := full_rank_warning(prepared):
+        report.note(warning)
+        warnings.warn(warning, stacklevel=4)
 
 
 def full_rank_warning(prepared: Prepared) -> str:

@@ -66,21 +66,24 @@ class BaseGap:
 class MeasuredDeltas(Mapping[str, Delta]):
     """Deltas by module that are measured, when they are read, against the distance between two base models."""
 
-    def __init__(self, deltas: Mapping[str, Delta], base: BaseModel, other: BaseModel) -> None:
-        """Take deltas for a base model, and the model to compare it with.
+    def __init__(
+        self, deltas: Mapping[str, Delta], base: BaseModel, other: BaseModel | None
+    ) -> None:
+        """Take deltas for a base model, and the model to compare it with; without one nothing is measured.
 
         Raises:
             MismatchError: The other model does not have these modules, or has them in other shapes.
         """
         self._deltas, self._base, self._other = deltas, base, other
-        self._names = names_in_checkpoint(other, deltas)
         self._norms: dict[str, tuple[float, float]] = {}
-        for module in deltas:
-            _check_shapes(module, base, other, self._names.get(module, module))
+        self._names = {} if other is None else names_in_checkpoint(other, deltas)
+        if other is not None:
+            for module in deltas:
+                _check_shapes(module, base, other, self._names.get(module, module))
 
     def __getitem__(self, module: str) -> Delta:
         delta = self._deltas[module]
-        if module not in self._norms:
+        if self._other is not None and module not in self._norms:
             weight = self._base.weight(module).float()
             there = self._other.weight(self._names.get(module, module)).float()
             change = fitted(delta, module, self._base).delta(weight)
@@ -99,7 +102,8 @@ class MeasuredDeltas(Mapping[str, Delta]):
         """Return the distances that were measured, by all processes."""
         known = union(current().all_gather(self._norms))
         ordered = {module: known[module] for module in self._deltas if module in known}
-        return BaseGap(self._base.source, self._other.source, ordered)
+        other = "no other model" if self._other is None else self._other.source
+        return BaseGap(self._base.source, other, ordered)
 
 
 def _check_shapes(module: str, base: BaseModel, other: BaseModel, name: str) -> None:

@@ -1,0 +1,33 @@
+"""The model card of a base model with an adapter folded into it."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from pcb_peft.adapters.card_sections import folded_sections
+from pcb_peft.base.model import BaseModel
+from pcb_peft.writing.model_card import CARD, Facts, model_card, public_name, read_card
+
+
+def card_of_fold(
+    title: str,
+    facts: Facts,
+    sections: Mapping[str, str],
+    named_base: str | None,
+    base: BaseModel,
+) -> str:
+    """Return the text of the card.
+
+    Args:
+        title: Title of the adapter's card.
+        facts: Its front matter.
+        sections: Its sections.
+        named_base: The base model, as the adapter names it.
+        base: The base model that it was folded into, whose licence is carried over.
+    """
+    model = named_base if public_name(base.source) is None else base.source
+    licence = read_card(base.directory / CARD).licence
+    front = dataclasses.replace(
+        facts, base_model=model, relation="merge", library="transformers", more=licence
+    )
+    title = f"{title}, folded into the base model"
+    return model_card(title, front, folded_sections(sections, model, licence))
