@@ -1,4 +1,4 @@
-"""Who can load an output, with which flags, what would be refused, and what would be ignored: from its files alone."""
+"""A check of an output from its files alone: who can load it, with which flags, what is refused, what is ignored."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Verdict:
-    """What one consumer does with an output.
+    """The verdict on one consumer: the things that it does with an output.
 
     Attributes:
         consumer: Its name on the command line.
@@ -79,7 +79,7 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Check:
-    """Who can load an output.
+    """The verdicts on all consumers of an output.
 
     Attributes:
         path: The output.

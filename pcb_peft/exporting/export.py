@@ -31,7 +31,7 @@ from pcb_peft.writing.targets import Overwrite, check_file_target, check_target
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Exported:
-    """What was written.
+    """The result of an export.
 
     Attributes:
         output: The directory, or the file.

@@ -18,7 +18,7 @@ from pcb_peft.writing.targets import Overwrite
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Request:
-    """What is written, and how.
+    """A form of output, and the way in which it is written.
 
     Attributes:
         adapter: The adapter, with nothing in it that the profile cannot hold.

@@ -211,7 +211,7 @@ def _with(adapter: Adapter, model: Any, base: Callable[[], BaseModel]) -> Any:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Run:
-    """What a program computes with: the base model's files and the result, and the base model itself for PEFT."""
+    """The things that a program computes with: the base model's files, the result, and for PEFT the base model itself."""
 
     directory: Path
     output: Path
