@@ -408,5 +408,5 @@ def test_the_command(
     assert "the winning recipe is in best.yaml" in out
     assert read_recipe(tmp_path / "best.yaml").method in ("pcb", "ties")
     assert {path.name for path in tmp_path.iterdir()} == {"best.yaml", "plot.svg", "search.jsonl"}
-    assert cli.main([*words, "--vary", "density"]) == 2
+    assert cli.main([*words, "--vary", "density"]) == 64
     assert "is not NAME=VALUES" in capsys.readouterr().err

@@ -11,6 +11,7 @@ import torch
 from helpers import content, lora
 from hypothesis import given
 from hypothesis import strategies as st
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -94,6 +95,16 @@ def test_what_peft_writes_fits_the_schema_in_a_file_and_in_memory(tmp_path, conf
     in_memory = config.to_dict() | {"peft_type": config.peft_type.value}
     for content_ in (stored, in_memory):
         checked(content_, AdapterConfig, "here", AssertionError, "")
+
+
+OTHERS = {t for t in PEFT_TYPE_TO_CONFIG_MAPPING if t.value not in ("ADALORA", "CPT", "XLORA")}
+
+
+@pytest.mark.parametrize("peft_type", sorted(OTHERS))
+def test_what_peft_writes_by_default_fits_the_schema(peft_type):
+    """Also what it leaves null."""
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]().to_dict() | {"peft_type": peft_type.value}
+    checked(config, AdapterConfig, "here", AssertionError, "")
 
 
 ROWS = {

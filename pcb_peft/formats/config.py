@@ -29,9 +29,9 @@ class AdapterConfig(msgspec.Struct):
     base_model_name_or_path: str | None = None
     revision: str | None = None
     peft_version: str | None = None
-    r: Count = 8
-    lora_alpha: Number = 8
-    alpha: Number = 8
+    r: Count | None = 8
+    lora_alpha: Number | None = 8
+    alpha: Number | None = 8
     rank_pattern: dict[str, Count | list[bool]] | None = None
     alpha_pattern: dict[str, Number] | None = None
     target_modules: str | list[str] | None = None

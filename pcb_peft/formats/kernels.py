@@ -15,14 +15,16 @@ def lycoris_scaling(module: ModuleTensors) -> float:
     """Return alpha/r, with the patterns that match the module.
 
     Raises:
-        AdapterError: The rank is not a number from 1.
+        AdapterError: There is no alpha, or the rank is not an integer from 1.
     """
     alpha, rank = (
         pattern_value(module.config, pattern, module.path, module.config.get(field, DEFAULT))
         for pattern, field in (("alpha_pattern", "alpha"), ("rank_pattern", "r"))
     )
-    if not isinstance(rank, int) or rank < 1:
-        raise AdapterError(f"{module.path}: r is {rank!r}; it must be an integer from 1")
+    if alpha is None or not isinstance(rank, int) or rank < 1:
+        raise AdapterError(
+            f"{module.path}: alpha is {alpha!r} and r is {rank!r}; they must be a number, and an integer from 1"
+        )
     return alpha / rank
 
 

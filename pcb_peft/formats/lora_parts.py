@@ -224,6 +224,8 @@ def scaling_of(config: Config, lora: LoraTensors, rank: int) -> float:
             f"{module}: lora_A has rank {rank}, but the configuration says {stated!r}"
         )
     alpha = pattern_value(config, "alpha_pattern", module, config.get("lora_alpha", DEFAULT))
+    if alpha is None:
+        raise AdapterError(f"{module}: lora_alpha is null; it must be a number")
     times = WRAPPED_TIMES if lora.path.endswith(WRAPPED) else 1
     return times * alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
