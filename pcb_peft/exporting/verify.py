@@ -211,7 +211,7 @@ def _with(adapter: Adapter, model: Any, base: Callable[[], BaseModel]) -> Any:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Run:
-    """The things that a program computes with: the base model's files, the result, and for PEFT the base model itself."""
+    """The parts of a computation: the base model's files, the result, and for PEFT the base model itself."""
 
     directory: Path
     output: Path
