@@ -21,7 +21,7 @@ LEVELS = (
     {"plugins"},
     {"deltas"},
     {"files"},
-    {"base", "tasks"},
+    {"base", "tasks", "images"},
     {"formats", "writing", "methods", "spaces", "calibrations"},
     {"adapters"},
     {"recipes", "data", "consumers"},

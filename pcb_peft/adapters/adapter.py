@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,8 +17,9 @@ from pcb_peft.adapters.chosen_head import chosen_head
 from pcb_peft.adapters.companions import Companions
 from pcb_peft.adapters.delta_mapping import DeltaMapping
 from pcb_peft.adapters.expert_stacks import without_fused_layers
+from pcb_peft.adapters.file_format import LOADING, HasFormat
 from pcb_peft.adapters.folded_files import folded_files
-from pcb_peft.adapters.saving import PEFT, FileFormat, save_adapter
+from pcb_peft.adapters.saving import FileFormat, save_adapter
 from pcb_peft.adapters.source import OpenedAdapter, Source
 from pcb_peft.base.architecture import Skeleton
 from pcb_peft.base.canonical import names_in_checkpoint
@@ -28,6 +29,7 @@ from pcb_peft.deltas.dtypes import parse_dtype
 from pcb_peft.deltas.replacements import TIES, Replacements, Tied, head_files
 from pcb_peft.errors import OptionError
 from pcb_peft.formats import Base, LazyDelta
+from pcb_peft.images.names import ImageLora
 from pcb_peft.runtime.progress import tracker
 from pcb_peft.writing.base_gap import BaseGap, MeasuredDeltas
 from pcb_peft.writing.edits import fitted
@@ -39,7 +41,7 @@ AnyAdapter = TypeVar("AnyAdapter", bound="Adapter")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class Adapter:
+class Adapter(HasFormat):
     """The change that one adapter makes to its base model.
 
     Attributes:
@@ -58,8 +60,9 @@ class Adapter:
         head: Parameters and rows that the adapter replaces.
         heads: Name of each source of a merged adapter to the parameters that this source replaces.
         inputs: Files and directories that it was made from, which no output may replace.
-        companions: Tokenizer, chat template and other files beside the weights that belong to the model, by group.
+        companions: Files beside the weights that belong to the model (tokenizer, chat template …), by group.
         base_gap: After a fold with `compare_base`: how far the two base models are from each other.
+        image: What is known about a LoRA of an image or video model beside its deltas; None for an adapter of PEFT.
     """
 
     name: str
@@ -79,6 +82,7 @@ class Adapter:
     inputs: tuple[str, ...] = ()
     companions: Companions = dataclasses.field(default_factory=dict[str, Mapping[str, Path]])
     base_gap: BaseGap | None = None
+    image: ImageLora | None = None
 
     def __repr__(self) -> str:
         kinds = {entry.kind.kind_name for entry in self.modules.entries.values()}
@@ -222,7 +226,7 @@ class Adapter:
         dtype: str | torch.dtype = torch.float32,
         rank_pattern: bool = False,
         overwrite: Overwrite = False,
-        format: FileFormat = PEFT,  # noqa: A002  (as it is called where people ask for it)
+        format: FileFormat | None = None,  # noqa: A002  (as it is called where people ask for it)
     ) -> AnyAdapter:
         """Write a PEFT adapter that `PeftModel.from_pretrained` loads, whole or not at all.
 
@@ -231,12 +235,11 @@ class Adapter:
         in its architecture first.
 
         Args:
-            directory: Directory to write.
+            directory: Directory to write; for a LoRA of an image model also a file: "merged.safetensors".
             dtype: Dtype of the tensors, such as "bfloat16"; they are rounded to it once.
             rank_pattern: Let every module of a LoRA have its own rank instead of padding it with zeros.
-            overwrite: Replace a directory that is not empty: True, if this package wrote everything in it; "all",
-                whatever it holds.
-            format: "peft", or "diffusers" or "kohya" for a LoRA of an image model: pytorch_lora_weights.safetensors.
+            overwrite: Replace a directory that is not empty: True, if this package wrote all of it; "all", anything.
+            format: "peft", or for an image model "diffusers", "kohya" or "comfyui". Default: as it came.
 
         Returns:
             The adapter. The report of a merge now says how many modules PEFT finds.
@@ -253,20 +256,16 @@ class Adapter:
             >>> merged = merge_adapters(["math-lora", "code-lora"])
             >>> saved = merged.save_pretrained("merged", dtype="bfloat16")
         """
+        saved = self.in_format(format)
         notes = save_adapter(
-            self,
+            saved,
             Path(directory),
             parse_dtype(dtype),
             rank_pattern=rank_pattern,
             overwrite=overwrite,
-            file_format=format,
+            file_format=format or self.file_format,
         )
-        return self.noted(notes)
-
-    def noted(self: AnyAdapter, notes: Sequence[str]) -> AnyAdapter:
-        """Return the same adapter with more sentences in its report, if it has one."""
-        del notes
-        return self
+        return saved.noted(notes)
 
     def fold(
         self,
@@ -290,8 +289,7 @@ class Adapter:
             tied: Policy for tied weights that would change differently at their two ends: "refuse"; "untie": each has
                 weights of its own from then on, as with the adapter in PEFT; "both": both change. Default: the
                 merge's policy, else "refuse".
-            overwrite: Replace a directory that is not empty: True, if this package wrote everything in it; "all",
-                whatever it holds.
+            overwrite: Replace a directory that is not empty: True, if this package wrote all of it; "all", anything.
             progress: Show a bar; default: on a terminal.
             dequantize: Take a quantised base model; the folded model is bfloat16.
             compare_base: The same model with, or without, quantisation: `base_gap` then has the distance to it.
@@ -359,7 +357,7 @@ class Adapter:
     def card(self, peft_type: str) -> str:
         """Return the text of the model card."""
         title, facts, sections = self.card_parts()
-        facts = dataclasses.replace(facts, tags=[peft_type.lower(), "transformers"])
+        facts = dataclasses.replace(facts, tags=self.tags(peft_type), library=self.library)
         return model_card(title, facts, sections)
 
     def folded_card(self, base: BaseModel) -> str:
@@ -385,6 +383,8 @@ class Adapter:
 
     def loading_sections(self) -> dict[str, str]:
         """Return the sections of a card that tell how to load the adapter, and what heads it has."""
+        if self.library == "diffusers":
+            return {"Load it": LOADING}
         return card_sections.loading_sections(
             self.base_model, self.task_type, self.auto_mapping, self.head, self.heads
         )

@@ -72,6 +72,7 @@ def read_adapter(name: str, source: Source | None, files: OpenedAdapter, base: B
         companions=files.companions,
         heads={owner: _kept_head(head) for owner, head in files.heads.items()},
         inputs=_inputs(source, config),
+        image=contents.image,
     )
 
 

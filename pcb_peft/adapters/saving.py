@@ -17,21 +17,27 @@ from pcb_peft.adapters.found_by_peft import loaded_on, looked_up, with_parameter
 from pcb_peft.deltas.delta import Delta, LowRank
 from pcb_peft.deltas.linalg import all_finite
 from pcb_peft.deltas.replacements import Replacements
-from pcb_peft.errors import OptionError, UnsupportedError
+from pcb_peft.errors import OptionError, PcbPeftError, UnsupportedError
 from pcb_peft.formats import AdapterFiles, Format, format_for, writer_named
-from pcb_peft.formats.checkpoint import CONFIG
+from pcb_peft.formats.checkpoint import CONFIG, SafetensorsFile
 from pcb_peft.formats.heads import with_biases, write_head
 from pcb_peft.formats.keys import AUTOMATIC_HEADS
 from pcb_peft.formats.refusals import refuse_pipelines
+from pcb_peft.images.names import ImageLora
 from pcb_peft.runtime.processes import current
-from pcb_peft.writing.atomic import replace_directory, write_files
+from pcb_peft.writing.atomic import replace_directory, write_file_atomically, write_files
 from pcb_peft.writing.model_card import public_name
-from pcb_peft.writing.targets import Overwrite, check_target, writing
+from pcb_peft.writing.sorted_header import sort_metadata
+from pcb_peft.writing.targets import Overwrite, check_file_target, check_target, writing
 
-FileFormat: TypeAlias = Literal["peft", "diffusers", "kohya"]
+FileFormat: TypeAlias = Literal["peft", "diffusers", "kohya", "comfyui"]
 """The programs whose adapter files can be written."""
 
+FORMATS = ("peft", "diffusers", "kohya", "comfyui")
 PEFT: FileFormat = "peft"
+RECIPE_FILE = "merge_recipe.yaml"
+RECIPE = "pcb_peft.recipe"
+"""Key of the metadata of a single file that holds the recipe."""
 
 
 class Savable(Protocol):
@@ -53,9 +59,72 @@ class Savable(Protocol):
     def inputs(self) -> tuple[str, ...]: ...
     @property
     def auto_mapping(self) -> Mapping[str, Any] | None: ...
+    @property
+    def image(self) -> ImageLora | None: ...
     def whole_biases(self) -> Mapping[str, Callable[[], Tensor]]: ...
     def companion_files(self) -> dict[str, bytes]: ...
     def card(self, peft_type: str) -> str: ...
+
+
+def check_format(
+    file_format: str, shapes: Mapping[str, tuple[int, int]], image: ImageLora | None
+) -> None:
+    """Raise PcbPeftError where LoRAs of these modules have no place in a format.
+
+    Args:
+        file_format: The format.
+        shapes: Module to (out, in).
+        image: What is known about them, if they belong to an image model.
+    """
+    if file_format == PEFT:
+        refuse_pipelines(shapes)
+    else:
+        writer_named(file_format).check(shapes, image)
+
+
+def is_one_file(output: Path) -> bool:
+    """Return whether the name of an output is that of a single file: ``merged.safetensors``."""
+    return output.suffix == ".safetensors"
+
+
+def is_our_file(path: Path) -> bool:
+    """Return whether this package wrote a single file."""
+    try:
+        return RECIPE in SafetensorsFile(path).metadata()
+    except PcbPeftError:
+        return False
+
+
+def _save_file(
+    adapter: Savable,
+    path: Path,
+    dtype: torch.dtype,
+    *,
+    rank_pattern: bool,
+    overwrite: Overwrite,
+    file_format: FileFormat,
+) -> None:
+    """Write an image LoRA as one file, with the recipe in its metadata."""
+    if file_format == PEFT:
+        raise OptionError(
+            f"{path} is the name of a file, and an adapter of PEFT is a directory: name a directory, or give a LoRA of "
+            "an image model another format (format=, --format)"
+        )
+    check_file_target(path, overwrite=overwrite, inputs=adapter.inputs, is_ours=is_our_file)
+    content = adapter_files(adapter, dtype, rank_pattern=rank_pattern, file_format=file_format)
+    recipe = adapter.companion_files().get(RECIPE_FILE, b"").decode()
+    metadata = content.metadata | {RECIPE: recipe}
+    write_file_atomically(
+        path,
+        lambda place: _write_tensors(content.tensors, place, metadata),
+        overwrite=overwrite,
+        is_ours=is_our_file,
+    )
+
+
+def _write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    safetensors.torch.save_file(dict(tensors), path, metadata=dict(metadata) or None)
+    sort_metadata(path)
 
 
 def save_adapter(
@@ -67,7 +136,7 @@ def save_adapter(
     overwrite: Overwrite,
     file_format: FileFormat,
 ) -> list[str]:
-    """Write an adapter's directory, whole or not at all; of several processes, the first one writes.
+    """Write an adapter's directory or file, whole or not at all; of several processes, the first one writes.
 
     Arguments and errors are those of `Adapter.save_pretrained`.
 
@@ -75,6 +144,12 @@ def save_adapter(
         Sentences for the report.
     """
     notes: list[str] = []
+    options = {"rank_pattern": rank_pattern, "overwrite": overwrite, "file_format": file_format}
+    if is_one_file(directory) and not directory.is_dir():
+        if current().is_main:
+            _save_file(adapter, directory, dtype, **options)  # type: ignore[arg-type]
+        current().barrier()
+        return notes
     if current().is_main:
         check_target(directory, overwrite=overwrite, inputs=adapter.inputs)
         make = functools.partial(
@@ -92,7 +167,8 @@ def save_adapter(
         with replaced as target:
             with writing(directory):
                 path = target / content.file
-                safetensors.torch.save_file(content.tensors, path, metadata={"format": "pt"})
+                metadata = {"format": "pt"} if content.config else content.metadata
+                _write_tensors(content.tensors, path, metadata)
             write_files(target, files)
     return [note for each in current().all_gather(notes) for note in each]
 
@@ -190,8 +266,8 @@ def _other_files(
             f"{adapter.name}: the format {file_format} holds a LoRA, and nothing beside it"
         )
     loras: dict[str, Any] = dict(adapter.modules)
-    content = writer.write(loras, dtype, rank_pattern=rank_pattern)
-    tensors = {name: values.contiguous() for name, values in content.tensors.items()}
+    content = writer.write(loras, dtype, image=adapter.image, rank_pattern=rank_pattern)
+    tensors = _separate_storage(content.tensors)
     _refuse_overflow(tensors)
     return dataclasses.replace(content, tensors=tensors)
 

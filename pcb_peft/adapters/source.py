@@ -46,6 +46,7 @@ NESTED = (
     "merge_and_unload() it first"
 )
 """Why an adapter of nested PeftModels is refused, and the way out."""
+MODEL_FILES = ("config.json", "model_index.json")  # of directories whose tensors are no LoRA
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -129,7 +130,7 @@ def open_files(source: Source, *, hashed: bool = True) -> OpenedAdapter:
         )
     if not (directory / CONFIG).is_file():
         raise AdapterNotFoundError(
-            f"{directory} holds no {CONFIG}{how_to_get_an_adapter(directory)}"
+            f"{directory} holds no {CONFIG}{how_to_get_an_adapter(directory)}{_of_hub(source)}"
         )
     config = _config(directory)
     refuse_trained_files(directory)
@@ -171,11 +172,24 @@ def _refuse_other(
 
 
 def _pipeline_file(path: Path) -> Path | None:
-    """Return the LoRA of a diffusion pipeline: the file itself, or the only adapter in a directory."""
+    """Return the LoRA of an image model: the file itself, or the only one in a directory that holds nothing else.
+
+    Raises:
+        AdapterError: There are several.
+    """
     if path.is_file():
         return path
-    alone = (path / PIPELINE).is_file() and not (path / CONFIG).is_file()
-    return path / PIPELINE if alone else None
+    if any((path / name).is_file() for name in (CONFIG, *MODEL_FILES)):
+        return None
+    if (path / PIPELINE).is_file():
+        return path / PIPELINE
+    files = sorted(one for one in path.glob("*.safetensors") if one.name != SAFETENSORS)
+    if len(files) > 1:
+        names = ", ".join(one.name for one in files)
+        raise AdapterError(
+            f"{path} holds several LoRAs, {names}: name one of them, such as {files[0]}"
+        )
+    return files[0] if files else None
 
 
 def files_of_model(model: Any, adapter_name: str) -> OpenedAdapter:
@@ -220,7 +234,15 @@ def _local(source: Source) -> Path | None:
 
 
 def _downloaded(source: Source) -> Path:
-    """Return the adapter's directory in the Hub's cache."""
+    """Return the adapter's directory in the Hub's cache; the file, if the path goes on after the repository's id."""
+    owner, _, rest = source.path.partition("/")
+    name, _, file = rest.partition("/")
+    if file.endswith(".safetensors"):
+        repository = f"{owner}/{name}"
+        root = download(repository, source.revision, wanted=[file], error_type=AdapterNotFoundError)
+        if not (root / file).is_file():
+            raise AdapterNotFoundError(f"{repository} holds no {file}")
+        return root / file
     prefix = f"{source.subfolder}/" if source.subfolder else ""
     adapter = (CONFIG, SAFETENSORS, PICKLE, PIPELINE, f"{HEADS}/*.safetensors")
     companions = [name for patterns in GROUPS.values() for name in patterns]
@@ -232,6 +254,13 @@ def _downloaded(source: Source) -> Path:
         error_type=AdapterNotFoundError,
     )
     return root / prefix
+
+
+def _of_hub(source: Source) -> str:
+    """Return a hint for messages: how to name a LoRA of an image model in a repository."""
+    if Path(source.path).expanduser().exists():
+        return ""
+    return f"; a LoRA of an image model is named with its file: {source.path}/NAME.safetensors"
 
 
 def _config(directory: Path) -> dict[str, Any]:

@@ -47,9 +47,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_saving_arguments(parser, required=False)
     parser.add_argument(
-        "--format", type=str.lower, default="peft", help="peft, diffusers or kohya (default: peft)"
-    )
-    parser.add_argument(
         "--for",
         dest="profile",
         choices=PROFILES,
@@ -111,6 +108,7 @@ def _estimate(parsed: argparse.Namespace, recipe: "Recipe", notes: list[str]) ->
 
 def _merge(parsed: argparse.Namespace, recipe: "Recipe", notes: list[str]) -> Answer:
     from pcb_peft.adapters.loading import load_adapters
+    from pcb_peft.adapters.saving import is_one_file, is_our_file
     from pcb_peft.base.model import lazy_base
     from pcb_peft.merging.engine import merge
     from pcb_peft.merging.finish import check_writable
@@ -120,7 +118,12 @@ def _merge(parsed: argparse.Namespace, recipe: "Recipe", notes: list[str]) -> An
     memory = DEFAULT_MEMORY if parsed.max_memory is None else number_of_bytes(parsed.max_memory)
     device, progress = working_device(parsed.device), progress_of(parsed)
     inputs = _inputs(parsed, recipe)
-    check_target(parsed.output, overwrite=parsed.overwrite, inputs=inputs)
+    if is_one_file(parsed.output) and not parsed.fold:
+        check_file_target(
+            parsed.output, overwrite=parsed.overwrite, inputs=inputs, is_ours=is_our_file
+        )
+    else:
+        check_target(parsed.output, overwrite=parsed.overwrite, inputs=inputs)
     if parsed.report:
         check_file_target(parsed.report, overwrite=parsed.overwrite, inputs=inputs)
     check_writable(recipe, fold=parsed.fold)
@@ -189,7 +192,6 @@ def _written(merged: "MergedAdapter", parsed: argparse.Namespace) -> "MergedAdap
         dtype=dtype_of(parsed),
         rank_pattern=parsed.rank_pattern,
         overwrite=parsed.overwrite,
-        format=parsed.format,
     )
 
 

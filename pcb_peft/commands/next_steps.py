@@ -35,6 +35,10 @@ def where_written(output: Path, rank: int | None, size: int) -> str:
 
 def after_merge(merged: MergedAdapter, output: Path, rank: int | None) -> str:
     """Say how to load, serve and fold a merged adapter that was saved."""
+    if merged.file_format != "peft":
+        return (
+            f'next:\n  load   pipeline.load_lora_weights("{output}") in diffusers, or your web UI'
+        )
     base = merged.base_model or "BASE_MODEL"
     lines = [f"  load   {_loading(merged, output)}"]
     served = None if rank is None else served_rank(rank)

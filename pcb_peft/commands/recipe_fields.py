@@ -139,6 +139,14 @@ def _model_fields() -> Iterator[Field]:
         _text,
         "POLICY",
     )
+    formats = constant("adapters/saving.py", "FORMATS")
+    yield Field(
+        "format",
+        f"{', '.join(formats)} (default: the one that the adapters came in)",
+        _name(formats),
+        "FORMAT",
+        names=formats,
+    )
     ties = constant(REPLACEMENTS, "TIES")
     yield Field("tied", tied_help(), _name(ties), "POLICY", names=ties)
     yield Field("chain", "each adapter was trained on top of those before it", _switch, None)

@@ -71,7 +71,7 @@ def pipeline_config(file: SafetensorsFile) -> dict[str, Any]:
     metadata = parse_json(stated, where, AdapterError, AGAIN)
     if not isinstance(metadata, dict):
         raise AdapterError(f"{where} must be an object with names; {AGAIN}")
-    return {"peft_type": PIPELINE_TYPE, "metadata": metadata}
+    return {"peft_type": PIPELINE_TYPE, "metadata": metadata, "file_metadata": file.metadata()}
 
 
 def read_config(path: Path) -> dict[str, Any]:

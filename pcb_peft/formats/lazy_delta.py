@@ -12,6 +12,7 @@ from pcb_peft.deltas.delta import Delta, Dense, LowRank
 from pcb_peft.deltas.layout import Layout
 from pcb_peft.deltas.replacements import ReplacedParameter, TokenRows
 from pcb_peft.formats.checkpoint import SAFETENSORS
+from pcb_peft.images.names import ImageLora
 
 Config: TypeAlias = Mapping[str, Any]
 """The content of ``adapter_config.json``."""
@@ -49,12 +50,14 @@ class AdapterContents:
         saved: Parameter path to the values that replace the base model's (PEFT's modules_to_save).
         rows: Module path to the rows that replace rows of its weight (PEFT's trainable tokens).
         copies: Module to the module that it was tied to, whose rows are stored for it too.
+        image: What a file of an image model says beside its deltas; None for adapters of PEFT.
     """
 
     modules: dict[str, LazyDelta]
     saved: dict[str, ReplacedParameter]
     rows: dict[str, TokenRows] = dataclasses.field(default_factory=dict[str, TokenRows])
     copies: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
+    image: ImageLora | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -65,11 +68,13 @@ class AdapterFiles:
         config: Content of ``adapter_config.json``; empty where the form has no such file.
         tensors: Name to values.
         file: Name of the file that the tensors go into.
+        metadata: Metadata in that file.
     """
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     file: str = SAFETENSORS
+    metadata: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
 
 
 def as_dense(entry: LazyDelta) -> LazyDelta:

@@ -28,5 +28,5 @@ def refuse_pipelines(modules: Iterable[str]) -> None:
     if module := next(filter(PIPELINE_MODULE.match, modules), None):
         raise OptionError(
             f"{module} belongs to a diffusion pipeline, and PEFT has no file for that: save it with "
-            "format='diffusers' or 'kohya' (--format)"
+            "format='diffusers', 'kohya' or 'comfyui' (--format)"
         )

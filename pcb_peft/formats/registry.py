@@ -16,6 +16,7 @@ from pcb_peft.formats.base_weights import Base
 from pcb_peft.formats.checkpoint import Tensors
 from pcb_peft.formats.lazy_delta import AdapterContents, AdapterFiles, Config
 from pcb_peft.formats.refusals import REASONS
+from pcb_peft.images.names import ImageLora
 from pcb_peft.plugins.registry import Registry
 
 
@@ -59,7 +60,12 @@ class WriteLoras(Protocol):
     """Write LoRAs by module; with `rank_pattern` each at its own rank."""
 
     def __call__(
-        self, modules: Mapping[str, LowRank], dtype: torch.dtype, *, rank_pattern: bool
+        self,
+        modules: Mapping[str, LowRank],
+        dtype: torch.dtype,
+        *,
+        image: ImageLora | None,
+        rank_pattern: bool,
     ) -> AdapterFiles: ...
 
 
@@ -70,10 +76,15 @@ class Writer:
     Attributes:
         name: Name that a caller gives (``format="kohya"``).
         write: From LoRAs by module to file contents.
+        check: From shapes by module, and what is known about the LoRA, to the names in the file; raises
+            UnsupportedError where there are none.
+        defined_by: Function that the writer was made of, for messages; default: `write`.
     """
 
     name: str
     write: WriteLoras
+    check: Callable[[Mapping[str, tuple[int, int]], ImageLora | None], Mapping[str, str]]
+    defined_by: Callable[..., Any] | None = None
 
 
 _FORMATS = Registry[Format]("format", entry_points="pcb_peft.formats")
@@ -87,7 +98,7 @@ def register(entry: Format | Writer) -> None:
         OptionError: The name is taken.
     """
     if isinstance(entry, Writer):
-        _WRITERS.add(entry.name, entry, defined_by=entry.write)
+        _WRITERS.add(entry.name, entry, defined_by=entry.defined_by or entry.write)
     else:
         _FORMATS.add(entry.peft_type, entry, defined_by=entry.defined_by or entry.read)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.delta_mapping import DeltaMapping
 from pcb_peft.adapters.loading import load_adapters
+from pcb_peft.adapters.saving import FileFormat
 from pcb_peft.adapters.source import Source
 from pcb_peft.base.model import lazy_base
 from pcb_peft.data.metric import Metric, Subject, open_metric
@@ -76,6 +77,7 @@ def merge_adapters(  # noqa: PLR0913  (every choice of a merge, by name)
     statistics: Sequence[StatisticsLike] = (),
     metric: str | Path | None = None,
     dequantize: bool = False,
+    format: FileFormat | None = None,  # noqa: A002  (as save_pretrained calls it)
     **options: Any,
 ) -> MergedAdapter:
     """Merge adapters of one base model into one adapter.
@@ -114,11 +116,10 @@ def merge_adapters(  # noqa: PLR0913  (every choice of a merge, by name)
             largest module and the result. It changes how long a merge takes, never the result.
         statistics: For methods that need data: one file per adapter, from `collect_statistics` or `pcb-peft collect`.
         metric: The directions of a module's inputs that count when adapters are compared, and when the rank is set:
-            "random" (the base model's own, on random tokens: measured once per base model, for which `base_model` is
-            needed), a ``.jsonl`` file of texts, a file of moments, or "statistics" (the mean of `statistics` of kind
-            gram). None: all inputs count alike.
-        dequantize: Take a quantised base model (NF4, INT8, GPTQ, AWQ, FP8 …): where W is needed, it is computed from
-            its codes.
+            "random" (those of random tokens in `base_model`, measured once), a ``.jsonl`` file of texts, a file of
+            moments, or "statistics" (the mean of `statistics` of kind gram). None: all inputs count alike.
+        dequantize: Take a quantised base model (NF4, INT8, GPTQ, AWQ, FP8 …); W is computed from its codes.
+        format: Format of the saved result: "peft", "diffusers", "kohya" or "comfyui"; None: as the adapters came.
         **options: Options of the method and the space, such as `density` of `pcb`.
 
     Returns:
@@ -139,7 +140,7 @@ def merge_adapters(  # noqa: PLR0913  (every choice of a merge, by name)
     opened = [open_statistics(one) for one in statistics]
     what = {"weights": weights, "space": space, "scope": scope, "rank": rank, "options": options}
     how = {"overrides": overrides, "before": before, "after": after, "chain": chain, "seed": seed}
-    where = {"base_model": base_model, "dequantize": dequantize, "metric": metric}
+    where = {"base_model": base_model, "dequantize": dequantize, "metric": metric, "format": format}
     beside = {"heads": heads, "head": head, "companions": companions, "tied": tied}
     recipe = _recipe_of(loaded, opened, method, **what, **how, **where, **beside)
     return merge(
@@ -380,9 +381,10 @@ def _result(
         auto_mapping=common_mapping(adapters),
         head=prepared.heads.head,
         tied=recipe.tied,
+        image=prepared.image,
         heads=prepared.heads.kept,
         companions=prepared.companions,
-        recipe=dataclasses.replace(recipe, scale=1.0),
+        recipe=dataclasses.replace(recipe, scale=1.0, format=prepared.format),
         report=report.build(recipe.method, recipe.space, recipe.scope, seconds, len(pending)),
         pending=pending,
     ).scaled(recipe.scale)

@@ -15,6 +15,7 @@ from pcb_peft.base.config import read_config
 from pcb_peft.base.hub import configuration_directory
 from pcb_peft.base.model import BaseModel
 from pcb_peft.errors import BaseModelError, MismatchError, PcbPeftError
+from pcb_peft.merging.image_names import image_adapters
 from pcb_peft.plugins.options import did_you_mean
 
 SHOWN = 3  # modules in a message
@@ -37,6 +38,8 @@ def under_one_name(
         MismatchError: A module is not in the base model that was given; two names of one adapter mean one module; or
             names may mean one weight, and no base model says whether they do.
     """
+    if any(adapter.image for adapter in adapters):
+        return image_adapters(adapters)
     opened, notes = _opened(base)
     names = (
         _names_of_named(adapters, notes)

@@ -23,7 +23,7 @@ from pcb_peft.plugins.options import RANK, bind, did_you_mean
 from pcb_peft.recipes.overrides import Override
 from pcb_peft.recipes.peft_aliases import method_of
 from pcb_peft.recipes.recipe import Recipe
-from pcb_peft.recipes.weights import Weight, at_depth, number_of_layers
+from pcb_peft.recipes.weights import Weight, weights_by_module
 from pcb_peft.spaces import Projection, Space, get_space, in_parts, list_spaces
 from pcb_peft.tasks.task_vectors import Merged
 from pcb_peft.version import __version__
@@ -83,7 +83,7 @@ class Setting:
 
     def weights_in(self, modules: Iterable[str]) -> Callable[[str], tuple[float, ...]]:
         """Return a function from a module to its weights, in a model whose layers are those of all `modules`."""
-        return functools.partial(at_depth, self.weights, layers=number_of_layers(modules))
+        return weights_by_module(self.weights, modules)
 
 
 class Plan(NamedTuple):

@@ -11,6 +11,7 @@ from pcb_peft.adapters.source import IN_MEMORY, Source
 from pcb_peft.base.model import BaseModel, lazy_base
 from pcb_peft.data.statistics_file import TaskStatistics, check_statistics, open_statistics
 from pcb_peft.errors import ProcessError
+from pcb_peft.images.names import ImageLora
 from pcb_peft.merging.companions import merge_companions
 from pcb_peft.merging.compatibility import (
     AdapterSet,
@@ -19,6 +20,7 @@ from pcb_peft.merging.compatibility import (
 )
 from pcb_peft.merging.dora_or_lora import fall_back_to_lora
 from pcb_peft.merging.heads import MergedHeads, merge_heads
+from pcb_peft.merging.image_names import checked_image, format_notes
 from pcb_peft.merging.one_name import under_one_name
 from pcb_peft.merging.plan import Plan, named_method, plan
 from pcb_peft.merging.resolve_base import chain_on_base, resolve_against_base
@@ -44,6 +46,7 @@ class Prepared:
         statistics: One per adapter, for methods that need them.
         heads: The parameters that the result replaces.
         companions: The files beside the adapters that the result gets.
+        image: What is known about LoRAs of an image model; None for adapters of PEFT.
         notes: What was decided, for the report.
     """
 
@@ -55,7 +58,13 @@ class Prepared:
     statistics: Sequence[TaskStatistics]
     heads: MergedHeads
     companions: Companions
+    image: ImageLora | None
     notes: Sequence[str]
+
+    @property
+    def format(self) -> str | None:
+        """Format of the result, for the recipe; None for an adapter of PEFT if nobody asked for it."""
+        return self.recipe.format or (None if self.image is None else self.image.dialect)
 
 
 def prepare(
@@ -88,6 +97,7 @@ def prepare(
     opened = statistics or [open_statistics(source) for source in recipe.statistics]
     if opened:
         check_statistics(opened, fitting, hashed=not headers_only)
+    image = checked_image(recipe.format, fitting)
     adapter_set, common = AdapterSet(fitting), common_base(fitting, recipe.base_model)
     planned = plan(
         dataclasses.replace(
@@ -110,6 +120,7 @@ def prepare(
         statistics=opened,
         heads=heads,
         companions=companions,
+        image=image,
         notes=[
             *planned.notes,
             *heads.notes,
@@ -118,6 +129,7 @@ def prepare(
             *name_notes,
             *fitting_notes,
             *common.notes,
+            *format_notes(fitting, image),
         ],
     )
 

@@ -5,12 +5,13 @@ import functools
 import html
 from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.delta_mapping import DeltaMapping
+from pcb_peft.adapters.saving import FileFormat
 from pcb_peft.base.model import BaseModel
 from pcb_peft.deltas.delta import Delta
 from pcb_peft.deltas.replacements import Tied
@@ -132,6 +133,17 @@ class MergedAdapter(Adapter):
             recipe=dataclasses.replace(self.recipe, head=name),
             report=dataclasses.replace(self.report, notes=(*notes, f"{keys}: that of {name}")),
         )
+
+    def in_format(self, file_format: FileFormat | None) -> "MergedAdapter":
+        if file_format is None:
+            return self
+        return dataclasses.replace(
+            self, recipe=dataclasses.replace(self.recipe, format=file_format)
+        )
+
+    @property
+    def file_format(self) -> FileFormat:
+        return cast("FileFormat", self.recipe.format) if self.recipe.format else super().file_format
 
     def whole_biases(self) -> Mapping[str, Callable[[], Tensor]]:
         entries = self.modules.entries

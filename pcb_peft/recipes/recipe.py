@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import yaml
 
+from pcb_peft.adapters.saving import RECIPE_FILE
 from pcb_peft.adapters.source import Source
 from pcb_peft.deltas.rank_choice import LOSSLESS, RankChoice, parse_rank
 from pcb_peft.deltas.replacements import POLICIES, TIES, HeadPolicy, Tied
@@ -31,7 +32,7 @@ from pcb_peft.recipes.weights import Weight, plain, read_weights
 from pcb_peft.recipes.yaml_text import dump_yaml, load_yaml
 from pcb_peft.runtime.shown import quoted, shown
 
-FILE_NAME = "merge_recipe.yaml"
+FILE_NAME = RECIPE_FILE
 MOST_BYTES = 1 << 20  # of a recipe; one with thousands of overrides is smaller
 _ADAPTER_KEYS = tuple(one.name for one in dataclasses.fields(Source))
 _FILE_KEYS = ("path", "sha256")
@@ -84,6 +85,7 @@ class Recipe:
         seed: Seed of random methods.
         statistics: One file per adapter, for methods that need data.
         metric: The directions of a module's inputs that count: "random", texts, or a file of moments.
+        format: Format of the file that is written; None: the one that the adapters came in.
         version: The version of this package that completed the recipe, where it belongs to a result.
     """
 
@@ -110,6 +112,7 @@ class Recipe:
     seed: Annotated[int, an_integer] = 0
     statistics: Annotated[tuple[Source, ...], _statistics] = ()
     metric: Annotated[Source | None, _metric] = None
+    format: Annotated[str | None, a_name] = None
     version: Annotated[str | None, a_name] = None
 
     @classmethod

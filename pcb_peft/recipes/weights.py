@@ -4,13 +4,15 @@
 in the last, and evenly in between.
 """
 
+import functools
 import math
 import numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from pcb_peft.base.paths import layer_of
 from pcb_peft.errors import OptionError
+from pcb_peft.images.depth import forward_depths, of_image_model
 from pcb_peft.runtime.shown import quoted
 
 Weight: TypeAlias = float | tuple[float, ...]
@@ -65,6 +67,27 @@ def at_depth(weights: Sequence[Weight], module: str, layers: int) -> tuple[float
     """
     layer = layer_of(module)
     depth = None if layer is None else layer / max(1, layers - 1)
+    return tuple(
+        _interpolated(weight, depth) if isinstance(weight, tuple) else weight for weight in weights
+    )
+
+
+def weights_by_module(
+    weights: Sequence[Weight], modules: Iterable[str]
+) -> Callable[[str], tuple[float, ...]]:
+    """Return a function from a module to its weights, in a model whose layers are those of all `modules`.
+
+    Raises:
+        OptionError: A gradient over the modules of an image model whose order is not known.
+    """
+    paths = list(modules)
+    if any(isinstance(weight, tuple) for weight in weights) and of_image_model(paths):
+        return functools.partial(_at, weights, forward_depths(paths))
+    return functools.partial(at_depth, weights, layers=number_of_layers(paths))
+
+
+def _at(weights: Sequence[Weight], depths: Mapping[str, float], module: str) -> tuple[float, ...]:
+    depth = depths.get(module)
     return tuple(
         _interpolated(weight, depth) if isinstance(weight, tuple) else weight for weight in weights
     )

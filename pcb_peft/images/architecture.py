@@ -1,0 +1,67 @@
+"""An architecture of image and video models: the names of its modules, and what is written about it."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+from pcb_peft.images.rows import Rows
+
+Shapes = Mapping[str, tuple[int, int]]
+"""Module, in the original code's names or in diffusers', to (out, in) of its delta."""
+
+
+def _any_shapes(_: Shapes) -> bool:
+    return True
+
+
+LAST = 1000  # number of what changes the size, at the end of a block
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Architecture:
+    """One architecture.
+
+    Attributes:
+        name: Name for messages: "SDXL".
+        component: Component of a diffusers pipeline that the rows belong to.
+        rows: The modules.
+        order: Beginnings of diffusers' names in the order of the forward pass.
+        kohya: Column that kohya's trainers take their names from: "original" or "diffusers".
+        loads_kohya: True if diffusers reads what kohya's trainers write.
+        versions: Beginnings of ``ss_base_model_version`` and ``modelspec.architecture`` that mean this architecture;
+            the first is written where the sources say nothing.
+        modelspec: Value of ``modelspec.architecture``, without ``/lora``.
+        fits: From shapes of some modules to whether they can be this architecture's.
+        shows: True if a LoRA of it shows by its names or shapes that it is one: others are not written as one.
+        text_encoders: Component by kohya's prefix, where it is not the usual one.
+    """
+
+    name: str
+    component: str
+    rows: Rows
+    order: Sequence[str]
+    kohya: str = "original"
+    loads_kohya: bool = False
+    versions: Sequence[str] = ()
+    modelspec: str = ""
+    fits: Callable[[Shapes], bool] = _any_shapes
+    shows: bool = False
+    text_encoders: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
+
+    def canonical(self, path: str, separator: str) -> str | None:
+        """Return diffusers' name of a path in any of the names in use, without the component; None if it is unknown."""
+        known = self.rows.to_diffusers.get(path, separator)
+        return known or self.rows.in_diffusers.get(path, separator)
+
+    def original(self, path: str) -> str | None:
+        """Return the original code's name of a module that has a canonical one."""
+        return self.rows.to_original.get(path)
+
+    def depth(self, path: str) -> tuple[int, ...] | None:
+        """Return a module's place in the forward pass, for sorting; None if it lies in none of the blocks."""
+        for place, start in enumerate(self.order):
+            if path.startswith(f"{start}."):
+                rest = path.removeprefix(f"{start}.").split(".")
+                if "samplers" in rest[0]:  # at the end of a block
+                    return place, LAST
+                return place, next((int(part) for part in rest if part.isdecimal()), 0)
+        return (self.order.index(path), 0) if path in self.order else None

@@ -1,0 +1,42 @@
+"""HunyuanVideo: 20 double blocks, 40 single blocks, a refiner of the text."""
+
+from pcb_peft.images.architecture import Architecture, Shapes
+from pcb_peft.images.rows import Rows
+
+DOUBLE = "transformer_blocks.#"
+SINGLE = "single_transformer_blocks.#"
+REFINER = "context_embedder.token_refiner.refiner_blocks.#"
+ROWS = Rows(f"""
+double_blocks.#.img_attn_qkv = {DOUBLE}.attn.{{to_q,to_k,to_v}}
+double_blocks.#.txt_attn_qkv = {DOUBLE}.attn.{{add_q_proj,add_k_proj,add_v_proj}}
+double_blocks.#.(img_attn_proj|txt_attn_proj) = {DOUBLE}.attn.(to_out.0|to_add_out)
+double_blocks.#.img_mlp.(fc1|fc2) = {DOUBLE}.ff.(net.0.proj|net.2)
+double_blocks.#.txt_mlp.(fc1|fc2) = {DOUBLE}.ff_context.(net.0.proj|net.2)
+double_blocks.#.(img_mod|txt_mod).linear = {DOUBLE}.(norm1|norm1_context).linear
+single_blocks.#.linear1 = {SINGLE}.{{attn.to_q,attn.to_k,attn.to_v,proj_mlp}}
+single_blocks.#.linear2 = {SINGLE}.proj_out
+single_blocks.#.modulation.linear = {SINGLE}.norm.linear
+txt_in.individual_token_refiner.blocks.#.self_attn_qkv = {REFINER}.attn.{{to_q,to_k,to_v}}
+txt_in.individual_token_refiner.blocks.#.self_attn_proj = {REFINER}.attn.to_out.0
+txt_in.individual_token_refiner.blocks.#.mlp.(fc1|fc2) = {REFINER}.ff.(net.0.proj|net.2)
+txt_in.individual_token_refiner.blocks.#.adaLN_modulation.1 = {REFINER}.norm_out.linear
+txt_in.input_embedder = context_embedder.proj_in
+img_in.proj = x_embedder.proj
+final_layer.linear = proj_out
+""")
+
+
+def _fits(shapes: Shapes) -> bool:
+    """Return whether linear1 has 7 d rows."""
+    return all(s[0] == 7 * s[1] for name, s in shapes.items() if name.endswith("linear1"))
+
+
+HUNYUAN_VIDEO = Architecture(
+    "HunyuanVideo",
+    "transformer",
+    ROWS,
+    ("transformer_blocks", "single_transformer_blocks"),
+    versions=("hunyuan_video", "hunyuan-video"),
+    modelspec="hunyuan-video",
+    fits=_fits,
+)

@@ -1,0 +1,205 @@
+"""One weight, one name: from any trainer's name of a module to its component in a diffusers pipeline and its path.
+
+::
+
+    lora_unet_input_blocks_4_1_proj_in              unet.down_blocks.1.attentions.0.proj_in
+    lora_unet_down_blocks_1_attentions_0_proj_in    the same
+    diffusion_model.double_blocks.0.img_attn.proj   transformer.transformer_blocks.0.attn.to_out.0
+
+A matrix that a trainer keeps whole and diffusers in parts has the names of its parts in braces:
+``transformer.transformer_blocks.0.attn.{to_q,to_k,to_v}``. A name that no table has is kept as it is.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pcb_peft.errors import AdapterError
+from pcb_peft.images import text_encoders
+from pcb_peft.images.architecture import Architecture, Shapes
+from pcb_peft.images.rows import parts_of
+from pcb_peft.images.tables import ARCHITECTURES
+
+DIFFUSERS, KOHYA, COMFYUI = "diffusers", "kohya", "comfyui"
+UNDERSCORES = re.compile(r"(lora_unet_|lora_te\d?_|lora_transformer_|lycoris_)(.+)")
+DOTS = re.compile(
+    r"(model\.diffusion_model\.|diffusion_model\.|unet\.|transformer\.|text_encoder(?:_\d)?\.|base_model\.model\.)(.+)"
+)
+TEXT = {
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "lora_te3_": "text_encoder_3",
+}
+IN_PIPELINE = re.compile(r"(unet|transformer(_\d)?|text_encoder(_\d)?)\.")
+"""Matches canonical names."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StoredName:
+    """The name of a module in a file.
+
+    Attributes:
+        prefix: Its beginning, which says where it belongs; empty for a bare path.
+        path: The rest.
+        separator: What stands between the parts of the path: a dot or an underscore.
+    """
+
+    prefix: str
+    path: str
+    separator: str
+
+    @property
+    def text_encoder(self) -> str | None:
+        """The text encoder that the module belongs to; None for an image model."""
+        if self.prefix.startswith("text_encoder"):
+            return self.prefix.rstrip(".")
+        return TEXT.get(self.prefix)
+
+    @property
+    def dialect(self) -> str:
+        """The programs that write such names."""
+        if self.separator == "_":
+            return KOHYA
+        return COMFYUI if "diffusion_model" in self.prefix else DIFFUSERS
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ImageLora:
+    """What is known about a LoRA of an image or video model beside its deltas.
+
+    Attributes:
+        dialect: Format of the file: "diffusers", "kohya" or "comfyui".
+        architectures: Names of the architectures that it may belong to; empty where none is recognised.
+        metadata: Metadata in the file.
+    """
+
+    dialect: str
+    architectures: tuple[str, ...] = ()
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+
+    @property
+    def candidates(self) -> list[Architecture]:
+        """The architectures that it may belong to."""
+        return [one for one in ARCHITECTURES if one.name in self.architectures]
+
+
+def stored_name(name: str) -> StoredName:
+    """Return the parts of a module's name in a file."""
+    if match := UNDERSCORES.fullmatch(name):
+        return StoredName(match[1], match[2], "_")
+    if match := DOTS.fullmatch(name):
+        return StoredName(match[1], match[2], ".")
+    return StoredName("", name, ".")
+
+
+def canonical_names(
+    stored: Shapes, metadata: Mapping[str, Any]
+) -> tuple[dict[str, str], ImageLora]:
+    """Return the canonical name of every module of a file, and what the names say about the file.
+
+    Args:
+        stored: Name in the file to (out, in).
+        metadata: The file's.
+
+    Raises:
+        AdapterError: Two names mean one weight.
+    """
+    parsed = {name: stored_name(name) for name in stored}
+    candidates = recognised(parsed, stored, stated_version(metadata))
+    names: dict[str, str] = {}
+    for name, one in parsed.items():
+        new = _canonical(name, one, candidates)
+        other = names.setdefault(new, name)
+        if other != name:
+            raise _one_weight(other, name, new)
+    for new, name in names.items():
+        whole = next((part for part in parts_of(new) if "{" in new and part in names), None)
+        if whole is not None:
+            raise _one_weight(name, names[whole], new)
+    dialects = [one.dialect for one in parsed.values()]
+    dialect = max(sorted(set(dialects)), key=dialects.count)
+    found = tuple(one.name for one in candidates)
+    return {name: new for new, name in names.items()}, ImageLora(dialect, found, metadata)
+
+
+def recognised(
+    parsed: Mapping[str, StoredName], shapes: Shapes, version: str = ""
+) -> list[Architecture]:
+    """Return the architectures that modules may belong to: those whose tables have the most of them.
+
+    Args:
+        parsed: The modules.
+        shapes: Their shapes, by the same names.
+        version: What the file says about its base model.
+    """
+    image = [one for one in parsed.values() if one.text_encoder is None]
+    counts = {one: sum(_in_table(one, name) for name in image) for one in ARCHITECTURES}
+    most = max(counts.values(), default=0)
+    best = [one for one in ARCHITECTURES if most and counts[one] == most]
+    if not image:
+        best = [one for one in ARCHITECTURES if one.component == "unet"]
+    stated = [one for one in best if version.startswith(tuple(one.versions))]
+    fitting = [one for one in best if one.fits(shapes)] or best
+    by_trainer = [one for one in fitting if all(_as_trained(one, name) for name in image)]
+    return stated or by_trainer or fitting
+
+
+def stated_version(metadata: Mapping[str, Any]) -> str:
+    """Return what a file's metadata say about its base model, in lower case; empty where they say nothing."""
+    keys = ("ss_base_model_version", "modelspec.architecture")
+    return next((str(metadata[key]).lower() for key in keys if metadata.get(key)), "")
+
+
+def architecture_of_version(version: str) -> Architecture | None:
+    """Return the architecture that metadata name."""
+    known = (one for one in ARCHITECTURES if version.startswith(tuple(one.versions)))
+    return next(known, None) if version else None
+
+
+def is_canonical(name: str) -> bool:
+    """Return whether a module's name is one of a diffusers pipeline."""
+    return bool(IN_PIPELINE.match(name))
+
+
+def in_pipeline(modules: Iterable[str]) -> bool:
+    """Return whether all modules belong to an image model, under canonical names or as their file has them."""
+    return all(is_canonical(one) or stored_name(one).prefix for one in modules)
+
+
+def _in_table(architecture: Architecture, name: StoredName) -> bool:
+    if name.prefix in ("unet.", "transformer.") and name.prefix != f"{architecture.component}.":
+        return False
+    return architecture.canonical(name.path, name.separator) is not None
+
+
+def _as_trained(architecture: Architecture, name: StoredName) -> bool:
+    """Return whether a name is as kohya's trainers write those of an architecture; True for a name of diffusers'."""
+    original = name.prefix == "lora_unet_" and architecture.kohya == "original"
+    known = architecture.rows.to_diffusers.get(name.path, name.separator)
+    return not original or architecture.shows or known is not None
+
+
+def _canonical(name: str, parsed: StoredName, candidates: Iterable[Architecture]) -> str:
+    """Return a module's canonical name; its present one where that is not known, or the architectures disagree."""
+    encoder = parsed.text_encoder
+    if encoder is not None:
+        encoders = {one.text_encoders.get(parsed.prefix, encoder) for one in candidates}
+        component = encoders.pop() if len(encoders) == 1 else encoder
+        path = text_encoders.canonical(parsed.path, parsed.separator)
+        return name if path is None else f"{component}.{path}"
+    found = {
+        f"{one.component}.{path}"
+        for one in candidates
+        if _in_table(one, parsed)
+        and (path := one.canonical(parsed.path, parsed.separator)) is not None
+    }
+    return found.pop() if len(found) == 1 else name
+
+
+def _one_weight(one: str, other: str, canonical: str) -> AdapterError:
+    return AdapterError(
+        f"{one} and {other} are one weight under two names ({canonical}), and which one counts is not known; leave one "
+        "of them out of the file"
+    )

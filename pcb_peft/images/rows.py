@@ -1,0 +1,99 @@
+"""Tables of names: one line per module, the original code's name of it and diffusers' name.
+
+::
+
+    double_blocks.#.img_attn.proj = transformer_blocks.#.attn.to_out.0
+    double_blocks.#.img_attn.qkv = transformer_blocks.#.attn.{to_q,to_k,to_v}
+    transformer_blocks.#.attn.(to_q|to_k)
+
+``#`` is a number. ``(a|b)`` stands for one line with a and one with b; a second list on the line follows the first.
+Braces name the parts of a matrix that diffusers keeps apart, from its first rows to its last. A line without ``=`` is
+the same in both.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+
+CHOICE = re.compile(r"\(([^()]*)\)")
+
+
+def _expanded(line: str) -> Iterator[str]:
+    """Yield the lines that a line with choices stands for."""
+    original, found, diffusers = line.partition(" = ")
+    choices = CHOICE.search(original)
+    if choices is None:
+        yield line
+        return
+    here = choices[1].split("|")
+    theirs = CHOICE.search(diffusers)
+    there = theirs[1].split("|") if theirs else here
+    for one, other in zip(here, there, strict=True):
+        left = original[: choices.start()] + one + original[choices.end() :]
+        right = CHOICE.sub(other, diffusers, count=1)
+        yield from _expanded(left + found + right)
+
+
+def _shape(parts: Sequence[str]) -> tuple[str, ...]:
+    """Return the parts of a name with # for every number."""
+    return tuple("#" if part.isdecimal() else part for part in parts)
+
+
+class Side:
+    """One column of a table, by which names are looked up, with dots or with underscores in them."""
+
+    def __init__(self, rows: Sequence[tuple[str, str]]) -> None:
+        """Index names.
+
+        Args:
+            rows: Name to look up, and name to return, both with # for the same numbers.
+        """
+        self._rows: dict[str, dict[tuple[str, ...], list[tuple[list[str], str]]]] = {
+            ".": {},
+            "_": {},
+        }
+        for name, target in rows:
+            for separator, index in self._rows.items():
+                parts = name.replace(".", separator).split(separator)
+                index.setdefault(_shape(parts), []).append((parts, target))
+
+    def get(self, path: str, separator: str = ".") -> str | None:
+        """Return the other name of a path, in which dots or underscores separate the parts; None if it has none."""
+        parts = path.split(separator)
+        for template, target in self._rows[separator].get(_shape(parts), ()):
+            pairs = list(zip(template, parts, strict=True))
+            if all(wanted in ("#", part) for wanted, part in pairs):
+                for number in (part for wanted, part in pairs if wanted == "#"):
+                    target = target.replace("#", number, 1)
+                return target
+        return None
+
+
+class Rows:
+    """The modules of a component of a pipeline, in the original code's names and in diffusers'."""
+
+    def __init__(self, *texts: str) -> None:
+        """Read tables.
+
+        Args:
+            texts: Tables, with one module per line.
+        """
+        lines = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
+        pairs = [line.partition(" = ") for one in lines for line in _expanded(one)]
+        rows = [(original, diffusers or original) for original, _, diffusers in pairs]
+        self.to_diffusers = Side(rows)
+        self.to_original = Side([(diffusers, original) for original, diffusers in rows])
+        names = list(dict.fromkeys(diffusers for _, diffusers in rows))
+        self.names = names
+        self.in_diffusers = Side([(part, part) for name in names for part in parts_of(name)])
+        fused = [name for name in names if "{" in name]
+        self.whole_of = Side([(part, name) for name in fused for part in parts_of(name)])
+
+
+def parts_of(name: str) -> list[str]:
+    """Return the names of a fused module's parts; the name itself of any other.
+
+    >>> parts_of("blocks.0.attn.{to_q,to_k,to_v}")
+    ['blocks.0.attn.to_q', 'blocks.0.attn.to_k', 'blocks.0.attn.to_v']
+    """
+    before, found, rest = name.partition("{")
+    return [before + part for part in rest.rstrip("}").split(",")] if found else [name]
