@@ -67,7 +67,7 @@ class StoredName:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ImageLora:
-    """What is known about a LoRA of an image or video model beside its deltas.
+    """Facts about a LoRA of an image or video model beside its deltas.
 
     Attributes:
         dialect: Format of the file: "diffusers", "kohya" or "comfyui".

@@ -94,9 +94,7 @@ def prepare(
     renamed, name_notes = _under_one_name(named_apart(given), base)
     resolved = _resolved(renamed, recipe, base)
     fitting, fitting_notes = _fitting(resolved, base, headers_only=headers_only)
-    opened = statistics or [open_statistics(source) for source in recipe.statistics]
-    if opened:
-        check_statistics(opened, fitting, hashed=not headers_only)
+    opened = _opened_statistics(statistics, recipe, fitting, hashed=not headers_only)
     image = checked_image(recipe.format, fitting)
     adapter_set, common = AdapterSet(fitting), common_base(fitting, recipe.base_model)
     planned = plan(
@@ -132,6 +130,20 @@ def prepare(
             *format_notes(fitting, image),
         ],
     )
+
+
+def _opened_statistics(
+    given: Sequence[TaskStatistics] | None,
+    recipe: Recipe,
+    adapters: Sequence[Adapter],
+    *,
+    hashed: bool,
+) -> Sequence[TaskStatistics]:
+    """The statistics that were given, or those that the recipe names, checked against the adapters."""
+    opened = given or [open_statistics(source) for source in recipe.statistics]
+    if opened:
+        check_statistics(opened, adapters, hashed=hashed)
+    return opened
 
 
 def sources_of(opened: Sequence[Adapter] | Sequence[TaskStatistics]) -> tuple[Source, ...]:
