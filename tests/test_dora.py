@@ -195,7 +195,7 @@ def test_the_configuration_is_minimal(doras, tmp_path):
     assert config.pop("use_dora")
     assert config.keys() == {
         *("peft_type", "inference_mode", "r", "lora_alpha", "lora_dropout", "bias", "use_rslora"),
-        *("fan_in_fan_out", "init_lora_weights", "target_modules"),
+        *("fan_in_fan_out", "init_lora_weights", "target_modules", "auto_mapping"),
     }
     assert config["lora_alpha"] == config["r"]
     recipe = read_recipe(tmp_path / "out" / "merge_recipe.yaml")

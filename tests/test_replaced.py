@@ -298,7 +298,8 @@ def test_rows_that_an_adapter_cannot_hold_are_not_dropped(workshop, tmp_path):
 def test_rows_that_the_configuration_does_not_number_are_refused(workshop, indices):
     adapter = made(workshop, "a", lora("q_proj", trainable_token_indices=[1, 2]))
     workshop.edit_config(adapter, trainable_token_indices=indices)
-    with pytest.raises(AdapterError, match=r"trainable_tokens_delta has shape \(2, 16\)"):
+    why = r"trainable_tokens_delta has shape \(2, 16\)|trainable_token_indices\.1 is (-2|'x'); it must"
+    with pytest.raises(AdapterError, match=why):
         load_adapter(adapter)
 
 

@@ -209,9 +209,9 @@ class Adapter(HasFormat):
             (2, torch.float32)
         """
         base = lazy_base(base_model, dequantize=dequantize)
-        if base is None and self.modules.entries[module].kind.multiplies and self.base is not None:
-            given = self.base()  # W is needed, and known
-            base = lazy_base(given) if isinstance(given, BaseModel) else None
+        entry = self.modules.entries.get(module)
+        if base is None and self.base is not None and entry is not None and entry.kind.multiplies:
+            base = lazy_base(given) if isinstance(given := self.base(), BaseModel) else None
         if base is None:
             return self.modules[module].delta()
         delta = self.on(base).modules[module]

@@ -127,7 +127,7 @@ def fold_adapter(
 
     Example:
         >>> from pcb_peft import fold_adapter
-        >>> fold_adapter("math-lora", "base-model", "math-model")
+        >>> folded = fold_adapter("math-lora", "base-model", "math-model")
     """
     source = adapter.path if isinstance(adapter, Source) else adapter
     check_target(Path(output), overwrite=overwrite, inputs=(source, base_model))

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ NESTED = (
 )
 """Why an adapter of nested PeftModels is refused, and the way out."""
 MODEL_FILES = ("config.json", "model_index.json")  # of directories whose tensors are no LoRA
+OTHER_WEIGHTS = re.compile(r"(adapter_model|model(-\d+-of-\d+)?)\.safetensors")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -183,7 +185,9 @@ def _pipeline_file(path: Path) -> Path | None:
         return None
     if (path / PIPELINE).is_file():
         return path / PIPELINE
-    files = sorted(one for one in path.glob("*.safetensors") if one.name != SAFETENSORS)
+    files = sorted(
+        one for one in path.glob("*.safetensors") if not OTHER_WEIGHTS.fullmatch(one.name)
+    )
     if len(files) > 1:
         names = ", ".join(one.name for one in files)
         raise AdapterError(
