@@ -165,6 +165,15 @@ def test_merge_writes_a_page(workshop, tmp_path, capsys):
     assert "adapter1" in Page((tmp_path / "page.html").read_text("utf-8")).text
 
 
+def test_a_page_that_cannot_be_written_is_refused_before_the_merge(workshop, tmp_path, capsys):
+    paths = workshop.adapters("mlp", [lora(), lora()])
+    (tmp_path / "diary.html").write_text("dear diary")
+    words = ["merge", *map(str, paths), "-o", str(tmp_path / "out"), "--overwrite"]
+    assert cli.main([*words, "--report", str(tmp_path / "diary.html")]) == 2
+    assert "diary.html" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 @pytest.mark.usefixtures("page")

@@ -108,24 +108,14 @@ def _estimate(parsed: argparse.Namespace, recipe: "Recipe", notes: list[str]) ->
 
 def _merge(parsed: argparse.Namespace, recipe: "Recipe", notes: list[str]) -> Answer:
     from pcb_peft.adapters.loading import load_adapters
-    from pcb_peft.adapters.saving import is_one_file, is_our_file
     from pcb_peft.base.model import lazy_base
     from pcb_peft.merging.engine import merge
     from pcb_peft.merging.finish import check_writable
     from pcb_peft.runtime.resources import DEFAULT_MEMORY, number_of_bytes, working_device
-    from pcb_peft.writing.targets import check_file_target, check_target
 
     memory = DEFAULT_MEMORY if parsed.max_memory is None else number_of_bytes(parsed.max_memory)
     device, progress = working_device(parsed.device), progress_of(parsed)
-    inputs = _inputs(parsed, recipe)
-    if is_one_file(parsed.output) and not parsed.fold:
-        check_file_target(
-            parsed.output, overwrite=parsed.overwrite, inputs=inputs, is_ours=is_our_file
-        )
-    else:
-        check_target(parsed.output, overwrite=parsed.overwrite, inputs=inputs)
-    if parsed.report:
-        check_file_target(parsed.report, overwrite=parsed.overwrite, inputs=inputs)
+    _check_outputs(parsed, recipe)
     check_writable(recipe, fold=parsed.fold)
     with phase("reading", progress):
         base = lazy_base(recipe.base_model, dequantize=recipe.dequantize)
@@ -141,6 +131,22 @@ def _merge(parsed: argparse.Namespace, recipe: "Recipe", notes: list[str]) -> An
     if parsed.report:
         _write_page(merged, adapters, parsed)
     return _answer(merged, parsed, notes, usage)
+
+
+def _check_outputs(parsed: argparse.Namespace, recipe: "Recipe") -> None:
+    """Refuse outputs that could not be written after the merge."""
+    from pcb_peft.adapters.saving import is_one_file, is_our_file
+    from pcb_peft.writing.targets import check_file_target, check_target
+
+    overwrite, inputs = parsed.overwrite, _inputs(parsed, recipe)
+    if is_one_file(parsed.output) and not parsed.fold:
+        check_file_target(parsed.output, overwrite=overwrite, inputs=inputs, is_ours=is_our_file)
+    else:
+        check_target(parsed.output, overwrite=overwrite, inputs=inputs)
+    if parsed.report:
+        from pcb_peft.reporting.page import is_report
+
+        check_file_target(parsed.report, overwrite=overwrite, inputs=inputs, is_ours=is_report)
 
 
 def _write_page(

@@ -88,10 +88,10 @@ def write_report(
     def write(file: Path) -> None:
         file.write_text(text, "utf-8")
 
-    write_file_atomically(Path(path), write, overwrite=overwrite, is_ours=_is_report)
+    write_file_atomically(Path(path), write, overwrite=overwrite, is_ours=is_report)
 
 
-def _is_report(path: Path) -> bool:
+def is_report(path: Path) -> bool:
     """True for a file that `write_report` wrote."""
     with path.open("rb") as file:
         return MARK in file.read(len(MARK) + 64)
