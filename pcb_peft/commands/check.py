@@ -3,6 +3,7 @@
 import argparse
 
 from pcb_peft.commands.command import Answer, Command
+from pcb_peft.commands.exit_codes import BELOW, DONE
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,7 +15,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         default=(),
         metavar="CONSUMER",
         help="programs to ask for, such as vllm, vllm==0.31 or peft==0.11 (default: the newest of all that are known); "
-        "the exit code is 3 if one of them would refuse or miss anything",
+        f"the exit status is {BELOW} if one of them would refuse or miss anything",
     )
 
 
@@ -23,7 +24,7 @@ def _run(parsed: argparse.Namespace) -> Answer:
 
     found = check(parsed.output, parsed.consumers)
     failed = bool(parsed.consumers) and not found.right
-    return Answer(str(found), found.as_dict(), essential=True, exit_code=3 if failed else 0)
+    return Answer(str(found), found.as_dict(), essential=True, exit_code=BELOW if failed else DONE)
 
 
 COMMAND = Command(

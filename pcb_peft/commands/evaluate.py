@@ -7,11 +7,9 @@ from typing import Any
 
 from pcb_peft.commands.arguments import DTYPES, dtype_of, progress_of
 from pcb_peft.commands.command import Answer, Command
+from pcb_peft.commands.exit_codes import BELOW, DONE
 from pcb_peft.commands.parser import UsageError
 from pcb_peft.commands.sources import constant
-
-FAILED = 3
-"""The exit code if a task keeps less than ``--fail-below``."""
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +52,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fail-below",
         type=float,
         metavar="SHARE",
-        help=f"exit with code {FAILED} if a task keeps less than this share of its adapter's score, such as 0.8",
+        help=f"exit with status {BELOW} if a task keeps less than this share of its adapter's score, such as 0.8",
     )
 
 
@@ -153,7 +151,7 @@ def _run(parsed: argparse.Namespace) -> Answer:
         "\n".join([str(result), *failed]),
         {**result.as_dict(), "below": below},
         essential=True,
-        exit_code=FAILED if below else 0,
+        exit_code=BELOW if below else DONE,
     )
 
 

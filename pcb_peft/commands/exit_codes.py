@@ -18,7 +18,7 @@ MEANINGS = f"""exit status:
   {DONE}    done
   {INTERNAL}    an error of pcb-peft itself
   {REFUSED}    an input, an option or an output is refused; the message says which, and the way out
-  {BELOW}    an evaluation is below the limit of --fail-below
+  {BELOW}    an evaluation is below --fail-below, or a program of check --for does not read the output right
   {NO_SPACE}    the disk, or a quota, is full
   {USAGE}   the command line cannot be understood
   {SIGNALLED}+  ended by a signal: 130 after Ctrl-C, 143 after SIGTERM"""
