@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from pcb_peft.deltas.delta import Delta, Dense, Diagonal, Rescaled
 from pcb_peft.errors import MismatchError
@@ -42,11 +43,10 @@ def inner(first: Delta, second: Delta) -> float:
         return float((first.matrix().double() * second.matrix().double()).sum())
     if _is_dense(first):
         first, second = second, first
-    left, right = first.factors()
+    factors = first.factors()
     if _is_dense(second):
-        return float(((left.T @ second.matrix().double()) * right).sum())
-    other_left, other_right = second.factors()
-    return float(((left.T @ other_left) * (right @ other_right.T)).sum())
+        return float(((factors[0].T @ second.matrix().double()) * factors[1]).sum())
+    return _of_factors(factors, second.factors())
 
 
 @one_thread()
@@ -60,14 +60,17 @@ def low_rank_products(merged: Delta, deltas: Mapping[str, Delta]) -> dict[str, f
     part = merged.low_rank_part
     if isinstance(part, Dense):
         return {}
-    left, right = part.factors()
-    products: dict[str, float] = {}
-    for name, delta in deltas.items():
-        if delta.multiplies or isinstance(delta.low_rank_part, Dense):
-            continue
-        other_left, other_right = delta.low_rank_part.factors()
-        products[name] = float(((left.T @ other_left) * (right @ other_right.T)).sum())
-    return products
+    factors = part.factors()
+    return {
+        name: _of_factors(factors, delta.low_rank_part.factors())
+        for name, delta in deltas.items()
+        if not (delta.multiplies or isinstance(delta.low_rank_part, Dense))
+    }
+
+
+def _of_factors(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:
+    """Return ⟨B₁A₁, B₂A₂⟩, the sum over the entries of B₁ᵀB₂ ∘ A₁A₂ᵀ."""
+    return float(((first[0].T @ second[0]) * (first[1] @ second[1].T)).sum())
 
 
 def _is_dense(delta: Delta) -> bool:
