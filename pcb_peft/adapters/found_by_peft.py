@@ -24,8 +24,9 @@ from pcb_peft.base.hub import configuration_directory
 from pcb_peft.errors import MismatchError
 from pcb_peft.formats import AdapterFiles
 from pcb_peft.formats.keys import PREFIX
+from pcb_peft.runtime.shown import some_of
 
-SHOWN, SHOWN_OF_ERROR = 3, 500  # names, and characters of PEFT's message
+SHOWN_OF_ERROR = 500  # characters of PEFT's message
 _ADAPTER = "default"
 _MATRIX = 2  # dimensions
 _PART = re.compile(r"(\.base_layer)*\.(lora_|ia3_l).*$")
@@ -113,10 +114,8 @@ class Found:
                 "it"
             )
         if self.lost:
-            lost = sorted(self.lost)
-            more = f" and {len(lost) - SHOWN} others" if len(lost) > SHOWN else ""
             raise MismatchError(
-                f"PEFT {version} would not find {', '.join(lost[:SHOWN])}{more} in {where}, as transformers builds the "
+                f"PEFT {version} would not find {some_of(sorted(self.lost))} in {where}, as transformers builds the "
                 "base model; nothing was written. Give the base model that the adapters were trained on "
                 "(base_model=…, --base-model …), or fold the adapter into it"
             )

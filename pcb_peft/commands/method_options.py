@@ -11,6 +11,7 @@ from typing import Any
 from pcb_peft.commands.parser import UsageError
 from pcb_peft.commands.sources import Entry, constant, entries, find
 from pcb_peft.plugins.options import Option
+from pcb_peft.runtime.shown import enumerated
 
 PREFIX = "option."  # begins the name of a parsed option
 AUTO = "auto"  # no method is named
@@ -103,15 +104,9 @@ def check_options(names: Iterable[str], method: str, space: str) -> None:
         if owners and name not in known:
             raise UsageError(
                 f"{name} belongs to {', '.join(option_owners()[name])}; "
-                f"{_enumerated([owner.name for owner in owners])} have no such option",
+                f"{enumerated(list(dict.fromkeys(owner.name for owner in owners)))} have no such option",
                 f"pcb-peft methods {owners[0].name} lists its options",
             )
-
-
-def _enumerated(names: Sequence[str]) -> str:
-    """``flat, core and pcb``."""
-    *others, last = dict.fromkeys(names)
-    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _options_of(owners: Iterable[Entry]) -> Iterator[tuple[Entry, Option]]:

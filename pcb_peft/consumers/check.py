@@ -9,6 +9,7 @@ from pcb_peft.consumers import features
 from pcb_peft.consumers.consumer import Consumer, Effect, Version
 from pcb_peft.consumers.files import FORM_NAMES, OutputFiles, open_output
 from pcb_peft.consumers.known import CONSUMERS, named
+from pcb_peft.runtime.shown import enumerated
 
 USUAL_RANK = 64
 LOUD: Effect = "refuses"
@@ -114,11 +115,11 @@ class Check:
                 if found and (verdict.loads or effect == LOUD):
                     by_feature.setdefault(found, []).append(verdict.title)
             parts += [
-                f"not for {_and(names)}, which {effect if len(names) == 1 else PLURAL[effect]} {found}"
+                f"not for {enumerated(names)}, which {effect if len(names) == 1 else PLURAL[effect]} {found}"
                 for found, names in by_feature.items()
             ]
         if not faulty:
-            parts.append(f"read alike by {_and([v.title for v in self.verdicts if v.right])}")
+            parts.append(f"read alike by {enumerated([v.title for v in self.verdicts if v.right])}")
         return " · ".join(parts)
 
     def as_dict(self) -> dict[str, Any]:
@@ -212,7 +213,3 @@ def _notes(files: OutputFiles) -> list[str]:
             f"rank {files.rank}: servers reserve memory for it; export --max-rank 64 keeps the most of it"
         )
     return notes
-
-
-def _and(names: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))

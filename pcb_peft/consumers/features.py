@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 from pcb_peft.consumers.files import OutputFiles
+from pcb_peft.runtime.shown import some_of
 
 Feature: TypeAlias = Callable[[OutputFiles], str]
 """Says what a consumer meets in the files, such as "DoRA (28 modules)"; an empty text where they hold nothing such."""
 
-SHOWN = 3
 _SAVED = re.compile(r"(?:base_model\.model\.)?(.+)\.(?:weight|bias)$")
 _LORA_PART = re.compile(
     r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|token_adapter)(\.|$)|lora_"
@@ -82,8 +82,7 @@ def _listed(words: str, modules: Iterable[str]) -> str:
     names = list(modules)
     if not names:
         return ""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"{words}: {', '.join(names[:SHOWN])}{more}"
+    return f"{words}: {some_of(names)}"
 
 
 def _kind(module: str) -> str:

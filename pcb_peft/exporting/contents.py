@@ -7,13 +7,13 @@ from typing import Literal, TypeAlias
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.deltas.delta import LowRank
 from pcb_peft.formats import LazyDelta
+from pcb_peft.runtime.shown import some_of
 
 Kind: TypeAlias = Literal[
     "dora", "ia3", "full", "head", "rows", "bias", "embedding", "output", "experts", "convolution"
 ]
 BECOMES_LORA: frozenset[Kind] = frozenset({"dora", "ia3", "full"})
 """Changes that a LoRA of some rank can be fitted to."""
-SHOWN = 3
 OUTPUTS = ("lm_head", "embed_out", "output_layer")
 
 
@@ -87,5 +87,4 @@ def _counted(kind: Kind, words: str, modules: list[str]) -> Content:
 
 def _named(kind: Kind, words: str, modules: Iterable[str]) -> Content:
     names = sorted(modules)
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return Content(kind, f"{words} ({', '.join(names[:SHOWN])}{more})", tuple(names))
+    return Content(kind, f"{words} ({some_of(names)})", tuple(names))

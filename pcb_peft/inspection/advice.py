@@ -4,6 +4,7 @@ import itertools
 
 from pcb_peft.inspection.comparison import Comparison
 from pcb_peft.inspection.pairs import Geometry
+from pcb_peft.runtime.shown import some_of
 
 SHARED_INITIALISATION = 0.8
 """Median principal cosine of the rows of lora_A above which two adapters were trained from the same lora_A."""
@@ -54,7 +55,7 @@ def _on_initialisation(comparison: Comparison, geometry: Geometry) -> list[str]:
         if geometry.initial[i, j] > SHARED_INITIALISATION
     ]
     largest = float(geometry.initial.nan_to_num(0).triu(1).max())
-    shown = "; ".join(pairs[:3]) + (f" and {len(pairs) - 3} more pairs" if len(pairs) > 3 else "")
+    shown = some_of(pairs, between="; ")
     return [
         f"{shown} were trained from the same lora_A (median cosine of their rows up to "
         f"{largest:.2f}): methods that solve linear systems (regmean, wudi) need a "

@@ -4,8 +4,10 @@ from collections.abc import Callable, Sequence
 from statistics import median
 
 from pcb_peft.inspection.facts import Inspection
+from pcb_peft.runtime.shown import some_of
 
-SHOWN = 3
+FEWEST = 3
+"""Modules of a target that tell what is usual."""
 DEAD = 1e-4
 """A module whose norm is a smaller part of the median is called dead."""
 EXTREME = 20
@@ -33,7 +35,7 @@ def _unreadable(facts: Inspection) -> list[str]:
         if one.problem:
             by_problem.setdefault(one.problem, []).append(module)
     return [
-        f"{_listed(modules)} cannot be read: {problem}" for problem, modules in by_problem.items()
+        f"{some_of(modules)} cannot be read: {problem}" for problem, modules in by_problem.items()
     ]
 
 
@@ -47,7 +49,7 @@ def _untrained(facts: Inspection) -> list[str]:
             "no module changes anything (lora_B is zero): the adapter was never trained, or not saved"
         ]
     return [
-        f"{len(zero)} of {len(readable)} modules change nothing (lora_B is zero): {_listed(zero)}; were they trained?"
+        f"{len(zero)} of {len(readable)} modules change nothing (lora_B is zero): {some_of(zero)}; were they trained?"
     ]
 
 
@@ -57,14 +59,14 @@ def _weak(facts: Inspection) -> list[str]:
         return []
     usual = median(norms.values())
     dead = [module for module, norm in norms.items() if norm < DEAD * usual]
-    return [f"{_listed(dead)} change almost nothing beside the others"] if dead else []
+    return [f"{some_of(dead)} change almost nothing beside the others"] if dead else []
 
 
 def _strong(facts: Inspection) -> list[str]:
     sentences: list[str] = []
     for group in facts.by_target.values():
         usual = median(one.norm for one in group)
-        if len(group) < SHOWN or not usual:
+        if len(group) < FEWEST or not usual:
             continue
         extreme = [
             module
@@ -73,7 +75,7 @@ def _strong(facts: Inspection) -> list[str]:
         ]
         if extreme:
             sentences.append(
-                f"{_listed(extreme)}: a norm of more than {EXTREME} times that of the same target in other layers"
+                f"{some_of(extreme)}: a norm of more than {EXTREME} times that of the same target in other layers"
             )
     return sentences
 
@@ -98,9 +100,3 @@ def _no_base(facts: Inspection) -> list[str]:
     return [
         "the adapter does not name its base model: give it where it is needed (base_model=…, --base-model …)"
     ]
-
-
-def _listed(modules: Sequence[str]) -> str:
-    shown = ", ".join(modules[:SHOWN])
-    more = len(modules) - SHOWN
-    return shown + (f" and {more} more" if more > 0 else "")

@@ -17,8 +17,7 @@ from pcb_peft.base.model import BaseModel
 from pcb_peft.errors import BaseModelError, MismatchError, PcbPeftError
 from pcb_peft.merging.image_names import image_adapters
 from pcb_peft.plugins.options import did_you_mean
-
-SHOWN = 3  # modules in a message
+from pcb_peft.runtime.shown import some_of
 
 
 def under_one_name(
@@ -128,9 +127,8 @@ def _refuse_unknown(adapter: Adapter, modules: Collection[str], base: BaseModel)
     """Refuse modules that the base model does not have, in memory or in its files."""
     missing = [module for module in sorted(modules) if not _is_in_files(module, base)]
     if missing:
-        others = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
         raise MismatchError(
-            f"{adapter.name}: {', '.join(missing[:SHOWN])}{others} not in the base model {base.source}"
+            f"{adapter.name}: {some_of(missing)} not in the base model {base.source}"
             f"{did_you_mean(missing[0], base.names.files)}; give the base that the adapter was trained on"
         )
 

@@ -82,5 +82,5 @@ def _described(headed: Adapter, opened: OpenedAdapter, head: str) -> dict[str, b
         again = dataclasses.replace(read_recipe(recipe), head=head)
         files[FILE_NAME] = again.to_yaml().encode()
         sections |= {RECIPE: recipe_section(again)}
-    facts = dataclasses.replace(facts, tags=[peft_type.lower(), "transformers"])
+    facts = dataclasses.replace(facts, tags=headed.tags(peft_type))
     return files | {CARD: model_card(title, facts, sections).encode()}

@@ -1,6 +1,7 @@
 """Strangers' values as they may stand in messages: short, on one line, without control characters."""
 
 import reprlib
+from collections.abc import Sequence
 
 LONGEST = 200  # characters
 
@@ -51,6 +52,26 @@ def visible(text: str) -> str:
     return "".join(
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
     )
+
+
+def some_of(names: Sequence[str], most: int = 3, between: str = ", ") -> str:
+    """Return the first of some names, and the number of the others.
+
+    >>> some_of(["a", "b", "c", "d", "e"])
+    'a, b, c and 2 more'
+    """
+    more = len(names) - most
+    return between.join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def enumerated(names: Sequence[str]) -> str:
+    """Return names as a sentence has them.
+
+    >>> enumerated(["flat", "core", "pcb"])
+    'flat, core and pcb'
+    """
+    *others, last = names or [""]
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _cut(text: str) -> str:
