@@ -1,16 +1,15 @@
 """The files of a base model, and the place of each tensor in them."""
 
 import dataclasses
-import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import msgspec
 from safetensors import SafetensorError, safe_open
 
 from pcb_peft.base.config import WAY_OUT
 from pcb_peft.errors import BaseModelError
+from pcb_peft.files.header import read_header
 from pcb_peft.files.json_text import read_json_file
 from pcb_peft.files.schema import Count, checked
 from pcb_peft.files.tensors import check_name
@@ -110,9 +109,7 @@ def _tensors_in(directory: Path, file: str) -> dict[str, TensorInfo]:
     try:
         with safe_open(path, framework="pt"):  # checks header and length
             pass
-        with path.open("rb") as stream:
-            start = 8 + int.from_bytes(stream.read(8), "little")
-            header: dict[str, Any] = json.loads(stream.read(start - 8))
+        header, start = read_header(path)
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise BaseModelError(
             f"{path} is damaged ({shown(error)}); fetch the model again"

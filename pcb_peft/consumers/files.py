@@ -2,14 +2,16 @@
 
 import dataclasses
 import functools
-import json
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from pcb_peft.base.hub import configuration_directory
 from pcb_peft.errors import AdapterError, AdapterNotFoundError
+from pcb_peft.files.header import read_header
+from pcb_peft.files.json_text import read_json_file
 
 Form: TypeAlias = Literal["peft", "pipeline", "mlx", "gguf", "model"]
 """PEFT's directory, a LoRA of an image pipeline, mlx-lm's directory, a GGUF file, or a whole model."""
@@ -23,6 +25,7 @@ FORM_NAMES: dict[Form, str] = {
     "gguf": "a GGUF file",
     "model": "a whole model",
 }
+AGAIN = "write the adapter again"
 _LORA = re.compile(r"(?:base_model\.model\.)?(.+)\.(lora_A|lora_embedding_A)(?:\.weight)?$")
 _STACK = re.compile(r"(\.base_layer)+$")
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
@@ -141,26 +144,18 @@ def _form(path: Path) -> Form:
 def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise AdapterError(f"{path} is damaged ({error}); write the adapter again") from error
+    content = read_json_file(path, AdapterError, AGAIN)
     if not isinstance(content, dict):
-        raise AdapterError(f"{path} holds no object with names; write the adapter again")
+        raise AdapterError(f"{path} holds no object with names; {AGAIN}")
     return content  # pyright: ignore[reportUnknownVariableType]
 
 
 def _header(path: Path) -> dict[str, TensorShape]:
     """Return names and shapes of a safetensors file."""
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if length > size - 8:
-            raise AdapterError(f"{path} is damaged: its header is cut; write the adapter again")
-        try:
-            header: dict[str, Any] = json.loads(stream.read(length))
-        except ValueError as error:
-            raise AdapterError(f"{path} is damaged ({error}); write the adapter again") from error
+    try:
+        header, _ = read_header(path)
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{path} is damaged: {error}; {AGAIN}") from error
     return {
         name: TensorShape(entry["dtype"], tuple(entry["shape"]))
         for name, entry in header.items()
@@ -175,21 +170,5 @@ def _unreadable(files: list[Path]) -> tuple[str, ...]:
 
 def config_of_model(name: object) -> dict[str, Any]:
     """Return ``config.json`` of a model in a directory or in the Hub's cache; empty if it is not on this machine."""
-    return next(_configs_of_model(name), {})
-
-
-def _configs_of_model(name: object) -> Iterator[dict[str, Any]]:
-    if not isinstance(name, str) or not name:
-        return
-    directory = Path(name).expanduser()
-    if (directory / "config.json").is_file():
-        yield _json(directory / "config.json")
-        return
-    from huggingface_hub import try_to_load_from_cache
-
-    try:
-        cached = try_to_load_from_cache(name, "config.json")
-    except ValueError:  # of huggingface_hub: no repository's name
-        return
-    if isinstance(cached, str):
-        yield _json(Path(cached))
+    directory = configuration_directory(name, None) if isinstance(name, str) and name else None
+    return {} if directory is None else _json(directory / "config.json")

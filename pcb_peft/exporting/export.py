@@ -25,6 +25,7 @@ from pcb_peft.exporting.profile import Profile, Request
 from pcb_peft.exporting.profiles import profile_named
 from pcb_peft.exporting.refusal import refused
 from pcb_peft.exporting.verify import Verification, verify
+from pcb_peft.runtime.paths import expanded
 from pcb_peft.runtime.progress import tracker
 from pcb_peft.writing.targets import Overwrite, check_file_target, check_target
 
@@ -154,7 +155,7 @@ def _config(given: str | Path | BaseModel | None, adapter: Adapter) -> Mapping[s
 def _named_base(adapter: Adapter, *, dequantize: bool) -> LazyBase | None:
     """Return the base model that an adapter names, if it is a directory on this machine."""
     name = adapter.base_model
-    found = name is not None and (Path(name).expanduser() / "config.json").is_file()
+    found = name is not None and (expanded(name) / "config.json").is_file()
     return lazy_base(name, dequantize=dequantize) if found else None
 
 
