@@ -10,8 +10,8 @@ from pcb_peft.commands.arguments import (
     progress_of,
 )
 from pcb_peft.commands.command import Answer, Command
-from pcb_peft.commands.next_steps import size_on_disk
 from pcb_peft.commands.recipe_fields import tied_help
+from pcb_peft.runtime.paths import size_on_disk
 
 FOLDED = "transformers"
 PROFILES = ("portable", "peft", FOLDED, "gguf", "mlx")

@@ -10,7 +10,8 @@ from pcb_peft.commands.arguments import (
     progress_of,
 )
 from pcb_peft.commands.command import Answer, Command
-from pcb_peft.commands.next_steps import highest_rank, size_on_disk, where_written
+from pcb_peft.commands.next_steps import where_written
+from pcb_peft.runtime.paths import size_on_disk
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,11 +60,11 @@ def _run(parsed: argparse.Namespace) -> Answer:
     lines = [f"{len(report.modules)} modules, retained energy {report.energy:.4f}"]
     if extracted.head.modules:
         lines.append(f"stored whole: {', '.join(extracted.head.modules)}")
-    lines += [*report.notes, where_written(parsed.output, highest_rank(report), size)]
+    lines += [*report.notes, where_written(parsed.output, report.rank, size)]
     data = {
         "output": str(parsed.output),
         "bytes": size,
-        "rank": highest_rank(report),
+        "rank": report.rank,
         "stored_whole": list(extracted.head.modules),
         "report": report.as_dict(),
     }

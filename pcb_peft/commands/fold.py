@@ -9,8 +9,9 @@ from pcb_peft.commands.arguments import (
     progress_of,
 )
 from pcb_peft.commands.command import Answer, Command
-from pcb_peft.commands.next_steps import after_fold, size_on_disk
+from pcb_peft.commands.next_steps import after_fold
 from pcb_peft.commands.recipe_fields import tied_help
+from pcb_peft.runtime.paths import size_on_disk
 from pcb_peft.runtime.units import format_size
 
 

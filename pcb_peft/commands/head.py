@@ -4,7 +4,8 @@ import argparse
 
 from pcb_peft.commands.arguments import add_output_arguments
 from pcb_peft.commands.command import Answer, Command
-from pcb_peft.commands.next_steps import load_with_head, size_on_disk
+from pcb_peft.commands.next_steps import load_with_head
+from pcb_peft.runtime.paths import size_on_disk
 from pcb_peft.runtime.units import format_size
 
 

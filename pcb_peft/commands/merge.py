@@ -17,14 +17,13 @@ from pcb_peft.commands.export import FOLDED, PROFILES
 from pcb_peft.commands.next_steps import (
     after_fold,
     after_merge,
-    highest_rank,
     missing_heads,
-    size_on_disk,
     where_written,
 )
 from pcb_peft.commands.parser import UsageError
 from pcb_peft.commands.recipe_arguments import add_recipe_arguments, recipe_of
 from pcb_peft.commands.sources import constant
+from pcb_peft.runtime.paths import size_on_disk
 from pcb_peft.runtime.progress import phase
 from pcb_peft.runtime.units import format_size
 
@@ -207,7 +206,7 @@ def _answer(
     from pcb_peft.consumers.check import check
 
     report, output = merged.report, parsed.output
-    rank, size = highest_rank(report), size_on_disk(output)
+    rank, size = report.rank, size_on_disk(output)
     folded = parsed.fold or parsed.profile == FOLDED
     warning = missing_heads(merged, output, folded=folded)
     following = after_fold(output) if folded else after_merge(merged, output, rank)

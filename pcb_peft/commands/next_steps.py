@@ -10,21 +10,7 @@ from pcb_peft.runtime.units import format_size
 
 if TYPE_CHECKING:
     from pcb_peft.adapters.adapter import Adapter
-    from pcb_peft.merging.report import Report
     from pcb_peft.merging.result import MergedAdapter
-
-
-def size_on_disk(directory: Path) -> int:
-    """Size of a file, or of a directory's files, in bytes."""
-    if directory.is_file():
-        return directory.stat().st_size
-    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
-
-
-def highest_rank(report: Report) -> int | None:
-    """The highest rank of a module; None where no module has one."""
-    ranks = [module.rank for module in report.modules.values() if module.rank is not None]
-    return max(ranks, default=None)
 
 
 def where_written(output: Path, rank: int | None, size: int) -> str:

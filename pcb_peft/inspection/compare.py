@@ -91,13 +91,11 @@ def _fitted(
 
 def _rank_and_size(together: AdapterSet) -> tuple[int | None, int]:
     """Return the rank of a merge without loss, and the bytes of its tensors; no rank for (IA)³ vectors."""
-    entries = together.modules.items()
-    if any(entry.kind.multiplies for _, entry in entries):
-        return None, BYTES_PER_VALUE * sum(max(entry.shape) for _, entry in entries)
-    rank = max(
-        min(together.total_rank(module, in_parts=True), *entry.shape) for module, entry in entries
-    )
-    return rank, BYTES_PER_VALUE * rank * sum(sum(entry.shape) for _, entry in entries)
+    entries = together.modules.values()
+    if any(entry.kind.multiplies for entry in entries):
+        return None, BYTES_PER_VALUE * sum(max(entry.shape) for entry in entries)
+    rank, values = together.lossless_size(in_parts=True)
+    return rank, BYTES_PER_VALUE * values
 
 
 def _duplicates(adapters: Sequence[Adapter], geometry: Geometry) -> tuple[tuple[str, str], ...]:

@@ -81,13 +81,10 @@ def _strong(facts: Inspection) -> list[str]:
 
 
 def _scaling(facts: Inspection) -> list[str]:
-    alpha, rank = facts.config.get("lora_alpha"), facts.config.get("r")
-    if not (isinstance(alpha, int | float) and isinstance(rank, int) and rank > 0):
+    scaling, (smallest, largest) = facts.scaling, UNUSUAL_SCALING
+    if scaling is None or smallest <= abs(scaling) <= largest:
         return []
-    scaling = alpha / rank**0.5 if facts.config.get("use_rslora") else alpha / rank
-    smallest, largest = UNUSUAL_SCALING
-    if smallest <= abs(scaling) <= largest:
-        return []
+    alpha, rank = facts.config["lora_alpha"], facts.config["r"]
     return [
         f"the scaling is {scaling:.4g} (lora_alpha {alpha:g}, r {rank}); most adapters have 1 or 2: check that "
         "lora_alpha and r are those of the training"

@@ -96,6 +96,14 @@ class Inspection:
                 groups.setdefault(layer, []).append(facts)
         return {layer: total_norm(groups[layer]) for layer in sorted(groups)}
 
+    @property
+    def scaling(self) -> float | None:
+        """alpha/r, or alpha/√r with rsLoRA, as the configuration says; None where it says neither."""
+        alpha, rank = self.config.get("lora_alpha"), self.config.get("r")
+        if not (isinstance(alpha, int | float) and isinstance(rank, int) and rank > 0):
+            return None
+        return alpha / rank**0.5 if self.config.get("use_rslora") else alpha / rank
+
     def as_dict(self) -> dict[str, Any]:
         """Return plain data, for JSON."""
         totals = {name: getattr(self, name) for name in ("norm", "ranks", "by_layer")}
@@ -133,23 +141,21 @@ def _identity(facts: Inspection) -> str:
         "base model": base + revision,
         "task type": facts.task_type,
         "rank": ", ".join(f"{rank} ({count} modules)" for rank, count in facts.ranks.items()),
-        "scaling": _scaling(facts.config),
+        "scaling": _scaling(facts),
         "replaces": _replaced(facts),
         "heads": ", ".join(facts.heads),
     }
     return "\n".join(f"{name:<11} {line}" for name, line in lines.items() if line)
 
 
-def _scaling(config: Mapping[str, Any]) -> str:
-    alpha, rank = config.get("lora_alpha"), config.get("r")
-    if alpha is None or not rank:
+def _scaling(facts: Inspection) -> str:
+    config, value = facts.config, facts.scaling
+    if value is None:
         return ""
-    root = bool(config.get("use_rslora"))
-    value = alpha / rank**0.5 if root else alpha / rank
     patterns = [name for name in ("rank_pattern", "alpha_pattern") if config.get(name)]
-    formula = "alpha/√r, rsLoRA" if root else "alpha/r"
+    formula = "alpha/√r, rsLoRA" if config.get("use_rslora") else "alpha/r"
     others = f"; other modules by {' and '.join(patterns)}" if patterns else ""
-    return f"{value:.4g} ({formula}, alpha {alpha:g}){others}"
+    return f"{value:.4g} ({formula}, alpha {config['lora_alpha']:g}){others}"
 
 
 def _replaced(facts: Inspection) -> str:

@@ -14,17 +14,8 @@ from pcb_peft.inspection.concerns import concerns
 from pcb_peft.inspection.facts import Inspection, ModuleFacts
 from pcb_peft.inspection.geometry import effective_rank, has_factors, singular_values
 from pcb_peft.merging.one_name import under_one_name
-from pcb_peft.runtime.paths import expanded
+from pcb_peft.runtime.paths import expanded, size_on_disk
 from pcb_peft.runtime.progress import tracker
-
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "preprocessor_config.json",
-    "generation_config.json",
-)
 
 
 def inspect_adapter(
@@ -61,7 +52,7 @@ def inspect_adapter(
     modules = {
         module: _module_facts(opened, module) for module in track(list(opened.modules), "modules")
     }
-    directory = None if opened.source is None else expanded(opened.source.path)
+    path = None if opened.source is None else expanded(opened.source.path)
     inspection = Inspection(
         name=opened.name,
         path=None if opened.source is None else opened.source.path,
@@ -74,8 +65,8 @@ def inspect_adapter(
         replaced={name: tuple(one.shape) for name, one in opened.head.parameters.items()},
         token_rows={module: len(rows.indices) for module, rows in opened.head.rows.items()},
         heads=tuple(opened.heads),
-        companions=_companions(directory),
-        bytes=_size(directory),
+        companions=tuple(name for files in opened.companions.values() for name in files),
+        bytes=size_on_disk(path) if path is not None and path.exists() else None,
     )
     found = [*concerns(inspection), *_name_concerns(opened, base)]
     return dataclasses.replace(inspection, warnings=tuple(found))
@@ -101,17 +92,3 @@ def _name_concerns(adapter: Adapter, base: Any) -> list[str]:
         return list(under_one_name([adapter], base)[1])
     except PcbPeftError as error:
         return [str(error)]
-
-
-def _companions(directory: Path | None) -> tuple[str, ...]:
-    if directory is None:
-        return ()
-    return tuple(name for name in COMPANIONS if (directory / name).is_file())
-
-
-def _size(directory: Path | None) -> int | None:
-    if directory is None or not directory.exists():
-        return None
-    if directory.is_file():
-        return directory.stat().st_size
-    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())

@@ -69,6 +69,14 @@ class AdapterSet:
         """Load the deltas of the adapters that touch the module, by the adapter's name."""
         return {a.name: a.modules[module] for a in self.adapters if module in a.modules}
 
+    def lossless_size(self, *, in_parts: bool = False) -> tuple[int, int]:
+        """Return the rank of a merge without loss, and the number of values in its factors; `in_parts` as below."""
+        shapes = {module: entry.shape for module, entry in self.modules.items()}
+        rank = max(
+            min(self.total_rank(m, in_parts=in_parts), *shape) for m, shape in shapes.items()
+        )
+        return rank, rank * sum(map(sum, shapes.values()))
+
     def total_rank(self, module: str, *, in_parts: bool = False) -> int:
         """Return R = Σ r_t over the adapters that touch the module.
 

@@ -2,13 +2,13 @@
 
 import warnings
 
+from pcb_peft.consumers.check import USUAL_RANK
 from pcb_peft.deltas.delta import LowRank
 from pcb_peft.deltas.rank_choice import LOSSLESS
 from pcb_peft.merging.prepare import Prepared
 from pcb_peft.merging.report import ReportBuilder
 from pcb_peft.runtime.units import format_size
 
-USUAL_RANK = 64  # what servers reserve memory for
 FLOAT = 4  # bytes
 
 
@@ -25,7 +25,6 @@ def full_rank_warning(prepared: Prepared) -> str:
     Only a merge without a rank is warned of: whoever gives one knows it.
     """
     adapter_set = prepared.adapter_set
-    shapes = {module: entry.shape for module, entry in adapter_set.modules.items()}
     dense = {
         adapter.name: entry.kind.kind_name
         for adapter in adapter_set.adapters
@@ -34,10 +33,10 @@ def full_rank_warning(prepared: Prepared) -> str:
     }
     if prepared.recipe.rank != LOSSLESS or not dense:
         return ""
-    rank = max(min(*shape, adapter_set.total_rank(module)) for module, shape in shapes.items())
+    rank, values = adapter_set.lossless_size()
     if rank <= USUAL_RANK:
         return ""
-    size = format_size(FLOAT * rank * sum(map(sum, shapes.values())))
+    size = format_size(FLOAT * values)
     causes = ", ".join(dense)
     return (
         f"the merged adapter has rank {rank} and takes {size}, because {causes} changes whole matrices, as an (IA)³ "

@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,6 +31,19 @@ def similar_path(path: str) -> str:
         return ""
     found = missing.with_name(names[close[0]])
     return f"; did you mean {found if missing.is_absolute() else f'./{found}'}?"
+
+
+def cache_directory(name: str) -> Path:
+    """Return a directory of the user's cache: ``$XDG_CACHE_HOME/pcb_peft/<name>``; it need not exist."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "pcb_peft" / name
+
+
+def size_on_disk(path: Path) -> int:
+    """Return the size of a file, or of a directory's files, in bytes; 0 for what does not exist."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def is_file(path: Path) -> bool:
