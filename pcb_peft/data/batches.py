@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 import msgspec
 import torch
@@ -20,6 +20,8 @@ MOST_BYTES = 1 << 32  # of a file of texts
 IGNORED = (
     -100
 )  # the label of a token that the loss leaves out: torch's and transformers' convention
+
+Item = TypeVar("Item")
 
 Row: TypeAlias = Mapping[str, Any]
 """A text: `text` and, if there are any, `text_pair`, `label` (for a classifier) or `answer` (for a language model)."""
@@ -111,6 +113,13 @@ def read_rows(data: str | Path | Sequence[Any], keys: Sequence[str] = ("text",))
     if not rows:
         raise OptionError("data: there are no rows; give at least one text")
     return rows
+
+
+def spread(rows: Sequence[Item], count: int | None) -> tuple[Item, ...]:
+    """Take at most so many rows, evenly spread: a file may be sorted."""
+    if count is None or count >= len(rows):
+        return tuple(rows)
+    return tuple(rows[index * len(rows) // count] for index in range(count))
 
 
 class _Texts(msgspec.Struct):

@@ -7,7 +7,6 @@ already show in which directions the inputs of a layer lie.
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,16 +17,19 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pcb_peft.base.model import open_base_model
-from pcb_peft.data.batches import read_rows
+from pcb_peft.data.batches import read_rows, spread
 from pcb_peft.data.models import load_base, load_tokenizer
 from pcb_peft.deltas.linalg import leading_svd
 from pcb_peft.deltas.metric import Moments
-from pcb_peft.errors import OptionError, OutputError, UnsupportedError
+from pcb_peft.errors import OptionError, UnsupportedError
 from pcb_peft.files.json_text import parse_json
 from pcb_peft.files.schema import checked
 from pcb_peft.runtime.hashing import sha256_of_file
+from pcb_peft.runtime.paths import cache_directory
 from pcb_peft.runtime.processes import current
 from pcb_peft.runtime.progress import Track
+from pcb_peft.writing.atomic import write_file_atomically
+from pcb_peft.writing.targets import writing
 
 SEQUENCES, LENGTH = 256, 16  # of random tokens
 TEXTS, TEXT_LENGTH = 256, 64  # at most so many texts are read, of at most so many tokens
@@ -208,16 +210,14 @@ def save_moments(moments: Mapping[str, Moments], path: Path) -> None:
         name = layers[layer]
         tensors |= {f"{name}.values": one.values, f"{name}.vectors": one.vectors}
         tensors[f"{name}.rest"] = torch.tensor(one.rest, dtype=torch.float64)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    metadata = {"format": FORMAT, "layers": json.dumps(layers)}
+    with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        metadata = {"format": FORMAT, "layers": json.dumps(layers)}
-        safetensors.torch.save_file(tensors, temporary, metadata=metadata)
-        temporary.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_file_atomically(
+        path,
+        lambda file: safetensors.torch.save_file(tensors, file, metadata=metadata),
+        overwrite="all",
+    )
 
 
 def open_moments(path: Path) -> MomentsFile:
@@ -242,15 +242,12 @@ def open_moments(path: Path) -> MomentsFile:
 
 def cache_folder() -> Path:
     """The folder of the user's cache for moments."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "pcb_peft" / "moments"
+    return cache_directory("moments")
 
 
 def _tokens_of(data: str, base_model: str) -> dict[str, Tensor]:
     """The texts of a file, evenly spread, as one batch."""
-    rows = read_rows(data)
-    count = min(TEXTS, len(rows))
-    chosen = [rows[index * len(rows) // count] for index in range(count)]
+    chosen = spread(read_rows(data), TEXTS)
     tokenizer = load_tokenizer(base_model)
     texts = [row["text"] for row in chosen]
     pairs = [row.get("text_pair") for row in chosen]

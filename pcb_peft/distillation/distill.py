@@ -11,7 +11,7 @@ from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.loading import load_adapter, load_adapters
 from pcb_peft.adapters.source import Source
 from pcb_peft.base.model import lazy_base
-from pcb_peft.data.batches import Data, Row
+from pcb_peft.data.batches import Data, Row, spread
 from pcb_peft.data.models import load_base, task_type_of
 from pcb_peft.distillation.base import head_of
 from pcb_peft.distillation.student import Student
@@ -188,7 +188,7 @@ def _lesson(
     head = head_of(adapter, model)
     examples = reader.examples(model, adapter, head, texts)
     apart = int(held_out * len(examples))
-    places = {index * len(examples) // apart for index in range(apart)}
+    places = set(spread(range(len(examples)), apart))
     return Lesson(
         adapter.name,
         head,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pcb_peft.data.batches import Data, Row, read_rows
+from pcb_peft.data.batches import Data, Row, read_rows, spread
 from pcb_peft.data.models import load_tokenizer, with_padding
 from pcb_peft.distillation.teacher import Batch
 from pcb_peft.errors import OptionError
@@ -26,9 +26,7 @@ def read_texts(data: Data, limit: int) -> list[Row]:
     """
     if not isinstance(data, str | Path | Sequence):
         raise OptionError("texts must be a .jsonl file, rows or plain texts, per adapter")
-    rows = read_rows(data)
-    count = min(limit, len(rows))
-    return [rows[index * len(rows) // count] for index in range(count)]
+    return list(spread(read_rows(data), limit))
 
 
 def digest_of(rows: Sequence[Row]) -> str:

@@ -13,6 +13,7 @@ from pcb_peft.distillation.student import Student
 from pcb_peft.distillation.teacher import Example, Reader
 from pcb_peft.errors import OptionError
 from pcb_peft.runtime.progress import Track
+from pcb_peft.writing.atomic import write_file_atomically
 
 WARM_UP = 10  # steps in which the learning rate rises
 LAST = 0.1  # of the learning rate, at the end of its linear decay
@@ -206,9 +207,7 @@ class Training:
             "student": self.student.state_dict(),
             "optimizer": optimizer.state_dict(),
         }
-        temporary = path.with_name(f".{path.name}.tmp")
-        torch.save(state, temporary)
-        temporary.replace(path)
+        write_file_atomically(path, lambda file: torch.save(state, file), overwrite="all")
 
     def _resume(self, path: Path, fingerprint: str, optimizer: torch.optim.Optimizer) -> None:
         """Go on from a file.

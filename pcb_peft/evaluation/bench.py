@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.data.batches import spread
 from pcb_peft.data.live_heads import Head
 from pcb_peft.data.models import load_tokenizer
 from pcb_peft.errors import OptionError, PcbPeftError
@@ -22,7 +23,7 @@ from pcb_peft.evaluation.pairing import Pair
 from pcb_peft.evaluation.scores import Score
 from pcb_peft.evaluation.settings import Settings
 from pcb_peft.evaluation.subjects import BASE, Subject, head_of
-from pcb_peft.evaluation.texts import METRIC, TextTask, read_task, spread
+from pcb_peft.evaluation.texts import METRIC, TextTask, read_task
 from pcb_peft.runtime.paths import expanded
 from pcb_peft.runtime.processes import current
 from pcb_peft.runtime.progress import Track, tracker

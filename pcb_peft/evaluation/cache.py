@@ -3,12 +3,13 @@
 import dataclasses
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pcb_peft.runtime.hashing import sha256_of_file
+from pcb_peft.runtime.paths import cache_directory
 from pcb_peft.runtime.processes import current
 
 HASHED = {".safetensors", ".bin", ".json", ".txt", ".model", ".jinja"}
@@ -16,8 +17,7 @@ HASHED = {".safetensors", ".bin", ".json", ".txt", ".model", ".jinja"}
 
 def default_cache_directory() -> Path:
     """The user's cache directory for outcomes: ``$XDG_CACHE_HOME/pcb_peft/evaluation``."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "pcb_peft" / "evaluation"
+    return cache_directory("evaluation")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class OutcomeCache:
         known = _read(memo)
         if known is not None:
             return known
-        digest = _sha256(path)
+        digest = sha256_of_file(path)
         if memo is not None:
             write_json(memo, {"key": facts, "outcomes": digest})
         return digest
@@ -79,14 +79,6 @@ def digest_of(value: Any) -> str:
     """SHA-256 of plain data."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from pcb_peft.data.batches import spread
 from pcb_peft.data.models import quiet_transformers
 from pcb_peft.errors import OptionError
 
@@ -91,16 +92,15 @@ def _load_task(
     file = flat if flat.exists() else data / adapter.name / f"{split}.jsonl"
     with file.open(encoding="utf-8") as lines:
         rows: list[dict[str, str]] = [json.loads(line) for line in lines]
-    if limit is not None and limit < len(rows):  # spread, because a file may be sorted by label
-        rows = [rows[index * len(rows) // limit] for index in range(limit)]
-    answers = [renamed.get(row["label"], row["label"]) for row in rows]
+    chosen = spread(rows, limit)  # a file may be sorted by label
+    answers = [renamed.get(row["label"], row["label"]) for row in chosen]
     if unknown := set(answers) - set(labels):  # to number them anew would score the wrong classes
         raise OptionError(f"{file.name} has labels that {adapter.name}/task.json lacks: {unknown}")
     return Task(
         name=adapter.name,
         adapter=adapter,
         labels=tuple(labels),
-        texts=[tuple(row[key] for key in ("text", "text_pair") if key in row) for row in rows],
+        texts=[tuple(row[key] for key in ("text", "text_pair") if key in row) for row in chosen],
         answers=torch.tensor([labels.index(answer) for answer in answers]),
         head=_head_of(adapter),
     )

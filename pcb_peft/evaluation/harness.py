@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pcb_peft.data.batches import spread
 from pcb_peft.errors import OptionError
-from pcb_peft.evaluation.texts import spread
 
 
 def harness_outcomes(

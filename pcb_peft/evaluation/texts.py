@@ -4,14 +4,12 @@ import dataclasses
 import difflib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 from pcb_peft.adapters.adapter import Adapter
-from pcb_peft.data.batches import Row, read_rows
+from pcb_peft.data.batches import Row, read_rows, spread
 from pcb_peft.errors import OptionError
 from pcb_peft.evaluation.cache import digest_of
-
-Item = TypeVar("Item")
 
 MEASURES = {
     "head": "accuracy of the classification head",
@@ -87,13 +85,6 @@ class TextTask:
 
 Rows: TypeAlias = str | Path | Sequence[Any]
 """A ``.jsonl`` file, or rows."""
-
-
-def spread(rows: Sequence[Item], count: int | None) -> tuple[Item, ...]:
-    """Take at most so many rows, evenly spread."""
-    if count is None or count >= len(rows):
-        return tuple(rows)
-    return tuple(rows[index * len(rows) // count] for index in range(count))
 
 
 def read_task(  # noqa: PLR0913  (every choice, by name)

@@ -12,6 +12,7 @@ from pcb_peft.deltas.delta import LowRank
 from pcb_peft.errors import OptionError, UnsupportedError
 from pcb_peft.exporting.gguf_file import refuse_tied
 from pcb_peft.exporting.profile import Profile, Request, in_one_process
+from pcb_peft.recipes.weights import number_of_layers
 from pcb_peft.writing.atomic import replace_directory, write_files
 
 FILE, CONFIG = "adapters.safetensors", "adapter_config.json"
@@ -62,8 +63,7 @@ def _layers(request: Request, modules: Sequence[str]) -> int:
     """Return the number of layers; mlx-lm converts the modules by name, wherever they are."""
     if isinstance(count := request.config.get("num_hidden_layers"), int):
         return count
-    numbers = [int(part) for module in modules for part in module.split(".") if part.isdecimal()]
-    return 1 + max(numbers, default=0)
+    return number_of_layers(modules)
 
 
 PROFILE = Profile(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.base.canonical import AUTO_CLASSES
 from pcb_peft.base.model import BaseModel
 from pcb_peft.consumers.files import open_output
 from pcb_peft.consumers.mlx import hidden_rope_theta
@@ -26,10 +27,7 @@ PROMPTS = (
     "Once upon a time, in a small village by the sea,",
 )
 TOP = 10
-_CLASSIFIERS = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-}
+_CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
 DIFFERENCE = 10  # an effect on the base model of so many tolerances is one
 HALF_PRECISION = 0.05  # largest difference that rounding of 16-bit tensors may make
 
@@ -168,7 +166,7 @@ def _model(directory: Path, adapter: Adapter | None = None, head: Head | None = 
             (x.shape[0] for name, x in {**own, **(head or {})}.items() if _is_last(name)), None
         )
         config.num_labels = labels or config.num_labels
-        kind = getattr(transformers, _CLASSIFIERS[adapter.task_type])
+        kind = getattr(transformers, AUTO_CLASSES[str(adapter.task_type)])
     model = kind.from_pretrained(directory, config=config, dtype=torch.float32).eval()
     if head:
         model.load_state_dict(head, strict=False)
