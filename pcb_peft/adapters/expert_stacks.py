@@ -17,7 +17,7 @@ from pcb_peft.base.architecture import FUSED, PlaceInStack, Skeleton
 from pcb_peft.base.conversions import conversions_of
 from pcb_peft.deltas.delta import Dense, LowRank
 from pcb_peft.deltas.layout import CONV1D, LINEAR
-from pcb_peft.formats import LazyDelta
+from pcb_peft.formats.lazy_delta import LazyDelta, only_rows
 
 
 def stacked(entries: Mapping[str, LazyDelta], skeleton: Skeleton) -> dict[str, LazyDelta]:
@@ -70,9 +70,7 @@ def without_fused_layers(
     for module, entry in entries.items():
         parts = _parts(module, entry, skeleton) if entry.kind in (LowRank, Dense) else {}
         for part, rows in parts.items():
-            load = functools.partial(_some_rows, entry, rows)
-            shape = (len(rows), entry.shape[1])
-            result[part] = dataclasses.replace(entry, shape=shape, load=load)
+            result[part] = only_rows(entry, rows, len(rows))
         if not parts:
             result[module] = entry
     return result
@@ -96,13 +94,6 @@ def _parts(module: str, entry: LazyDelta, skeleton: Skeleton) -> dict[str, Tenso
         return {}
     split = torch.arange(outputs).split(heights)
     return {name.removesuffix(".weight"): rows for name, rows in zip(known, split, strict=True)}
-
-
-def _some_rows(entry: LazyDelta, rows: Tensor) -> LowRank | Dense:
-    delta = entry.load()
-    if isinstance(delta, LowRank):
-        return LowRank(delta.lora_A, delta.lora_B[rows], delta.scaling)
-    return Dense(delta.matrix()[rows])
 
 
 def _fused(parts: list[tuple[PlaceInStack, LazyDelta]], outputs: int) -> LowRank | Dense:

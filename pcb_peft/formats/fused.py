@@ -5,16 +5,14 @@ with the same lora_A; and LoRAs of the parts are one LoRA of the whole, whose ra
 share lora_A.
 """
 
-import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 
 import torch
 
-from pcb_peft.deltas.delta import Delta, Dense, LowRank
+from pcb_peft.deltas.delta import Dense, LowRank
 from pcb_peft.deltas.layout import LINEAR
 from pcb_peft.errors import UnsupportedError
-from pcb_peft.formats.lazy_delta import LazyDelta
+from pcb_peft.formats.lazy_delta import LazyDelta, lora_rows, only_rows
 from pcb_peft.images.rows import parts_of
 
 
@@ -54,29 +52,15 @@ def split_entry(name: str, entry: LazyDelta) -> dict[str, LazyDelta]:
             f"{name}: a {entry.kind.kind_name} of a fused matrix cannot be split into LoRAs of its parts"
         )
     return {
-        part: dataclasses.replace(
-            entry,
-            shape=(rows.stop - rows.start, entry.shape[1]),
-            load=functools.partial(_part, entry, rows),
-        )
+        part: only_rows(entry, rows, rows.stop - rows.start)
         for part, rows in rows_of_parts(name, entry.shape).items()
     }
-
-
-def _part(entry: LazyDelta, rows: slice) -> Delta:
-    delta = entry.load()
-    if isinstance(delta, LowRank):
-        return LowRank(delta.lora_A, delta.lora_B[rows], delta.scaling)
-    return Dense(delta.matrix()[rows])
 
 
 def split_loras(name: str, delta: LowRank) -> dict[str, LowRank]:
     """Return the LoRAs of a fused module's parts."""
     slices = rows_of_parts(name, delta.shape)
-    return {
-        part: LowRank(delta.lora_A, delta.lora_B[rows], delta.scaling)
-        for part, rows in slices.items()
-    }
+    return {part: lora_rows(delta, rows) for part, rows in slices.items()}
 
 
 def joined(parts: Sequence[LowRank | int]) -> LowRank:

@@ -90,6 +90,28 @@ def _load_dense(entry: LazyDelta) -> Dense:
     return Dense(delta.matrix(), layout=delta.layout)
 
 
+def only_rows(entry: LazyDelta, rows: slice | Tensor, count: int) -> LazyDelta:
+    """Return the entry of some rows of a low-rank or dense delta.
+
+    Args:
+        entry: The whole delta.
+        rows: Which of its rows, as a slice or as indices.
+        count: How many these are.
+    """
+    load = functools.partial(_load_rows, entry, rows)
+    return dataclasses.replace(entry, shape=(count, entry.shape[1]), load=load)
+
+
+def _load_rows(entry: LazyDelta, rows: slice | Tensor) -> LowRank | Dense:
+    delta = entry.load()
+    return lora_rows(delta, rows) if isinstance(delta, LowRank) else Dense(delta.matrix()[rows])
+
+
+def lora_rows(delta: LowRank, rows: slice | Tensor) -> LowRank:
+    """Return the LoRA of some rows: the same lora_A, and those rows of lora_B."""
+    return LowRank(delta.lora_A, delta.lora_B[rows], delta.scaling)
+
+
 def in_memory(delta: LowRank) -> LazyDelta:
     """Return the entry of a low-rank delta that is in memory already."""
     return LazyDelta(LowRank, delta.shape, functools.partial(_same, delta), delta.rank)
