@@ -62,7 +62,6 @@ def _config(pool: Pool, member: Member) -> Any:
     return peft.LoraConfig(
         r=member.rank,
         lora_alpha=member.rank,
-        lora_dropout=0.05,
         target_modules=TARGETS[pool.base],
         exclude_modules=None if pool.causal else NOT_TARGETS,
         **common,
@@ -121,9 +120,8 @@ def loss_of(model: Any, batch: dict[str, Tensor], *, causal: bool) -> Tensor:
     """Return the loss; of a language model on the answers alone."""
     if not causal:
         return model(**batch).loss
-    labels = batch.pop("labels")
-    learnt = int((labels != IGNORED).sum(-1).max())
-    logits = model(**batch, logits_to_keep=learnt + 1).logits[:, :-1].float()
-    return torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), labels[:, -learnt:].flatten(), ignore_index=IGNORED
-    )
+    labels = batch.pop("labels")[:, 1:]
+    states = model.get_base_model().model(**batch).last_hidden_state[:, :-1]
+    learnt = labels != IGNORED
+    logits = model.get_output_embeddings()(states[learnt]).float()
+    return torch.nn.functional.cross_entropy(logits, labels[learnt])

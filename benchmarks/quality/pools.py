@@ -62,14 +62,14 @@ class Pool:
 def _smollm2() -> tuple[Member, ...]:
     """Uneven, as adapters of different people are: other ranks, learning rates and numbers of steps."""
     how = {
-        "clinc_domain": (16, 1e-3, 300),
-        "mr_sentiment": (8, 5e-4, 300),
-        "nli_cad": (32, 1e-3, 400),
-        "sms_spam": (8, 1e-3, 150),
-        "snips_intent": (16, 5e-4, 300),
-        "subj": (16, 1e-3, 200),
-        "g2p": (32, 2e-3, 400),
-        "restaurant_slots": (16, 2e-3, 300),
+        "snips_intent": (16, 5e-4, 150),
+        "subj": (16, 1e-3, 120),
+        "clinc_domain": (16, 1e-3, 200),
+        "mr_sentiment": (8, 1e-3, 150),
+        "sms_spam": (8, 1e-3, 100),
+        "nli_cad": (32, 1e-3, 300),
+        "restaurant_slots": (16, 2e-3, 200),
+        "g2p": (32, 2e-3, 250),
     }
     return tuple(
         Member(name=task, task=task, rank=rank, rate=rate, steps=steps, batch=8, seed=seed)
@@ -79,12 +79,12 @@ def _smollm2() -> tuple[Member, ...]:
 
 def _mpnet() -> tuple[Member, ...]:
     how = {
-        "clinc_domain": (16, 1e-3, 250),
-        "mr_sentiment": (8, 5e-4, 250),
-        "nli_cad": (32, 5e-4, 500),
-        "sms_spam": (8, 1e-3, 150),
-        "snips_intent": (16, 2e-3, 200),
-        "subj": (32, 5e-4, 200),
+        "clinc_domain": (16, 1e-3, 200),
+        "mr_sentiment": (8, 1e-3, 150),
+        "nli_cad": (32, 1e-3, 350),
+        "sms_spam": (8, 1e-3, 100),
+        "snips_intent": (16, 2e-3, 150),
+        "subj": (32, 5e-4, 120),
     }
     return tuple(
         Member(name=task, task=task, rank=rank, rate=rate, steps=steps, seed=seed)
