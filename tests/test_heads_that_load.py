@@ -111,6 +111,9 @@ def test_a_merge_with_a_head_is_the_merge_and_then_the_head(tasks, capsys):
         cli.main(["merge", str(two / "merge_recipe.yaml"), "-o", str(tasks.directory / "3")]) == 0
     )
     assert (one / WEIGHTS).read_bytes() == (tasks.directory / "3" / WEIGHTS).read_bytes()
+    report = (two / "merge_report.json").read_text()
+    assert "classifier: that of spam" in report
+    assert "NONE" not in report
     in_memory = merge_adapters(names, "linear").with_head("spam")
     in_memory.save_pretrained(tasks.directory / "4")
     assert (one / WEIGHTS).read_bytes() == (tasks.directory / "4" / WEIGHTS).read_bytes()

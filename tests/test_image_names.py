@@ -16,6 +16,7 @@ from pcb_peft import (
     MismatchError,
     OptionError,
     UnsupportedError,
+    inspect_adapter,
     load_adapter,
     merge,
     merge_adapters,
@@ -259,7 +260,9 @@ def test_a_single_file_is_written_where_its_name_is_given(tmp_path, capsys):
     with safe_open(out, "pt") as file:
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text(file.metadata()["pcb_peft.recipe"])
-    merge(recipe).save_pretrained(tmp_path / "again.safetensors")
+    again = merge(recipe).save_pretrained(tmp_path / "again.safetensors")
+    made = inspect_adapter(out).made
+    assert (made.method, made.notes) == ("linear", again.report.notes)
     assert (tmp_path / "again.safetensors").read_bytes() == out.read_bytes()
     assert cli.main(words) == 2
     assert cli.main([*words, "--overwrite"]) == 0

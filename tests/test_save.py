@@ -423,7 +423,7 @@ def test_files_are_those_of_peft_and_readable_under_the_umask(workshop):
         path.name: stat.S_IMODE(path.stat().st_mode)
         for path in (workshop.directory / "out").iterdir()
     }
-    names = {WEIGHTS, CONFIG, "README.md", "merge_recipe.yaml", MANIFEST}
+    names = {WEIGHTS, CONFIG, "README.md", "merge_recipe.yaml", "merge_report.json", MANIFEST}
     assert modes == dict.fromkeys(names, 0o640)
     content = (workshop.directory / "out" / WEIGHTS).read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])

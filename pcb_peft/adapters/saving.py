@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -36,8 +36,9 @@ FileFormat: TypeAlias = Literal["peft", "diffusers", "kohya", "comfyui"]
 FORMATS = ("peft", "diffusers", "kohya", "comfyui")
 PEFT: FileFormat = "peft"
 RECIPE_FILE = "merge_recipe.yaml"
-RECIPE = "pcb_peft.recipe"
-"""Key of the metadata of a single file that holds the recipe."""
+REPORT_FILE = "merge_report.json"
+RECIPE, REPORT = "pcb_peft.recipe", "pcb_peft.report"
+"""Keys of the metadata of a single file that hold the recipe and the report."""
 
 
 class Savable(Protocol):
@@ -63,6 +64,7 @@ class Savable(Protocol):
     def image(self) -> ImageLora | None: ...
     def whole_biases(self) -> Mapping[str, Callable[[], Tensor]]: ...
     def companion_files(self) -> dict[str, bytes]: ...
+    def noted(self, notes: Sequence[str]) -> "Savable": ...
     def card(self, peft_type: str) -> str: ...
 
 
@@ -104,7 +106,7 @@ def _save_file(
     overwrite: Overwrite,
     file_format: FileFormat,
 ) -> None:
-    """Write an image LoRA as one file, with the recipe in its metadata."""
+    """Write an image LoRA as one file, with the recipe and the report in its metadata."""
     if file_format == PEFT:
         raise OptionError(
             f"{path} is the name of a file, and an adapter of PEFT is a directory: name a directory, or give a LoRA of "
@@ -112,8 +114,10 @@ def _save_file(
         )
     check_file_target(path, overwrite=overwrite, inputs=adapter.inputs, is_ours=is_our_file)
     content = adapter_files(adapter, dtype, rank_pattern=rank_pattern, file_format=file_format)
-    recipe = adapter.companion_files().get(RECIPE_FILE, b"").decode()
-    metadata = content.metadata | {RECIPE: recipe}
+    beside = adapter.companion_files()
+    metadata = content.metadata | {RECIPE: beside.get(RECIPE_FILE, b"").decode()}
+    if REPORT_FILE in beside:
+        metadata[REPORT] = beside[REPORT_FILE].decode()
     write_file_atomically(
         path,
         lambda place: _write_tensors(content.tensors, place, metadata),
@@ -160,7 +164,7 @@ def save_adapter(
         else:
             content = make()
         card = adapter.card(str(content.config.get("peft_type", "LORA")))
-        files = adapter.companion_files() | {"README.md": card.encode()}
+        files = adapter.noted(notes).companion_files() | {"README.md": card.encode()}
         if content.config:
             files[CONFIG] = (json.dumps(content.config, indent=2, sort_keys=True) + "\n").encode()
         replaced = replace_directory(directory, overwrite=overwrite, inputs=adapter.inputs)

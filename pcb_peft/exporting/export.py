@@ -180,7 +180,10 @@ def _fitting(request: Request, profile: Profile, max_rank: int | None) -> tuple[
     after = [one for one in contents_of(additions) if one.kind not in profile.holds | BECOMES_LORA]
     if after:  # an (IA)³ also scales biases
         raise refused(adapter, profile.name, after, base)
-    return at_most_rank(additions, max_rank, request.track)
+    cut, energy = at_most_rank(additions, max_rank, request.track)
+    if energy == 1:
+        return cut, energy
+    return cut.noted([f"cut to rank {max_rank} after the merge: energy {energy:.4f}"]), energy
 
 
 def _shaped(

@@ -7,6 +7,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from pcb_peft.adapters.saving import RECIPE_FILE, REPORT_FILE
 from pcb_peft.consumers.mlx import hidden_rope_theta
 from pcb_peft.deltas.delta import LowRank
 from pcb_peft.errors import OptionError, UnsupportedError
@@ -48,7 +49,10 @@ def _write(request: Request) -> Sequence[str]:
         request.output, overwrite=request.overwrite, inputs=request.adapter.inputs
     ) as directory:
         safetensors.torch.save_file(tensors, directory / FILE, metadata={"format": "mlx"})
-        write_files(directory, {CONFIG: (json.dumps(config, indent=2) + "\n").encode()})
+        made = request.adapter.companion_files()
+        beside = {name: made[name] for name in (RECIPE_FILE, REPORT_FILE) if name in made}
+        beside[CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
+        write_files(directory, beside)
     name = request.adapter.base_model or "MODEL"
     lines = [f"mlx_lm.generate --model {name} --adapter-path {request.output} --prompt …"]
     if theta := hidden_rope_theta(request.config):

@@ -7,8 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pcb_peft.base.paths import layer_of, target_of
+from pcb_peft.merging.report import Report
 from pcb_peft.runtime.tables import bars, table
 from pcb_peft.runtime.units import format_size
+
+FOLDED = "folded model"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,7 +42,7 @@ class Inspection:
     Attributes:
         name: Its name.
         path: Where it was read; None for an adapter in memory.
-        tuner: PEFT's type, such as "LORA".
+        tuner: PEFT's type, such as "LORA"; "folded model" for a model that a merge was folded into.
         task_type: PEFT's task type.
         base_model: Path or hub id of the base model, as the adapter names it.
         revision: Revision of the base model.
@@ -50,22 +53,26 @@ class Inspection:
         heads: Names of the heads that are kept beside a merged adapter.
         companions: Files of a tokenizer and the like beside it.
         bytes: Size of its files; None for an adapter in memory.
+        made: The report of the merge that made it, if it is one.
         warnings: What looks wrong, in words.
     """
 
     name: str
     path: str | None
     tuner: str
-    task_type: str | None
-    base_model: str | None
-    revision: str | None
-    config: Mapping[str, Any]
-    modules: Mapping[str, ModuleFacts]
-    replaced: Mapping[str, tuple[int, ...]]
-    token_rows: Mapping[str, int]
-    heads: tuple[str, ...]
-    companions: tuple[str, ...]
-    bytes: int | None
+    task_type: str | None = None
+    base_model: str | None = None
+    revision: str | None = None
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    modules: Mapping[str, ModuleFacts] = dataclasses.field(default_factory=dict[str, ModuleFacts])
+    replaced: Mapping[str, tuple[int, ...]] = dataclasses.field(
+        default_factory=dict[str, tuple[int, ...]]
+    )
+    token_rows: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
+    heads: tuple[str, ...] = ()
+    companions: tuple[str, ...] = ()
+    bytes: int | None = None
+    made: Report | None = None
     warnings: tuple[str, ...] = ()
 
     @property
@@ -107,7 +114,9 @@ class Inspection:
     def as_dict(self) -> dict[str, Any]:
         """Return plain data, for JSON."""
         totals = {name: getattr(self, name) for name in ("norm", "ranks", "by_layer")}
-        return {**dataclasses.asdict(self), **totals}
+        made = self.made and self.made.as_dict()
+        facts = dataclasses.asdict(dataclasses.replace(self, made=None))
+        return {**facts, **totals, "made": made}
 
     def __str__(self) -> str:
         return inspection_text(self)
@@ -123,7 +132,9 @@ def total_norm(modules: Iterable[ModuleFacts]) -> float:
 
 def inspection_text(facts: Inspection) -> str:
     """Return the screen: what the adapter is, where it changes its base model, what looks wrong."""
-    blocks = [_title(facts), _identity(facts), _targets(facts), _depth(facts), _beside(facts)]
+    adapter = [_identity(facts), _targets(facts), _depth(facts)] if facts.modules else []
+    made = "" if facts.made is None else f"made by this merge:\n{facts.made}"
+    blocks = [_title(facts), *adapter, _beside(facts), made]
     warnings = "\n".join(f"! {warning}" for warning in facts.warnings)
     return "\n\n".join(block for block in [*blocks, warnings] if block)
 
@@ -131,6 +142,8 @@ def inspection_text(facts: Inspection) -> str:
 def _title(facts: Inspection) -> str:
     kinds = " and ".join(sorted({one.kind for one in facts.modules.values()})) or "no deltas"
     size = "" if facts.bytes is None else f", {format_size(facts.bytes)}"
+    if facts.tuner == FOLDED:
+        return f"{facts.name}: a model with a merge folded into its weights{size}"
     return f"{facts.name}: {kinds} on {len(facts.modules)} modules{size}"
 
 

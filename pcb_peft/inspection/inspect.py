@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.adapters.companions import companions_beside
 from pcb_peft.adapters.loading import load_adapter
 from pcb_peft.adapters.source import Source
 from pcb_peft.base.model import lazy_base
-from pcb_peft.errors import PcbPeftError
+from pcb_peft.errors import AdapterNotFoundError, PcbPeftError
 from pcb_peft.inspection.concerns import concerns
-from pcb_peft.inspection.facts import Inspection, ModuleFacts
+from pcb_peft.inspection.facts import FOLDED, Inspection, ModuleFacts
 from pcb_peft.inspection.geometry import effective_rank, has_factors, singular_values
 from pcb_peft.merging.one_name import under_one_name
+from pcb_peft.merging.report_file import read_report
 from pcb_peft.runtime.paths import expanded, size_on_disk
 from pcb_peft.runtime.progress import tracker
 
@@ -37,7 +39,8 @@ def inspect_adapter(
         The facts, to print or to read.
 
     Raises:
-        AdapterError: There is no adapter, or its files are damaged as a whole.
+        AdapterError: There is no adapter, and no model that a merge was folded into; or its files are damaged as a
+            whole.
         UnsupportedError: It holds something that cannot be read; the message names it.
 
     Example:
@@ -46,13 +49,19 @@ def inspect_adapter(
         {8: 2}
     """
     base = lazy_base(base_model)
-    opened = load_adapter(adapter, base_model=base, hashed=False)
+    try:
+        opened = load_adapter(adapter, base_model=base, hashed=False)
+    except AdapterNotFoundError:
+        if (folded := _folded(adapter)) is None:
+            raise
+        return folded
     config: Mapping[str, Any] = {} if opened.files is None else opened.files.config
     track = tracker(progress)
     modules = {
         module: _module_facts(opened, module) for module in track(list(opened.modules), "modules")
     }
     path = None if opened.source is None else expanded(opened.source.path)
+    directory = path if opened.files is None else opened.files.directory or path
     inspection = Inspection(
         name=opened.name,
         path=None if opened.source is None else opened.source.path,
@@ -67,9 +76,26 @@ def inspect_adapter(
         heads=tuple(opened.heads),
         companions=tuple(name for files in opened.companions.values() for name in files),
         bytes=size_on_disk(path) if path is not None and path.exists() else None,
+        made=read_report(directory) if directory is not None else None,
     )
     found = [*concerns(inspection), *_name_concerns(opened, base)]
     return dataclasses.replace(inspection, warnings=tuple(found))
+
+
+def _folded(source: object) -> Inspection | None:
+    """Return the facts about a model that a merge was folded into; None for anything else."""
+    place = expanded(source) if isinstance(source, str | Path) else None
+    report = None if place is None or not place.is_dir() else read_report(place)
+    if place is None or report is None:
+        return None
+    return Inspection(
+        name=place.resolve().name,
+        path=str(source),
+        tuner=FOLDED,
+        bytes=size_on_disk(place),
+        companions=tuple(name for files in companions_beside(place).values() for name in files),
+        made=report,
+    )
 
 
 def _module_facts(adapter: Adapter, module: str) -> ModuleFacts:

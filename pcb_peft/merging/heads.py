@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +23,18 @@ from pcb_peft.recipes.weights import Weight, at_depth, number_of_layers
 
 NO_HEAD = "the merged adapter itself has NONE"
 """Part of the note on heads that are kept apart."""
+
+
+def notes_with_head(notes: Iterable[str], name: str, modules: Sequence[str]) -> tuple[str, ...]:
+    """Return the notes of a merge that has got the head of one of its adapters.
+
+    Args:
+        notes: Those of the merge.
+        name: The adapter whose head it is.
+        modules: The modules of the head.
+    """
+    others = (note for note in notes if NO_HEAD not in note)
+    return (*others, f"{', '.join(modules)}: that of {name}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ class Report:
         scope: "global" or "module".
         modules: One line per module that is merged.
         notes: What was decided on the way, in words.
-        seconds: How long the merge took.
+        seconds: How long the merge took; 0 where that is not known, as for a report that was read from its file.
         pending: The number of modules that are merged when they are read or folded (rank "full").
     """
 
@@ -170,9 +170,7 @@ def report_text(report: Report) -> str:
     """Return the report for a terminal."""
     cells = _adapter_cells(report)
     blocks = [table(*cells)] if cells else []
-    return "\n".join(
-        [f"{title(report)}, in {report.seconds:.1f} s", *blocks, *report_lines(report)]
-    )
+    return "\n".join([title(report) + _duration(report, ", in"), *blocks, *report_lines(report)])
 
 
 def report_html(report: Report) -> str:
@@ -191,9 +189,13 @@ def report_html(report: Report) -> str:
     ]
     modules = _html_table(("module", "shape", "rank", "energy"), rows) if rows else ""
     return (
-        f"<b>{html.escape(title(report))}</b> in {report.seconds:.1f} s{adapters}<ul>{lines}</ul>"
+        f"<b>{html.escape(title(report))}</b>{_duration(report, ' in')}{adapters}<ul>{lines}</ul>"
         f"<details><summary>modules</summary>{modules}</details>"
     )
+
+
+def _duration(report: Report, before: str) -> str:
+    return f"{before} {report.seconds:.1f} s" if report.seconds else ""
 
 
 def _html_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

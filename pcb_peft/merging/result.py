@@ -11,15 +11,16 @@ from torch import Tensor
 
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.delta_mapping import DeltaMapping
-from pcb_peft.adapters.saving import FileFormat
+from pcb_peft.adapters.saving import REPORT_FILE, FileFormat
 from pcb_peft.base.model import BaseModel
 from pcb_peft.deltas.delta import Delta
 from pcb_peft.deltas.replacements import Tied
 from pcb_peft.formats import LazyDelta, Weights
 from pcb_peft.merging.card import merge_card
 from pcb_peft.merging.finish import PendingModule
-from pcb_peft.merging.heads import NO_HEAD
+from pcb_peft.merging.heads import notes_with_head
 from pcb_peft.merging.report import ModuleReport, Report
+from pcb_peft.merging.report_file import replace_report, report_json
 from pcb_peft.recipes.recipe import FILE_NAME, Recipe
 from pcb_peft.recipes.weights import plain
 from pcb_peft.runtime.processes import current, union
@@ -122,8 +123,7 @@ class MergedAdapter(Adapter):
 
     def with_head(self, name: str) -> "MergedAdapter":
         chosen = super().with_head(name)
-        notes = [note for note in self.report.notes if NO_HEAD not in note]
-        keys = ", ".join(self.heads[name].modules)
+        notes = notes_with_head(self.report.notes, name, self.heads[name].modules)
         return dataclasses.replace(
             self,
             head=chosen.head,
@@ -131,7 +131,7 @@ class MergedAdapter(Adapter):
             task_type=chosen.task_type,
             auto_mapping=chosen.auto_mapping,
             recipe=dataclasses.replace(self.recipe, head=name),
-            report=dataclasses.replace(self.report, notes=(*notes, f"{keys}: that of {name}")),
+            report=dataclasses.replace(self.report, notes=notes),
         )
 
     def in_format(self, file_format: FileFormat | None) -> "MergedAdapter":
@@ -208,7 +208,11 @@ class MergedAdapter(Adapter):
             compare_base=compare_base,
         ).base_gap
         done = self if gap is None else self._with_gap(gap)
-        return done._with_lines(union(current().all_gather(lines))) if self.pending else done
+        if self.pending:
+            done = done._with_lines(union(current().all_gather(lines)))
+        if done is not self:  # what is known only now
+            replace_report(Path(output), done._report_json())
+        return done
 
     def _with_gap(self, gap: BaseGap) -> "MergedAdapter":
         """The same merge, with the distance between two base models in its report."""
@@ -220,7 +224,15 @@ class MergedAdapter(Adapter):
         return dataclasses.replace(self, report=report)
 
     def companion_files(self, without: Container[str] | None = None) -> dict[str, bytes]:
-        return {FILE_NAME: self.recipe.to_yaml().encode(), **super().companion_files(without)}
+        made = {
+            FILE_NAME: self.recipe.to_yaml().encode(),
+            REPORT_FILE: self._report_json().encode(),
+        }
+        return made | super().companion_files(without)
+
+    def _report_json(self) -> str:
+        local = [*self.inputs, *([self.base_model] if self.base_model else [])]
+        return report_json(self.report, self.recipe, local)
 
     def card_parts(self) -> tuple[str, Facts, dict[str, str]]:
         return merge_card(self, self.recipe, self.report.energy)

@@ -11,11 +11,14 @@ from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.beside import TASK, task_file
 from pcb_peft.adapters.loading import load_adapter
 from pcb_peft.adapters.own_head import files_with_head
+from pcb_peft.adapters.saving import REPORT_FILE
 from pcb_peft.adapters.source import OpenedAdapter, Source
 from pcb_peft.deltas.replacements import HEADS
 from pcb_peft.errors import OptionError
 from pcb_peft.formats.checkpoint import CONFIG, PICKLE, SAFETENSORS
 from pcb_peft.merging.card import RECIPE, recipe_section
+from pcb_peft.merging.heads import notes_with_head
+from pcb_peft.merging.report_file import read_report, report_json
 from pcb_peft.recipes.recipe import FILE_NAME, read_recipe
 from pcb_peft.writing.atomic import replace_directory, write_files
 from pcb_peft.writing.manifest import MANIFEST
@@ -73,7 +76,7 @@ def save_with_head(
 
 
 def _described(headed: Adapter, opened: OpenedAdapter, head: str) -> dict[str, bytes]:
-    """Return the model card and, where there is one, the recipe: each names the head."""
+    """Return the model card and, where there are some, the recipe and the report: each names the head."""
     peft_type = str(opened.config["peft_type"])
     files = task_file(headed.head.task.labels)
     title, facts, sections = headed.card_parts()
@@ -81,6 +84,10 @@ def _described(headed: Adapter, opened: OpenedAdapter, head: str) -> dict[str, b
     if recipe.is_file():
         again = dataclasses.replace(read_recipe(recipe), head=head)
         files[FILE_NAME] = again.to_yaml().encode()
+        if (report := read_report(recipe.parent)) is not None:
+            notes = notes_with_head(report.notes, head, headed.head.modules)
+            report = dataclasses.replace(report, notes=notes)
+            files[REPORT_FILE] = report_json(report, again, headed.inputs).encode()
         sections |= {RECIPE: recipe_section(again)}
     facts = dataclasses.replace(facts, tags=headed.tags(peft_type))
     return files | {CARD: model_card(title, facts, sections).encode()}
