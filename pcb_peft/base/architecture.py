@@ -231,11 +231,15 @@ def _by_matrix(parts: Mapping[int, list[str]]) -> list[list[str]]:
     return [list(rows) for rows in zip(*in_order, strict=True)]
 
 
+NO_SKELETON = Skeleton(frozenset(), layers={}, tied={}, prefix="", conversions=())
+"""The skeleton of an architecture that transformers does not know."""
+
+
 def build_skeleton(directory: Path) -> Skeleton:
     """Return the skeleton of the checkpoint in a directory."""
     model = built_on_meta(directory)
     if model is None:
-        return Skeleton(frozenset(), layers={}, tied={}, prefix="", conversions=())
+        return NO_SKELETON
     return skeleton_of(model)
 
 

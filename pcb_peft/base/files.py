@@ -49,6 +49,7 @@ class TensorInfo:
         end: Byte after the last.
         shape: Shape of the tensor.
         dtype: Dtype by safetensors' name, such as ``BF16``.
+        name: Its name in the file, where that is another than the one that it goes by.
     """
 
     file: str
@@ -56,9 +57,10 @@ class TensorInfo:
     end: int
     shape: tuple[int, ...]
     dtype: str
+    name: str | None = None
 
 
-def read_index(directory: Path) -> dict[str, str]:
+def read_index(directory: Path, file: str = INDEX_FILE) -> dict[str, str]:
     """Return tensor to file, as the index says; empty for a single file, which is used even beside an index.
 
     Raises:
@@ -66,10 +68,10 @@ def read_index(directory: Path) -> dict[str, str]:
     """
     if (directory / SINGLE_FILE).is_file():
         return {}
-    path = directory / INDEX_FILE
+    path = directory / file
     if not path.is_file():
         raise BaseModelError(
-            f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}, and other formats (.bin, .gguf) "
+            f"{directory} has neither {SINGLE_FILE} nor {file}, and other formats (.bin, .gguf) "
             "are not read; load the model with transformers and save it again with save_pretrained"
         )
     content = read_json_file(path, BaseModelError, WAY_OUT)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pcb_peft.base.architecture import Skeleton, build_skeleton
+from pcb_peft.base.architecture import NO_SKELETON, Skeleton, build_skeleton
 from pcb_peft.base.config import read_config
 from pcb_peft.base.files import (
     DOWNLOADED,
@@ -22,7 +22,8 @@ from pcb_peft.base.files import (
 )
 from pcb_peft.base.hub import download
 from pcb_peft.base.names import ParameterNames
-from pcb_peft.base.places import WeightSlice, places_of
+from pcb_peft.base.pipeline import pipeline_tensors
+from pcb_peft.base.places import WeightSlice, places_of, places_of_parts
 from pcb_peft.base.plain_checkpoint import plain_checkpoint, values_in
 from pcb_peft.base.quantised import QuantisedWeight, is_quantised
 from pcb_peft.deltas.layout import CONV1D, LINEAR, Layout, ParameterForm, layout_of
@@ -57,6 +58,8 @@ def open_base_model(
 
 
 def _open(source: str, directory: Path, *, dequantize: bool) -> "BaseModel":
+    if (tensors := pipeline_tensors(directory)) is not None:
+        return BaseModel(source, directory, {}, tensors)
     config = read_config(directory)
     index = read_index(directory)
     stored = read_tensor_infos(directory, sorted(set(index.values())) or [SINGLE_FILE])
@@ -142,7 +145,7 @@ class BaseModel:
     Attributes:
         source: Path or hub id, as the caller gave it.
         directory: Directory of the files.
-        config: ``config.json``.
+        config: ``config.json``; empty for a pipeline of diffusers.
         tensors: Name in the files to place and shape. A quantised weight is listed as the layer without quantisation
             has it, in bfloat16, at the place of its codes.
         quantised: The weights that are computed from codes and scales; empty for an ordinary checkpoint.
@@ -177,7 +180,7 @@ class BaseModel:
 
     @functools.cached_property
     def _skeleton(self) -> Skeleton:
-        return build_skeleton(self.directory)
+        return build_skeleton(self.directory) if self.config else NO_SKELETON
 
     @property
     def input_embeddings(self) -> str | None:
@@ -230,7 +233,7 @@ class BaseModel:
         An expert (``mlp.experts.gate_up_proj.3``, ``mlp.experts.3.up_proj``) is part of a stack, or is stored in
         tensors of its own.
         """
-        places = places_of(module, self.names)
+        places = places_of(module, self.names) or places_of_parts(module, self.names)
         return places or (WeightSlice(self.parameter(module)),)
 
     def shape(self, module: str) -> tuple[int, ...]:
@@ -254,7 +257,8 @@ class BaseModel:
         """Read the values of a parameter, by its name in the files; those of a quantised weight are float32."""
         if parameter in self.quantised:
             return self.quantised[parameter].values()
-        return values_in(self.directory / self.tensors[parameter].file, parameter)
+        place = self.tensors[parameter]
+        return values_in(self.directory / place.file, place.name or parameter)
 
     def weight(self, module: str) -> Tensor:
         """Read W of a module, as it is stored; errors are those of `parameter`."""

@@ -2,10 +2,12 @@
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from pcb_peft.base.names import ParameterNames
+from pcb_peft.images.rows import parts_of
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -87,6 +89,26 @@ def places_of(module: str, names: ParameterNames) -> tuple[WeightSlice, ...]:
     return (dataclasses.replace(whole, part=place.rows, columns=place.transposed),)
 
 
+def places_of_parts(module: str, names: ParameterNames) -> tuple[WeightSlice, ...]:
+    """Return the places of a matrix of an image model (``attn.{to_q,to_k,to_v}``) whose parts the files have."""
+    parts = parts_of(module) if "{" in module else []
+    return _one_below_the_other([names.in_files(f"{part}.weight") or "" for part in parts], names)
+
+
+def _one_below_the_other(
+    parameters: Sequence[str], names: ParameterNames
+) -> tuple[WeightSlice, ...]:
+    """Return the places of a weight whose rows are those of some parameters; none if the files lack one of them."""
+    if not all(parameters):
+        return ()
+    heights = [names.tensors[name].shape[0] for name in parameters]
+    ends = itertools.accumulate(heights)
+    return tuple(
+        WeightSlice(name, rows=(end - height, end))
+        for name, height, end in zip(parameters, heights, ends, strict=True)
+    )
+
+
 def _in_stack(stack: str, index: int, names: ParameterNames) -> tuple[WeightSlice, ...]:
     """Return the places of one matrix of a stack in memory; none if there is no such stack."""
     stored = names.in_files(stack)
@@ -94,12 +116,7 @@ def _in_stack(stack: str, index: int, names: ParameterNames) -> tuple[WeightSlic
         return (WeightSlice(stored, index),) if index < names.tensors[stored].shape[0] else ()
     matrices = names.stack_sources(stack)
     if index < len(matrices):
-        heights = [names.tensors[name].shape[0] for name in matrices[index]]
-        ends = itertools.accumulate(heights)
-        return tuple(
-            WeightSlice(name, rows=(end - height, end))
-            for name, height, end in zip(matrices[index], heights, ends, strict=True)
-        )
+        return _one_below_the_other(matrices[index], names)
     name = names.skeleton.in_model(stack)
     if name is None or not names.conversion(name) or index >= names.skeleton.shape(name)[0]:
         return ()

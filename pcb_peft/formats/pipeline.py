@@ -4,28 +4,45 @@ A module goes by its component in a pipeline of diffusers and its path there (``
 whatever name the file has for it (`pcb_peft.images.names`).
 """
 
-import functools
-import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pcb_peft.deltas.delta import LowRank
-from pcb_peft.deltas.layout import LINEAR, Layout
 from pcb_peft.errors import AdapterError, UnsupportedError
 from pcb_peft.formats.base_weights import Base
-from pcb_peft.formats.checkpoint import PIPELINE_TYPE, Tensors, read_finite
+from pcb_peft.formats.checkpoint import PIPELINE_TYPE, Tensors
 from pcb_peft.formats.config import PipelineConfig, checked_config
 from pcb_peft.formats.lazy_delta import AdapterContents, Config, LazyDelta
-from pcb_peft.formats.lora_parts import pattern_value
-from pcb_peft.formats.lora_variants import init_residual
+from pcb_peft.formats.pipeline_changes import as_dora, bias_change, weight_change, with_kernel
 from pcb_peft.formats.registry import Format, register
+from pcb_peft.formats.tuner import ModuleTensors
 from pcb_peft.images.names import ImageLora, canonical_names, is_canonical, stored_name
 
-PARTS = {  # part to the end of its tensor's name, perhaps with the adapter's name; the first that fits counts
-    "A": r"\.(lora_down|lora_A|lora\.down|lora_linear_layer\.down)(\.[^.]+)?\.weight|_lora\.down\.weight",
-    "B": r"\.(lora_up|lora_B|lora\.up|lora_linear_layer\.up)(\.[^.]+)?\.weight|_lora\.up\.weight",
-    "alpha": r"\.alpha",
+PARTS = {  # end of a tensor's name, perhaps with the adapter's name, to the part; the first that fits counts
+    r"\.(lora_down|lora_A|lora\.down|lora_linear_layer\.down)(\.[^.]+)?\.weight|_lora\.down\.weight": "A",
+    r"\.(lora_up|lora_B|lora\.up|lora_linear_layer\.up)(\.[^.]+)?\.weight|_lora\.up\.weight": "B",
+    r"\.lora_mid\.weight": "mid",
+    r"\.alpha": "alpha",
+    r"\.dora_scale|\.lora_magnitude_vector(\.[^.]+)?(\.weight)?": "dora_scale",
+    r"\.lora_B(\.[^.]+)?\.bias": "lora_bias",
+    r"\.(diff|w_norm)": "diff",
+    r"\.(diff_b|b_norm)": "bias",
+    r"\.(?P<part>hada_w[12]_[ab]|hada_t[12]|lokr_w[12](_[ab])?|lokr_t2)(\.[^.]+)?": "",  # what it says
+}
+
+REFUSED = {  # what else files of image models hold: part of a tensor's name, and what it is
+    r"(^|\.)bundle_emb|string_to_param|emb_params|^clip_[lg]$|\*": (
+        "an embedding of new words (textual inversion), which is no change of a weight: move it to a file of its own"
+    ),
+    r"\.(oft_blocks|oft_diag|rescale)$": (
+        "of an OFT or BOFT of LyCORIS, which rotates W: extract the LoRA from a model that it is merged into"
+    ),
+    r"\.on_input$": "of an (IA)³ of LyCORIS, which multiplies W: merge it into the model with LyCORIS",
+    r"\.[ab][12]\.weight$": "of a GLoRA, which multiplies W: merge it into the model with LyCORIS",
+    r"\.(set_weight|reshape_weight)$": "a new weight, not the change of one: ComfyUI alone knows such files",
+    r"(^|\.)(ip_adapter|image_proj|to_[kv]_ip)\.": "of an IP-Adapter, which adds layers to the model",
+    r"^lllite_|(^|\.)control_model\.|controlnet": "of a ControlNet, which adds layers to the model",
+    r"norm\w*\.(weight|scale|bias)$": "a norm itself, not its change: the file replaces weights of the model",
 }
 
 
@@ -33,37 +50,69 @@ def read(config: Config, tensors: Tensors, base: Base) -> AdapterContents:
     """Return the deltas of a file.
 
     Raises:
-        UnsupportedError: A tensor does not belong to a LoRA.
-        AdapterError: Two factors do not fit each other.
+        UnsupportedError: A tensor belongs to nothing that is read.
+        AdapterError: Tensors of a module are missing, or do not fit each other.
     """
-    del base
-    stored: dict[str, dict[str, str]] = {}
-    for name in tensors.names():
-        module, part = _parsed(name)
-        if part in stored.setdefault(module, {}):
-            raise AdapterError(f"{module} has both {stored[module][part]} and {name}")
-        stored[module][part] = name
-    stated = {c: _stated(config, c) for c in {m.partition(".")[0] for m in stored}}
-    entries = {
-        module: _entry(stated[module.partition(".")[0]], tensors, module, parts)
-        for module, parts in stored.items()
+    modules = {
+        path: ModuleTensors(path, _stated(config, path), tensors, names, None, ())
+        for path, names in _by_module(tensors.names()).items()
     }
-    shapes = {module: entry.shape for module, entry in entries.items()}
-    names, image = canonical_names(shapes, config.get("file_metadata") or {})
+    changes = {path: weight_change(module) for path, module in modules.items()}
+    biases = {path: bias_change(module) for path, module in modules.items()}
+    shapes = {path: entry.shape for path, entry in changes.items() if entry is not None}
+    names, image = canonical_names(shapes, config.get("file_metadata") or {}, modules)
     _refuse_bare_names(names, image)
-    modules = {names[module]: entry for module, entry in entries.items()}
-    return AdapterContents(modules, {}, image=image)
+    entries: dict[str, LazyDelta] = {}
+    for path, module in modules.items():
+        name, entry, bias = names[path], changes[path], biases[path]
+        if entry is not None:
+            entries[name] = _on_weight(entry, module, name, image, base)
+        if bias is not None:
+            entries[f"{name}.bias"] = bias
+    return AdapterContents(entries, {}, image=image)
+
+
+def _on_weight(
+    entry: LazyDelta, module: ModuleTensors, name: str, image: ImageLora, base: Base
+) -> LazyDelta:
+    """Return the change of a weight in the shape that the layer has, rescaled as a DoRA where it is one."""
+    kernel = image.kernel(name)
+    if kernel and entry.shape[1] > 1:
+        entry = with_kernel(entry, kernel, name)
+    return as_dora(entry, module, name, base) if "dora_scale" in module.names else entry
+
+
+def _by_module(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Return the tensors of each module: part (A, B, alpha …) to name.
+
+    Raises:
+        UnsupportedError: A tensor belongs to nothing that is read.
+        AdapterError: Two tensors are the same part of a module.
+    """
+    modules: dict[str, dict[str, str]] = {}
+    for name in names:
+        module, part = _parsed(name)
+        parts = modules.setdefault(module, {})
+        if part in parts:
+            raise AdapterError(f"{module} has both {parts[part]} and {name}")
+        parts[part] = name
+    return modules
 
 
 def _parsed(name: str) -> tuple[str, str]:
-    """Return the module and the part (A, B, alpha) of a tensor."""
-    for part, ending in PARTS.items():
-        match = re.fullmatch(f"(.+?)(?:{ending})", name)
+    """Return the module and the part (A, B, alpha …) of a tensor."""
+    for ending, part in PARTS.items():
+        match = re.fullmatch(f"(?P<module>.+?)(?:{ending})", name)
         if match:
-            return _without_processor(match[1]), part
+            return _without_processor(match["module"]), part or match["part"]
+    for found, what in REFUSED.items():
+        if re.search(found, name):
+            raise UnsupportedError(
+                f"tensor {name} is not read: it is {what}; it will not be dropped"
+            )
     raise UnsupportedError(
-        f"tensor {name} does not belong to a LoRA that is read (lora_down, lora_up, lora_A, lora_B, alpha of a unet, a "
-        "transformer or a text encoder): DoRA, LoHa, LoKr and a lora_mid in this form are not; it will not be dropped"
+        f"tensor {name} does not belong to a LoRA, LoHa, LoKr, DoRA or difference (diff, diff_b) of an image model; it "
+        "will not be dropped"
     )
 
 
@@ -84,70 +133,19 @@ def _without_processor(path: str) -> str:
     return f"{path}.0" if count and path.endswith(".to_out") else path
 
 
-def _stated(config: Config, component: str) -> Config:
-    """Return what diffusers' metadata in the file say of one component of the pipeline.
+def _stated(config: Config, path: str) -> Config:
+    """Return what diffusers' metadata in the file say of a module's component of the pipeline.
 
     Raises:
         AdapterError: A field holds something that it may not hold.
     """
+    component = path.partition(".")[0]
     metadata: Mapping[str, Any] = config.get("metadata") or {}
     prefix = f"{component}."
     fields = {
         key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)
     }
     return checked_config(fields, f"lora_adapter_metadata of {component}", PipelineConfig)
-
-
-def _entry(stated: Config, tensors: Tensors, module: str, names: Mapping[str, str]) -> LazyDelta:
-    """Return the change of one module; `names` are its tensors by part."""
-    if not {"A", "B"} <= names.keys():
-        raise AdapterError(f"{module} has {', '.join(names.values())}; it must have both factors")
-    shape_A, shape_B = (tensors.shape(names[part]) for part in "AB")
-    kernel = shape_A[2:]
-    if (
-        len(shape_A) < 2
-        or len(shape_B) < 2
-        or 0 in (*shape_A, *shape_B)
-        or shape_B != (shape_B[0], shape_A[0], *[1] * len(kernel))
-    ):
-        raise AdapterError(
-            f"{module}: {names['A']} {shape_A} and {names['B']} {shape_B} do not fit"
-        )
-    if "alpha" in names and math.prod(tensors.shape(names["alpha"])) != 1:
-        raise AdapterError(
-            f"{names['alpha']} has shape {tensors.shape(names['alpha'])}; it must be one number"
-        )
-    rank = shape_A[0]
-    layout = Layout(shape=(shape_B[0], *shape_A[1:])) if kernel else LINEAR
-    load = functools.partial(_load, tensors, names, _scaling(stated, module, rank), layout)
-    return LazyDelta(LowRank, (shape_B[0], math.prod(shape_A[1:])), load, rank)
-
-
-def _load(
-    tensors: Tensors, names: Mapping[str, str], stated_scaling: float, layout: Layout
-) -> LowRank:
-    lora_A, lora_B = (read_finite(tensors, names[part]).flatten(1) for part in "AB")
-    scaling = stated_scaling
-    if "alpha" in names:
-        scaling = float(read_finite(tensors, names["alpha"])) / len(lora_A)
-    return LowRank(lora_A, lora_B, scaling, layout=layout)
-
-
-def _scaling(stated: Config, module: str, rank: int) -> float:
-    """Return the scaling that diffusers' metadata in the file say; 1 where there are none.
-
-    Raises:
-        UnsupportedError: The LoRA depends on W.
-    """
-    component, _, path = module.partition(".")
-    if stated.get("lora_alpha") is None:
-        return 1.0
-    if init_residual(stated) or stated.get("use_dora"):
-        raise UnsupportedError(
-            f"{component}: a LoRA whose change depends on W is not supported in this form; convert it with PEFT"
-        )
-    alpha = pattern_value(stated, "alpha_pattern", path, stated["lora_alpha"])
-    return alpha / (rank**0.5 if stated.get("use_rslora") else rank)
 
 
 register(Format(PIPELINE_TYPE, read))

@@ -33,6 +33,7 @@ class Architecture:
         fits: From shapes of some modules to whether they can be this architecture's.
         shows: True if a LoRA of it shows by its names or shapes that it is one: others are not written as one.
         text_encoders: Component by kohya's prefix, where it is not the usual one.
+        kernels: End of a convolution's name to its kernel.
     """
 
     name: str
@@ -46,6 +47,13 @@ class Architecture:
     fits: Callable[[Shapes], bool] = _any_shapes
     shows: bool = False
     text_encoders: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
+    kernels: Mapping[str, tuple[int, ...]] = dataclasses.field(
+        default_factory=dict[str, tuple[int, ...]]
+    )
+
+    def kernel(self, path: str) -> tuple[int, ...] | None:
+        """Return the kernel of a convolution, by diffusers' name without the component; None for other layers."""
+        return next((size for end, size in self.kernels.items() if path.endswith(end)), None)
 
     def canonical(self, path: str, separator: str) -> str | None:
         """Return diffusers' name of a path in any of the names in use, without the component; None if it is unknown."""

@@ -84,6 +84,12 @@ class ImageLora:
         """The architectures that it may belong to."""
         return [one for one in ARCHITECTURES if one.name in self.architectures]
 
+    def kernel(self, module: str) -> tuple[int, ...] | None:
+        """Return the kernel of a convolution by its canonical name; None for other layers, or if it is not known."""
+        path = module.partition(".")[2]
+        found = {one.kernel(path) for one in self.candidates}
+        return found.pop() if len(found) == 1 and IN_PIPELINE.match(module) else None
+
 
 def stored_name(name: str) -> StoredName:
     """Return the parts of a module's name in a file."""
@@ -95,19 +101,20 @@ def stored_name(name: str) -> StoredName:
 
 
 def canonical_names(
-    stored: Shapes, metadata: Mapping[str, Any]
+    shapes: Shapes, metadata: Mapping[str, Any], stored: Iterable[str]
 ) -> tuple[dict[str, str], ImageLora]:
     """Return the canonical name of every module of a file, and what the names say about the file.
 
     Args:
-        stored: Name in the file to (out, in).
+        shapes: Name in the file to (out, in), of weights that change.
         metadata: The file's.
+        stored: All names in the file.
 
     Raises:
         AdapterError: Two names mean one weight.
     """
     parsed = {name: stored_name(name) for name in stored}
-    candidates = recognised(parsed, stored, stated_version(metadata))
+    candidates = recognised(parsed, shapes, stated_version(metadata))
     names: dict[str, str] = {}
     for name, one in parsed.items():
         new = _canonical(name, one, candidates)

@@ -55,6 +55,10 @@ ORDER = (
     *("conv_in", "down_blocks.0", "down_blocks.1", "down_blocks.2", "down_blocks.3", "mid_block"),
     *("up_blocks.0", "up_blocks.1", "up_blocks.2", "up_blocks.3", "conv_out"),
 )
+CONVOLUTIONS = {
+    **dict.fromkeys(("conv_in", "conv_out", "conv1", "conv2", "samplers.0.conv"), (3, 3)),
+    "conv_shortcut": (1, 1),
+}
 CONTEXT = {768: "SD1", 1024: "SD2", 2048: "SDXL"}  # inputs of attn2.to_k: width of the text
 ONLY_XL = re.compile(
     r"lora_te2_|text_encoder_2\.|.*(input_blocks|middle_block|output_blocks|label_emb|add_embedding)|"
@@ -92,6 +96,7 @@ SD1 = Architecture(
     versions=("sd_v1", "sd_1", "stable-diffusion-v1"),
     modelspec="stable-diffusion-v1",
     fits=_fits_sd1,
+    kernels=CONVOLUTIONS | {"proj_in": (1, 1), "proj_out": (1, 1)},
 )
 SD2 = Architecture(
     "Stable Diffusion 2",
@@ -103,6 +108,7 @@ SD2 = Architecture(
     versions=("sd_v2", "sd_2", "stable-diffusion-v2"),
     modelspec="stable-diffusion-v2-768-v",
     fits=_fits_sd2,
+    kernels=CONVOLUTIONS,
 )
 SDXL = Architecture(
     "SDXL",
@@ -113,5 +119,6 @@ SDXL = Architecture(
     versions=("sdxl_base_v1-0", "sdxl", "stable-diffusion-xl"),
     modelspec="stable-diffusion-xl-v1-base",
     fits=_fits_sdxl,
+    kernels=CONVOLUTIONS,
     shows=True,
 )
