@@ -226,6 +226,31 @@ def two_loras(directory, name=f"lora_unet_input_blocks_4_1_{Q}", **metadata):
     ]
 
 
+def of_blocks(path, double, single):
+    """A LoRA in diffusers' names, such as ai-toolkit writes, of a model with these numbers of blocks."""
+    names = [f"transformer.transformer_blocks.{n}.ff.net.2" for n in range(double)]
+    names += [f"transformer.single_transformer_blocks.{n}.proj_out" for n in range(single)]
+    return written(path, *(named(name, *factors(1, rank=1)) for name in names))
+
+
+@pytest.mark.parametrize(
+    ("double", "single", "name"),
+    [(19, 38, "double_blocks.3.img_mlp.2"), (20, 40, "double_blocks.3.img_mlp.fc2")],
+)
+def test_the_number_of_blocks_tells_models_apart(tmp_path, double, single, name):
+    path = of_blocks(tmp_path / "a.safetensors", double, single)
+    merge_adapters([path], "linear").save_pretrained(tmp_path / "out", format="comfyui")
+    assert any(
+        key.startswith(f"diffusion_model.{name}.") for key in load_file(tmp_path / "out" / FILE)
+    )
+
+
+def test_names_that_depend_on_the_model_are_not_written_where_it_is_not_known(tmp_path):
+    path = of_blocks(tmp_path / "a.safetensors", 2, 3)
+    with pytest.raises(UnsupportedError, match=r"may be a module of .*Flux.1 or HunyuanVideo"):
+        merge_adapters([path], "linear", format="comfyui")
+
+
 @pytest.mark.parametrize("dry", [True, False])
 def test_a_format_that_cannot_be_written_is_refused_before_the_merge(
     tmp_path, monkeypatch, capsys, dry

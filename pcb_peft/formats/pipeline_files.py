@@ -14,13 +14,7 @@ from pcb_peft.formats.lazy_delta import AdapterFiles, is_vector
 from pcb_peft.formats.registry import Writer, register
 from pcb_peft.images.metadata import metadata_of
 from pcb_peft.images.names import COMFYUI, DIFFUSERS, KOHYA, ImageLora
-from pcb_peft.images.targets import names_in_file, with_components
-
-ENDINGS = {
-    DIFFUSERS: ("lora_A", "lora_B"),
-    KOHYA: ("lora_down", "lora_up"),
-    COMFYUI: ("lora_A", "lora_B"),
-}
+from pcb_peft.images.targets import factor_names, names_in_file, with_components
 
 
 def _write(
@@ -39,10 +33,11 @@ def _write(
     Raises:
         UnsupportedError: A module has no name that the program knows.
     """
-    names = names_in_file({name: delta.shape for name, delta in modules.items()}, image, target)
+    shapes = {name: delta.shape for name, delta in modules.items()}
+    names = names_in_file(shapes, image, target)
     deltas = regrouped(with_components(modules, image, target), list(names))
     highest = max(delta.rank for delta in deltas.values())
-    first, second = ENDINGS[target]
+    first, second = factor_names(shapes, image, target)
     tensors: dict[str, Tensor] = {}
     for module, name in names.items():
         delta = deltas[module]
@@ -67,7 +62,7 @@ def _factors(module: str, delta: LowRank, dtype: torch.dtype, rank: int) -> tupl
     return down.to(dtype), up.to(dtype)
 
 
-for program in ENDINGS:
+for program in (DIFFUSERS, KOHYA, COMFYUI):
     register(
         Writer(
             program,

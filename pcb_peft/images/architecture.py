@@ -1,7 +1,7 @@
 """An architecture of image and video models: the names of its modules, and what is written about it."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from pcb_peft.images.rows import Rows
 
@@ -25,8 +25,11 @@ class Architecture:
         component: Component of a diffusers pipeline that the rows belong to.
         rows: The modules.
         order: Beginnings of diffusers' names in the order of the forward pass.
+        sizes: Numbers of blocks of the models of this architecture, by the beginnings of their names.
         kohya: Column that kohya's trainers take their names from: "original" or "diffusers".
+        comfyui: Column that ComfyUI's names are taken from.
         loads_kohya: True if diffusers reads what kohya's trainers write.
+        down_up: True if diffusers reads ComfyUI's names only with ``lora_down`` and ``lora_up`` after them.
         versions: Beginnings of ``ss_base_model_version`` and ``modelspec.architecture`` that mean this architecture;
             the first is written where the sources say nothing.
         modelspec: Value of ``modelspec.architecture``, without ``/lora``.
@@ -40,8 +43,11 @@ class Architecture:
     component: str
     rows: Rows
     order: Sequence[str]
+    sizes: Sequence[Mapping[str, int]] = ()
     kohya: str = "original"
+    comfyui: str = "original"
     loads_kohya: bool = False
+    down_up: bool = False
     versions: Sequence[str] = ()
     modelspec: str = ""
     fits: Callable[[Shapes], bool] = _any_shapes
@@ -63,6 +69,16 @@ class Architecture:
     def original(self, path: str) -> str | None:
         """Return the original code's name of a module that has a canonical one."""
         return self.rows.to_original.get(path)
+
+    def blocks_of(self, paths: Iterable[str]) -> dict[str, int]:
+        """Return how many blocks a model with these canonical names has at least, by the beginnings of the names."""
+        counts: dict[str, int] = {}
+        starts = {start for size in self.sizes for start in size}
+        for start, _, rest in (path.partition(".") for path in paths):
+            number = rest.partition(".")[0]
+            if start in starts and number.isdecimal():
+                counts[start] = max(counts.get(start, 0), int(number) + 1)
+        return counts
 
     def depth(self, path: str) -> tuple[int, ...] | None:
         """Return a module's place in the forward pass, for sorting; None if it lies in none of the blocks."""

@@ -38,6 +38,11 @@ FLUX2 = Architecture(
     "transformer",
     ROWS,
     ("transformer_blocks", "single_transformer_blocks"),
+    (
+        {"transformer_blocks": 8, "single_transformer_blocks": 48},
+        {"transformer_blocks": 5, "single_transformer_blocks": 20},
+        {"transformer_blocks": 8, "single_transformer_blocks": 24},
+    ),
     loads_kohya=True,
     versions=("flux2", "flux-2", "flux.2"),
     modelspec="flux-2-dev",

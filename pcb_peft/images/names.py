@@ -150,7 +150,7 @@ def recognised(
     stated = [one for one in best if version.startswith(tuple(one.versions))]
     fitting = [one for one in best if one.fits(shapes)] or best
     by_trainer = [one for one in fitting if all(_as_trained(one, name) for name in image)]
-    return stated or by_trainer or fitting
+    return stated or _by_blocks(by_trainer or fitting, image)
 
 
 def stated_version(metadata: Mapping[str, Any]) -> str:
@@ -186,6 +186,24 @@ def _as_trained(architecture: Architecture, name: StoredName) -> bool:
     original = name.prefix == "lora_unet_" and architecture.kohya == "original"
     known = architecture.rows.to_diffusers.get(name.path, name.separator)
     return not original or architecture.shows or known is not None
+
+
+def _by_blocks(candidates: list[Architecture], names: Iterable[StoredName]) -> list[Architecture]:
+    """Return the candidates that have as many blocks; those with exactly as many, if there are such."""
+    known = [(name.path, name.separator) for name in names]
+    paths = {one: [one.canonical(*name) or "" for name in known] for one in candidates}
+    blocks = {one: one.blocks_of(paths[one]) for one in candidates}
+    whole = [one for one in candidates if blocks[one] in one.sizes]
+    large_enough = [
+        one
+        for one in candidates
+        if not one.sizes or any(_within(blocks[one], size) for size in one.sizes)
+    ]
+    return whole or large_enough or candidates
+
+
+def _within(blocks: Mapping[str, int], size: Mapping[str, int]) -> bool:
+    return all(number <= size.get(start, 0) for start, number in blocks.items())
 
 
 def _canonical(name: str, parsed: StoredName, candidates: Iterable[Architecture]) -> str:

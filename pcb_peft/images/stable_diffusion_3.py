@@ -25,6 +25,7 @@ SD3 = Architecture(
     "transformer",
     ROWS,
     ("transformer_blocks",),
+    ({"transformer_blocks": 24}, {"transformer_blocks": 38}),
     versions=("sd3", "stable-diffusion-3"),
     modelspec="stable-diffusion-3-medium",
 )

@@ -49,6 +49,14 @@ def names_in_file(modules: Shapes, image: ImageLora | None, target: str) -> dict
     return names
 
 
+def factor_names(modules: Shapes, image: ImageLora | None, target: str) -> tuple[str, str]:
+    """Return the names of a LoRA's two factors in a file of a program; arguments as of `names_in_file`."""
+    architectures = _candidates(modules, image) if target == COMFYUI else []
+    if target == KOHYA or any(one.down_up for one in architectures):
+        return "lora_down", "lora_up"
+    return "lora_A", "lora_B"
+
+
 def with_components(
     modules: Mapping[str, Item], image: ImageLora | None, target: str
 ) -> dict[str, Item]:
@@ -106,7 +114,11 @@ def _regrouped(modules: Shapes, candidates: list[Architecture], target: str) -> 
 
 
 def _keeps_whole(architecture: Architecture, target: str) -> bool:
-    return target == COMFYUI or architecture.kohya == "original"
+    return _column(architecture, target) == "original"
+
+
+def _column(architecture: Architecture, target: str) -> str:
+    return architecture.comfyui if target == COMFYUI else architecture.kohya
 
 
 def _whole(architecture: Architecture, path: str, target: str) -> str | None:
@@ -158,15 +170,20 @@ def _in_codes(name: str, path: str, candidates: list[Architecture], target: str)
     names = {found for one in candidates if (found := _in_code(one, path, target)) is not None}
     if target == KOHYA:
         names = {found.replace(".", "_") for found in names}
-    if len(names) != 1:
-        because = " or ".join(one.name for one in candidates) or "an unknown architecture"
-        raise _no_name(name, f"{target} of {because}", "save it as format='diffusers'")
+    models = " or ".join(one.name for one in candidates) or "an unknown architecture"
+    if len(names) > 1:
+        raise UnsupportedError(
+            f"{name} may be a module of {models}, and {target} has other names for each: say the base model in the "
+            "file's metadata (ss_base_model_version), or save it as format='diffusers' (--format diffusers)"
+        )
+    if not names:
+        raise _no_name(name, f"{target} of {models}", "save it as format='diffusers'")
     return names.pop()
 
 
 def _in_code(architecture: Architecture, path: str, target: str) -> str | None:
     """Return the name that a program takes from an architecture's code, or from diffusers'."""
-    if target == KOHYA and architecture.kohya == "diffusers":
+    if not _keeps_whole(architecture, target):
         return path if "{" not in path else None
     return architecture.original(path)
 

@@ -20,6 +20,7 @@ WAN = Architecture(
     "transformer",
     ROWS,
     ("blocks",),
+    ({"blocks": 40}, {"blocks": 30}),
     versions=("wan",),
     modelspec="wan2.1",
 )
