@@ -54,6 +54,19 @@ def test_a_pipeline_fails_below_a_limit(run: Run, place: Path):
     assert run(f"{EVALUATE} --fail-below 0.1")[0] == 0
 
 
+def test_the_page_has_the_table(run: Run, place: Path):
+    code, out, _ = run(f"{EVALUATE} --report page.html")
+    assert code == 0
+    assert "report for a browser: page.html" in out
+    page = (place / "page.html").read_text("utf-8")
+    assert "LOST: keeps" in page
+    assert "subj (accuracy)" in page
+    (place / "diary.html").write_text("dear diary")
+    code, _, err = run(f"{EVALUATE} --report diary.html")
+    assert code == 2
+    assert "diary.html" in err
+
+
 def test_json(run: Run):
     code, out, _ = run(f"{EVALUATE} --json --fail-below 0.8")
     found = json.loads(out)

@@ -1,6 +1,7 @@
 """The page of a merge: what stands in it, that no name becomes markup, and that a browser shows it."""
 
 import html.parser
+import json
 import re
 import shutil
 import subprocess
@@ -10,6 +11,8 @@ import pytest
 from helpers import adapter, lora, low_rank
 
 from pcb_peft import (
+    AdapterError,
+    Evaluation,
     OutputError,
     UnsupportedError,
     compare_adapters,
@@ -17,6 +20,8 @@ from pcb_peft import (
     write_report,
 )
 from pcb_peft.commands import cli
+from pcb_peft.evaluation.card import write_to_card
+from pcb_peft.evaluation.scores import Score, TaskScores
 from pcb_peft.inspection.pairs import geometry_of
 from pcb_peft.reporting.charts import HeatMap
 from pcb_peft.reporting.page import spectrum_of
@@ -24,7 +29,7 @@ from pcb_peft.runtime.progress import silent
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
-VOID = {"meta", "path", "polyline", "link", "br", "img"}
+VOID = {"meta", "path", "polyline", "circle", "link", "br", "img"}
 
 
 class Page(html.parser.HTMLParser):
@@ -59,9 +64,10 @@ class Page(html.parser.HTMLParser):
 
 
 def in_memory():
-    """Two adapters, the first with a name that is markup."""
+    """Two adapters; names of one of them, and of a module, are markup."""
+    modules = [*(f"layers.{i}.q_proj" for i in range(2)), 'layers.2."</td></table><b onload=x>']
     return [
-        adapter(name, {f"layers.{i}.q_proj": low_rank(2, seed=seed + i)[0] for i in range(3)})
+        adapter(name, {m: low_rank(2, seed=seed + i)[0] for i, m in enumerate(modules)})
         for seed, name in ((0, "<script>alert(1)</script>"), (10, "plain & simple"))
     ]
 
@@ -78,9 +84,12 @@ def test_no_name_becomes_markup_and_nothing_is_fetched(page):
     _, _, content = page
     read = Page(content)
     assert "<script>alert(1)</script>" in read.text
-    assert "script" not in {tag for tag, _ in read.tags}
+    assert '"</td></table><b onload=x>' in read.text
+    assert not {"script", "b"} & {tag for tag, _ in read.tags}
     assert not re.search(r"https?://", content)
-    assert not any({"src", "href"} & attributes.keys() for _, attributes in read.tags)
+    links = [a["href"] for _, a in read.tags if "href" in a]
+    assert all(link.startswith("#") and f'id="{link[1:]}"' in content for link in links)
+    assert not any("src" in attributes for _, attributes in read.tags)
 
 
 def test_the_tables_hold_the_numbers_of_the_report(page):
@@ -89,8 +98,8 @@ def test_the_tables_hold_the_numbers_of_the_report(page):
     for number, (name, line) in enumerate(merged.report.adapters.items(), 1):
         row = next(row for row in rows if row[0] == f"{number} {name}")
         assert row[2:4] == [f"{line.norm:.4g}", f"{line.share:.2f}"]
-        for layer, share in line.by_layer.items():
-            assert [str(layer), f"{share:.2f}"] in rows
+        shares = [f"{share:.2f}" for share in line.by_layer.values()]
+        assert ["q_proj", *shares[:2], ""] in rows  # a column for each layer
     cosine = float(geometry_of(adapters, silent).cosines[0, 1])
     assert [f"2 {adapters[1].name}", f"{cosine:.2f}"] in rows
 
@@ -136,6 +145,69 @@ def test_figures_without_matplotlib_say_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UnsupportedError, match=r"pcb-peft\[plots\]"):
         merge_adapters(in_memory(), "ties").report.plot_shares()
+
+
+def evaluated():
+    """Half of the adapter's answers are lost; a task's name is markup."""
+    scores = [Score.of(outcomes, losses=False) for outcomes in ([0] * 8, [1] * 8, [1, 0] * 4)]
+    roles = dict(zip(("base", "adapter", "merged"), scores, strict=True))
+    lost = TaskScores(name="</table><script>", metric="accuracy", texts=8, **roles)
+    own = TaskScores(name="plain", metric="my score", texts=0, base=Score(0.1), merged=Score(3))
+    return Evaluation("merged", (lost, own), notes=("few <texts>",))
+
+
+def test_the_page_of_a_saved_merge_has_the_evaluation_that_was_written_beside_it(
+    workshop, tmp_path
+):
+    """The page, the card and the JSON have the same numbers."""
+    paths, out = workshop.adapters("mlp", [lora(), lora()]), tmp_path / "out"
+    merge_adapters(paths).save_pretrained(out)
+    write_report(out, tmp_path / "before.html")
+    assert "Run texts" in Page((tmp_path / "before.html").read_text("utf-8")).text
+    write_to_card(evaluated(), out)
+    write_report(out, tmp_path / "after.html")
+    page = Page((tmp_path / "after.html").read_text("utf-8"))
+    row = next(row for row in page.rows if row[0] == "</table><script> (accuracy)")
+    assert row[1:5] == ["8", "0.0 %", "100.0 %", "50.0 %"]
+    assert row[6:] == ["50.0 %", "LOST: keeps 50%, less than 80%"]
+    assert ["plain (my score)", "–", "0.1", "–", "3", "–", "–", "better than the base"] in page.rows
+    assert "few <texts>" in page.text
+    assert "Run texts" not in page.text
+    assert "script" not in {tag for tag, _ in page.tags}
+    card = (out / "README.md").read_text("utf-8")
+    assert "| 50.0 (" in card
+    assert json.loads((out / "evaluation.json").read_text())["tasks"][0]["merged"] == 0.5
+    write_report(out, tmp_path / "given.html", evaluation=evaluated())
+    assert (tmp_path / "given.html").read_bytes() == (tmp_path / "after.html").read_bytes()
+
+
+def test_a_folded_model_has_a_page_too(workshop, tmp_path):
+    paths = workshop.adapters("llama", [lora("q_proj"), lora("q_proj")])
+    merged = merge_adapters(paths, base_model=workshop.base("llama"))
+    merged.fold(workshop.base("llama"), tmp_path / "model")
+    write_report(tmp_path / "model", tmp_path / "page.html")
+    page = Page((tmp_path / "page.html").read_text("utf-8"))
+    assert any(row[0] == "2 adapter2" for row in page.rows)
+
+
+def test_a_directory_without_a_report_has_no_page(workshop, tmp_path):
+    with pytest.raises(AdapterError, match=r"merge_report\.json"):
+        write_report(workshop.adapter("mlp", lora()), tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_a_deep_model_is_drawn_without_numbers_which_stand_below(tmp_path):
+    deep = [
+        adapter(name, {f"layers.{i}.q_proj": low_rank(1, seed=seed + i)[0] for i in range(40)})
+        for seed, name in ((0, "x"), (100, "y"))
+    ]
+    merged = merge_adapters(deep, "linear")
+    write_report(merged, tmp_path / "page.html", deep)
+    page = Page((tmp_path / "page.html").read_text("utf-8"))
+    share = f"{merged.report.adapters['x'].by_layer[39]:.2f}"
+    assert f"q_proj, 39: {share}" in page.text
+    assert sum(tag == "rect" for tag, _ in page.tags) == 4 * 40  # two shares, signs, strength
+    assert next(row for row in page.rows if row[0] == "q_proj")[40] == share
 
 
 def test_a_heat_map_has_a_shade_for_every_value():

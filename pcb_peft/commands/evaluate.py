@@ -49,6 +49,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="put the table into README.md of the merge, and the numbers into evaluation.json beside it",
     )
     output.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE.html",
+        help="also write the merge's page for a browser, with the table; a page that is there is replaced",
+    )
+    output.add_argument(
         "--fail-below",
         type=float,
         metavar="SHARE",
@@ -126,7 +132,10 @@ def add_running_arguments(group: Any, *, budget: bool = True) -> None:
 
 def _run(parsed: argparse.Namespace) -> Answer:
     from pcb_peft.evaluation.evaluate import evaluate
+    from pcb_peft.reporting.page import write_report
 
+    if parsed.report:
+        _check_page(parsed)
     limits = (parsed.threshold, parsed.fail_below, 0.8)
     result = evaluate(
         parsed.merged,
@@ -145,14 +154,34 @@ def _run(parsed: argparse.Namespace) -> Answer:
         **measuring_of(parsed),
         **running_of(parsed),
     )
+    if parsed.report:
+        write_report(
+            parsed.merged,
+            parsed.report,
+            parsed.adapters,
+            evaluation=result,
+            overwrite=True,
+            progress=progress_of(parsed),
+        )
     below = [task.name for task in result.tasks if _is_below(task.kept, parsed.fail_below)]
     failed = [f"below {parsed.fail_below:.0%}: {', '.join(below)}"] if below else []
+    page = [f"report for a browser: {parsed.report}"] if parsed.report else []
     return Answer(
-        "\n".join([str(result), *failed]),
-        {**result.as_dict(), "below": below},
+        "\n".join([str(result), *page, *failed]),
+        {**result.as_dict(), "below": below, "page": str(parsed.report) if parsed.report else None},
         essential=True,
         exit_code=BELOW if below else DONE,
     )
+
+
+def _check_page(parsed: argparse.Namespace) -> None:
+    """Refuse a page that could not be written after the evaluation."""
+    from pcb_peft.reporting.merge_record import record_of
+    from pcb_peft.reporting.page import is_report
+    from pcb_peft.writing.targets import check_file_target
+
+    record_of(parsed.merged)
+    check_file_target(parsed.report, overwrite=True, is_ours=is_report)
 
 
 def _is_below(kept: float | None, limit: float | None) -> bool:
@@ -217,6 +246,7 @@ COMMAND = Command(
     "pcb-peft evaluate merged --adapters math-lora code-lora --base-model meta-llama/Llama-3.2-1B "
     "--data math.jsonl code.jsonl\n"
     "pcb-peft evaluate merged --data math-lora=math.jsonl code-lora=code.jsonl --limit 200 --fail-below 0.8\n"
+    "pcb-peft evaluate merged --data math-lora=math.jsonl code-lora=code.jsonl --write-to-card --report merged.html\n"
     "pcb-peft evaluate merged --tasks arc_easy gsm8k --against other-merge",
     _add_arguments,
     _run,

@@ -215,7 +215,7 @@ def _adapter_cells(report: Report) -> tuple[tuple[str, ...], list[tuple[str, ...
         ("norm", [f"{one.norm:.4g}" for one in adapters]),
         ("share", ["-" if one.share is None else f"{one.share:.2f}" for one in adapters]),
         ("kept", kept if len(set(kept)) > 1 else []),  # else one line says it
-        ("least share in", [_least(one) for one in adapters]),
+        ("least share in", [least_share(one) for one in adapters]),
     ]
     shown = [(name, cells) for name, cells in columns if any(cell != "-" for cell in cells)]
     if not shown:
@@ -223,8 +223,8 @@ def _adapter_cells(report: Report) -> tuple[tuple[str, ...], list[tuple[str, ...
     return tuple(name for name, _ in shown), list(zip(*(c for _, c in shown), strict=True))
 
 
-def _least(adapter: AdapterReport) -> str:
-    """The target and the layer in which the merge makes the smallest part of an adapter's change."""
+def least_share(adapter: AdapterReport) -> str:
+    """Return the target and the layer in which the merge makes the smallest part of an adapter's change."""
     targets, layers = adapter.by_target, adapter.by_layer
     parts: list[str] = []
     if len(targets) > 1:

@@ -7,6 +7,10 @@ WIDTH, HEIGHT = 640, 220
 """Size of a curve, in the units of its SVG."""
 STEPS = 9
 """Shades of a heat map, from 0 for the smallest value to 8."""
+WIDE = 16
+"""A heat map with more columns is drawn without its numbers, which then stand in a table below it."""
+TICKS = 10
+"""About so many columns of a wide heat map have their heading."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,12 +35,14 @@ class HeatMap:
         words: How to read it.
         columns: Headings of its columns.
         rows: Heading and cells of each row.
+        limits: The values with the lightest and the darkest shade.
     """
 
     title: str
     words: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, tuple[Cell, ...]], ...]
+    limits: tuple[float, float]
 
     @classmethod
     def of(
@@ -45,6 +51,7 @@ class HeatMap:
         words: str,
         values: Mapping[tuple[str, str], float],
         limits: tuple[float, float],
+        style: str = ".2f",
     ) -> "HeatMap":
         """Lay out values by row and column; rows and columns stand in the order in which they come.
 
@@ -53,22 +60,42 @@ class HeatMap:
             words: How to read it.
             values: By row and column.
             limits: The values with the lightest and the darkest shade.
+            style: Format of a value.
         """
         rows = list(dict.fromkeys(row for row, _ in values))
         columns = list(dict.fromkeys(column for _, column in values))
-        cells = {place: _cell(value, *limits) for place, value in values.items()}
+        cells = {place: _cell(value, *limits, style) for place, value in values.items()}
         empty = Cell("", 0)
         return cls(
             title,
             words,
             tuple(columns),
             tuple((row, tuple(cells.get((row, c), empty) for c in columns)) for row in rows),
+            limits,
         )
 
+    @property
+    def is_wide(self) -> bool:
+        """True if its cells have no room for numbers."""
+        return len(self.columns) > WIDE
 
-def _cell(value: float, low: float, high: float) -> Cell:
+    @property
+    def margin(self) -> int:
+        """Room for the headings of the rows, in the units of its SVG, in which a cell is 10 wide and 16 high."""
+        return 7 * max(len(row) for row, _ in self.rows) + 8
+
+    @property
+    def ticks(self) -> list[tuple[int, str]]:
+        """Place and text of the headings that a wide heat map shows."""
+        step = max(1, round(len(self.columns) / TICKS))
+        return [(10 * place + 5, name) for place, name in enumerate(self.columns)][::step]
+
+
+def _cell(value: float, low: float, high: float, style: str) -> Cell:
     place = min(1.0, max(0.0, (value - low) / (high - low)))
-    return Cell(f"{value:.2f}", round(place * (STEPS - 1)))
+    text = f"{value:{style}}"
+    is_zero = not any(digit in text for digit in "123456789")
+    return Cell(text.lstrip("-") if is_zero else text, round(place * (STEPS - 1)))
 
 
 def curve(values: Sequence[float]) -> str:

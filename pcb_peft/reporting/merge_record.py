@@ -1,0 +1,105 @@
+"""All that a page tells of a merge: from the merge in memory, or from the files that were saved with it."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.adapters.loading import load_adapter
+from pcb_peft.adapters.saving import REPORT_FILE
+from pcb_peft.errors import AdapterError, AdapterNotFoundError
+from pcb_peft.evaluation.card import FILE as EVALUATION
+from pcb_peft.files.json_text import read_json_file
+from pcb_peft.files.schema import Number, checked
+from pcb_peft.merging.report import Report
+from pcb_peft.merging.report_file import read_report
+from pcb_peft.merging.result import MergedAdapter
+from pcb_peft.recipes.recipe import FILE_NAME, Recipe, read_recipe
+from pcb_peft.runtime.paths import expanded
+
+
+class TaskLine(msgspec.Struct, kw_only=True):
+    """One task of an evaluation, as its JSON has it: see `TaskScores.as_dict`."""
+
+    task: str
+    metric: str
+    texts: int
+    merged: Number
+    verdict: str
+    lost: bool = False
+    base: Number | None = None
+    adapter: Number | None = None
+    against: Number | None = None
+    interval: tuple[Number, Number] | None = None
+    kept: Number | None = None
+
+    def shown(self, value: float | None) -> str:
+        """Return a score: percent of accuracies and the like, other numbers as they are."""
+        if value is None:
+            return "–"
+        percent = self.metric in ("accuracy", "exact match", "1/perplexity")
+        return f"{100 * value:.1f} %" if percent else f"{value:.4g}"
+
+
+class Measured(msgspec.Struct):
+    """An evaluation, as its JSON has it: see `Evaluation.as_dict`."""
+
+    tasks: list[TaskLine]
+    notes: list[str] = []
+
+
+class MergeRecord(NamedTuple):
+    """A merge, and how it was made.
+
+    Attributes:
+        report: Its report.
+        recipe: Its recipe.
+        base_model: Path or hub id of its base model.
+        merged: Its deltas; None where they are in the weights of a model.
+        evaluation: What was measured, if anything was.
+    """
+
+    report: Report
+    recipe: Recipe
+    base_model: str | None
+    merged: Adapter | None
+    evaluation: Measured | None
+
+
+def record_of(merged: MergedAdapter | str | Path, evaluation: Any = None) -> MergeRecord:
+    """Return what is known of a merge.
+
+    Args:
+        merged: The merge, or the directory in which it was saved.
+        evaluation: What `evaluate` returned; default: what it wrote into the directory.
+
+    Raises:
+        AdapterError: There is no report in the directory, or one of the files is damaged.
+        OptionError: Its recipe is damaged.
+    """
+    measured = None if evaluation is None else _measured(evaluation.as_dict(), "the evaluation")
+    if isinstance(merged, MergedAdapter):
+        return MergeRecord(merged.report, merged.recipe, merged.base_model, merged, measured)
+    place = expanded(merged)
+    report = read_report(place) if place.is_dir() else None
+    if report is None or not (place / FILE_NAME).is_file():
+        raise AdapterError(
+            f"{merged} holds no {REPORT_FILE} and {FILE_NAME} of a merge: name a directory that pcb-peft merge wrote"
+        )
+    recipe = read_recipe(place / FILE_NAME)
+    if measured is None and (place / EVALUATION).is_file():
+        content = read_json_file(place / EVALUATION, AdapterError, WAY_OUT)
+        measured = _measured(content, str(place / EVALUATION))
+    try:
+        adapter = load_adapter(place, hashed=False)
+    except AdapterNotFoundError:  # folded
+        return MergeRecord(report, recipe, recipe.base_model, None, measured)
+    return MergeRecord(report, recipe, adapter.base_model, adapter, measured)
+
+
+WAY_OUT = "take it away, or evaluate again"
+
+
+def _measured(content: Any, where: str) -> Measured:
+    return checked(content, Measured, where, AdapterError, WAY_OUT)
