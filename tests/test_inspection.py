@@ -5,10 +5,11 @@ import shlex
 
 import numpy as np
 import pytest
+import torch
 from helpers import adapter, dense, ia3, lora, low_rank, regauged
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from pcb_peft import OptionError, compare_adapters, inspect_adapter
+from pcb_peft import OptionError, PcbPeftError, compare_adapters, inspect_adapter, merge_adapters
 from pcb_peft.commands import cli
 from pcb_peft.deltas.linalg import RANK_TOLERANCE
 
@@ -150,7 +151,76 @@ def test_a_dominant_adapter_is_named(pairs):
     loud = {module: (10 * b, a) for module, (b, a) in pairs[0].items()}
     (advice,) = compare_adapters(named([loud, pairs[1]])).advice
     assert advice.startswith("x is ")
-    assert "as strong as y" in advice
+    assert "as strong as y: a sum of both is mostly x" in advice
+
+
+def merged_or_why_not(paths, **options):
+    """The message of a merge's refusal; None where there is a merge that can be saved."""
+    try:
+        merge_adapters(paths, **options).save_pretrained(paths[0].parent / "out", overwrite="all")
+    except PcbPeftError as error:
+        return str(error)
+    return None
+
+
+UNEQUAL = {  # two adapters, and whether the base model is given
+    "two bases": (lora("q_proj"), lora("q_proj"), {"bases": ("org/a", "org/b")}),
+    "a DoRA": (lora("q_proj"), lora("q_proj", use_dora=True), {}),
+    "a DoRA on its base": (lora("q_proj"), lora("q_proj", use_dora=True), {"given": True}),
+    "an (IA)³": (lora("k_proj"), ia3("k_proj", feedforward_modules=[]), {}),
+    "an (IA)³ on its base": (
+        lora("k_proj"),
+        ia3("k_proj", feedforward_modules=[]),
+        {"given": True},
+    ),
+    "a chosen rank": (lora("q_proj"), lora("q_proj", "v_proj", r=5), {}),
+    "heads": (
+        lora("q_proj", modules_to_save=["lm_head"]),
+        lora("q_proj", modules_to_save=["lm_head"]),
+        {},
+    ),
+    "nothing in common": (lora("q_proj"), lora("down_proj"), {}),
+}
+
+
+@pytest.mark.parametrize("case", UNEQUAL)
+def test_a_comparison_says_of_a_merge_what_the_merge_says(workshop, case):
+    *configs, how = UNEQUAL[case]
+    bases = how.get("bases", (None, None))
+    paths = [
+        workshop.adapter("llama", config, f"a{seed}", seed=seed, base=base)
+        for seed, (config, base) in enumerate(zip(configs, bases, strict=True))
+    ]
+    options = {"base_model": workshop.base("llama")} if how.get("given") else {}
+    refusal = merged_or_why_not(paths, **options)
+    comparison = compare_adapters(paths, **options)
+    assert comparison.problems == (() if refusal is None else (refusal,))
+    if refusal is None:
+        merged = merge_adapters(paths, **options)
+        assert merged.report.rank <= comparison.merged_rank
+        assert set(comparison.notes) <= set(merged.report.notes)
+
+
+def test_a_lora_of_an_image_model_does_not_fit_one_of_a_language_model(workshop, tmp_path):
+    parts = {"lora_down.weight": torch.ones(2, 320), "lora_up.weight": torch.ones(320, 2)}
+    name = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q"
+    save_file(
+        {f"{name}.{part}": value for part, value in parts.items()}, tmp_path / "i.safetensors"
+    )
+    paths = [
+        tmp_path / "i.safetensors",
+        workshop.adapter("llama", lora("q_proj"), base="org/llama"),
+    ]
+    (problem,) = compare_adapters(paths).problems
+    assert problem == merged_or_why_not(paths)
+    assert "adapter of org/llama with modules of no image model" in problem
+
+
+def test_adapters_without_a_module_in_common_are_pointed_out(pairs):
+    apart = [{"layers.0.up": pairs[0]["layers.0.up"]}, {"layers.1.up": pairs[1]["layers.1.up"]}]
+    said = str(compare_adapters(named(apart)))
+    assert "no two of them change the same module" in said
+    assert "signs differ" not in said
 
 
 def test_one_adapter_is_not_compared(pairs):

@@ -19,9 +19,19 @@ def advice(comparison: Comparison) -> list[str]:
     if comparison.geometry is None:
         return []
     return [
+        *_on_disjoint_modules(comparison.geometry),
         *_on_duplicates(comparison),
         *_on_dominance(comparison, comparison.geometry),
         *_on_initialisation(comparison, comparison.geometry),
+    ]
+
+
+def _on_disjoint_modules(geometry: Geometry) -> list[str]:
+    if geometry.has_common_modules:
+        return []
+    return [
+        "no two of them change the same module: nothing competes, and the merge holds each as it is, times its weight; "
+        "if that is a surprise, look at their targets and their base models with pcb-peft inspect."
     ]
 
 
@@ -41,8 +51,9 @@ def _on_dominance(comparison: Comparison, geometry: Geometry) -> list[str]:
     if ratio < DOMINANT:
         return []
     return [
-        f"{strongest} is {ratio:.1f} times as strong as {weakest}, which a sum may drown: try --before equalize, or "
-        "weights, and compare both with pcb-peft evaluate."
+        f"{strongest} is {ratio:.1f} times as strong as {weakest}: a sum of both is mostly {strongest}. flat, the "
+        "default for LoRA, makes all directions equally strong; for other methods set --weights, and measure with "
+        "pcb-peft evaluate."
     ]
 
 

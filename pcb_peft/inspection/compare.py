@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,14 @@ from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.loading import load_adapters
 from pcb_peft.adapters.names import named_apart
 from pcb_peft.adapters.source import Source
-from pcb_peft.base.model import BaseModel, lazy_base
+from pcb_peft.base.model import lazy_base
 from pcb_peft.errors import OptionError, PcbPeftError
 from pcb_peft.inspection.advice import SAME, SHARED_INITIALISATION, advice
 from pcb_peft.inspection.comparison import Comparison
 from pcb_peft.inspection.pairs import Geometry, geometry_of
-from pcb_peft.merging.compatibility import AdapterSet, common_base
-from pcb_peft.merging.one_name import under_one_name
-from pcb_peft.merging.resolve_base import resolve_against_base
+from pcb_peft.merging.compatibility import AdapterSet
+from pcb_peft.merging.prepare import prepare, sources_of
+from pcb_peft.recipes.recipe import Recipe
 from pcb_peft.runtime.progress import tracker
 
 BYTES_PER_VALUE = 4  # of float32
@@ -53,40 +53,25 @@ def compare_adapters(
     """
     if len(adapters) < 2:
         raise OptionError("compare takes two or more adapters; pcb-peft inspect looks at one")
-    base = lazy_base(base_model)
-    opened = named_apart(load_adapters(adapters, base_model=base))
+    opened = named_apart(load_adapters(adapters, base_model=lazy_base(base_model)))
     names = tuple(adapter.name for adapter in opened)
     try:
-        fitting, notes, predicted = _fitted(opened, base, base_model)
+        recipe = Recipe.parse(adapters=sources_of(opened), base_model=base_model)
+        prepared = prepare(recipe, opened)
     except PcbPeftError as error:
         return Comparison(names, problems=(str(error),))
-    geometry = geometry_of(fitting, tracker(progress))
-    rank, size = predicted
+    geometry = geometry_of(prepared.adapter_set.adapters, tracker(progress))
+    rank, size = _rank_and_size(prepared.adapter_set)
     comparison = Comparison(
         names,
         geometry,
         merged_rank=rank,
         merged_bytes=size,
-        notes=tuple(notes),
+        notes=tuple(prepared.notes),
         duplicates=_duplicates(opened, geometry),
         shared_initialisation=bool((geometry.initial.triu(1) > SHARED_INITIALISATION).any()),
     )
     return dataclasses.replace(comparison, advice=tuple(advice(comparison)))
-
-
-def _fitted(
-    adapters: Sequence[Adapter], base: Callable[[], BaseModel] | None, base_model: str | Path | None
-) -> tuple[list[Adapter], list[str], tuple[int | None, int]]:
-    """Return the adapters under one name for each weight, notes, and the rank and size of a lossless merge.
-
-    Raises:
-        PcbPeftError: They cannot be merged.
-    """
-    renamed, notes = under_one_name(adapters, base)
-    resolved = resolve_against_base(renamed, base, None)
-    together = AdapterSet(resolved)
-    common = common_base(resolved, None if base_model is None else str(base_model))
-    return resolved, [*notes, *common.notes], _rank_and_size(together)
 
 
 def _rank_and_size(together: AdapterSet) -> tuple[int | None, int]:

@@ -25,7 +25,7 @@ class Comparison:
         names: The adapters.
         geometry: Norms, cosines and shared directions; None where the adapters do not fit.
         problems: Why they cannot be merged, in words; empty where they can.
-        merged_rank: Rank of a merge without loss; None for (IA)³.
+        merged_rank: Highest rank of a merge without loss; adapters that share directions need less. None for (IA)³.
         merged_bytes: Size of its tensors in float32.
         duplicates: Pairs that make the same change, or a multiple of it.
         shared_initialisation: True if some of them were trained from the same lora_A.
@@ -78,7 +78,8 @@ class Comparison:
         if self.geometry is None:
             return "\n".join(["These adapters cannot be merged:", *self.problems])
         blocks = [_title(self), _strengths(self, self.geometry), *_matrices(self, self.geometry)]
-        blocks.append(_signs(self.geometry))
+        if self.geometry.conflicts_chance:
+            blocks.append(_signs(self.geometry))
         blocks.append("\n".join([*self.notes, *self.advice, NOT_PREDICTED]))
         return "\n\n".join(blocks)
 
@@ -89,10 +90,9 @@ class Comparison:
 def _title(comparison: Comparison) -> str:
     size = format_size(comparison.merged_bytes)
     rank = comparison.merged_rank
-    what = f"rank {rank}, {size}" if rank is not None else size
-    return (
-        f"These {len(comparison.names)} adapters can be merged. Without loss the merge has {what}."
-    )
+    what = f"rank {rank} at most, {size}" if rank is not None else size
+    count = len(comparison.names)
+    return f"These {count} adapters can be merged. Without loss the merge has {what}."
 
 
 def _strengths(comparison: Comparison, geometry: Geometry) -> str:

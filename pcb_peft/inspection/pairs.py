@@ -43,6 +43,7 @@ class Geometry:
         initial: Median principal cosine of the rows of lora_A, the median over modules.
         conflicts: Fraction of the sampled entries, changed by two adapters or more, at which their signs differ.
         conflicts_chance: The same for adapters with random signs.
+        has_common_modules: True if two adapters change one module.
     """
 
     norms: tuple[float, ...]
@@ -54,6 +55,7 @@ class Geometry:
     initial: Tensor
     conflicts: float
     conflicts_chance: float
+    has_common_modules: bool
 
 
 class _Sums:
@@ -63,8 +65,10 @@ class _Sums:
         self.products = torch.zeros(count, count, dtype=torch.float64)
         self.inputs, self.outputs, self.initial = _Values(count), _Values(count), _Values(count)
         self.conflicts = self.expected = self.entries = 0.0
+        self.has_common_modules = False
 
     def add(self, deltas: Mapping[int, Delta]) -> None:
+        self.has_common_modules |= len(deltas) > 1
         for i, j in itertools.combinations_with_replacement(deltas, 2):
             self.products[i, j] += inner(deltas[i].low_rank_part, deltas[j].low_rank_part)
         self._add_signs([_signs(delta) for delta in deltas.values()], deltas)
@@ -109,6 +113,7 @@ class _Sums:
             initial=self.initial.medians(),
             conflicts=self.conflicts / entries,
             conflicts_chance=self.expected / entries,
+            has_common_modules=self.has_common_modules,
         )
 
 

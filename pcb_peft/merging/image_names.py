@@ -133,7 +133,14 @@ def _with_components(adapter: Adapter) -> Adapter:
     if adapter.image is not None:
         return adapter
     entries = adapter.modules.entries
-    found = with_components(entries, None, DIFFUSERS)
+    try:
+        found = with_components(entries, None, DIFFUSERS)
+    except UnsupportedError as error:
+        of_base = f" of {adapter.base_model}" if adapter.base_model else ""
+        raise MismatchError(
+            f"{adapter.name} is an adapter{of_base} with modules of no image model that is known, such as "
+            f"{min(entries)}, and others are LoRAs of an image model: merge adapters of one base model"
+        ) from error
     new = zip(entries, found, strict=True)
     return adapter.renamed({old: name for old, name in new if name != old})
 
