@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
 import torch
@@ -13,16 +13,17 @@ from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.deltas.delta import Delta, Diagonal
 from pcb_peft.deltas.inner import inner
 from pcb_peft.inspection.geometry import (
+    blocks,
     has_factors,
-    initial_span,
     overlap,
     principal_cosines,
-    sampled_rows,
+    products,
+    sampled_signs,
     spans,
 )
 from pcb_peft.runtime.progress import Track
 
-ROWS_SAMPLED = 32
+ROWS_SAMPLED = 16
 """Rows of each module at which signs are compared; a fixed sample, evenly spread."""
 
 Pair = tuple[int, int]
@@ -69,43 +70,52 @@ class _Sums:
 
     def add(self, deltas: Mapping[int, Delta]) -> None:
         self.has_common_modules |= len(deltas) > 1
+        factors = {
+            i: delta.low_rank_part.factors() for i, delta in deltas.items() if has_factors(delta)
+        }
+        self._add_products(deltas, factors)
+        self._add_signs([_signs(delta, factors.get(i)) for i, delta in deltas.items()], deltas)
+        bases = {i: spans(deltas[i], pair) for i, pair in factors.items()}
+        self.outputs.add({i: one.outputs for i, one in bases.items()}, overlap)
+        self.inputs.add({i: one.inputs for i, one in bases.items()}, overlap)
+        initial = {i: one.initial for i, one in bases.items() if one.initial is not None}
+        self.initial.add(initial, _median_cosine)
+
+    def _add_products(
+        self, deltas: Mapping[int, Delta], factors: Mapping[int, tuple[Tensor, Tensor]]
+    ) -> None:
+        places = list(factors)
+        for i, row in zip(places, products(list(factors.values())) if factors else [], strict=True):
+            for j, product in zip(places, row, strict=True):
+                self.products[i, j] += product
         for i, j in itertools.combinations_with_replacement(deltas, 2):
-            self.products[i, j] += inner(deltas[i].low_rank_part, deltas[j].low_rank_part)
-        self._add_signs([_signs(delta) for delta in deltas.values()], deltas)
-        low_rank = {i: delta for i, delta in deltas.items() if has_factors(delta)}
-        bases = {i: spans(delta) for i, delta in low_rank.items()}
-        initial = {i: initial_span(delta) for i, delta in low_rank.items()}
-        for pair in itertools.combinations(low_rank, 2):
-            columns, rows = zip(bases[pair[0]], bases[pair[1]], strict=True)
-            self.outputs.add(pair, *columns)
-            self.inputs.add(pair, *rows)
-            first, second = initial[pair[0]], initial[pair[1]]
-            if first is not None and second is not None:
-                cosine = float(principal_cosines(first, second).median())
-                self.initial.values.setdefault(pair, []).append(cosine)
+            if not (i in factors and j in factors):
+                product = inner(deltas[i].low_rank_part, deltas[j].low_rank_part)
+                self.products[i, j] += product
+                self.products[j, i] += product if i != j else 0.0
 
     def _add_signs(self, signs: Sequence[Tensor], deltas: Mapping[int, Delta]) -> None:
         """Count entries with both signs, and those that random signs would give, in proportion to the module's size."""
         if len(signs) < 2:
             return
         stacked = torch.stack(list(signs))
-        present = (stacked != 0).sum(0)
-        weight = math.prod(next(iter(deltas.values())).shape) / stacked[0].numel()
-        conflict = (stacked > 0).any(0) & (stacked < 0).any(0)
-        shared = present[present > 1].double()
+        present = stacked.abs().sum(0)
+        weight = math.prod(next(iter(deltas.values())).shape) / present.numel()
+        conflict = (stacked.amax(0) > 0) & (stacked.amin(0) < 0)
+        counts = torch.bincount(present.flatten(), minlength=2)[2:]
+        chances = 1 - 2.0 ** -torch.arange(1, len(counts) + 1, dtype=torch.float64)
         self.conflicts += weight * float(conflict.sum())
-        self.expected += weight * float((1 - 2 ** (1 - shared)).sum())
-        self.entries += weight * len(shared)
+        self.expected += weight * float((counts * chances).sum())
+        self.entries += weight * float(counts.sum())
 
     def geometry(self) -> Geometry:
         """Return the sums as cosines, medians and fractions."""
         norms = self.products.diagonal().clamp(min=0).sqrt()
-        products = self.products.triu() + self.products.triu(1).T
         lengths = norms[:, None] * norms
         entries = max(self.entries, 1.0)
         return Geometry(
             norms=tuple(norms.tolist()),
-            cosines=torch.where(lengths > 0, products / lengths, 0.0),
+            cosines=torch.where(lengths > 0, self.products / lengths, 0.0),
             inputs=self.inputs.medians(),
             inputs_chance=self.inputs.chance(),
             outputs=self.outputs.medians(),
@@ -125,12 +135,21 @@ class _Values:
         self.values: dict[Pair, list[float]] = {}
         self.chances: list[float] = []
 
-    def add(self, pair: Pair, first: Tensor, second: Tensor) -> None:
-        """Add the overlap of two spans, unless one is empty."""
-        sizes = first.shape[1], second.shape[1]
-        if min(sizes):
-            self.values.setdefault(pair, []).append(overlap(first, second))
-            self.chances.append(math.sqrt(max(sizes) / len(first)))
+    def add(self, bases: Mapping[int, Tensor], measure: Callable[[Tensor], float]) -> None:
+        """Add a number for each pair of spans, unless one is empty.
+
+        Args:
+            bases: Orthonormal bases, by the adapter's place.
+            measure: From XᵀY of two of them to the number.
+        """
+        spanned = {i: basis for i, basis in bases.items() if basis.shape[1]}
+        if len(spanned) < 2:
+            return
+        grid = blocks(list(spanned.values()))
+        for (row, i), (column, j) in itertools.combinations(enumerate(spanned), 2):
+            block = grid[row][column]
+            self.values.setdefault((i, j), []).append(measure(block))
+            self.chances.append(math.sqrt(max(block.shape) / len(spanned[i])))
 
     def medians(self) -> Tensor:
         """Return the median over modules (T, T); 1 on the diagonal, NaN for a pair without a module in common."""
@@ -164,8 +183,12 @@ def geometry_of(adapters: Sequence[Adapter], track: Track) -> Geometry:
     return sums.geometry()
 
 
-def _signs(delta: Delta) -> Tensor:
+def _signs(delta: Delta, factors: tuple[Tensor, Tensor] | None) -> Tensor:
     """Return the signs of a sample of the delta's entries; of an (IA)³, of l − 1."""
     if isinstance(delta, Diagonal):
-        return (delta.l.double() - 1).sign()
-    return sampled_rows(delta, ROWS_SAMPLED).sign()
+        return (delta.l.double() - 1).sign().to(torch.int8)
+    return sampled_signs(factors or delta.low_rank_part.factors(), ROWS_SAMPLED)
+
+
+def _median_cosine(block: Tensor) -> float:
+    return float(principal_cosines(block).median())
