@@ -16,6 +16,8 @@ from pcb_peft.data.models import load_base
 from pcb_peft.distillation.base import call, head_of, with_adapter
 from pcb_peft.distillation.student import Student
 from pcb_peft.distillation.targets import Distribution, distribution
+from pcb_peft.distillation.teacher import Reader
+from pcb_peft.distillation.texts import encoded
 from pcb_peft.errors import MismatchError, UnsupportedError
 
 WORDS = [f"w{number}" for number in range(30)]
@@ -190,6 +192,28 @@ def test_a_language_model_is_taught_on_its_own_continuations(workshop, words):
     better = distill_merge(merged, paths, rows, base, tokenizer=words, new_tokens=4, **OPTIONS)
     first, last = better.history[0], better.history[better.best_step]
     assert sum(last.values()) < 0.9 * sum(first.values())
+
+
+def test_texts_are_continued_together_as_each_alone(workshop, words):
+    paths, base = made(workshop, "language model")
+    adapter, model = load_adapter(paths[0]), load_base(base, "CAUSAL_LM")
+    given = encoded([{"text": text} for text in texts(3, 6)], words, 64)
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    with torch.no_grad(), with_adapter(model, adapter):
+        ends = [int(model.generate(**given[0], **options)[0, -3])]
+        model.generation_config.eos_token_id = ends
+        alone = [model.generate(**text, **options) for text in given]
+    found = Reader("CAUSAL_LM", 0, 5).examples(model, adapter, {}, given)
+    assert {
+        row.shape[1] - text["input_ids"].shape[1] for row, text in zip(alone, given, strict=True)
+    } > {5}
+    for example, row, text in zip(found, alone, given, strict=True):
+        assert torch.equal(example.inputs["input_ids"], row[:, :-1])
+        assert example.start == text["input_ids"].shape[1] - 1
+        with torch.no_grad(), with_adapter(model, adapter):
+            logits = model(row[:, :-1]).logits[0, example.start :]
+        wanted = logits.log_softmax(-1)
+        torch.testing.assert_close(example.target.log_probabilities, wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_a_large_vocabulary_is_kept_in_part():

@@ -25,7 +25,7 @@ from pcb_peft import (
 )
 from pcb_peft.commands.demo import base_model_folder, examples_folder
 from pcb_peft.evaluation.host import ModelHost, Place
-from pcb_peft.evaluation.measures import Runner
+from pcb_peft.evaluation.runner import Runner
 from pcb_peft.evaluation.tables import markdown_table
 from pcb_peft.runtime.progress import tracker
 from pcb_peft.writing.manifest import foreign_file

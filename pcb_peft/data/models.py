@@ -1,6 +1,7 @@
 """Base models in memory, in the class of transformers that a task calls for, and their tokenizers."""
 
 import contextlib
+import inspect
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,12 @@ def load_model(
         except TRANSFORMERS_ERRORS as error:
             raise unreadable_config(source, error) from error
     return model.eval()
+
+
+def accepted_arguments(model: Any) -> frozenset[str]:
+    """Return the names of the arguments that a model takes; PEFT's wrapper does not count."""
+    plain = getattr(model, "get_base_model", lambda: model)()
+    return frozenset(inspect.signature(plain.forward).parameters)
 
 
 def load_tokenizer(base_model: str | Path) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pcb_peft.adapters.adapter import Adapter
-from pcb_peft.data.models import WITH_LOGITS
+from pcb_peft.data.models import WITH_LOGITS, accepted_arguments
 from pcb_peft.distillation.base import GENERATING, Head, call, with_adapter, with_head
 from pcb_peft.distillation.targets import States, Target, distribution
 
@@ -45,18 +45,34 @@ class Reader:
     pad_token: int
     new_tokens: int
 
-    def outputs(self, model: Any, head: Head, texts: Sequence[Batch]) -> list[Tensor]:
+    def outputs(
+        self, model: Any, head: Head, texts: Sequence[Batch], starts: Sequence[int]
+    ) -> list[Tensor]:
         """Run the model on several texts as one batch.
+
+        A language model's head, whose vocabulary is large, runs on the tokens that count alone.
+
+        Args:
+            model: The model.
+            head: Parameters in the place of its own.
+            texts: Their inputs, without padding.
+            starts: Per text, the first token whose output counts.
 
         Returns:
             Per text: logits (1, classes), or (tokens, vocabulary), or hidden states (tokens, width); without padding.
         """
-        output = call(model, head, moved(padded(texts, self.pad_token), model))
-        values = output.logits if self.task_type in WITH_LOGITS else output.last_hidden_state
+        batch = moved(padded(texts, self.pad_token), model)
         lengths = [one.get("decoder_input_ids", one["input_ids"]).shape[1] for one in texts]
+        first, options = 0, {}
+        if self.task_type == "CAUSAL_LM" and "logits_to_keep" in accepted_arguments(model):
+            first = min(starts)
+            counted = torch.arange(first, max(lengths), device=batch["input_ids"].device)
+            options["logits_to_keep"] = counted
+        output = call(model, head, batch, **options)
+        values = output.logits if self.task_type in WITH_LOGITS else output.last_hidden_state
         return [
-            value[None] if value.ndim == 1 else value[:length]
-            for value, length in zip(values, lengths, strict=True)
+            value[None] if value.ndim == 1 else value[start - first : length - first]
+            for value, start, length in zip(values, starts, lengths, strict=True)
         ]
 
     def examples(
@@ -65,46 +81,65 @@ class Reader:
         """Ask an adapter for its answers to its texts, in batches."""
         found: list[Example] = []
         with torch.no_grad(), with_adapter(model, adapter):
-            starts = [0] * len(texts)
-            if self.task_type in GENERATING and self.new_tokens:
-                texts, starts = zip(
-                    *(self._continued(model, head, text) for text in texts), strict=True
-                )
             for first in range(0, len(texts), BATCH_TEXTS):
-                some = slice(first, first + BATCH_TEXTS)
-                outputs = self.outputs(model, head, texts[some])
-                found += map(self._example, texts[some], outputs, starts[some])
+                some, starts = texts[first : first + BATCH_TEXTS], [0] * BATCH_TEXTS
+                if self.task_type in GENERATING and self.new_tokens:
+                    some, starts = self._continued(model, head, some)
+                starts = starts[: len(some)]
+                outputs = self.outputs(model, head, some, starts)
+                found += map(self._example, some, outputs, starts)
         return found
 
     def _example(self, inputs: Batch, output: Tensor, start: int) -> Example:
-        counted = output[start:]
-        target = (
-            distribution(counted)
-            if self.task_type in WITH_LOGITS
-            else States(counted.float().cpu())
-        )
+        logits = self.task_type in WITH_LOGITS
+        target = distribution(output) if logits else States(output.float().cpu())
         return Example(inputs, target, start)
 
-    def _continued(self, model: Any, head: Head, text: Batch) -> tuple[Batch, int]:
-        """Return a text with the adapter's own greedy continuation, and the first token whose output counts."""
+    def _continued(
+        self, model: Any, head: Head, texts: Sequence[Batch]
+    ) -> tuple[list[Batch], list[int]]:
+        """Return texts with the adapter's own greedy continuations, and the first tokens whose output counts."""
+        writes = model.config.is_encoder_decoder
+        given = moved(padded(texts, self.pad_token, "right" if writes else "left"), model)
         with with_head(model, head):
-            given = moved(text, model)
-            tokens = model.generate(**given, max_new_tokens=self.new_tokens, do_sample=False).cpu()
-        if model.config.is_encoder_decoder:
-            return text | {"decoder_input_ids": tokens[:, :-1]}, 0
-        inputs = tokens[:, :-1]  # the last token is answered by the output before it
-        start = text["input_ids"].shape[1] - 1
-        return {"input_ids": inputs, "attention_mask": torch.ones_like(inputs)}, start
+            tokens = model.generate(
+                **given,
+                max_new_tokens=self.new_tokens,
+                do_sample=False,
+                pad_token_id=self.pad_token,
+            ).cpu()
+        new = tokens if writes else tokens[:, given["input_ids"].shape[1] :]
+        ends = model.generation_config.eos_token_id
+        stops = torch.tensor([ends] if isinstance(ends, int) else ends or [], dtype=new.dtype)
+        ended = [_up_to(stops, row, int(writes)) for row in new]
+        if writes:
+            pairs = zip(texts, ended, strict=True)
+            answered = [text | {"decoder_input_ids": row[None, :-1]} for text, row in pairs]
+            return answered, [0] * len(texts)
+        continued: list[Batch] = []
+        for text, row in zip(texts, ended, strict=True):
+            # the last token is answered by the output before it
+            inputs = torch.cat([text["input_ids"][0], row])[None, :-1]
+            continued.append({"input_ids": inputs, "attention_mask": torch.ones_like(inputs)})
+        return continued, [text["input_ids"].shape[1] - 1 for text in texts]
 
 
-def padded(texts: Sequence[Batch], pad_token: int) -> Batch:
-    """Return several texts as one batch, filled up on the right."""
+def _up_to(stops: Tensor, tokens: Tensor, begin: int) -> Tensor:
+    """Return tokens up to the first one that ends a text, from a place on: a decoder may begin with such a token."""
+    found = torch.isin(tokens[begin:], stops).nonzero()
+    return tokens[: begin + int(found[0, 0]) + 1] if len(found) else tokens
+
+
+def padded(texts: Sequence[Batch], pad_token: int, side: str = "right") -> Batch:
+    """Return several texts as one batch, filled up on the right or on the left."""
     fill = {"input_ids": pad_token, "decoder_input_ids": pad_token}
     batch: Batch = {}
     for name in texts[0]:
         rows = [text[name][0] for text in texts]
         value = fill.get(name, 0)
-        batch[name] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+        batch[name] = torch.nn.utils.rnn.pad_sequence(
+            rows, batch_first=True, padding_value=value, padding_side=side
+        )
     return batch
 
 

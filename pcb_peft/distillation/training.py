@@ -168,9 +168,10 @@ class Training:
         optimizer.step()
 
     def _divergence(self, lesson: Lesson, texts: Sequence[Example]) -> Tensor:
-        outputs = self.reader.outputs(self.model, lesson.head, [text.inputs for text in texts])
+        inputs, starts = [text.inputs for text in texts], [text.start for text in texts]
+        outputs = self.reader.outputs(self.model, lesson.head, inputs, starts)
         losses = [
-            text.target.to(output.device).divergence(output[text.start :])
+            text.target.to(output.device).divergence(output)
             for text, output in zip(texts, outputs, strict=True)
         ]
         return torch.stack(losses).mean()

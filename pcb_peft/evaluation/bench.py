@@ -18,8 +18,9 @@ from pcb_peft.evaluation.budget import PROBED, SHARE, parse_budget, texts_within
 from pcb_peft.evaluation.cache import OutcomeCache, default_cache_directory
 from pcb_peft.evaluation.harness import harness_outcomes, harness_version
 from pcb_peft.evaluation.host import ModelHost
-from pcb_peft.evaluation.measures import Runner
+from pcb_peft.evaluation.measures import outcomes_of
 from pcb_peft.evaluation.pairing import Pair
+from pcb_peft.evaluation.runner import Runner
 from pcb_peft.evaluation.scores import Score
 from pcb_peft.evaluation.settings import Settings
 from pcb_peft.evaluation.subjects import BASE, Subject, head_of
@@ -108,6 +109,7 @@ class Bench:
             "task": job.texts.digest() if job.texts else [job.pair.harness_task, self.limit],
             "class": job.task_type,
             "dtype": str(self.host.dtype),
+            "device": self.host.device.type,
             "max_length": self.runner.max_length,
             "versions": versions(),
         }
@@ -116,7 +118,7 @@ class Bench:
     def _run(self, subject: Subject, job: Job) -> list[float]:
         with self._model(subject, job) as model:
             if job.texts is not None:
-                return self.runner.outcomes(model, job.texts)
+                return outcomes_of(self.runner, model, job.texts)
             return harness_outcomes(
                 model,
                 self.runner.tokenizer,

@@ -6,7 +6,7 @@ from collections.abc import Generator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pcb_peft.base.canonical import AUTO_CLASSES
 from pcb_peft.data.live_heads import Head, put_head, with_head, wrapped_by_peft
@@ -42,7 +42,8 @@ class ModelHost:
     """A base model in memory.
 
     It is loaded once per class of transformers. An adapter stays on until another one is asked for, so that tasks of
-    one merge change the head alone. When it is taken off, the weights are compared with what they were before.
+    one merge change the head alone. On a CPU, PEFT adds a LoRA or an (IA)³ to the weights: then a text takes the time
+    that the base model takes. When an adapter is taken off, the weights are compared with what they were before.
     """
 
     def __init__(
@@ -62,11 +63,13 @@ class ModelHost:
         self._class: tuple[str, str] | None = None  # source and class
         self._worn: tuple[str, str, Place | None] | None = None
         self._sums: dict[str, float] = {}
+        self._unmerged: list[tuple[nn.Parameter, Tensor]] = []  # weights without the adapter
         self._heads: set[str] = set()  # modules that heads were put into
 
     def release(self) -> None:
         """Forget the model, so that its memory is free."""
         self._model = self._loaded = self._worn = None
+        self._unmerged = []
 
     def config(self) -> Any:
         """The base model's configuration.
@@ -125,6 +128,8 @@ class ModelHost:
         wearing = wrapped_by_peft(model, place.arguments(), name, head)
         put_head(wearing.get_base_model(), head, name)
         self._model, self._worn = wearing.to(self.device).eval(), wanted
+        if self.device.type == "cpu":
+            self._unmerged = _added_to_weights(self._model)
 
     def _take_off(self) -> None:
         """Unload the adapter; the model is kept if its weights are what they were.
@@ -134,6 +139,9 @@ class ModelHost:
         if self._worn is None:
             return
         self._model = self._model.unload()
+        for parameter, values in self._unmerged:
+            parameter.data = values
+        self._unmerged = []
         sums = _sums(self._model)
         same = all(
             sums.get(name) == value
@@ -151,6 +159,31 @@ class ModelHost:
             self._loaded = self._class = wanted
             self._sums, self._heads = _sums(self._model), set[str]()
         return self._model
+
+
+def _added_to_weights(model: Any) -> list[tuple[nn.Parameter, Tensor]]:
+    """Let PEFT add an adapter to the weights of plain linear layers, if it changes nothing else.
+
+    Returns:
+        The changed parameters, and their values without the adapter.
+    """
+    from peft.tuners import ia3, lora
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    tuned: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    embeddings = model.get_input_embeddings()
+    shared = embeddings.weight if isinstance(embeddings, nn.Embedding) else None
+    for layer in tuned:
+        plain = type(layer) in (lora.Linear, ia3.Linear) and not getattr(layer, "lora_variant", {})
+        if not plain or layer.get_base_layer().weight is shared:
+            return []
+    parameters = [p for layer in tuned for p in layer.get_base_layer().parameters()]
+    unmerged = [(parameter, parameter.data) for parameter in parameters]
+    for parameter in parameters:
+        parameter.data = parameter.data.clone()
+    if tuned:
+        model.merge_adapter()
+    return unmerged
 
 
 def _sums(model: nn.Module) -> dict[str, float]:

@@ -1,109 +1,24 @@
 """Five ways to measure a model on texts. Each gives one number per text."""
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pcb_peft.data.batches import IGNORED
+from pcb_peft.data.models import accepted_arguments
+from pcb_peft.evaluation.choices import Likelihood, picked, shared_likelihoods
+from pcb_peft.evaluation.runner import Batch, Encoded, Runner
 from pcb_peft.evaluation.texts import TextTask
-from pcb_peft.runtime.processes import current
-from pcb_peft.runtime.progress import Track
-
-Encoded = dict[str, list[int]]  # input_ids, attention_mask, and for an answer: labels
-
-Batch = Mapping[str, Tensor]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Runner:
-    """The model and settings with which texts are run.
-
-    Attributes:
-        tokenizer: The base model's.
-        device: Where the model is.
-        batch_size: Texts at a time.
-        max_length: Tokens; longer texts are cut.
-        track: Shows progress.
-    """
-
-    tokenizer: Any
-    device: torch.device
-    batch_size: int
-    max_length: int
-    track: Track
-
-    def outcomes(self, model: Any, task: TextTask) -> list[float]:
-        """Run a task's texts; one number per text: 1 or 0 for right or wrong, or the loss."""
-        encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
-        if model.config.pad_token_id is None:  # a classifier on a decoder looks for it
-            model.config.pad_token_id = self.tokenizer.pad_token_id
-        with torch.inference_mode():
-            return OUTCOMES[task.measure](self, model, task, encoder_decoder)
-
-    def run(
-        self,
-        texts: Sequence[Encoded],
-        function: Callable[[Batch], Sequence[Any]],
-        what: str,
-        *,
-        side: str = "right",
-    ) -> list[Any]:
-        """Apply a function to padded batches of like length; its results in the order of the texts.
-
-        The batches are shared out among processes. All of them get all results.
-
-        Args:
-            texts: Tokens of each text.
-            function: Takes a batch, returns one result per text.
-            what: What the progress bar calls it.
-            side: Where padding goes: right, or left for generation.
-        """
-        order = sorted(range(len(texts)), key=lambda place: -len(texts[place]["input_ids"]))
-        chunks = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        own = current().partition(chunks, lambda c: len(c) * len(texts[c[0]]["input_ids"]))
-        found: dict[int, Any] = {}
-        for chunk in self.track(own, what):
-            batch = self._padded([texts[place] for place in chunk], side)
-            found |= zip(chunk, function(batch), strict=True)
-        everywhere = [pair for part in current().all_gather(list(found.items())) for pair in part]
-        return [result for _, result in sorted(everywhere, key=lambda pair: pair[0])]
-
-    def _padded(self, texts: Sequence[Encoded], side: str) -> Batch:
-        fill = {"input_ids": self.tokenizer.pad_token_id or 0, "labels": IGNORED}
-        batch: dict[str, Tensor] = {}
-        for key in texts[0]:
-            longest = max(len(text[key]) for text in texts)
-            values = torch.full((len(texts), longest), fill.get(key, 0))
-            for row, text in zip(values, texts, strict=True):
-                count = len(text[key])
-                row[longest - count if side == "left" else 0 :][:count] = torch.tensor(text[key])
-            batch[key] = values.to(self.device)
-        return batch
-
-    def encode(self, text: str, pair: str | None = None) -> Encoded:
-        """The tokens of a text, cut to the length."""
-        options = {} if pair is None else {"text_pair": pair}
-        return dict(self.tokenizer(text, truncation=True, max_length=self.max_length, **options))
-
-    def encode_answer(self, prompt: str, answer: str) -> Encoded:
-        """The tokens of a prompt and its answer; the labels are those of the answer.
-
-        A prompt that is too long loses its beginning.
-        """
-        before = self.tokenizer(prompt)["input_ids"]
-        whole = self.tokenizer(prompt + answer)["input_ids"]
-        start = len(before) if prompt else int(bool(before))
-        start = min(start, len(whole) - 1)
-        labels = [IGNORED] * start + whole[start:]
-        tokens, labels = whole[-self.max_length :], labels[-self.max_length :]
-        return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}
-
-    def encode_target(self, prompt: str, answer: str) -> Encoded:
-        """The tokens of an encoder-decoder's prompt, with those of its answer as labels."""
-        return {**self.encode(prompt), "labels": self.tokenizer(text_target=answer)["input_ids"]}
+def outcomes_of(runner: Runner, model: Any, task: TextTask) -> list[float]:
+    """Run a task's texts; one number per text: 1 or 0 for right or wrong, or the loss."""
+    encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
+    if model.config.pad_token_id is None:  # a classifier on a decoder looks for it
+        model.config.pad_token_id = runner.tokenizer.pad_token_id
+    with torch.inference_mode():
+        return OUTCOMES[task.measure](runner, model, task, encoder_decoder)
 
 
 def by_head(runner: Runner, model: Any, task: TextTask, encoder_decoder: bool) -> list[float]:
@@ -140,16 +55,20 @@ def by_nearest(runner: Runner, model: Any, task: TextTask, encoder_decoder: bool
 
 def by_choice(runner: Runner, model: Any, task: TextTask, encoder_decoder: bool) -> list[float]:
     """1 where the right answer is the most likely one."""
-    pairs = [(row, choice) for row in task.rows for choice in task.choices(row)]
-    texts = [_answered(runner, task, row, choice, encoder_decoder) for row, choice in pairs]
-    likelihoods = iter(_log_likelihoods(runner, model, task.name, texts, encoder_decoder))
+    texts = [
+        [_answered(runner, task, row, choice, encoder_decoder) for choice in task.choices(row)]
+        for row in task.rows
+    ]
+    found = None if encoder_decoder else shared_likelihoods(runner, model, task.name, texts)
+    if found is None:
+        every = [text for answers in texts for text in answers]
+        scored = iter(_log_likelihoods(runner, model, task.name, every, encoder_decoder))
+        found = [[next(scored) for _ in answers] for answers in texts]
     outcomes: list[float] = []
-    for row in task.rows:
-        scored = {}
-        for choice in task.choices(row):
-            total, tokens = next(likelihoods)
-            scored[choice] = total / tokens if task.length_normalised else total
-        outcomes.append(float(max(scored, key=scored.__getitem__) == task.answer(row)))
+    for row, likelihoods in zip(task.rows, found, strict=True):
+        scores = [total / (n if task.length_normalised else 1) for total, n in likelihoods]
+        best = task.choices(row)[scores.index(max(scores))]
+        outcomes.append(float(best == task.answer(row)))
     return outcomes
 
 
@@ -207,21 +126,22 @@ def _answered(
 
 def _log_likelihoods(
     runner: Runner, model: Any, what: str, texts: Sequence[Encoded], encoder_decoder: bool
-) -> list[tuple[float, int]]:
+) -> list[Likelihood]:
     """The log-likelihood of each text's labels, and how many tokens they are."""
+    some_logits = not encoder_decoder and "logits_to_keep" in accepted_arguments(model)
 
-    def measure(batch: Batch) -> list[tuple[float, int]]:
+    def measure(batch: Batch) -> list[Likelihood]:
         labels = batch["labels"]
         given = batch if encoder_decoder else {k: v for k, v in batch.items() if k != "labels"}
-        logits = model(**given).logits
         if not encoder_decoder:  # each token is predicted by the one before it
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        learnt = labels != IGNORED
-        scores = torch.zeros(labels.shape, device=logits.device)
-        some = torch.log_softmax(logits[learnt].float(), -1)
-        scores[learnt] = some.gather(-1, labels[learnt][:, None])[:, 0]
-        counts = learnt.sum(-1).clamp(min=1)
-        return list(zip(scores.sum(-1).tolist(), counts.tolist(), strict=True))
+            labels = labels[:, 1:]
+        if some_logits:
+            places = (labels != IGNORED).any(0).nonzero()[:, 0]
+            given, labels = {**given, "logits_to_keep": places}, labels[:, places]
+        logits = model(**given).logits[:, : labels.shape[1]]
+        totals = picked(logits, labels).sum(-1)
+        counts = (labels != IGNORED).sum(-1).clamp(min=1)
+        return list(zip(totals.tolist(), counts.tolist(), strict=True))
 
     return runner.run(texts, measure, what)
 
