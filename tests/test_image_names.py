@@ -16,6 +16,7 @@ from pcb_peft import (
     MismatchError,
     OptionError,
     UnsupportedError,
+    check,
     inspect_adapter,
     load_adapter,
     merge,
@@ -249,6 +250,31 @@ def test_names_that_depend_on_the_model_are_not_written_where_it_is_not_known(tm
     path = of_blocks(tmp_path / "a.safetensors", 2, 3)
     with pytest.raises(UnsupportedError, match=r"may be a module of .*Flux.1 or HunyuanVideo"):
         merge_adapters([path], "linear", format="comfyui")
+
+
+READERS = ("diffusers", "comfyui", "kohya")
+
+
+@pytest.mark.parametrize("to", READERS)
+def test_a_lora_is_converted_without_a_merge(tmp_path, capsys, to):
+    path = two_loras(tmp_path)[0]
+    words = ["export", path, "--to", to, "-o", str(tmp_path / "out.safetensors")]
+    assert cli.main(words) == 0, capsys.readouterr().err
+    assert cli.main(words) == 2
+    assert cli.main([*words, "--overwrite"]) == 0
+    before, after = load_adapter(path), load_adapter(tmp_path / "out.safetensors")
+    assert list(after.modules) == list(before.modules)
+    for module in before.modules:
+        assert_near(after.delta(module), before.delta(module))
+    found = {reader: check(tmp_path / "out.safetensors", reader).right for reader in READERS}
+    readers = {"diffusers": {"diffusers"}, "comfyui": {"comfyui"}, "kohya": set(READERS)}
+    assert {reader for reader, right in found.items() if right} == readers[to]
+
+
+def test_a_name_that_a_program_lacks_is_refused_by_export(tmp_path, capsys):
+    path = of_blocks(tmp_path / "a.safetensors", 20, 40)
+    assert cli.main(["export", str(path), "--to", "kohya", "-o", str(tmp_path / "out")]) == 2
+    assert "diffusers does not read kohya's names of HunyuanVideo" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dry", [True, False])

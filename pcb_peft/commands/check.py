@@ -7,7 +7,10 @@ from pcb_peft.commands.exit_codes import BELOW, DONE
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("output", help="directory of an adapter or a folded model, or a GGUF file")
+    parser.add_argument(
+        "output",
+        help="directory of an adapter or a folded model, a GGUF file, or a LoRA of an image model",
+    )
     parser.add_argument(
         "--for",
         dest="consumers",

@@ -14,11 +14,11 @@ from pcb_peft.commands.recipe_fields import tied_help
 from pcb_peft.runtime.paths import size_on_disk
 
 FOLDED = "transformers"
-PROFILES = ("portable", "peft", FOLDED, "gguf", "mlx")
+PROFILES = ("portable", "peft", FOLDED, "gguf", "mlx", "diffusers", "kohya", "comfyui")
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("adapter", help="directory or hub id")
+    parser.add_argument("adapter", help="directory, file or hub id")
     parser.add_argument(
         "--to",
         required=True,
@@ -26,7 +26,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=PROFILES,
         metavar="PROFILE",
         help="portable (vLLM, SGLang, TensorRT-LLM, LoRAX, OpenVINO), peft (the smallest exact form), transformers "
-        "(the whole model), gguf (llama.cpp, Ollama) or mlx",
+        "(the whole model), gguf (llama.cpp, Ollama) or mlx; for a LoRA of an image model diffusers, kohya "
+        "(sd-scripts, web UIs) or comfyui",
     )
     parser.add_argument(
         "--base-model", help="directory or hub id; default: the one that the adapter names"
@@ -93,9 +94,10 @@ def _run(parsed: argparse.Namespace) -> Answer:
 
 COMMAND = Command(
     "export",
-    "Write an adapter as one program reads it right: a server, llama.cpp, mlx-lm, transformers",
+    "Write an adapter as one program reads it right: a server, llama.cpp, mlx-lm, transformers, ComfyUI",
     "pcb-peft export merged --to portable -o merged-portable --max-rank 64\n"
-    "pcb-peft export merged --to gguf -o merged.gguf --base-model meta-llama/Llama-3.2-1B",
+    "pcb-peft export merged --to gguf -o merged.gguf --base-model meta-llama/Llama-3.2-1B\n"
+    "pcb-peft export my_style.safetensors --to comfyui -o my_style_comfy.safetensors",
     _add_arguments,
     _run,
 )

@@ -11,6 +11,7 @@ from pcb_peft.consumers import (
     vllm,
 )
 from pcb_peft.consumers.consumer import Consumer, Version, parse_version
+from pcb_peft.consumers.image_programs import COMFYUI_PROGRAM, DIFFUSERS, KOHYA_PROGRAM
 from pcb_peft.consumers.llama_cpp import LLAMA_CPP, OLLAMA
 from pcb_peft.errors import OptionError
 from pcb_peft.plugins.options import did_you_mean
@@ -28,6 +29,9 @@ CONSUMERS: dict[str, Consumer] = {
         LLAMA_CPP,
         OLLAMA,
         mlx.CONSUMER,
+        DIFFUSERS,
+        COMFYUI_PROGRAM,
+        KOHYA_PROGRAM,
     )
 }
 

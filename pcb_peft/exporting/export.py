@@ -10,6 +10,7 @@ import torch
 
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.loading import load_adapter
+from pcb_peft.adapters.saving import is_one_file, is_our_file
 from pcb_peft.adapters.source import Source
 from pcb_peft.base.model import BaseModel, LazyBase, lazy_base
 from pcb_peft.consumers.check import USUAL_RANK, Check, check
@@ -81,8 +82,9 @@ def export(  # noqa: PLR0913  (every choice of an export, by name)
     Args:
         adapter: A merge, a directory, a hub id, (PeftModel, adapter name), or an adapter that is loaded.
         to: "portable" (vLLM, SGLang, TensorRT-LLM, LoRAX, OpenVINO), "peft" (the smallest exact form), "transformers"
-            (folded into the base model), "gguf" (llama.cpp, Ollama) or "mlx" (mlx-lm).
-        output: Directory to write; for "gguf" also a file.
+            (folded into the base model), "gguf" (llama.cpp, Ollama) or "mlx" (mlx-lm); for a LoRA of an image model
+            "diffusers", "kohya" (sd-scripts, web UIs) or "comfyui".
+        output: Directory to write; for "gguf" and image models also a file.
         base_model: Path or hub id. Needed for "transformers" and "gguf", and where a change depends on W (DoRA, (IA)³).
             Default: the one that the adapter names, if it is a directory.
         max_rank: Cut every module to this rank at most. A DoRA, an (IA)³ or a dense change becomes a LoRA.
@@ -130,10 +132,7 @@ def export(  # noqa: PLR0913  (every choice of an export, by name)
         raise OptionError(
             f"the profile {to} has no ranks: leave out max_rank, dense, padding and like"
         )
-    if request.output.suffix == ".gguf":
-        check_file_target(request.output, overwrite=overwrite, inputs=original.inputs)
-    else:
-        check_target(request.output, overwrite=overwrite, inputs=original.inputs)
+    _check_output(request)
     fitting, energy = _fitting(request, profile, max_rank)
     fitting = _shaped(fitting, request.config, dense=dense, rank=pad_to_rank, other=like_adapter)
     _check_rank(fitting, profile)
@@ -143,6 +142,17 @@ def export(  # noqa: PLR0913  (every choice of an export, by name)
         verification = verify(original, Path(output), profile, base, exact=energy == 1)
         verification.demand()
     return Exported(Path(output), to, energy, tuple(usage), check(output), verification)
+
+
+def _check_output(request: Request) -> None:
+    """Refuse an output that must not be written, before anything is computed."""
+    inputs, overwrite = request.adapter.inputs, request.overwrite
+    if is_one_file(request.output):
+        check_file_target(request.output, overwrite=overwrite, inputs=inputs, is_ours=is_our_file)
+    elif request.output.suffix == ".gguf":
+        check_file_target(request.output, overwrite=overwrite, inputs=inputs)
+    else:
+        check_target(request.output, overwrite=overwrite, inputs=inputs)
 
 
 def _config(given: str | Path | BaseModel | None, adapter: Adapter) -> Mapping[str, Any]:

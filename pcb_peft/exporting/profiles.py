@@ -1,7 +1,7 @@
 """All profiles, in the order of the help."""
 
 from pcb_peft.errors import OptionError
-from pcb_peft.exporting import gguf_file, mlx_directory
+from pcb_peft.exporting import gguf_file, image_profiles, mlx_directory
 from pcb_peft.exporting.folded_profile import TRANSFORMERS
 from pcb_peft.exporting.peft_profiles import PEFT, PORTABLE
 from pcb_peft.exporting.profile import Profile
@@ -9,7 +9,10 @@ from pcb_peft.plugins.options import did_you_mean
 
 PROFILES: dict[str, Profile] = {
     one.name: one
-    for one in (PORTABLE, PEFT, TRANSFORMERS, gguf_file.PROFILE, mlx_directory.PROFILE)
+    for one in (
+        *(PORTABLE, PEFT, TRANSFORMERS, gguf_file.PROFILE, mlx_directory.PROFILE),
+        *image_profiles.PROFILES,
+    )
 }
 
 

@@ -101,7 +101,9 @@ def verify(
         raise OptionError("a result is verified on the base model: give base_model (--base-model)")
     run = _RUNNERS.get(profile.name)
     if run is None:
-        return Verification(profile.name, skipped="run it with a GGUF file of the base model")
+        return Verification(
+            profile.name, skipped="run it with the base model in the program itself"
+        )
     directory, error, effect, name = base().directory, 0.0, 0.0, ""
     batches = _batches(directory)
     with quiet_transformers(), warnings.catch_warnings():

@@ -29,6 +29,7 @@ class Architecture:
         kohya: Column that kohya's trainers take their names from: "original" or "diffusers".
         comfyui: Column that ComfyUI's names are taken from.
         loads_kohya: True if diffusers reads what kohya's trainers write.
+        loads_comfyui: True if diffusers reads ComfyUI's names.
         down_up: True if diffusers reads ComfyUI's names only with ``lora_down`` and ``lora_up`` after them.
         versions: Beginnings of ``ss_base_model_version`` and ``modelspec.architecture`` that mean this architecture;
             the first is written where the sources say nothing.
@@ -47,6 +48,7 @@ class Architecture:
     kohya: str = "original"
     comfyui: str = "original"
     loads_kohya: bool = False
+    loads_comfyui: bool = True
     down_up: bool = False
     versions: Sequence[str] = ()
     modelspec: str = ""

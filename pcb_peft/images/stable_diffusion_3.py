@@ -26,6 +26,7 @@ SD3 = Architecture(
     ROWS,
     ("transformer_blocks",),
     ({"transformer_blocks": 24}, {"transformer_blocks": 38}),
+    loads_comfyui=False,
     versions=("sd3", "stable-diffusion-3"),
     modelspec="stable-diffusion-3-medium",
 )
