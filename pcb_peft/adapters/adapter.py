@@ -14,7 +14,7 @@ from pcb_peft.adapters import card_sections
 from pcb_peft.adapters.beside import task_file
 from pcb_peft.adapters.card_of_fold import card_of_fold
 from pcb_peft.adapters.chosen_head import chosen_head
-from pcb_peft.adapters.companions import Companions
+from pcb_peft.adapters.companions import Companions, bytes_of
 from pcb_peft.adapters.delta_mapping import DeltaMapping
 from pcb_peft.adapters.expert_stacks import without_fused_layers
 from pcb_peft.adapters.file_format import LOADING, HasFormat
@@ -24,17 +24,18 @@ from pcb_peft.adapters.source import OpenedAdapter, Source
 from pcb_peft.base.architecture import Skeleton
 from pcb_peft.base.canonical import names_in_checkpoint
 from pcb_peft.base.model import BaseModel, lazy_base, opened_base
-from pcb_peft.deltas.delta import Delta
 from pcb_peft.deltas.dtypes import parse_dtype
 from pcb_peft.deltas.replacements import TIES, Replacements, Tied, head_files
 from pcb_peft.errors import OptionError
-from pcb_peft.formats import Base, LazyDelta
+from pcb_peft.formats import Base
+from pcb_peft.formats.lazy_delta import scaled
 from pcb_peft.images.names import ImageLora
 from pcb_peft.runtime.progress import tracker
 from pcb_peft.writing.base_gap import BaseGap, MeasuredDeltas
 from pcb_peft.writing.edits import fitted
 from pcb_peft.writing.fold import fold_deltas
-from pcb_peft.writing.model_card import CARD, Facts, link, model_card, public_name, read_card
+from pcb_peft.writing.model_card import Facts, model_card
+from pcb_peft.writing.resume import check_resumable
 from pcb_peft.writing.targets import Overwrite, check_target
 
 AnyAdapter = TypeVar("AnyAdapter", bound="Adapter")
@@ -63,6 +64,7 @@ class Adapter(HasFormat):
         companions: Files beside the weights that belong to the model (tokenizer, chat template …), by group.
         base_gap: After a fold with `compare_base`: how far the two base models are from each other.
         image: What is known about a LoRA of an image or video model beside its deltas; None for an adapter of PEFT.
+        facts: Plain data by module that a fold collects from the deltas, and notes for a run that continues it.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Adapter(HasFormat):
     companions: Companions = dataclasses.field(default_factory=dict[str, Mapping[str, Path]])
     base_gap: BaseGap | None = None
     image: ImageLora | None = None
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
 
     def __repr__(self) -> str:
         kinds = {entry.kind.kind_name for entry in self.modules.entries.values()}
@@ -117,10 +120,7 @@ class Adapter(HasFormat):
             raise OptionError(f"{self.name}: scaled({weight}): the weight must be a finite number")
         if weight == 1:
             return self
-        entries = {
-            module: dataclasses.replace(entry, load=functools.partial(_scaled, entry, weight))
-            for module, entry in self.modules.entries.items()
-        }
+        entries = {name: scaled(entry, weight) for name, entry in self.modules.entries.items()}
         scale = self.scale * weight  # no file holds these deltas, so there is no source
         return dataclasses.replace(self, modules=DeltaMapping(entries), source=None, scale=scale)
 
@@ -277,6 +277,7 @@ class Adapter(HasFormat):
         progress: bool | None = None,
         dequantize: bool = False,
         compare_base: str | Path | BaseModel | None = None,
+        resume: bool = False,
     ) -> "Adapter":
         """Write the base model with W + ΔW in the place of W, shard by shard.
 
@@ -293,6 +294,7 @@ class Adapter(HasFormat):
             progress: Show a bar; default: on a terminal.
             dequantize: Take a quantised base model; the folded model is bfloat16.
             compare_base: The same model with, or without, quantisation: `base_gap` then has the distance to it.
+            resume: Go on from the whole shards that a killed run of the same fold left; leave them if this one ends.
 
         Returns:
             The adapter. After a merge with rank "full" its report now covers all modules.
@@ -303,12 +305,14 @@ class Adapter(HasFormat):
                 quantised, and `dequantize` is not set.
             OutputError: The directory cannot be written, must not be replaced, contains what the adapter was read
                 from, or lies in it.
+            OptionError: `resume` of an adapter in memory, which no run knows again, or beside `compare_base`.
 
         Example:
             >>> from pcb_peft import load_adapter
             >>> folded = load_adapter("math-lora").fold("base-model", "math-model-again")
         """
         check_target(Path(output), overwrite=overwrite, inputs=self.inputs)
+        check_resumable(self.name, self.identity(), compare_base, resume=resume)
         base = opened_base(base_model, dequantize=dequantize)
         policy = tied or self.tied
         if policy not in TIES:
@@ -318,9 +322,9 @@ class Adapter(HasFormat):
         adapter = adapter.split_as(base.names.skeleton)
         adapter = adapter.renamed(names_in_checkpoint(base, adapter.modules))
         replaced = adapter.head.within(base.names.stores)
-        measured = MeasuredDeltas(adapter.modules, base, other)
+        deltas = MeasuredDeltas(adapter.modules, base, other)
         fold_deltas(
-            measured,
+            deltas,
             base,
             output,
             replaced=replaced,
@@ -329,10 +333,20 @@ class Adapter(HasFormat):
                 self.name, self.companions, base, replaced, self.folded_card(base)
             )
             | self.companion_files(without=replaced.parameters),
+            files_at_end=lambda: self.files_at_end(None if other is None else deltas.gap()),
+            facts=self.facts,
             overwrite=overwrite,
             progress=tracker(progress),
+            identity=self.identity(),
+            resume=resume,
         )
-        return self if other is None else dataclasses.replace(self, base_gap=measured.gap())
+        return self if other is None else dataclasses.replace(self, base_gap=deltas.gap())
+
+    def identity(self) -> str | None:
+        """Return a text by which the deltas are known in another run; None for an adapter in memory."""
+        if self.files is None or self.files.sha256 is None:
+            return None
+        return f"{self.files.sha256} {self.files.config_sha256} {self.scale}"
 
     def whole_biases(self) -> Mapping[str, Callable[[], Tensor]]:
         """Return functions that read the biases that PEFT stores whole, where a LoRA has no room for their changes."""
@@ -347,11 +361,7 @@ class Adapter(HasFormat):
         """
         if without is not None:
             return head_files({self.name: self.head.without(without)} | dict(self.heads))
-        beside = {
-            name: path.read_bytes()
-            for files in self.companions.values()
-            for name, path in files.items()
-        }
+        beside = bytes_of(self.companions)
         return beside | task_file(self.head.task.labels) | head_files(self.heads)
 
     def card(self, peft_type: str) -> str:
@@ -371,15 +381,9 @@ class Adapter(HasFormat):
         """
         directory = None if self.files is None else self.files.directory
         facts = Facts(base_model=self.base_model, task_type=self.task_type)
-        if directory is not None and (card := read_card(directory / CARD)).is_ours:
-            made = card_sections.without_loading(card.sections)
-            more = card.licence | {k: card.front[k] for k in ("model-index",) if k in card.front}
-            facts = dataclasses.replace(facts, models=card.models, more=more)
-            return card.title, facts, {"": made.pop("", ""), **self.loading_sections(), **made}
-        source = None if self.source is None else public_name(self.source.path)
-        first = f"The PEFT adapter {link(source)}." if source else ""
-        facts = dataclasses.replace(facts, models=[source] if source else [])
-        return self.name, facts, {"": first, **self.loading_sections()}
+        source = None if self.source is None else self.source.path
+        loading = self.loading_sections()
+        return card_sections.card_parts(self.name, facts, loading, directory, source)
 
     def loading_sections(self) -> dict[str, str]:
         """Return the sections of a card that tell how to load the adapter, and what heads it has."""
@@ -388,10 +392,6 @@ class Adapter(HasFormat):
         return card_sections.loading_sections(
             self.base_model, self.task_type, self.auto_mapping, self.head, self.heads
         )
-
-
-def _scaled(entry: LazyDelta, weight: float) -> Delta:
-    return entry.load().scaled(weight)
 
 
 def _renamed(

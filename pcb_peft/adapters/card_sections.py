@@ -1,12 +1,14 @@
 """Sections of a model card that tell how to load an adapter, and what heads it has."""
 
+import dataclasses
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pcb_peft.base.canonical import AUTO_CLASSES
 from pcb_peft.deltas.replacements import Replacements
-from pcb_peft.writing.model_card import code, link, public_name
+from pcb_peft.writing.model_card import CARD, Facts, code, link, public_name, read_card
 
 USE, HEADS_HEADING, EVALUATION = "Use", "Heads", "Evaluation"
 HERE = "path/or/hub-id/of/this/adapter"
@@ -18,6 +20,33 @@ tokenizer = AutoTokenizer.from_pretrained("path/or/hub-id/of/this/model")
 """
 _COMMENT = re.compile(r"<!--.*?-->")  # marks around an evaluation
 _CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
+
+
+def card_parts(
+    name: str,
+    facts: Facts,
+    loading: Mapping[str, str],
+    directory: Path | None,
+    source: str | None,
+) -> tuple[str, Facts, dict[str, str]]:
+    """Return the title, the front matter and the sections of an adapter's card.
+
+    Args:
+        name: The adapter's name.
+        facts: What is known for the front matter.
+        loading: Sections that tell how to load it.
+        directory: Directory of the adapter's files; the card of a merge there says again how it was made.
+        source: Path or hub id from which it was read.
+    """
+    if directory is not None and (card := read_card(directory / CARD)).is_ours:
+        made = without_loading(card.sections)
+        more = card.licence | {k: card.front[k] for k in ("model-index",) if k in card.front}
+        facts = dataclasses.replace(facts, models=card.models, more=more)
+        return card.title, facts, {"": made.pop("", ""), **loading, **made}
+    public = None if source is None else public_name(source)
+    first = f"The PEFT adapter {link(public)}." if public else ""
+    facts = dataclasses.replace(facts, models=[public] if public else [])
+    return name, facts, {"": first, **loading}
 
 
 def loading_sections(

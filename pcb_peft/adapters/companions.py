@@ -58,6 +58,13 @@ def companions_beside(directory: Path) -> Companions:
     return {group: files for group, files in groups.items() if files}
 
 
+def bytes_of(companions: Companions) -> dict[str, bytes]:
+    """Return the contents of all files, by name."""
+    return {
+        name: path.read_bytes() for files in companions.values() for name, path in files.items()
+    }
+
+
 def contents(files: Mapping[str, Path]) -> dict[str, Any]:
     """Return what the files of a group say, for comparison: JSON without the fields that mean nothing."""
     return {name: _content(path) for name, path in files.items()}

@@ -1,10 +1,11 @@
 """The format in which an adapter is saved, and the library that loads it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar, cast
 
 from pcb_peft.adapters.saving import PEFT, FileFormat
 from pcb_peft.images.names import ImageLora
+from pcb_peft.writing.base_gap import BaseGap
 
 Same = TypeVar("Same", bound="HasFormat")
 
@@ -16,7 +17,7 @@ Web UIs and ComfyUI read the file from their folder of LoRAs, if it has their na
 
 
 class HasFormat:
-    """An adapter, as far as its format goes."""
+    """The steps of writing an adapter that its format, or a merge, does in its own way."""
 
     image: ImageLora | None
 
@@ -38,6 +39,11 @@ class HasFormat:
     def tags(self, peft_type: str) -> list[str]:
         """Return the tags of the card."""
         return [peft_type.lower(), "transformers" if self.library == "peft" else self.library]
+
+    def files_at_end(self, gap: BaseGap | None) -> Mapping[str, bytes]:
+        """Return the files of a fold that can be written only when all deltas have been read."""
+        del gap
+        return {}
 
     def noted(self: Same, notes: Sequence[str]) -> Same:
         """Return the same adapter with more sentences in its report, if it has one."""

@@ -92,7 +92,7 @@ def _opened(source: object, *, hashed: bool) -> Callable[[Base], Adapter]:
     )
 
 
-def fold_adapter(
+def fold_adapter(  # noqa: PLR0913  (every choice, by name)
     adapter: str | Path | Source | tuple[Any, str] | Adapter,
     base_model: str | Path,
     output: str | Path,
@@ -102,6 +102,7 @@ def fold_adapter(
     progress: bool | None = None,
     dequantize: bool = False,
     compare_base: str | Path | None = None,
+    resume: bool = False,
 ) -> Adapter:
     """Write the base model with an adapter added into its weights.
 
@@ -115,6 +116,7 @@ def fold_adapter(
         progress: Show a bar; default: on a terminal.
         dequantize: Take a quantised base model, as in `Adapter.fold`.
         compare_base: The same model with or without quantisation, as in `Adapter.fold`.
+        resume: Go on from what a killed run of the same fold left, as in `Adapter.fold`.
 
     Returns:
         The adapter; with `compare_base` its `base_gap` says how far the two base models are from each other.
@@ -131,8 +133,7 @@ def fold_adapter(
     """
     source = adapter.path if isinstance(adapter, Source) else adapter
     check_target(Path(output), overwrite=overwrite, inputs=(source, base_model))
-    must_match = isinstance(adapter, Source) and adapter.sha256 is not None
-    loaded = load_adapter(adapter, base_model=base_model, hashed=must_match, dequantize=dequantize)
+    loaded = load_adapter(adapter, base_model=base_model, dequantize=dequantize)
     return loaded.fold(
         base_model,
         output,
@@ -141,4 +142,5 @@ def fold_adapter(
         progress=progress,
         dequantize=dequantize,
         compare_base=compare_base,
+        resume=resume,
     )

@@ -81,6 +81,16 @@ def add_compare_base(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_resume(parser: argparse.ArgumentParser) -> None:
+    """Add ``--resume``."""
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the whole shards that a killed run of the same fold left, each verified by its checksum; if "
+        "this run ends early, leave its own for the next one",
+    )
+
+
 def dtype_of(parsed: argparse.Namespace) -> Any:
     """Return the torch dtype that ``--dtype`` names."""
     import torch

@@ -6,6 +6,7 @@ from pcb_peft.commands.arguments import (
     add_compare_base,
     add_dequantize,
     add_output_arguments,
+    add_resume,
     progress_of,
 )
 from pcb_peft.commands.command import Answer, Command
@@ -23,6 +24,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tied", type=str.lower, metavar="POLICY", help=tied_help())
     add_dequantize(parser)
     add_compare_base(parser)
+    add_resume(parser)
     add_output_arguments(parser)
 
 
@@ -38,6 +40,7 @@ def _run(parsed: argparse.Namespace) -> Answer:
         progress=progress_of(parsed),
         dequantize=parsed.dequantize,
         compare_base=parsed.compare_base,
+        resume=parsed.resume,
     )
     size, gap = size_on_disk(parsed.output), folded.base_gap
     lines = [f"folded into {parsed.output} ({format_size(size)})", after_fold(parsed.output)]

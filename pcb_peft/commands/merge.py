@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from pcb_peft.commands.arguments import (
     add_compare_base,
+    add_resume,
     add_saving_arguments,
     dtype_of,
     is_verbose,
@@ -56,6 +57,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fold", action="store_true", help="write the base model with the merge folded in"
     )
     add_compare_base(parser)
+    add_resume(parser)
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -83,6 +85,8 @@ def _run(parsed: argparse.Namespace) -> Answer:
         )
     if parsed.compare_base and not parsed.fold:
         raise UsageError("--compare-base compares base models in a fold: give --fold, too")
+    if parsed.resume and not parsed.fold:
+        raise UsageError("--resume continues a fold: give --fold, too")
     if parsed.profile and parsed.fold:
         raise UsageError("--for transformers folds: leave out --fold")
     recipe, notes = recipe_of(parsed)
@@ -191,6 +195,7 @@ def _written(merged: "MergedAdapter", parsed: argparse.Namespace) -> "MergedAdap
             overwrite=parsed.overwrite,
             progress=progress_of(parsed),
             compare_base=parsed.compare_base,
+            resume=parsed.resume,
         )
     return merged.save_pretrained(
         parsed.output,

@@ -112,6 +112,15 @@ def lora_rows(delta: LowRank, rows: slice | Tensor) -> LowRank:
     return LowRank(delta.lora_A, delta.lora_B[rows], delta.scaling)
 
 
+def scaled(entry: LazyDelta, weight: float) -> LazyDelta:
+    """Return the entry of a delta multiplied by a number."""
+    return dataclasses.replace(entry, load=functools.partial(_load_scaled, entry, weight))
+
+
+def _load_scaled(entry: LazyDelta, weight: float) -> Delta:
+    return entry.load().scaled(weight)
+
+
 def in_memory(delta: LowRank) -> LazyDelta:
     """Return the entry of a low-rank delta that is in memory already."""
     return LazyDelta(LowRank, delta.shape, functools.partial(_same, delta), delta.rank)

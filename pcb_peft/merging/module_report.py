@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from pcb_peft.base.paths import layer_of, target_of
 
@@ -41,6 +42,12 @@ class ModuleReport:
         """The line of the same module, times a number."""
         products = {name: weight * product for name, product in self.products.items()}
         return dataclasses.replace(self, norm=abs(weight) * self.norm, products=products)
+
+    @classmethod
+    def from_plain(cls, fields: Mapping[str, Any]) -> "ModuleReport":
+        """Return the line that `dataclasses.asdict` has made plain, perhaps by way of JSON."""
+        rows, cols = fields["shape"]
+        return dataclasses.replace(cls(**fields), shape=(rows, cols))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

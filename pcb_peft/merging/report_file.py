@@ -15,10 +15,7 @@ from pcb_peft.files.tensors import SafetensorsFile
 from pcb_peft.merging.report import Report
 from pcb_peft.recipes.recipe import Recipe
 from pcb_peft.recipes.weights import plain
-from pcb_peft.runtime.processes import current
 from pcb_peft.version import __version__
-from pcb_peft.writing.atomic import write_file_atomically
-from pcb_peft.writing.manifest import update_manifest
 from pcb_peft.writing.model_card import public_name
 
 DIGITS = 6
@@ -78,20 +75,6 @@ def read_report(place: Path) -> Report | None:
     )
 
 
-def replace_report(directory: Path, text: str) -> None:
-    """Put another report beside an output, such as that of a fold, which knows more at its end.
-
-    Raises:
-        OutputError: It cannot be written.
-    """
-    if current().is_main:
-        write_file_atomically(
-            directory / REPORT_FILE, lambda file: _write(file, text), overwrite="all"
-        )
-        update_manifest(directory, (REPORT_FILE,))
-    current().barrier()
-
-
 def without_paths(text: str, paths: Iterable[str] = ()) -> str:
     """Return a text in which local paths go by their last part.
 
@@ -105,10 +88,6 @@ def without_paths(text: str, paths: Iterable[str] = ()) -> str:
     for path in sorted(paths, key=len, reverse=True):
         text = text.replace(path, Path(path).name)
     return _LOCAL.sub(lambda found: re.split(r"[/\\]", found[0])[-1], text)
-
-
-def _write(file: Path, text: str) -> None:
-    file.write_text(text, "utf-8")
 
 
 def _rounded(value: Any) -> Any:

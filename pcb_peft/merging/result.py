@@ -20,7 +20,7 @@ from pcb_peft.merging.card import merge_card
 from pcb_peft.merging.finish import PendingModule
 from pcb_peft.merging.heads import notes_with_head
 from pcb_peft.merging.report import ModuleReport, Report
-from pcb_peft.merging.report_file import replace_report, report_json
+from pcb_peft.merging.report_file import report_json
 from pcb_peft.recipes.recipe import FILE_NAME, Recipe
 from pcb_peft.recipes.weights import plain
 from pcb_peft.runtime.processes import current, union
@@ -166,6 +166,7 @@ class MergedAdapter(Adapter):
         progress: bool | None = None,
         dequantize: bool | None = None,
         compare_base: str | Path | BaseModel | None = None,
+        resume: bool = False,
     ) -> "MergedAdapter":
         """Write the base model with the merge in its weights, as `Adapter.fold` does.
 
@@ -177,6 +178,7 @@ class MergedAdapter(Adapter):
             progress: Show a bar.
             dequantize: Take a quantised base model; default: what the recipe says.
             compare_base: The same model with or without quantisation.
+            resume: Go on from what a killed run of the same fold left.
 
         Returns:
             The merged adapter; its report covers all modules, and with `compare_base` says how far apart the two are.
@@ -190,13 +192,13 @@ class MergedAdapter(Adapter):
             >>> merged.fold("base-model", "merged-model", progress=False).report.pending
             0
         """
-        lines: dict[str, ModuleReport] = {}
+        facts: dict[str, Any] = {}
         watched = {
-            name: dataclasses.replace(one.entry, load=functools.partial(_noted, one, name, lines))
+            name: dataclasses.replace(one.entry, load=functools.partial(_noted, one, name, facts))
             for name, one in self.pending.items()
         }
         modules = DeltaMapping(watched) if watched else self.modules
-        counting = dataclasses.replace(self, modules=modules)
+        counting = dataclasses.replace(self, modules=modules, facts=facts)
         gap = Adapter.fold(
             counting,
             base_model,
@@ -206,18 +208,34 @@ class MergedAdapter(Adapter):
             progress=progress,
             dequantize=self.recipe.dequantize if dequantize is None else dequantize,
             compare_base=compare_base,
+            resume=resume,
         ).base_gap
+        return self._after_fold(facts, gap)
+
+    def _after_fold(self, facts: dict[str, Any], gap: BaseGap | None) -> "MergedAdapter":
+        """Return the merge with a report that says what a fold has learned; all processes come here."""
         done = self if gap is None else self._with_gap(gap)
-        if self.pending:
-            done = done._with_lines(union(current().all_gather(lines)))
-        if done is not self:  # what is known only now
-            replace_report(Path(output), done._report_json())
-        return done
+        if not self.pending:
+            return done
+        lines = union(current().all_gather(facts))
+        return done._with_lines({n: ModuleReport.from_plain(line) for n, line in lines.items()})
+
+    def files_at_end(self, gap: BaseGap | None) -> Mapping[str, bytes]:
+        return {REPORT_FILE: self._after_fold(self.facts, gap)._report_json().encode()}
 
     def _with_gap(self, gap: BaseGap) -> "MergedAdapter":
         """The same merge, with the distance between two base models in its report."""
         report = dataclasses.replace(self.report, notes=(*self.report.notes, str(gap)))
         return dataclasses.replace(self, report=report, base_gap=gap)
+
+    def identity(self) -> str | None:
+        recipe = self.recipe
+        sources = [
+            *recipe.adapters,
+            *recipe.statistics,
+            *([recipe.metric] if recipe.metric else []),
+        ]
+        return recipe.to_yaml() if all(source.sha256 for source in sources) else None
 
     def noted(self, notes: Sequence[str]) -> "MergedAdapter":
         report = dataclasses.replace(self.report, notes=(*self.report.notes, *notes))
@@ -242,10 +260,10 @@ def _pending_deltas(pending: Mapping[str, PendingModule]) -> DeltaMapping:
     return DeltaMapping({module: one.entry for module, one in pending.items()})
 
 
-def _noted(pending: PendingModule, name: str, lines: dict[str, ModuleReport]) -> Delta:
+def _noted(pending: PendingModule, name: str, facts: dict[str, Any]) -> Delta:
     """Merge a module, and note its line for the report."""
     done = pending()
-    lines[name] = done.line
+    facts[name] = dataclasses.asdict(done.line)
     return done.delta
 
 

@@ -15,9 +15,10 @@ from pathlib import Path
 
 from pcb_peft.errors import OutputError
 from pcb_peft.runtime.processes import Processes
-from pcb_peft.writing.leftovers import aside, remove, repair, temporary_directory
+from pcb_peft.writing.leftovers import aside, never, remove, repair, temporary_directory
 from pcb_peft.writing.manifest import write_manifest
 from pcb_peft.writing.rename import exchange
+from pcb_peft.writing.resume import Resumable, forget_shards
 from pcb_peft.writing.targets import (
     Inputs,
     Overwrite,
@@ -32,7 +33,7 @@ _OWNER_ONLY = 0o700
 
 @contextlib.contextmanager
 def replace_directory(
-    target: Path, *, overwrite: Overwrite, inputs: Inputs = ()
+    target: Path, *, overwrite: Overwrite, inputs: Inputs = (), resumable: Resumable | None = None
 ) -> Generator[Path]:
     """Yield a temporary directory that takes the place of `target` once the block ends without an exception.
 
@@ -45,21 +46,26 @@ def replace_directory(
         overwrite: Replace `target` even though it holds something: True, if this package wrote all of it; "all",
             whatever it holds. An empty directory is always replaced.
         inputs: What the output is made from, which it must not replace.
+        resumable: The fold that is written, if the next run can continue it; what a killed run of it left is yielded
+            again, if that is wanted.
 
     Raises:
         OutputError: `target` cannot be replaced, or must not.
     """
     place = resolved(target)
+    continued = resumable.continues if resumable is not None and resumable.wanted else never
     with contextlib.ExitStack() as stack:
         with writing(target):
-            repair(place)
+            repair(place, continued)
             check_target(place, overwrite=overwrite, inputs=inputs)
-            temporary = stack.enter_context(temporary_directory(place))
+            directory = temporary_directory(place, continued=continued)
+            temporary = stack.enter_context(directory)
             replaced = place.stat() if place.exists() else None
             if replaced is not None:
                 _take_owner(temporary, replaced, stat.S_IMODE(replaced.st_mode) | _OWNER_ONLY)
         yield temporary
         with writing(target):
+            forget_shards(temporary)
             write_manifest(temporary)
             _chmod_and_sync(temporary)
             if replaced is not None:
@@ -70,7 +76,12 @@ def replace_directory(
 
 @contextlib.contextmanager
 def shared_directory(
-    target: Path, processes: Processes, *, overwrite: Overwrite, inputs: Inputs = ()
+    target: Path,
+    processes: Processes,
+    *,
+    overwrite: Overwrite,
+    inputs: Inputs = (),
+    resumable: Resumable | None = None,
 ) -> Generator[Path]:
     """Yield a directory as `replace_directory` does, in which several processes write; the first makes and renames it.
 
@@ -80,7 +91,9 @@ def shared_directory(
     with contextlib.ExitStack() as stack:
         made = None
         if processes.is_main:
-            replacement = replace_directory(target, overwrite=overwrite, inputs=inputs)
+            replacement = replace_directory(
+                target, overwrite=overwrite, inputs=inputs, resumable=resumable
+            )
             made = stack.enter_context(replacement)
         directory = processes.reduce(made, lambda paths: paths[0])
         if directory is None or not directory.is_dir():

@@ -2,8 +2,10 @@
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -34,6 +36,7 @@ from pcb_peft.writing.chunks import (
 from pcb_peft.writing.edits import TensorEdit, Unchanged
 from pcb_peft.writing.fold_plan import plan_fold
 from pcb_peft.writing.growing_file import GrowingFile
+from pcb_peft.writing.resume import Resumable, key_of
 from pcb_peft.writing.shards import CheckpointEdit, config_of, header_of, index_of
 from pcb_peft.writing.targets import Overwrite, check_target
 from pcb_peft.writing.tied_weights import check_untied, resolve_tied_edits, vocab_resizes
@@ -44,7 +47,7 @@ _WEIGHTS = re.compile(
 )
 
 
-def fold_deltas(
+def fold_deltas(  # noqa: PLR0913  (every choice, by name)
     deltas: Mapping[str, Delta],
     base: BaseModel,
     output: Path | str,
@@ -52,8 +55,12 @@ def fold_deltas(
     replaced: Replacements | None = None,
     tied: str = "refuse",
     extra_files: Mapping[str, bytes | None] | None = None,
+    files_at_end: Callable[[], Mapping[str, bytes]] = dict[str, bytes],
+    facts: dict[str, Any] | None = None,
     overwrite: Overwrite = False,
     progress: Track | None = None,
+    identity: str | None = None,
+    resume: bool = False,
 ) -> None:
     """Write the base model with `deltas` added to its weights, as a transformers checkpoint.
 
@@ -71,29 +78,41 @@ def fold_deltas(
         tied: Policy for tied weights that do not change alike: "refuse", "untie", "both".
         extra_files: Path to content of files to write beside the weights, in place of the base model's; None leaves a
             file of the base model out.
+        files_at_end: Makes further such files once all deltas have been read; it is called in every process.
+        facts: Plain data by module that `deltas` fills while it is read; a fold that is continued has them from before.
         overwrite: Replace `output` even though it holds something: True, if this package wrote it; "all", anything.
         progress: Receives the parameters that change in a shard, and the shard's name; passes the parameters on.
+        identity: Text by which `deltas` are known in another run; None: they are not.
+        resume: Continue what a killed run of the same fold left.
 
     Raises:
         MismatchError: A module is not in the base model, or its delta has another shape than its weight.
         BaseModelError: A weight is tied, or not stored as plain floating-point numbers.
         OutputError: `output` cannot be written.
     """
-    output, inputs = Path(output), [base.directory]
+    output, inputs, replaced = Path(output), [base.directory], replaced or Replacements()
     check_target(output, overwrite=overwrite, inputs=inputs)
-    changes = plan_fold(deltas, base, replaced or Replacements())
-    checkpoint = resolve_tied_edits(changes, base, tied)
+    checkpoint = resolve_tied_edits(plan_fold(deltas, base, replaced), base, tied)
     resized, untied = vocab_resizes(checkpoint, base), tuple(checkpoint.added)
     beside = dict(extra_files or {})
     descriptions = index_of(base, checkpoint) | config_of(base, resized, untied=bool(untied))
     track = progress or tracker(progress=False)
     processes = current()
-    shared = shared_directory(output, processes, overwrite=overwrite, inputs=inputs)
+    resumable = None
+    if identity is not None:
+        headers = (header_of(base, file, checkpoint) for file in base.files)
+        resumable = Resumable(key_of(identity, base, replaced, tied, headers), resume)
+    shared = shared_directory(
+        output, processes, overwrite=overwrite, inputs=inputs, resumable=resumable
+    )
     with shared as directory:
-        for file in processes.partition(
-            base.files, lambda name: (base.directory / name).stat().st_size
-        ):
-            _fold_shard(base, file, directory / file, checkpoint, track)
+        facts = {} if facts is None else facts
+        for file in _shards_to_fold(base, directory, resumable, facts):
+            known = set(facts)
+            sha256 = _fold_shard(base, file, directory / file, checkpoint, track)
+            if resumable is not None:
+                resumable.note(directory, file, sha256, facts, known)
+        beside |= files_at_end()
         if not processes.is_main:
             return
         for path in _other_files(base):
@@ -105,16 +124,44 @@ def fold_deltas(
             check_untied(directory, untied)
 
 
+def _shards_to_fold(
+    base: BaseModel, directory: Path, resumable: Resumable | None, facts: dict[str, Any]
+) -> list[str]:
+    """Return this process's share of the shards, without those that a killed run of the same fold has written.
+
+    The facts that were noted with those are put into `facts`.
+    """
+    processes = current()
+
+    def size(file: str) -> int:
+        return (base.directory / file).stat().st_size
+
+    whole = set[str]()
+    if resumable is not None and resumable.wanted:
+        if processes.is_main:
+            resumable.tidy(directory)
+        share = processes.partition(base.files, size)
+        whole.update(*processes.all_gather(resumable.whole_shards(directory, share)))
+        facts |= resumable.facts_of(directory, whole)
+    if whole and processes.is_main:
+        warnings.warn(
+            f"{len(whole)} of {len(base.files)} shards of a run that was ended are whole: the fold goes on from there",
+            stacklevel=4,
+        )
+    return processes.partition([file for file in base.files if file not in whole], size)
+
+
 def _fold_shard(
     base: BaseModel, file: str, target: Path, checkpoint: CheckpointEdit, track: Track
-) -> None:
-    """Copy a shard, with the edited values in the place of the old ones."""
+) -> str:
+    """Copy a shard, with the edited values in the place of the old ones; return its SHA-256."""
     workers = min(torch.get_num_threads(), _MOST_WORKERS)
     contents = side_by_side(lambda chunk: chunk(), _chunks(base, file, checkpoint, track), workers)
     with GrowingFile(target) as writer, contextlib.closing(contents):
         writer.write(header_of(base, file, checkpoint))
         for content in contents:
             writer.write(content)
+        return writer.sha256()
 
 
 def _chunks(

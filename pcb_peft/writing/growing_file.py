@@ -1,6 +1,7 @@
-"""A file that is synced while it is written."""
+"""A file that is synced, and hashed, while it is written."""
 
 import concurrent.futures
+import hashlib
 import os
 from pathlib import Path
 
@@ -10,7 +11,7 @@ _SYNCED_AT_ONCE = 64 << 20
 
 
 class GrowingFile:
-    """A new file that is synced while it is written, so that little is left to sync at the end."""
+    """A new file that is synced and hashed while it is written, so that little is left to do at the end."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -19,6 +20,8 @@ class GrowingFile:
         self._thread = concurrent.futures.ThreadPoolExecutor(1)  # starts when there is work
         self._sync: concurrent.futures.Future[None] | None = None
         self._unsynced = 0
+        self._digest, self._hashing = hashlib.sha256(), concurrent.futures.ThreadPoolExecutor(1)
+        self._hashed: tuple[concurrent.futures.Future[None], object] | None = None
 
     def write(self, content: bytes | memoryview) -> None:
         """Append to the file.
@@ -27,6 +30,8 @@ class GrowingFile:
             OutputError: The disk is full, or broken.
         """
         unwritten = memoryview(content).cast("B")
+        self._wait_for_hash()
+        self._hashed = self._hashing.submit(self._digest.update, unwritten), content
         self._unsynced += len(unwritten)
         with writing(self._path):
             while unwritten:
@@ -35,11 +40,17 @@ class GrowingFile:
                 self._sync = self._thread.submit(os.fsync, self._stream.fileno())
                 self._unsynced = 0
 
+    def sha256(self) -> str:
+        """Return the SHA-256 of what has been written, in hexadecimal digits."""
+        self._wait_for_hash()
+        return self._digest.hexdigest()
+
     def __enter__(self) -> "GrowingFile":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown()
+        self._hashing.shutdown()
         with writing(self._path):
             self._stream.close()
             self._is_synced()
@@ -47,3 +58,9 @@ class GrowingFile:
     def _is_synced(self) -> bool:
         """Return whether the last sync is done; raise its error."""
         return self._sync is None or (self._sync.done() and self._sync.result() is None)
+
+    def _wait_for_hash(self) -> None:
+        """Wait for the hash of the last content, whose memory is then freed by the thread that made it."""
+        if self._hashed is not None:
+            self._hashed[0].result()
+            self._hashed = None

@@ -13,8 +13,9 @@ import re
 import shutil
 import uuid
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import TypeAlias
 
 from pcb_peft.writing.targets import writing
 
@@ -24,6 +25,13 @@ except ImportError:  # Windows
     fcntl = None
 
 TEMPORARY, ASIDE = ".tmp", ".old"
+Continued: TypeAlias = Callable[[Path], bool]
+"""Tells whether a temporary directory holds what this run can go on from."""
+
+_ANEW = (
+    "; it held no whole shard of the same fold (the same base model, adapter, options and versions), so that this one "
+    "starts anew"
+)
 _LONGEST_NAME = 200  # bytes; a file system allows 255, and the rest of a temporary name needs some
 
 
@@ -32,50 +40,87 @@ def aside(temporary: Path) -> Path:
     return temporary.with_suffix(ASIDE)
 
 
+def never(_: Path) -> bool:
+    """Go on from nothing that a killed run left."""
+    return False
+
+
 @contextlib.contextmanager
-def temporary_directory(target: Path, mode: int = 0o777) -> Generator[Path]:
-    """Yield a new directory beside `target`, locked; it is removed at the end if it is still there.
+def temporary_directory(
+    target: Path, mode: int = 0o777, continued: Continued = never
+) -> Generator[Path]:
+    """Yield a directory beside `target`, locked; it is removed at the end if it is still there.
 
     Args:
         target: The output, without links in its path.
-        mode: Mode bits of the new directory, as far as the umask allows them.
+        mode: Mode bits of a new directory, as far as the umask allows them.
+        continued: Tells whether the directory of a killed run is taken over, in place of a new one. One that could be
+            is left there, and said in a warning, if the block ends with an exception.
     """
     with writing(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        path = target.with_name(f"{_prefix(target)}{uuid.uuid4().hex}{TEMPORARY}")
-        try:
-            path.mkdir(mode=mode)
-            lock = _lock(path)
-            break
-        except (BlockingIOError, FileNotFoundError):  # a run that cleans up was quicker
-            continue
-        except BaseException:
-            remove(path)
-            raise
+    path, lock = _left_by_a_killed_run(target, continued) or _made(target, mode)
+    remains = False
     try:
         yield path
+    except BaseException:
+        remains = continued(path)
+        if remains:
+            warnings.warn(f"{path} is left there, for a run that continues it", stacklevel=2)
+        raise
     finally:
         try:
-            remove(path)
+            if not remains:
+                remove(path)
         finally:
-            remove(path)  # once more, if a signal came meanwhile
+            if not remains:
+                remove(path)  # once more, if a signal came meanwhile
             if lock is not None:
                 os.close(lock)
 
 
-def repair(target: Path) -> None:
+def repair(target: Path, continued: Continued = never) -> None:
     """Remove what killed runs left beside an output, or finish what they began; each is said in a warning.
 
     Args:
         target: The output, without links in its path.
+        continued: Tells whether a temporary directory is left there, because this run goes on from it.
     """
     for number in sorted({path.stem for path in _leftovers(target)}):
         temporary = target.with_name(number + TEMPORARY)
         old = aside(temporary)
         with _taken_over(temporary) as dead:
-            if dead:
-                _repair(target, temporary, old)
+            if dead and (old.exists() or not continued(temporary)):
+                _repair(target, temporary, old, "" if continued is never else _ANEW)
+
+
+def _left_by_a_killed_run(target: Path, continued: Continued) -> tuple[Path, int] | None:
+    """Lock and return the temporary directory of a killed run that is continued; None if there is none."""
+    for path in sorted(_leftovers(target)):
+        try:
+            lock = _lock(path)
+        except OSError:  # its run is alive
+            continue
+        if lock is None:  # no locks here, so nobody knows
+            continue
+        if path.suffix == TEMPORARY and continued(path):
+            return path, lock
+        os.close(lock)
+    return None
+
+
+def _made(target: Path, mode: int) -> tuple[Path, int | None]:
+    """Make and lock a new temporary directory."""
+    while True:
+        path = target.with_name(f"{_prefix(target)}{uuid.uuid4().hex}{TEMPORARY}")
+        try:
+            path.mkdir(mode=mode)
+            return path, _lock(path)
+        except (BlockingIOError, FileNotFoundError):  # a run that cleans up was quicker
+            continue
+        except BaseException:
+            remove(path)
+            raise
 
 
 def remove(directory: Path) -> None:
@@ -83,7 +128,7 @@ def remove(directory: Path) -> None:
     shutil.rmtree(directory, ignore_errors=True)
 
 
-def _repair(target: Path, temporary: Path, old: Path) -> None:
+def _repair(target: Path, temporary: Path, old: Path, why: str) -> None:
     if old.is_dir() and not target.exists():
         new = temporary.is_dir()  # complete: the old directory is set aside only then
         with contextlib.suppress(OSError):
@@ -98,7 +143,7 @@ def _repair(target: Path, temporary: Path, old: Path) -> None:
             remove(path)
             state = "could not be removed" if path.exists() else "was removed"
             warnings.warn(
-                f"{path}, which a killed run for {target} had left, {state}", stacklevel=2
+                f"{path}, which a killed run for {target} had left, {state}{why}", stacklevel=2
             )
 
 

@@ -18,7 +18,7 @@ _MOST_BYTES = 1 << 24  # of a list; one of 100,000 files is smaller
 
 def write_manifest(directory: Path) -> None:
     """Write the list of all files in a directory into it."""
-    files = {name: _fingerprint(directory / name) for name in sorted(_files(directory))}
+    files = {name: fingerprint(directory / name) for name in sorted(_files(directory))}
     text = json.dumps({"written_by": "pcb_peft", "files": files}, indent=1) + "\n"
     (directory / MANIFEST).write_text(text, encoding="utf-8")
 
@@ -28,7 +28,7 @@ def update_manifest(directory: Path, names: tuple[str, ...]) -> None:
     listed = _listed(directory)
     if not listed:
         return
-    listed |= {name: _fingerprint(directory / name) for name in names}
+    listed |= {name: fingerprint(directory / name) for name in names}
     text = json.dumps({"written_by": "pcb_peft", "files": dict(sorted(listed.items()))}, indent=1)
     (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
@@ -48,7 +48,7 @@ def foreign_file(directory: Path) -> str | None:
                 return path
         for name in sorted(files):
             path = (place / name).as_posix()
-            known = path == MANIFEST or listed.get(path) == _fingerprint(directory / path)
+            known = path == MANIFEST or listed.get(path) == fingerprint(directory / path)
             if not (listed and known):
                 return path
     return None
@@ -75,7 +75,7 @@ def _listed(directory: Path) -> dict[str, str]:
     return dict(files) if isinstance(files, dict) else {}
 
 
-def _fingerprint(path: Path) -> str:
+def fingerprint(path: Path) -> str:
     """Return a file's size, and the SHA-256 of its first and its last 64 KiB, which is quick for any size.
 
     A link is told by what it says, not by what it leads to.
