@@ -12,8 +12,9 @@ from torch.nn import functional
 from pcb_peft import OptionError, distill_merge, load_adapter, merge_adapters
 from pcb_peft.adapters.delta_mapping import DeltaMapping
 from pcb_peft.commands.cli import main
+from pcb_peft.data.live_adapters import with_adapter
 from pcb_peft.data.models import load_base
-from pcb_peft.distillation.base import call, head_of, with_adapter
+from pcb_peft.distillation.base import call, head_of
 from pcb_peft.distillation.student import Student
 from pcb_peft.distillation.targets import Distribution, distribution
 from pcb_peft.distillation.teacher import Reader

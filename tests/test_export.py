@@ -1,5 +1,6 @@
 """Exports: what is written computes, in the program that reads it, what the adapter computes in PEFT."""
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -24,6 +25,8 @@ from pcb_peft import (
 )
 from pcb_peft.base.model import lazy_base
 from pcb_peft.commands.cli import main
+from pcb_peft.data.live_adapters import with_adapter
+from pcb_peft.data.models import load_base
 from pcb_peft.exporting.profiles import PROFILES
 from pcb_peft.exporting.verify import verify
 
@@ -319,19 +322,46 @@ def test_a_result_that_does_nothing_or_something_else_fails(workshop, tmp_path):
     assert not verify(nothing, tmp_path / "zero", PROFILES["portable"], base).passed
 
 
+def test_a_merge_is_verified_in_memory_beside_the_weighted_sum_of_its_sources(workshop, tmp_path):
+    base = workshop.base("llama")
+    configs = [lora(*TARGETS), lora("q_proj", "lm_head", use_rslora=True), ia3("k_proj")]
+    sources = workshop.adapters("llama", configs)
+    for method, same in (("linear", True), ("ties", False)):
+        options = {"weights": [0.5, 0.3, 0.7], "rank": 16, "base_model": base, "progress": False}
+        merged = merge_adapters(sources, method, **options)
+        done = exported(merged, "portable", tmp_path / method, verified=True).verification
+        assert done.passed
+        assert done.error < 1e-3 < 0.1 < done.effect
+        assert (done.sources < 1e-3) == same
+        options = {"base_model": base, "verified": True}
+        again = exported(tmp_path / method, "peft", tmp_path / f"{method}2", **options)
+        assert (again.verification.sources < 1e-3) == same
+    assert "from those of the weighted sum of its sources" in str(done)
+
+
+@pytest.mark.filterwarnings("ignore:Model has .tie_word")
+def test_a_tied_weight_changes_at_one_end_as_in_peft(workshop, tmp_path):
+    model = models.original("llama", tie_word_embeddings=True)
+    base = models.save(model, tmp_path / "tied")
+    adapter = workshop.adapter(copy.deepcopy(model), lora("lm_head", "q_proj"))
+    right = peft.PeftModel.from_pretrained(load_base(base, "CAUSAL_LM"), adapter)
+    changed = load_base(base, "CAUSAL_LM")
+    with torch.no_grad(), with_adapter(changed, load_adapter(adapter)):
+        torch.testing.assert_close(changed(IDS).logits, right(IDS).logits)
+    assert changed.lm_head.weight is changed.model.embed_tokens.weight
+
+
 def test_classifiers_are_verified_with_each_head(workshop, tmp_path):
     configs = [lora("query", task_type="SEQ_CLS") for _ in range(2)]
     adapters = workshop.adapters("bert", configs)
     merged = merge_adapters(adapters, "linear", progress=False)
     merged.save_pretrained(tmp_path / "merged")
-    done = exported(
-        tmp_path / "merged",
-        "peft",
-        tmp_path / "out",
-        base_model=workshop.base("bert"),
-        verified=True,
-    )
-    assert done.verification.passed
+    options = {"base_model": workshop.base("bert"), "verified": True}
+    for number, one in enumerate((merged, tmp_path / "merged")):
+        for profile in ("peft", "transformers"):
+            done = exported(one, profile, tmp_path / f"{profile}{number}", **options)
+            assert done.verification.passed
+            assert done.verification.sources < 1e-5 < done.verification.effect
     one = exported(
         adapters[0], "peft", tmp_path / "one", base_model=workshop.base("bert"), verified=True
     )
@@ -351,6 +381,33 @@ def test_the_command_and_a_merge_for_a_profile(workshop, tmp_path, capsys):
     assert "mlx_lm.generate" in capsys.readouterr().out
     assert main([*merge, "--overwrite"]) == 0
     assert "vLLM: --enable-lora" in capsys.readouterr().out
+    assert main([*merge, "--for", "peft", "--overwrite", "--verify", "--json"]) == 0
+    assert "computes as the adapter" in json.loads(capsys.readouterr().out)["verification"]
+
+
+def test_one_file_as_output(workshop, tmp_path, capsys):
+    pytest.importorskip("gguf")
+    adapter, file = mixed(workshop), tmp_path / "m.gguf"
+    words = [
+        "merge",
+        str(adapter),
+        "--method",
+        "linear",
+        "--base-model",
+        str(workshop.base("llama")),
+    ]
+    words += ["--for", "gguf", "-o", str(file)]
+    assert main(words) == 0
+    first = file.read_bytes()
+    assert main(words) == 2
+    assert f"{file} exists" in capsys.readouterr().err
+    assert main([*words, "--overwrite"]) == 0
+    assert file.read_bytes() == first
+    file.write_text("no adapter")
+    assert main([*words, "--overwrite"]) == 2
+    assert "is a file that pcb_peft did not write" in capsys.readouterr().err
+    assert main(["export", str(adapter), "--to", "peft", "-o", str(tmp_path / "x.gguf")]) == 2
+    assert "the profile peft is a directory" in capsys.readouterr().err
 
 
 def test_a_lora_beside_an_ia3_does_not_explode_in_silence(workshop, tmp_path, capsys):
@@ -358,7 +415,6 @@ def test_a_lora_beside_an_ia3_does_not_explode_in_silence(workshop, tmp_path, ca
         models.original("llama", hidden_size=80, intermediate_size=88), tmp_path / "b"
     )
     model = models.original("llama", hidden_size=80, intermediate_size=88)
-    import copy
 
     one = workshop.adapter(copy.deepcopy(model), lora("q_proj"), "one")
     two = workshop.adapter(copy.deepcopy(model), ia3("q_proj"), "two")

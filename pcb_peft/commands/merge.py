@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pcb_peft.adapters.adapter import Adapter
+    from pcb_peft.exporting.export import Exported
     from pcb_peft.merging.report import Report
     from pcb_peft.merging.result import MergedAdapter
     from pcb_peft.recipes.recipe import Recipe
@@ -52,6 +53,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=PROFILES,
         metavar="PROFILE",
         help=f"write it as export does: {', '.join(PROFILES)}",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="with --for: load the result, and compare its log-probabilities with the merge's and the base model's",
     )
     parser.add_argument(
         "--fold", action="store_true", help="write the base model with the merge folded in"
@@ -89,6 +95,8 @@ def _run(parsed: argparse.Namespace) -> Answer:
         raise UsageError("--resume continues a fold: give --fold, too")
     if parsed.profile and parsed.fold:
         raise UsageError("--for transformers folds: leave out --fold")
+    if parsed.verify and not parsed.profile:
+        raise UsageError("--verify needs a profile: --for peft, or another one")
     recipe, notes = recipe_of(parsed)
     return _estimate(parsed, recipe, notes) if parsed.dry_run else _merge(parsed, recipe, notes)
 
@@ -125,15 +133,15 @@ def _merge(parsed: argparse.Namespace, recipe: "Recipe", notes: list[str]) -> An
         adapters = load_adapters(recipe.adapters, base_model=base)
     with phase("merging", progress):
         merged = merge(recipe, adapters, device=device, max_memory=memory, progress=progress)
-    usage = ""
+    exported = None
     with phase("writing", progress):
         if parsed.profile:
-            usage = _exported(merged, parsed)
+            exported = _exported(merged, parsed)
         else:
             merged = _written(merged, parsed)
     if parsed.report:
         _write_page(merged, adapters, parsed)
-    return _answer(merged, parsed, notes, usage)
+    return _answer(merged, parsed, notes, exported)
 
 
 def _check_outputs(parsed: argparse.Namespace, recipe: "Recipe") -> None:
@@ -142,7 +150,12 @@ def _check_outputs(parsed: argparse.Namespace, recipe: "Recipe") -> None:
     from pcb_peft.writing.targets import check_file_target, check_target
 
     overwrite, inputs = parsed.overwrite, _inputs(parsed, recipe)
-    if is_one_file(parsed.output) and not parsed.fold:
+    if parsed.profile:
+        from pcb_peft.exporting.profiles import profile_named
+
+        profile = profile_named(parsed.profile)
+        profile.check_output(parsed.output, overwrite=overwrite, inputs=inputs)
+    elif is_one_file(parsed.output) and not parsed.fold:
         check_file_target(parsed.output, overwrite=overwrite, inputs=inputs, is_ours=is_our_file)
     else:
         check_target(parsed.output, overwrite=overwrite, inputs=inputs)
@@ -168,12 +181,12 @@ def _inputs(parsed: argparse.Namespace, recipe: "Recipe") -> list[str | None]:
     return [*parsed.adapters, *sources, recipe.base_model]
 
 
-def _exported(merged: "MergedAdapter", parsed: argparse.Namespace) -> str:
-    """Write the output as a profile has it, and return the lines that say how to use it."""
+def _exported(merged: "MergedAdapter", parsed: argparse.Namespace) -> "Exported":
+    """Write the output as a profile has it."""
     from pcb_peft.exporting.export import export
 
     recipe = merged.recipe
-    exported = export(
+    return export(
         merged,
         parsed.profile,
         parsed.output,
@@ -181,9 +194,9 @@ def _exported(merged: "MergedAdapter", parsed: argparse.Namespace) -> str:
         dtype=dtype_of(parsed) if parsed.profile != FOLDED else None,
         dequantize=recipe.dequantize,
         overwrite=parsed.overwrite,
+        verified=parsed.verify,
         progress=progress_of(parsed),
     )
-    return "\n".join(["next:", *(f"  {line}" for line in exported.usage)])
 
 
 def _written(merged: "MergedAdapter", parsed: argparse.Namespace) -> "MergedAdapter":
@@ -206,7 +219,10 @@ def _written(merged: "MergedAdapter", parsed: argparse.Namespace) -> "MergedAdap
 
 
 def _answer(
-    merged: "MergedAdapter", parsed: argparse.Namespace, notes: list[str], usage: str = ""
+    merged: "MergedAdapter",
+    parsed: argparse.Namespace,
+    notes: list[str],
+    exported: "Exported | None",
 ) -> Answer:
     from pcb_peft.consumers.check import check
 
@@ -218,7 +234,9 @@ def _answer(
     details = _module_lines(report) if is_verbose(parsed) else []
     page = [f"report for a browser: {parsed.report}"] if parsed.report else []
     checked, written = check(output), where_written(output, rank, size)
-    lines = [str(report), *notes, *details, written, *page, checked.line, usage or following]
+    verified = [] if exported is None or not exported.verification else [str(exported.verification)]
+    lines = [str(report), *notes, *details, written, *page, checked.line, *verified]
+    lines.append(following if exported is None else exported.next_steps)
     data = {
         "output": str(output),
         "bytes": size,
@@ -231,6 +249,7 @@ def _answer(
         "report": report.as_dict(),
         "page": str(parsed.report) if parsed.report else None,
         "check": checked.as_dict(),
+        "verification": verified[0] if verified else None,
     }
     return Answer("\n".join(lines), data, warnings=[warning] if warning else ())
 

@@ -17,13 +17,16 @@ WITH_LOGITS = frozenset({"CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "SEQ_2_SEQ_LM"})
 """PEFT's task types whose models answer with logits; others have hidden states only."""
 
 
-def load_base(base_model: str | Path | Any, task_type: str | None) -> Any:
+def load_base(
+    base_model: str | Path | Any, task_type: str | None, dtype: torch.dtype | str = "auto"
+) -> Any:
     """Load a base model, in evaluation mode; a model in memory is used as it is.
 
     Args:
         base_model: Path or hub id, or a model of transformers.
         task_type: PEFT's word for the model that an adapter needs; None, or another word than those of
             `AUTO_CLASSES`: the class that the checkpoint was saved from.
+        dtype: Data type of the weights of a model that is loaded.
 
     Raises:
         BaseModelError: It cannot be loaded.
@@ -31,7 +34,7 @@ def load_base(base_model: str | Path | Any, task_type: str | None) -> Any:
     if not isinstance(base_model, str | Path):
         return base_model.eval()
     name = AUTO_CLASSES.get(str(task_type)) or _class_of(load_config(str(base_model)))
-    return load_model(str(base_model), name)
+    return load_model(str(base_model), name, dtype)
 
 
 def task_type_of(base_model: str | Path | Any) -> str:

@@ -1,4 +1,4 @@
-"""The base model in memory: with an adapter's weights for a while, and with an adapter's head for one call."""
+"""The base model in memory with an adapter's head: for one call, or for a while."""
 
 import contextlib
 from collections.abc import Generator, Mapping
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from pcb_peft.adapters.adapter import Adapter
-from pcb_peft.deltas.delta import Diagonal
 from pcb_peft.errors import MismatchError, UnsupportedError
 
 Head = dict[str, Tensor]
@@ -63,49 +62,3 @@ def with_head(model: Any, head: Head) -> Generator[None]:
     finally:
         for name, parameter in parameters.items():
             parameter.data = own[name]
-
-
-@contextlib.contextmanager
-def with_adapter(model: Any, adapter: Adapter) -> Generator[None]:
-    """Add an adapter's deltas to the model's weights; afterwards every weight is bit for bit what it was.
-
-    Raises:
-        MismatchError: The model has no such weight, or in another shape.
-    """
-    saved: list[tuple[Tensor, Tensor]] = []
-    try:
-        for module in adapter.modules:
-            delta = adapter.modules[module]
-            weight = weight_of(model, module, adapter.name)
-            change = delta.delta(weight.float().cpu())
-            if change.shape != weight.shape:
-                raise MismatchError(
-                    f"{adapter.name}: {module} changes a weight of shape {tuple(change.shape)}, and in "
-                    f"{type(model).__name__} it has {tuple(weight.shape)}; give the base model that it was trained on"
-                )
-            saved.append((weight, weight.clone()))
-            weight.copy_((weight.float() + change.to(weight.device)).to(weight.dtype))
-            bias = getattr(model.get_submodule(module), "bias", None)
-            if isinstance(delta, Diagonal) and bias is not None:
-                saved.append((bias.data, bias.data.clone()))
-                bias.data.copy_(delta.apply_to_bias(bias.data.cpu()))
-        yield
-    finally:
-        for weight, values in saved:
-            weight.copy_(values)
-
-
-def weight_of(model: Any, module: str, owner: str) -> Tensor:
-    """Return the weight of a module, to be changed in place.
-
-    Raises:
-        MismatchError: The model has no such module.
-    """
-    parameters = dict(model.named_parameters())
-    for name in (f"{module}.weight", module):
-        if name in parameters:
-            return parameters[name].data
-    raise MismatchError(
-        f"{owner} changes {module}, which {type(model).__name__} does not have; give the base model that it was "
-        "trained on"
-    )

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.data.live_adapters import with_adapter
 from pcb_peft.data.models import WITH_LOGITS, accepted_arguments
-from pcb_peft.distillation.base import GENERATING, Head, call, with_adapter, with_head
+from pcb_peft.distillation.base import GENERATING, Head, call, with_head
 from pcb_peft.distillation.targets import States, Target, distribution
 
 Batch = dict[str, Tensor]

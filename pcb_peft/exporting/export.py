@@ -10,7 +10,6 @@ import torch
 
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.loading import load_adapter
-from pcb_peft.adapters.saving import is_one_file, is_our_file
 from pcb_peft.adapters.source import Source
 from pcb_peft.base.model import BaseModel, LazyBase, lazy_base
 from pcb_peft.consumers.check import USUAL_RANK, Check, check
@@ -26,9 +25,10 @@ from pcb_peft.exporting.profile import Profile, Request
 from pcb_peft.exporting.profiles import profile_named
 from pcb_peft.exporting.refusal import refused
 from pcb_peft.exporting.verify import Verification, verify
+from pcb_peft.merging.result import MergedAdapter
 from pcb_peft.runtime.paths import expanded
 from pcb_peft.runtime.progress import tracker
-from pcb_peft.writing.targets import Overwrite, check_file_target, check_target
+from pcb_peft.writing.targets import Overwrite
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -55,7 +55,12 @@ class Exported:
         cut = f", retained energy {self.energy:.4f}" if self.energy < 1 else ""
         lines = [f"written to {self.output} ({self.profile}{cut})", self.check.line]
         lines += [] if self.verification is None else [str(self.verification)]
-        return "\n".join([*lines, "next:", *(f"  {line}" for line in self.usage)])
+        return "\n".join([*lines, self.next_steps])
+
+    @property
+    def next_steps(self) -> str:
+        """The lines that say how to use it, below a heading."""
+        return "\n".join(["next:", *(f"  {line}" for line in self.usage)])
 
 
 def export(  # noqa: PLR0913  (every choice of an export, by name)
@@ -86,7 +91,7 @@ def export(  # noqa: PLR0913  (every choice of an export, by name)
             "diffusers", "kohya" (sd-scripts, web UIs) or "comfyui".
         output: Directory to write; for "gguf" and image models also a file.
         base_model: Path or hub id. Needed for "transformers" and "gguf", and where a change depends on W (DoRA, (IA)³).
-            Default: the one that the adapter names, if it is a directory.
+            Default: the one that a merge was made with, or that the adapter names, if it is a directory.
         max_rank: Cut every module to this rank at most. A DoRA, an (IA)³ or a dense change becomes a LoRA.
         dense: Give modules of a layer zeros where the same modules of another layer have a LoRA.
         pad_to_rank: Fill up to this rank with zeros, so that a server swaps adapters without recompiling.
@@ -113,6 +118,9 @@ def export(  # noqa: PLR0913  (every choice of an export, by name)
         True
     """
     profile, track = profile_named(to), tracker(progress)
+    if base_model is None and isinstance(adapter, MergedAdapter):
+        base_model = adapter.recipe.base_model
+        dequantize = dequantize or adapter.recipe.dequantize
     base = lazy_base(base_model, dequantize=dequantize)
     original = load_adapter(adapter, base_model=base)
     base = base or _named_base(original, dequantize=dequantize)
@@ -132,7 +140,7 @@ def export(  # noqa: PLR0913  (every choice of an export, by name)
         raise OptionError(
             f"the profile {to} has no ranks: leave out max_rank, dense, padding and like"
         )
-    _check_output(request)
+    profile.check_output(request.output, overwrite=overwrite, inputs=original.inputs)
     fitting, energy = _fitting(request, profile, max_rank)
     fitting = _shaped(fitting, request.config, dense=dense, rank=pad_to_rank, other=like_adapter)
     _check_rank(fitting, profile)
@@ -142,17 +150,6 @@ def export(  # noqa: PLR0913  (every choice of an export, by name)
         verification = verify(original, Path(output), profile, base, exact=energy == 1)
         verification.demand()
     return Exported(Path(output), to, energy, tuple(usage), check(output), verification)
-
-
-def _check_output(request: Request) -> None:
-    """Refuse an output that must not be written, before anything is computed."""
-    inputs, overwrite = request.adapter.inputs, request.overwrite
-    if is_one_file(request.output):
-        check_file_target(request.output, overwrite=overwrite, inputs=inputs, is_ours=is_our_file)
-    elif request.output.suffix == ".gguf":
-        check_file_target(request.output, overwrite=overwrite, inputs=inputs)
-    else:
-        check_target(request.output, overwrite=overwrite, inputs=inputs)
 
 
 def _config(given: str | Path | BaseModel | None, adapter: Adapter) -> Mapping[str, Any]:

@@ -20,7 +20,7 @@ from pcb_peft.formats.lazy_delta import LazyDelta
 from pcb_peft.writing.atomic import replace_directory, write_file_atomically, write_files
 from pcb_peft.writing.model_card import public_name
 
-FILE = "adapter.gguf"
+FILE, SUFFIX = "adapter.gguf", ".gguf"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ def _write(request: Request) -> Sequence[str]:
     refuse_tied(request, "llama.cpp has no output layer of its own for it")
     tensors = _tensors(request, architecture)
     dtype = request.dtype or torch.float32
-    if request.output.suffix == ".gguf":
+    if request.output.suffix == SUFFIX:
         file = request.output
 
         def write(path: Path) -> None:
@@ -222,4 +222,6 @@ PROFILE = Profile(
     frozenset({"output"}),
     in_one_process(_write),
     tolerance=0.02,
+    suffix=SUFFIX,
+    is_ours=_is_adapter,
 )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pcb_peft.adapters.saving import FileFormat
+from pcb_peft.adapters.saving import FileFormat, is_our_file
 from pcb_peft.exporting.profile import Profile, Request
 
 _USAGE = {
@@ -31,6 +31,13 @@ def _write(file_format: FileFormat, request: Request) -> Sequence[str]:
 
 
 PROFILES = tuple(
-    Profile(name, summary, frozenset(), functools.partial(_write, name))
+    Profile(
+        name,
+        summary,
+        frozenset(),
+        functools.partial(_write, name),
+        suffix=".safetensors",
+        is_ours=is_our_file,
+    )
     for name, summary in _READERS.items()
 )

@@ -10,10 +10,11 @@ import torch
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.base.model import BaseModel
 from pcb_peft.deltas.replacements import Tied
+from pcb_peft.errors import OptionError
 from pcb_peft.exporting.contents import Kind
 from pcb_peft.runtime.processes import current
 from pcb_peft.runtime.progress import Track
-from pcb_peft.writing.targets import Overwrite
+from pcb_peft.writing.targets import Inputs, Overwrite, check_file_target, check_target
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -43,6 +44,9 @@ class Request:
     track: Track
 
 
+FILES = (".gguf", ".safetensors")
+"""Ends of names that stand for single files."""
+
 Write: TypeAlias = Callable[[Request], Sequence[str]]
 """Writes the files, and returns lines that say how to use them."""
 
@@ -70,6 +74,8 @@ class Profile:
         cut: True if it can be cut to a rank and padded.
         max_rank: The highest rank that its programs take; None where there is no limit.
         tolerance: Largest difference of log-probabilities that rounding may make.
+        suffix: The end of a name that asks for one file; empty where only directories are written.
+        is_ours: Tells whether this package wrote such a file.
     """
 
     name: str
@@ -79,3 +85,26 @@ class Profile:
     cut: bool = True
     max_rank: int | None = None
     tolerance: float = 1e-3
+    suffix: str = ""
+    is_ours: Callable[[Path], bool] = lambda _: False
+
+    def check_output(self, output: Path, *, overwrite: Overwrite, inputs: Inputs) -> None:
+        """Raise an error where an output cannot be written.
+
+        Args:
+            output: The directory, or the file.
+            overwrite: What may be replaced.
+            inputs: What the output is made from.
+
+        Raises:
+            OptionError: It has the name of a file that this profile does not write.
+            OutputError: Something is there that must not be replaced.
+        """
+        if self.suffix and output.suffix == self.suffix:
+            check_file_target(output, overwrite=overwrite, inputs=inputs, is_ours=self.is_ours)
+        elif output.suffix in FILES and not output.is_dir():
+            raise OptionError(
+                f"{output} is the name of a file, and the profile {self.name} is a directory: name a directory"
+            )
+        else:
+            check_target(output, overwrite=overwrite, inputs=inputs)

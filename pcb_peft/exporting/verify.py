@@ -5,7 +5,7 @@ import dataclasses
 import importlib
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from pcb_peft.adapters.adapter import Adapter
-from pcb_peft.base.canonical import AUTO_CLASSES
 from pcb_peft.base.model import BaseModel
 from pcb_peft.consumers.files import open_output
 from pcb_peft.consumers.mlx import hidden_rope_theta
-from pcb_peft.data.models import quiet_transformers
+from pcb_peft.data.live_adapters import with_adapter
+from pcb_peft.data.live_heads import Head, put_head, with_head, wrapped_by_peft
+from pcb_peft.data.models import load_base, quiet_transformers
 from pcb_peft.errors import MismatchError, OptionError
 from pcb_peft.exporting.profile import Profile
+from pcb_peft.exporting.sources import sources_of
 
 PROMPTS = (
     "The capital of France is",
@@ -28,7 +30,7 @@ PROMPTS = (
 )
 TOP = 10
 _CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
-DIFFERENCE = 10  # an effect on the base model of so many tolerances is one
+DIFFERENCE = 10  # an effect on the base model of so many errors is one
 HALF_PRECISION = 0.05  # largest difference that rounding of 16-bit tensors may make
 
 
@@ -41,6 +43,9 @@ class Verification:
         error: Largest difference to the adapter, over its ten most likely tokens.
         effect: Largest difference to the bare base model.
         limit: Largest error that rounding explains; None where the rank was cut.
+        sources: Largest difference to the weighted sum of the adapters that a merge was made of; None for other
+            adapters, and where the sources are gone or have weights that differ between modules. Only a merge that is
+            a sum is meant to compute the same.
         skipped: Why nothing was computed; empty where it was.
     """
 
@@ -48,6 +53,7 @@ class Verification:
     error: float = 0.0
     effect: float = 0.0
     limit: float | None = None
+    sources: float | None = None
     skipped: str = ""
 
     @property
@@ -63,10 +69,13 @@ class Verification:
         if self.skipped:
             return f"not verified in {self.consumer}: {self.skipped}"
         words = "as the adapter" if self.passed else "NOT as the adapter"
-        return (
-            f"verified in {self.consumer}: computes {words} (log-probabilities differ by {self.error:.2g} from the "
-            f"adapter's, by {self.effect:.2g} from the bare base model's)"
-        )
+        parts = [
+            f"by {self.error:.2g} from the adapter's",
+            f"by {self.effect:.2g} from the bare base model's",
+        ]
+        if self.sources is not None:
+            parts.append(f"by {self.sources:.2g} from those of the weighted sum of its sources")
+        return f"verified in {self.consumer}: computes {words} (log-probabilities differ {', '.join(parts)})"
 
     def demand(self) -> None:
         """Raise MismatchError where the result does not compute what the adapter does."""
@@ -88,7 +97,7 @@ def verify(
     """Load what was written, and compare it with the adapter that it was made from.
 
     Args:
-        adapter: The adapter before the export.
+        adapter: The adapter before the export; a merge may be in memory.
         output: What was written.
         profile: As what.
         base: The base model.
@@ -96,6 +105,7 @@ def verify(
 
     Raises:
         OptionError: There is no base model to load.
+        MismatchError: The result, or the adapter, does not fit the base model.
     """
     if base is None:
         raise OptionError("a result is verified on the base model: give base_model (--base-model)")
@@ -104,33 +114,24 @@ def verify(
         return Verification(
             profile.name, skipped="run it with the base model in the program itself"
         )
-    directory, error, effect, name = base().directory, 0.0, 0.0, ""
-    batches = _batches(directory)
-    with quiet_transformers(), warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # of PEFT and transformers, about heads that are loaded below
-        for head in _heads(adapter):
-            bare = _model(directory, adapter, head)
-            plain = [_log_probabilities(bare, ids) for ids in batches]
-            changed = _with(adapter, copy.deepcopy(bare), base)
-            wanted = [_log_probabilities(changed, ids) for ids in batches]
-            name, found = run(_Run(directory, output, bare, batches))
+    directory, sources = base().directory, sources_of(adapter, base)
+    batches, name, error, effect, distance = _batches(directory), "", 0.0, 0.0, 0.0
+    with quiet_transformers(), warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # PEFT and transformers speak of heads that are loaded here
+        for head in [one.read() for one in adapter.heads.values()] or [{}]:
+            bare = _bare_model(directory, adapter, head)
+            plain, wanted = _answers(bare, batches), _wanted(adapter, bare, head, batches)
+            with with_adapter(bare, *sources):
+                summed = _answers(bare, batches)
+            name, found = run(_Run(adapter, head, directory, output, bare, batches))
             if isinstance(found, str):
                 return Verification(name, skipped=found)
             top = [values.topk(min(TOP, values.shape[-1])).indices for values in wanted]
             error = max(error, _largest(found, wanted, top))
             effect = max(effect, _largest(found, plain, top))
-    return Verification(name, error, effect, _limit(output, profile) if exact else None)
-
-
-Head: TypeAlias = Mapping[str, Tensor]
-
-
-def _heads(adapter: Adapter) -> list[Head]:
-    """Return the heads that are put into the base model, one after the other; an adapter's own is in the adapter."""
-    kept: list[Head] = [head.read() for head in adapter.heads.values()]
-    return kept or [{}]
+            distance = max(distance, _largest(found, summed, top))
+    limit = _limit(output, profile) if exact else None
+    return Verification(name, error, effect, limit, distance if sources else None)
 
 
 def _limit(output: Path, profile: Profile) -> float:
@@ -156,63 +157,68 @@ def _batches(directory: Path) -> list[Tensor]:
     return [tokenizer(prompt, return_tensors="pt").input_ids for prompt in PROMPTS]
 
 
-def _model(directory: Path, adapter: Adapter | None = None, head: Head | None = None) -> Any:
-    """Load a model in float32; for an adapter of a classifier with as many labels as its head has."""
-    import transformers
+def _bare_model(directory: Path, adapter: Adapter, head: Head) -> Any:
+    """Load the base model in float32, with a head that is kept beside the adapter.
 
-    config: Any = transformers.AutoConfig.from_pretrained(directory)
-    kind: Any = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)
-    if adapter is not None and adapter.task_type in _CLASSIFIERS:
-        own = {name: new() for name, new in adapter.head.parameters.items()}
-        labels = next(
-            (x.shape[0] for name, x in {**own, **(head or {})}.items() if _is_last(name)), None
-        )
-        config.num_labels = labels or config.num_labels
-        kind = getattr(transformers, AUTO_CLASSES[str(adapter.task_type)])
-    model = kind.from_pretrained(directory, config=config, dtype=torch.float32).eval()
+    A classifier gets as many classes as the adapter's own head has, but not its values: these must be in the result.
+    """
+    model = load_base(directory, adapter.task_type, torch.float32)
+    present = model.state_dict()
+    missing = {
+        name: torch.zeros_like(values)
+        for name, values in adapter.head.read().items()
+        if name not in present or present[name].shape != values.shape
+    }
+    if missing and adapter.task_type in _CLASSIFIERS:
+        with_head(model, missing, adapter.name)
     if head:
-        model.load_state_dict(head, strict=False)
+        with_head(model, head, adapter.name)
     return model
 
 
-def _is_last(name: str) -> bool:
-    """Return whether a parameter has a row for every label."""
-    return name.endswith(("classifier.weight", "score.weight", "out_proj.weight"))
+def _wanted(adapter: Adapter, bare: Any, head: Head, batches: Sequence[Tensor]) -> list[Tensor]:
+    """Return what the base model with an adapter answers.
 
+    PEFT loads the adapter's files. One that is in memory only is put into the weights.
 
-@torch.no_grad()
-def _log_probabilities(model: Any, ids: Tensor) -> Tensor:
-    """Return log-probabilities of the next token, or of the labels of a classifier."""
-    logits = model(ids).logits
-    last = logits[:, -1] if logits.ndim == 3 else logits
-    return last.float().log_softmax(-1)
-
-
-def _with(adapter: Adapter, model: Any, base: Callable[[], BaseModel]) -> Any:
-    """Change a base model as an adapter does, and return it.
-
-    PEFT loads the adapter's files. One that is in memory only is added to the weights.
+    Raises:
+        OptionError: It is in memory only, and replaces rows of an embedding.
     """
     source = adapter.source
-    if source is not None and (Path(source.path) / "adapter_config.json").is_file():
-        import peft
+    if source is not None and (Path(source.directory) / "adapter_config.json").is_file():
+        place = {"model_id": source.directory}
+        return _answers(wrapped_by_peft(copy.deepcopy(bare), place, adapter.name, head), batches)
+    if adapter.head.rows:
+        raise OptionError(
+            f"{adapter.name} replaces rows of an embedding, and is verified from its files: save it, and export what "
+            "was saved"
+        )
+    model = copy.deepcopy(bare)
+    put_head(model, adapter.head.read(), adapter.name)
+    with with_adapter(model, adapter):
+        return _answers(model, batches)
 
-        return peft.PeftModel.from_pretrained(model, source.path).eval()
-    for module in adapter.modules:
-        parameter = dict(model.named_parameters()).get(f"{module}.weight")
-        if parameter is None:
-            raise OptionError(
-                f"{module} is no parameter of the base model in memory, so the merge cannot be verified; save it, and "
-                "verify an export of the saved adapter"
-            )
-        parameter.data += adapter.delta(module, base())
-    return model
+
+def _answers(model: Any, batches: Sequence[Tensor]) -> list[Tensor]:
+    """Return log-probabilities of the next token, or of the labels; an encoder's last states count as such."""
+    model.eval()
+    found: list[Tensor] = []
+    for ids in batches:
+        encodes = getattr(model.config, "is_encoder_decoder", False)
+        start = {"decoder_input_ids": ids[:, :1]} if encodes else {}
+        output = model(ids, **start)
+        logits = output.logits if "logits" in output else output.last_hidden_state
+        last = logits[:, -1] if logits.ndim == 3 else logits
+        found.append(last.float().log_softmax(-1))
+    return found
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Run:
-    """The parts of a computation: the base model's files, the result, and for PEFT the base model itself."""
+    """The parts of a computation: the adapter and its head, the base model's files, the result, the base model."""
 
+    adapter: Adapter
+    head: Head
     directory: Path
     output: Path
     bare: Any
@@ -225,16 +231,17 @@ _Found: TypeAlias = tuple[str, "list[Tensor] | str"]
 def _in_peft(run: _Run) -> _Found:
     import peft
 
-    model = peft.PeftModel.from_pretrained(run.bare, run.output).eval()
-    return f"PEFT {peft.__version__}", [_log_probabilities(model, ids) for ids in run.batches]
+    model = wrapped_by_peft(run.bare, {"model_id": str(run.output)}, str(run.output), run.head)
+    return f"PEFT {peft.__version__}", _answers(model, run.batches)
 
 
 def _in_transformers(run: _Run) -> _Found:
     import transformers
 
-    model = _model(run.output)
-    name = f"transformers {transformers.__version__}"
-    return name, [_log_probabilities(model, ids) for ids in run.batches]
+    model = load_base(run.output, run.adapter.task_type, torch.float32)
+    if run.head:
+        with_head(model, run.head, str(run.output))
+    return f"transformers {transformers.__version__}", _answers(model, run.batches)
 
 
 def _in_mlx(run: _Run) -> _Found:

@@ -38,7 +38,7 @@ from pcb_peft.writing.fold_plan import plan_fold
 from pcb_peft.writing.growing_file import GrowingFile
 from pcb_peft.writing.resume import Resumable, key_of
 from pcb_peft.writing.shards import CheckpointEdit, config_of, header_of, index_of
-from pcb_peft.writing.targets import Overwrite, check_target
+from pcb_peft.writing.targets import Overwrite
 from pcb_peft.writing.tied_weights import check_untied, resolve_tied_edits, vocab_resizes
 
 _MOST_WORKERS = 8  # one thread writes; more workers would make chunks faster than it can write them
@@ -91,7 +91,6 @@ def fold_deltas(  # noqa: PLR0913  (every choice, by name)
         OutputError: `output` cannot be written.
     """
     output, inputs, replaced = Path(output), [base.directory], replaced or Replacements()
-    check_target(output, overwrite=overwrite, inputs=inputs)
     checkpoint = resolve_tied_edits(plan_fold(deltas, base, replaced), base, tied)
     resized, untied = vocab_resizes(checkpoint, base), tuple(checkpoint.added)
     beside = dict(extra_files or {})
