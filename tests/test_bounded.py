@@ -23,9 +23,9 @@ from pcb_peft.base.architecture import built_on_meta
 from pcb_peft.base.config import read_config
 from pcb_peft.errors import AdapterError, BaseModelError, OptionError, PcbPeftError
 from pcb_peft.files.patterns import Expression, Patterns
+from pcb_peft.files.yaml_text import load_yaml
 from pcb_peft.recipes.overrides import Override
 from pcb_peft.recipes.recipe import read_recipe
-from pcb_peft.recipes.yaml_text import load_yaml
 
 LONG = "a" * 40 + "b"
 FOR_EVER = ["(a+)+", "(.+)+!", "(a|a)*c", "(.*)*" * 50 + "x", "|".join("a" * i for i in range(150))]

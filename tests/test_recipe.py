@@ -28,8 +28,9 @@ from pcb_peft import (
     read_recipe,
 )
 from pcb_peft.deltas import rank_choice
+from pcb_peft.files import yaml_text
 from pcb_peft.merging.plan import KEYWORDS
-from pcb_peft.recipes import fields, steps, weights, yaml_text
+from pcb_peft.recipes import fields, steps, weights
 from pcb_peft.recipes import recipe as recipe_module
 
 # PEFT 0.21 asks transformers 5.23 for it

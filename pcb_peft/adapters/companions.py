@@ -1,11 +1,11 @@
 """Files that stand beside an adapter's weights and belong to the model: tokenizer, chat template, processor."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from pcb_peft.errors import UnsupportedError
+from pcb_peft.errors import AdapterError, UnsupportedError
+from pcb_peft.files.json_text import read_bytes, read_json_file
 from pcb_peft.formats.checkpoint import CONFIG, PICKLE, PIPELINE, SAFETENSORS
 
 TOKENIZER, TEMPLATE = "tokenizer", "chat template"
@@ -35,6 +35,8 @@ TRAINED = (
 )
 """Names under which trainers save weights beside an adapter, as patterns for the Hub."""
 
+_MOST_BYTES = 1 << 30  # of a tokenizer's file; the largest have some 40 MB
+_OR_LEAVE_OUT = "copy it again, or take it out of the directory"
 _WEIGHTS = (".bin", ".safetensors", ".pt", ".pth", ".ckpt")
 _OF_TRAINING = (
     *("optimizer", "scheduler", "rng_state", "random_states", "training_args", "scaler"),
@@ -60,9 +62,7 @@ def companions_beside(directory: Path) -> Companions:
 
 def bytes_of(companions: Companions) -> dict[str, bytes]:
     """Return the contents of all files, by name."""
-    return {
-        name: path.read_bytes() for files in companions.values() for name, path in files.items()
-    }
+    return {name: companion(path) for files in companions.values() for name, path in files.items()}
 
 
 def contents(files: Mapping[str, Path]) -> dict[str, Any]:
@@ -70,14 +70,18 @@ def contents(files: Mapping[str, Path]) -> dict[str, Any]:
     return {name: _content(path) for name, path in files.items()}
 
 
+def companion(path: Path) -> bytes:
+    """Return the content of a file beside an adapter; AdapterError where it cannot be read, or is larger than 1 GiB."""
+    return read_bytes(path, AdapterError, _OR_LEAVE_OUT, _MOST_BYTES)
+
+
 def _content(path: Path) -> Any:
-    content = path.read_bytes()
     if path.suffix != ".json":
-        return content
+        return companion(path)
     try:
-        fields = json.loads(content)
-    except (ValueError, RecursionError):
-        return content
+        fields = read_json_file(path, AdapterError, _OR_LEAVE_OUT)
+    except AdapterError:
+        return companion(path)
     if not isinstance(fields, dict):
         return fields
     return {key: value for key, value in fields.items() if key not in _VOLATILE}

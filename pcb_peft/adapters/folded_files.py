@@ -4,7 +4,13 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-from pcb_peft.adapters.companions import TEMPLATE, TOKENIZER, Companions, companions_beside
+from pcb_peft.adapters.companions import (
+    TEMPLATE,
+    TOKENIZER,
+    Companions,
+    companion,
+    companions_beside,
+)
 from pcb_peft.base.model import BaseModel
 from pcb_peft.deltas.replacements import Replacements
 from pcb_peft.formats.checkpoint import CONFIG
@@ -30,7 +36,7 @@ def folded_files(
     """
     files: dict[str, bytes | None] = {CARD: card.encode(), CONFIG: None}
     if (base.directory / CARD).is_file():
-        files[BASE_CARD] = (base.directory / CARD).read_bytes()
+        files[BASE_CARD] = companion(base.directory / CARD)
     if (base.directory / CONFIG).is_file():
         warnings.warn(
             f"{base.source} holds an adapter beside its weights ({CONFIG}), which transformers would apply when it "
@@ -69,5 +75,5 @@ def _tokenizer(
     files: dict[str, bytes | None] = {}
     for group in (TOKENIZER, TEMPLATE):
         files |= dict.fromkeys(old.get(group, {}) if group in companions else {})
-        files |= {file: path.read_bytes() for file, path in companions.get(group, {}).items()}
+        files |= {file: companion(path) for file, path in companions.get(group, {}).items()}
     return files

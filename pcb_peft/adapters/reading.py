@@ -1,29 +1,39 @@
 """Reading: from the files of an adapter to an `Adapter`."""
 
+import dataclasses
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from torch import linalg
 
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.delta_mapping import DeltaMapping
 from pcb_peft.adapters.source import NESTED, OpenedAdapter, Source
+from pcb_peft.deltas.delta import Delta, LowRank, Rescaled
 from pcb_peft.deltas.replacements import (
     ReplacedParameter,
     Replacements,
     Task,
     modules_to_save_keys,
 )
-from pcb_peft.errors import AdapterError, PcbPeftError, UnsupportedError
+from pcb_peft.errors import AdapterError, MismatchError, PcbPeftError, UnsupportedError
+from pcb_peft.files.json_text import parse_json
+from pcb_peft.files.schema import checked
 from pcb_peft.files.tensors import refuse_empty, refuse_other_numbers
-from pcb_peft.formats import AdapterContents, Base, format_of
+from pcb_peft.formats import AdapterContents, Base, LazyDelta, format_of
 from pcb_peft.formats.checkpoint import CONFIG, ReadFinite, SafetensorsFile
-from pcb_peft.formats.config import checked_config
+from pcb_peft.formats.config import AGAIN, checked_config
 from pcb_peft.formats.heads import without_copies
 from pcb_peft.formats.keys import PREFIX
 from pcb_peft.formats.plain_names import with_plain_names, with_plain_patterns
-from pcb_peft.runtime.shown import shown
 from pcb_peft.writing.targets import existing
+
+Stated = TypeVar("Stated")
+
+_LARGEST = 1e15  # of a change: no training comes near, and its square is still a float32
 
 
 def read_adapter(name: str, source: Source | None, files: OpenedAdapter, base: Base) -> Adapter:
@@ -53,7 +63,7 @@ def read_adapter(name: str, source: Source | None, files: OpenedAdapter, base: B
     task = Task(config.get("task_type"), labels, config.get("auto_mapping") or None)
     return Adapter(
         name=name,
-        modules=DeltaMapping(contents.modules),
+        modules=DeltaMapping(_checked(contents.modules, where)),
         source=source,
         files=files,
         reopen=functools.partial(read_adapter, name, source, files),
@@ -74,6 +84,51 @@ def read_adapter(name: str, source: Source | None, files: OpenedAdapter, base: B
         inputs=_inputs(source, config),
         image=contents.image,
     )
+
+
+def _checked(entries: Mapping[str, LazyDelta], where: str) -> dict[str, LazyDelta]:
+    """Return deltas that are checked when they are read: what a tensor's shape or values make of them is seen here."""
+    return {
+        module: dataclasses.replace(
+            entry, load=functools.partial(_load, entry.load, f"{where}: {module}")
+        )
+        for module, entry in entries.items()
+    }
+
+
+def _load(load: Callable[[], Delta], where: str) -> Delta:
+    """Read a delta.
+
+    Raises:
+        AdapterError: It has values that no training makes, or another shape than the weight that it belongs to.
+    """
+    delta = load()
+    if not _size(delta) < _LARGEST:
+        raise AdapterError(
+            f"{where}: its change has values that are no numbers, or larger than {_LARGEST:.0e}; the training failed, "
+            "or the file is damaged: use a checkpoint from before"
+        )
+    stored = delta.layout.shape
+    if (
+        stored is not None
+        and delta.layout.matrix_shape(stored) != delta.shape
+        and not delta.multiplies
+    ):
+        raise MismatchError(
+            f"{where}: the adapter's (out, in) is {delta.shape}, and the weight has shape {stored}; give the base "
+            "model that the adapter was trained on"
+        )
+    return delta
+
+
+def _size(delta: Delta) -> float:
+    """Return a bound on the values of a delta, without its matrix where it has factors."""
+    if isinstance(delta, Rescaled):
+        return max(_size(delta.added), float(delta.gain.abs().max()))
+    if isinstance(delta, LowRank):
+        factors = (delta.lora_A, delta.lora_B)
+        return abs(delta.scaling) * math.prod(float(linalg.vector_norm(f)) for f in factors)
+    return delta.norm()
 
 
 def _inputs(source: Source | None, config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -101,10 +156,21 @@ def _kept_head(tensors: SafetensorsFile) -> Replacements:
         name: ReplacedParameter(tensors.shape(name), ReadFinite(tensors, name))
         for name in tensors.names()
     }
-    try:
-        task = Task.from_metadata(tensors.metadata())
-    except ValueError as error:
-        raise AdapterError(
-            f"{tensors.where}: the texts beside the tensors are damaged ({shown(error)}); save it again"
-        ) from error
-    return Replacements(modules_to_save_keys(parameters, ()), parameters, task=task)
+    return Replacements(modules_to_save_keys(parameters, ()), parameters, task=_task_of(tensors))
+
+
+def _task_of(tensors: SafetensorsFile) -> Task:
+    """Return the task that the texts in a head's file name.
+
+    Raises:
+        AdapterError: They are damaged.
+    """
+    texts = tensors.metadata()
+
+    def stated(key: str, schema: type[Stated], default: str) -> Stated:
+        where = f"{tensors.where}: {key}"
+        content = parse_json(texts.get(key, default), where, AdapterError, AGAIN)
+        return checked(content, schema, where, AdapterError, AGAIN)
+
+    mapping = stated("auto_mapping", dict[str, Any], "{}")
+    return Task(texts.get("task_type"), tuple(stated("labels", list[str], "[]")), mapping or None)

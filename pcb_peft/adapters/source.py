@@ -136,6 +136,9 @@ def open_files(source: Source, *, hashed: bool = True) -> OpenedAdapter:
         )
     config = _config(directory)
     refuse_trained_files(directory)
+    tensors = open_tensors(
+        directory
+    )  # before they are hashed: what is no such file may have any length
     weights = (directory / name for name in (SAFETENSORS, PICKLE))
     digest = _tensors_digest(source, next(filter(Path.is_file, weights), None), hashed=hashed)
     configured = sha256_of_file(directory / CONFIG)
@@ -147,7 +150,7 @@ def open_files(source: Source, *, hashed: bool = True) -> OpenedAdapter:
     heads = {file.metadata().get(NAME, stem): file for stem, file in files}
     return OpenedAdapter(
         config,
-        open_tensors(directory),
+        tensors,
         digest,
         configured,
         heads,

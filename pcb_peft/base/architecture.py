@@ -15,6 +15,7 @@ from torch import nn
 from pcb_peft.base.config import bounded_modules, read_config
 from pcb_peft.deltas.layout import ParameterForm, own_parameters_of
 from pcb_peft.errors import BaseModelError
+from pcb_peft.runtime.shown import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -226,8 +227,18 @@ def _stacks(conversion: Any) -> bool:
 
 
 def _by_matrix(parts: Mapping[int, list[str]]) -> list[list[str]]:
-    """Return the parameters of each matrix, from those of all matrices by the part that they are (gate, up)."""
+    """Return the parameters of each matrix, from those of all matrices by the part that they are (gate, up).
+
+    Raises:
+        BaseModelError: Some matrices have one of the parts and not the other.
+    """
     in_order = [sorted(parts[position], key=Skeleton.natural) for position in sorted(parts)]
+    if len({len(names) for names in in_order}) > 1:
+        most = max(in_order, key=len)
+        raise BaseModelError(
+            f"the files hold {min(map(len, in_order))} of the {len(most)} matrices that stand beside {most[0]} and "
+            "others: the checkpoint is damaged; fetch the model again"
+        )
     return [list(rows) for rows in zip(*in_order, strict=True)]
 
 
@@ -309,8 +320,8 @@ def unreadable_config(source: str, error: Exception) -> BaseModelError:
     import transformers
 
     if isinstance(error, OSError | RuntimeError):  # no such model, no memory …
-        return BaseModelError(f"{source} cannot be loaded with transformers: {error}")
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return BaseModelError(f"{source} cannot be loaded with transformers: {shown(error)}")
+    reason = shown(f"{type(error).__name__}: {error}")
     return BaseModelError(
         f"{source} cannot be loaded with transformers {transformers.__version__}: {reason}; its config.json is "
         "damaged, or was written for another version: install that version, or get the model again"

@@ -5,12 +5,19 @@ quantisation would hold it. A value is its code times a scale; schemes differ in
 part of the weight a scale reaches (a block, a group of inputs, a row).
 """
 
-import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated
 
+import msgspec
 import torch
 from torch import Tensor
+
+from pcb_peft.base.config import WAY_OUT
+from pcb_peft.errors import BaseModelError
+from pcb_peft.files.json_text import parse_json
+from pcb_peft.files.schema import Count, Number, checked
+
+_STATE = "the quant_state of a 4-bit weight"
 
 FP4_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """Values of the sixteen 4-bit floating-point codes (OCP Microscaling Formats v1.0, table 5)."""
@@ -34,6 +41,15 @@ def bitsandbytes_4bit(packed: Tensor, absmax: Tensor, state: "QuantState") -> Te
     return (values * scales.repeat_interleave(state.block_size)[:count]).reshape(state.shape)
 
 
+class _Stated(msgspec.Struct):
+    """The fields that are read of what bitsandbytes writes beside a weight."""
+
+    shape: tuple[Count, ...]
+    blocksize: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+    nested_blocksize: Count | None = None
+    nested_offset: Number | None = None
+
+
 class QuantState:
     """The facts that bitsandbytes writes beside a 4-bit weight: its shape, its code table, the scales of its scales."""
 
@@ -44,12 +60,14 @@ class QuantState:
             described: The JSON text, as uint8.
             tensors: ``quant_map``, and with double quantisation ``nested_absmax`` and ``nested_quant_map``.
         """
-        fields: dict[str, Any] = json.loads(bytes(described.flatten().tolist()).decode("utf-8"))
-        self.shape = tuple(int(size) for size in fields["shape"])
-        self.block_size = int(fields["blocksize"])
+        text = bytes(described.flatten().tolist()).decode("utf-8", errors="replace")
+        content = parse_json(text, _STATE, BaseModelError, WAY_OUT)
+        stated = checked(content, _Stated, _STATE, BaseModelError, WAY_OUT)
+        self.shape = stated.shape
+        self.block_size = stated.blocksize
         self.quant_map = tensors["quant_map"]
-        self._nested_block_size = int(fields.get("nested_blocksize") or 0)
-        self._nested_offset = float(fields.get("nested_offset") or 0.0)
+        self._nested_block_size = stated.nested_blocksize or 0
+        self._nested_offset = stated.nested_offset or 0.0
         self._tensors = tensors
 
     def scales(self, absmax: Tensor) -> Tensor:

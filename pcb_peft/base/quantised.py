@@ -14,7 +14,7 @@ from pcb_peft.base.config import WAY_OUT
 from pcb_peft.base.files import TensorInfo
 from pcb_peft.errors import BaseModelError
 from pcb_peft.files.schema import Count, checked
-from pcb_peft.runtime.shown import shown
+from pcb_peft.runtime.shown import quoted, shown
 
 Read: TypeAlias = Callable[[str], Tensor]
 """Read a tensor of the checkpoint by its name."""
@@ -225,7 +225,7 @@ def _packed_columns(
 def _check_awq(described: Mapping[str, Any], source: str) -> None:
     if described.get("bits", 4) != 4 or described.get("version", "gemm").lower() != "gemm":
         raise BaseModelError(
-            f"{source}: AWQ of {described.get('bits')} bits in the layout {described.get('version')!r} cannot be "
+            f"{source}: AWQ of {described.get('bits')} bits in the layout {quoted(described.get('version'))} cannot be "
             "dequantised here; 4 bits in the GEMM layout can; give the model that it was made from"
         )
 

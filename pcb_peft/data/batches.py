@@ -172,8 +172,8 @@ def _with_numeric_label(row: Row, labels: Sequence[str] | None, number: int, cla
     if labels is None or label not in labels:
         allowed = f"one of {', '.join(labels)}" if labels else "a number, unless labels are given"
         raise OptionError(
-            f"data: row {number} has label {label!r}; it must be {allowed} (labels=[…], --labels …: the names of the "
-            "classes in the order of the head's rows)"
+            f"data: row {number} has label {quoted(label)}; it must be {allowed} (labels=[…], --labels …: the names of "
+            "the classes in the order of the head's rows)"
         )
     return {**row, "label": list(labels).index(label)}
 

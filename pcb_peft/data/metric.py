@@ -136,17 +136,18 @@ def _opened(source: Source, subject: Subject, device: torch.device, track: Track
 
 def _refuse_other_model(file: MomentsFile, shapes: Mapping[str, tuple[int, int]]) -> None:
     """Raises MismatchError if a file of moments knows none of the modules, or with other inputs."""
+    where = file.tensors.where
     known = {module: file.of(module) for module in shapes}
     if shapes and all(one is None for one in known.values()):
         example, layer = next(iter(shapes)), next(iter(file.layers), "none")
         raise MismatchError(
-            f"metric: {file.path} knows no module of the adapters, such as {example}; it knows {layer}: it was "
+            f"metric: {where} knows no module of the adapters, such as {example}; it knows {layer}: it was "
             "measured on another base model"
         )
     for module, (_, size) in shapes.items():
         one = known[module]
         if one is not None and len(one.vectors) != size:
             raise MismatchError(
-                f"metric: {module} has {size} inputs, and {len(one.vectors)} in {file.path}: it was measured on "
+                f"metric: {module} has {size} inputs, and {len(one.vectors)} in {where}: it was measured on "
                 "another base model"
             )

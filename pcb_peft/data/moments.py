@@ -13,7 +13,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from pcb_peft.base.model import open_base_model
@@ -21,13 +20,15 @@ from pcb_peft.data.batches import read_rows, spread
 from pcb_peft.data.models import load_base, load_tokenizer
 from pcb_peft.deltas.linalg import leading_svd
 from pcb_peft.deltas.metric import Moments
-from pcb_peft.errors import OptionError, UnsupportedError
+from pcb_peft.errors import AdapterError, OptionError, UnsupportedError
 from pcb_peft.files.json_text import parse_json
 from pcb_peft.files.schema import checked
+from pcb_peft.files.tensors import SafetensorsFile, check_finite
 from pcb_peft.runtime.hashing import sha256_of_file
 from pcb_peft.runtime.paths import cache_directory
 from pcb_peft.runtime.processes import current
 from pcb_peft.runtime.progress import Track
+from pcb_peft.runtime.shown import shown
 from pcb_peft.writing.atomic import write_file_atomically
 from pcb_peft.writing.targets import writing
 
@@ -36,6 +37,8 @@ TEXTS, TEXT_LENGTH = 256, 64  # at most so many texts are read, of at most so ma
 KEPT = 256  # eigenvectors per layer; of the others the mean eigenvalue is known
 EXACT_SIZE = 1024  # moments of at most so many inputs are decomposed in full
 FORMAT = "pcb_peft moments 1"
+PARTS = ("values", "vectors", "rest")
+AGAIN = "measure the moments again"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,25 +46,39 @@ class MomentsFile:
     """The moments of a base model's layers; a layer's are read when they are asked for.
 
     Attributes:
-        path: The file.
+        tensors: The file.
         sha256: Its hash.
         layers: Layer to the name of its moments: layers with the same input have the same moments.
     """
 
-    path: Path
+    tensors: SafetensorsFile
     sha256: str
     layers: Mapping[str, str]
 
     def of(self, layer: str) -> Moments | None:
-        """Return the moments of a layer; None if it was not measured, as an embedding."""
+        """Return the moments of a layer; None if it was not measured, as an embedding.
+
+        Raises:
+            AdapterError: They are damaged.
+        """
         if layer not in self.layers:
             return None
         name = self.layers[layer]
-        with safe_open(self.path, framework="pt") as file:  # pyright: ignore[reportUnknownVariableType]
-            rest = float(file.get_tensor(f"{name}.rest"))
-            return Moments(
-                file.get_tensor(f"{name}.values"), file.get_tensor(f"{name}.vectors"), rest
+        values, vectors, rest = (self._read(f"{name}.{part}") for part in PARTS)
+        if values.ndim != 1 or vectors.shape != (len(vectors), len(values)) or rest.numel() != 1:
+            raise AdapterError(
+                f"{self.tensors.where}: the moments of {layer} have the shapes {tuple(values.shape)}, "
+                f"{tuple(vectors.shape)} and {tuple(rest.shape)}; {AGAIN}"
             )
+        return Moments(values.float(), vectors.float(), float(rest))
+
+    def _read(self, name: str) -> Tensor:
+        if name not in self.tensors.names():
+            raise AdapterError(f"{self.tensors.where} has no {shown(name)}; {AGAIN}")
+        self.tensors.dtype(name)
+        values = self.tensors.read(name)
+        check_finite(values, self.tensors, name)
+        return values
 
 
 def measured_moments(
@@ -227,17 +244,19 @@ def open_moments(path: Path) -> MomentsFile:
         OptionError: It is none.
     """
     try:
-        with safe_open(path, framework="pt") as file:  # pyright: ignore[reportUnknownVariableType]
-            metadata: dict[str, str] = file.metadata() or {}
+        file = SafetensorsFile(path)
         digest = sha256_of_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise OptionError(f"metric: {path} cannot be read as a file of moments: {error}") from error
+    except (OSError, AdapterError) as error:
+        raise OptionError(
+            f"metric: {path} cannot be read as a file of moments: {shown(error)}"
+        ) from error
+    metadata = file.metadata()
     if metadata.get("format") != FORMAT:
         raise OptionError(f"metric: {path} is no file of moments, which this package writes")
-    where, again = f"metric: {path}: layers", "measure the moments again"
-    layers = parse_json(metadata.get("layers", ""), where, OptionError, again)
-    layers = checked(layers, dict[str, str], where, OptionError, again)
-    return MomentsFile(path, digest, layers)
+    where = f"metric: {path}: layers"
+    layers = parse_json(metadata.get("layers", ""), where, OptionError, AGAIN)
+    layers = checked(layers, dict[str, str], where, OptionError, AGAIN)
+    return MomentsFile(file, digest, layers)
 
 
 def cache_folder() -> Path:

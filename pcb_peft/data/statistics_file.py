@@ -147,10 +147,10 @@ def open_statistics(statistics: StatisticsLike) -> TaskStatistics:
     source = statistics if isinstance(statistics, Source) else Source(str(statistics))
     path = expanded(source.path)
     try:
+        file = SafetensorsFile(path)
         sha256 = sha256_of_file(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AdapterError) as error:
         raise AdapterError(f"statistics {path} cannot be read: {shown(error)}") from error
-    file = SafetensorsFile(path)
     metadata = file.metadata()
     if metadata.get("format") != FORMAT or metadata.get("kind") not in KINDS:
         raise AdapterError(

@@ -81,22 +81,6 @@ class Task:
         }
         return {key: value for key, value in fields.items() if value is not None}
 
-    @classmethod
-    def from_metadata(cls, metadata: Mapping[str, str]) -> "Task":
-        """Return the task that the texts in a safetensors file name.
-
-        Raises:
-            ValueError: They are not what `as_metadata` writes.
-        """
-        try:
-            labels = json.loads(metadata.get("labels", "[]"))
-            mapping = json.loads(metadata.get("auto_mapping", "{}"))
-        except RecursionError as error:
-            raise ValueError("nested too deeply") from error
-        if type(labels) is not list or type(mapping) is not dict:
-            raise ValueError("labels must be a list, and auto_mapping an object")
-        return cls(metadata.get("task_type"), tuple(map(str, labels)), mapping or None)
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Replacements:
@@ -201,7 +185,7 @@ def modules_to_save_key(parameter: str, keys: Iterable[str]) -> str:
     path = parameter.split(".")
     around = [".".join(path[:end]) for end in range(1, len(path))]
     fitting = (key for key in keys if any(module.endswith(key) for module in around))
-    return next(fitting, around[-1])
+    return next(fitting, around[-1] if around else parameter)
 
 
 def modules_to_save_keys(parameters: Iterable[str], keys: Collection[str]) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from pcb_peft.distillation.teacher import Reader
 from pcb_peft.distillation.texts import digest_of, encoded, read_texts, tokenizer_for
 from pcb_peft.distillation.training import Divergences, Lesson, Schedule, Training
 from pcb_peft.errors import MismatchError, OptionError
-from pcb_peft.recipes.yaml_text import dump_yaml
+from pcb_peft.files.yaml_text import dump_yaml
 from pcb_peft.runtime.progress import tracker
 from pcb_peft.version import __version__
 from pcb_peft.writing.model_card import Facts, table

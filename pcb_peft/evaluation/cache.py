@@ -6,12 +6,18 @@ import json
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
+
+from pcb_peft.errors import OutputError
+from pcb_peft.files.json_text import read_json_file
+from pcb_peft.files.schema import Number, checked
 from pcb_peft.runtime.hashing import sha256_of_file
 from pcb_peft.runtime.paths import cache_directory
 from pcb_peft.runtime.processes import current
 
+ANEW = "it is computed anew"
 HASHED = {".safetensors", ".bin", ".json", ".txt", ".model", ".jinja"}
 
 
@@ -38,7 +44,7 @@ class OutcomeCache:
             compute: Called in all processes, or in none.
         """
         path = self._path(key)
-        outcomes: list[float] | None = current().reduce(path, lambda paths: _read(paths[0]))
+        outcomes: list[float] | None = current().reduce(path, lambda paths: _read(paths[0], _Kept))
         if outcomes is not None:
             return outcomes
         outcomes = compute()
@@ -55,7 +61,7 @@ class OutcomeCache:
             "changed": status.st_mtime_ns,
         }
         memo = self._path(facts)
-        known = _read(memo)
+        known: str | None = _read(memo, _Digest)
         if known is not None:
             return known
         digest = sha256_of_file(path)
@@ -91,11 +97,24 @@ def write_json(path: Path, content: Any) -> None:
     Path(stream.name).replace(path)
 
 
-def _read(path: Path | None) -> Any:
-    """Return the scores of a file; None if there is no file, or a damaged one."""
+class _Kept(msgspec.Struct):
+    """A file with the outcomes of a model on texts."""
+
+    outcomes: list[Number]
+
+
+class _Digest(msgspec.Struct):
+    """A file with the hash of another file."""
+
+    outcomes: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+def _read(path: Path | None, schema: type[_Kept] | type[_Digest]) -> Any:
+    """Return what a file keeps; None if there is no file, or a damaged one, which is then written anew."""
     if path is None or not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["outcomes"]
-    except (OSError, ValueError, KeyError):
+        content = read_json_file(path, OutputError, ANEW)
+        return checked(content, schema, str(path), OutputError, ANEW).outcomes
+    except OutputError:
         return None

@@ -9,10 +9,14 @@ import yaml
 from pcb_peft.errors import OutputError
 from pcb_peft.evaluation.evaluation import Evaluation
 from pcb_peft.evaluation.tables import markdown_table
+from pcb_peft.files.json_text import read_text
+from pcb_peft.files.yaml_text import load_yaml
+from pcb_peft.runtime.shown import quoted, shown
 from pcb_peft.writing.atomic import write_file_atomically
 from pcb_peft.writing.manifest import foreign_file, update_manifest
 
 CARD, FILE = "README.md", "evaluation.json"
+_CORRECT = "correct them, or take the card away"
 BEGIN, END = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"
 
 
@@ -31,9 +35,8 @@ def write_to_card(evaluation: Evaluation, directory: str | Path) -> None:
     directory = Path(directory)
     card = directory / CARD
     try:
-        text = card.read_text(encoding="utf-8") if card.is_file() else ""
         only_ours = foreign_file(directory) is None
-        _replace(card, _with_table(text, evaluation))
+        _replace(card, _with_table(card, evaluation))
         _replace(directory / FILE, json.dumps(evaluation.as_dict(), indent=2) + "\n")
         if only_ours:
             update_manifest(directory, (CARD, FILE))
@@ -43,8 +46,9 @@ def write_to_card(evaluation: Evaluation, directory: str | Path) -> None:
         ) from error
 
 
-def _with_table(text: str, evaluation: Evaluation) -> str:
-    front, body = _split(text)
+def _with_table(card: Path, evaluation: Evaluation) -> str:
+    text = read_text(card, OutputError, _CORRECT) if card.exists() else ""
+    front, body = _split(text, card)
     front["model-index"] = evaluation.model_index()
     lines = [
         BEGIN,
@@ -64,13 +68,29 @@ def _with_table(text: str, evaluation: Evaluation) -> str:
     return f"---\n{yaml.safe_dump(front, sort_keys=True, allow_unicode=True)}---\n\n{body}"
 
 
-def _split(text: str) -> tuple[dict[str, Any], str]:
+def _split(text: str, card: Path) -> tuple[dict[str, Any], str]:
     """The metadata at the head of a card, and the rest."""
     parts = text.split("---\n", 2)
     if text.startswith("---\n") and len(parts) == 3:
-        front: dict[str, Any] = yaml.safe_load(parts[1]) or {}
-        return front, parts[2].lstrip("\n")
+        return _front(parts[1], card), parts[2].lstrip("\n")
     return {}, text
+
+
+def _front(text: str, card: Path) -> dict[str, Any]:
+    """The metadata of a card.
+
+    Raises:
+        OutputError: They cannot be read, and would be lost.
+    """
+    try:
+        front = load_yaml(text) or {}
+    except yaml.YAMLError as error:
+        raise OutputError(
+            f"{card}: the metadata at its head are no YAML ({shown(error)}); {_CORRECT}"
+        ) from error
+    if not isinstance(front, dict):
+        raise OutputError(f"{card}: the metadata at its head are {quoted(front)}; {_CORRECT}")
+    return front  # pyright: ignore[reportUnknownVariableType]
 
 
 def _replace(path: Path, text: str) -> None:

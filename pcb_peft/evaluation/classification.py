@@ -5,19 +5,19 @@ over them once, and every head is then a matrix product.
 """
 
 import dataclasses
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from pcb_peft.data.batches import spread
+from pcb_peft.adapters.beside import labels_beside
+from pcb_peft.data.batches import read_rows, spread
 from pcb_peft.data.models import quiet_transformers
 from pcb_peft.errors import OptionError
+from pcb_peft.files.tensors import SafetensorsFile
 
 MAX_LENGTH = 64
 BATCH_SIZE = 64
@@ -87,19 +87,17 @@ def load_tasks(
 def _load_task(
     adapter: Path, data: Path, split: str, limit: int | None, renamed: Mapping[str, str]
 ) -> Task:
-    labels: list[str] = json.loads((adapter / "task.json").read_text("utf-8"))["labels"]
+    labels = labels_beside(adapter)
     flat = data / f"{adapter.name}.jsonl"
     file = flat if flat.exists() else data / adapter.name / f"{split}.jsonl"
-    with file.open(encoding="utf-8") as lines:
-        rows: list[dict[str, str]] = [json.loads(line) for line in lines]
-    chosen = spread(rows, limit)  # a file may be sorted by label
+    chosen = spread(read_rows(file), limit)  # a file may be sorted by label
     answers = [renamed.get(row["label"], row["label"]) for row in chosen]
     if unknown := set(answers) - set(labels):  # to number them anew would score the wrong classes
         raise OptionError(f"{file.name} has labels that {adapter.name}/task.json lacks: {unknown}")
     return Task(
         name=adapter.name,
         adapter=adapter,
-        labels=tuple(labels),
+        labels=labels,
         texts=[tuple(row[key] for key in ("text", "text_pair") if key in row) for row in chosen],
         answers=torch.tensor([labels.index(answer) for answer in answers]),
         head=_head_of(adapter),
@@ -108,9 +106,9 @@ def _load_task(
 
 def _head_of(adapter: Path) -> Head:
     """Classifier saved with an adapter, under the base model's names."""
-    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:  # pyright: ignore
-        names: list[str] = [name for name in file.keys() if ".classifier." in name]  # noqa: SIM118
-        return {name[name.index("classifier.") :]: file.get_tensor(name) for name in names}
+    file = SafetensorsFile(adapter / "adapter_model.safetensors")
+    names = [name for name in file.names() if ".classifier." in name]
+    return {name[name.index("classifier.") :]: file.read(name) for name in names}
 
 
 def load_base(folder: Path, labels: int = 2) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 from pcb_peft.data.batches import spread
 from pcb_peft.errors import OptionError
+from pcb_peft.files.json_text import read_text
 
 
 def harness_outcomes(
@@ -91,7 +92,7 @@ def _name(task: str) -> str:
     """The name of a task; that in its YAML file where one is given."""
     if not _is_file(task):
         return task
-    lines = Path(task).read_text(encoding="utf-8").splitlines()
+    lines = read_text(Path(task), OptionError, "give the file of a task").splitlines()
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("task:")]
     if not named:
         raise OptionError(

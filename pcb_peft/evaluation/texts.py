@@ -10,6 +10,7 @@ from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.data.batches import Row, read_rows, spread
 from pcb_peft.errors import OptionError
 from pcb_peft.evaluation.cache import digest_of
+from pcb_peft.runtime.shown import quoted
 
 MEASURES = {
     "head": "accuracy of the classification head",
@@ -159,7 +160,7 @@ def _measure(
         OptionError: They cannot be.
     """
     if measure not in ("auto", *MEASURES):
-        raise OptionError(f"measure is {measure!r}; it must be auto, {', '.join(MEASURES)}")
+        raise OptionError(f"measure is {quoted(measure)}; it must be auto, {', '.join(MEASURES)}")
     has = {key for key in ("label", "answer", "choices") if all(key in row for row in rows)}
     language_model = task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
     if measure == "auto":
@@ -233,7 +234,7 @@ def _head_labels(
         raise OptionError(
             f"{name}: the head has {classes} rows, and neither task.json nor config.json beside the adapter says which "
             f"class is which; give the names in the order of the rows. The data has {', '.join(data)}: in this order "
-            f"if the adapter was trained on sorted labels (labels={{{name!r}: {data}}})"
+            f"if the adapter was trained on sorted labels (labels={{{quoted(name)}: {data}}})"
         )
     if len(known) != classes:
         raise OptionError(
@@ -293,5 +294,5 @@ def _check_choices(name: str, rows: Sequence[Row], known: Sequence[str]) -> None
         choices = [str(choice) for choice in row.get("choices", known)]
         if answer not in choices:
             raise OptionError(
-                f"{name}: row {place} has the answer {answer!r}, which is not one of its choices {choices}"
+                f"{name}: row {place} has the answer {quoted(answer)}, which is not one of its choices {choices}"
             )

@@ -55,13 +55,18 @@ def checked(
     """
     try:
         return msgspec.convert(content, schema)
+    except UnicodeError as error:  # in the name of a key
+        raise error_type(
+            f"{where} holds a text with half a character (a surrogate); {way_out}"
+        ) from error
     except (msgspec.ValidationError, RecursionError) as error:
         raise error_type(f"{where}: {_explained(str(error), content)}; {way_out}") from error
 
 
 def _explained(message: str, content: Any) -> str:
     """Return a message of msgspec in words: the key, what is there, and what must be."""
-    problem, _, path = message.partition(" - at `$")
+    problem, _, path = message.partition(" - at `")
+    is_key, path = path.startswith("key`"), path.partition("$")[2]
     steps = [name or int(number) for name, number in _STEP.findall(path)]
     value = content
     for number, step in enumerate(steps):
@@ -78,6 +83,8 @@ def _explained(message: str, content: Any) -> str:
     wanted = shown(problem) if words is None else f"{_in_words(words[1])}{words[2]}"
     inside = " of such values" if "[...]" in path else ""
     subject = f"{place} is" if place else "it holds"
+    if is_key:
+        return f"{subject} {quoted(value)}; each name in it must be {wanted}"
     return f"{subject} {quoted(value)}; it must be {wanted}{inside}"
 
 

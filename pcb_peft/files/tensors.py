@@ -45,9 +45,11 @@ class SafetensorsFile:
             AdapterError: It is not a safetensors file, or is damaged.
         """
         self.where = str(path)
+        if Path(path).exists() and not Path(path).is_file():
+            raise AdapterError(f"{path} is not a readable safetensors file: it is not a file")
         try:
             self._file = safetensors.safe_open(self.where, framework="pt")
-        except (OSError, ValueError, safetensors.SafetensorError) as error:
+        except (OSError, ValueError, MemoryError, safetensors.SafetensorError) as error:
             raise AdapterError(
                 f"{path} is not a readable safetensors file: {shown(error)}"
             ) from error

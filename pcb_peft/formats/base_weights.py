@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from pcb_peft.deltas.delta import LowRank
 from pcb_peft.deltas.layout import LINEAR, Layout, ParameterForm
 from pcb_peft.deltas.replacements import ReplacedParameter
-from pcb_peft.errors import BaseModelError, MismatchError
+from pcb_peft.errors import AdapterError, BaseModelError, MismatchError
 from pcb_peft.formats.checkpoint import Tensors, read_finite
 from pcb_peft.formats.keys import AUTOMATIC_HEADS, TUNER_PART, parameter_of
 from pcb_peft.formats.lazy_delta import Config, LazyDelta, vector_delta
@@ -114,8 +113,16 @@ def vector_entry(tensors: Tensors, name: str, parameter: str, base: Base, why: s
         parameter: Path of the vector in the base model.
         base: The base model.
         why: Why the base model is needed, for the message.
+
+    Raises:
+        AdapterError: The new values are no vector.
     """
-    old = BaseWeight(base, parameter, (math.prod(tensors.shape(name)), 1), why)
+    shape = tensors.shape(name)
+    if len(shape) != 1:
+        raise AdapterError(
+            f"{name} has shape {shape}; it must have 1 dimension, as {parameter} has"
+        )
+    old = BaseWeight(base, parameter, (*shape, 1), why)
     load = functools.partial(_vector_change, tensors, name, old)
     return LazyDelta(LowRank, old.shape, load, 1, f"{parameter}: {why}" if base is None else "")
 

@@ -29,6 +29,7 @@ class AdapterConfig(msgspec.Struct):
     base_model_name_or_path: str | None = None
     revision: str | None = None
     peft_version: str | None = None
+    auto_mapping: dict[str, Any] | None = None
     r: Count | None = 8
     lora_alpha: Number | None = 8
     alpha: Number | None = 8

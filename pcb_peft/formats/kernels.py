@@ -7,6 +7,7 @@ from pcb_peft.deltas.layout import LINEAR, Layout
 from pcb_peft.errors import AdapterError
 from pcb_peft.formats.lora_parts import pattern_value
 from pcb_peft.formats.tuner import ModuleTensors
+from pcb_peft.runtime.shown import quoted
 
 DEFAULT = 8  # PEFT's r and alpha, where the configuration leaves them out
 
@@ -23,7 +24,8 @@ def lycoris_scaling(module: ModuleTensors) -> float:
     )
     if alpha is None or not isinstance(rank, int) or rank < 1:
         raise AdapterError(
-            f"{module.path}: alpha is {alpha!r} and r is {rank!r}; they must be a number, and an integer from 1"
+            f"{module.path}: alpha is {quoted(alpha)} and r is {quoted(rank)}; they must be a number, and an integer "
+            "from 1"
         )
     return alpha / rank
 

@@ -40,6 +40,7 @@ from pcb_peft.formats.lora_parts import (
 )
 from pcb_peft.formats.lora_variants import InitResidual, init_residual, without_residual
 from pcb_peft.formats.registry import Format, RowStore, register
+from pcb_peft.runtime.shown import quoted
 
 TOKENS = "token_adapter."
 OUTPUTS = ("lm_head", "embed_out", "decoder", "output", "output_layer")
@@ -65,7 +66,7 @@ def read(config: Config, tensors: Tensors, base: Base) -> AdapterContents:
     """
     for field, reason in UNSUPPORTED.items():
         if config.get(field):
-            raise UnsupportedError(f"{field} = {config[field]!r} is not supported: {reason}")
+            raise UnsupportedError(f"{field} = {quoted(config[field])} is not supported: {reason}")
     residual = None if _already_taken_out(config, base) else init_residual(config)
     modules, rest = tensors_by_module(config, tensors.names())
     biases, rest = bias_entries(config, tensors, rest, base)

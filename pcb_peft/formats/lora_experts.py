@@ -37,6 +37,7 @@ from pcb_peft.formats.checkpoint import Tensors, read_finite
 from pcb_peft.formats.keys import PREFIX
 from pcb_peft.formats.lazy_delta import Config, LazyDelta
 from pcb_peft.formats.lora_parts import DEFAULT, LoraTensors, pattern_value, scaling_of
+from pcb_peft.runtime.shown import quoted
 
 GATED = {"gate_up_proj", "down_proj"}
 ORDER = (
@@ -203,7 +204,8 @@ def _stack(
     rows, cols = shape_A[0], shape_B[1]
     if not isinstance(rank, int) or rank < 1 or rows != cols or rows % rank or not rows:
         raise AdapterError(
-            f"{name}: lora_A has {rows} rows and lora_B {cols} columns; both must be a multiple of the rank {rank!r}"
+            f"{name}: lora_A has {rows} rows and lora_B {cols} columns; both must be a multiple of the rank "
+            f"{quoted(rank)}"
         )
     if form is None:
         return Stack(name, lora, rows // rank)

@@ -15,6 +15,7 @@ from pcb_peft.files.patterns import Patterns
 from pcb_peft.formats.checkpoint import Tensors, read_finite
 from pcb_peft.formats.keys import PREFIX, module_of
 from pcb_peft.formats.lazy_delta import Config
+from pcb_peft.runtime.shown import quoted
 
 OPTIONAL = {  # part that only some LoRAs have: the field of the configuration that says so
     "lora_magnitude_vector": "use_dora",
@@ -221,7 +222,7 @@ def scaling_of(config: Config, lora: LoraTensors, rank: int) -> float:
     stated = pattern_value(config, "rank_pattern", module, config.get("r", DEFAULT))
     if stated != rank:
         raise AdapterError(
-            f"{module}: lora_A has rank {rank}, but the configuration says {stated!r}"
+            f"{module}: lora_A has rank {rank}, but the configuration says {quoted(stated)}"
         )
     alpha = pattern_value(config, "alpha_pattern", module, config.get("lora_alpha", DEFAULT))
     if alpha is None:

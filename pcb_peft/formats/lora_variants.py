@@ -10,6 +10,7 @@ from pcb_peft.deltas.delta import LowRank
 from pcb_peft.deltas.linalg import svd
 from pcb_peft.errors import UnsupportedError
 from pcb_peft.formats.lazy_delta import Config
+from pcb_peft.runtime.shown import quoted
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ def init_residual(config: Config) -> InitResidual | None:
     init = str(config.get("init_lora_weights")).lower()
     if init.startswith(IRREPRODUCIBLE):
         raise UnsupportedError(
-            f"init_lora_weights = {init!r} is not supported: it changes the base weights in a way that cannot be "
+            f"init_lora_weights = {quoted(init)} is not supported: it changes the base weights in a way that cannot be "
             "computed again from W, so the change of the original model is not known; convert the adapter with PEFT's "
             f"{CONVERSION}"
         )
@@ -71,8 +72,8 @@ def init_residual(config: Config) -> InitResidual | None:
         return InitResidual("OLoRA takes a part of the QR decomposition out of W", _olora)
     if init not in PLAIN:
         raise UnsupportedError(
-            f"init_lora_weights = {init!r} is not known, and may take something out of W; convert the adapter with "
-            f"PEFT's {CONVERSION}, or, if it leaves W as it is, write true into its configuration"
+            f"init_lora_weights = {quoted(init)} is not known, and may take something out of W; convert the adapter "
+            f"with PEFT's {CONVERSION}, or, if it leaves W as it is, write true into its configuration"
         )
     return None
 

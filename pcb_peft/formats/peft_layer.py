@@ -5,11 +5,12 @@ configuration says, loads its tensors and merges them. The result is that of PEF
 never more than one module of the model is in memory.
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,12 +18,13 @@ from torch import Tensor, nn
 
 from pcb_peft.deltas.delta import Delta, Dense
 from pcb_peft.deltas.layout import Layout
-from pcb_peft.errors import AdapterError, UnsupportedError
+from pcb_peft.errors import AdapterError, PcbPeftError, UnsupportedError
 from pcb_peft.formats.base_weights import Weights
-from pcb_peft.formats.checkpoint import check_finite
+from pcb_peft.formats.checkpoint import CONFIG, check_finite
 from pcb_peft.formats.keys import PREFIX
 from pcb_peft.formats.lazy_delta import Config, LazyDelta, vector_delta
 from pcb_peft.formats.tuner import ModuleTensors
+from pcb_peft.runtime.shown import shown
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -37,6 +39,10 @@ ONLY_FOR_INJECTION = {  # fields that choose modules, or concern more than delta
     "bias": "none",
     "task_type": None,
 }
+_OF_PEFT = (  # what PEFT's tuners raise for settings and shapes that they do not expect
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError),
+    *(TypeError, ValueError),
+)
 CONVOLUTIONS: dict[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 
 
@@ -83,7 +89,11 @@ def _change(module: ModuleTensors, tuner: Tuner, kind: str) -> Delta:
     if tuner.depends_on_largest:
         others = {other: _outline(base, other) for other in module.all_paths if other != path}
         layers = {**others, path: layer}
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with (
+        torch.random.fork_rng(devices=[]),
+        warnings.catch_warnings(),
+        _refusals(path, "PEFT itself refuses it"),
+    ):
         warnings.simplefilter("ignore")  # PEFT warns of a model with only a few of its layers
         wrapped = _wrapped(module, layers)
         _load(module, tuner, wrapped)
@@ -102,10 +112,18 @@ def _wrapped(module: ModuleTensors, layers: Mapping[str, nn.Module]) -> nn.Modul
     import peft
 
     config = _config(module.config, list(layers))
+    return peft.get_peft_model(_model(layers), config, adapter_name=ADAPTER).eval()
+
+
+@contextlib.contextmanager
+def _refusals(module: str, what: str) -> Generator[None]:
+    """Raise UnsupportedError for what PEFT's code raises in the block: it meets a stranger's settings and tensors."""
     try:
-        return peft.get_peft_model(_model(layers), config, adapter_name=ADAPTER).eval()
-    except (ImportError, NotImplementedError, TypeError, ValueError) as error:
-        raise UnsupportedError(f"{module.path}: PEFT itself refuses it: {error}") from error
+        yield
+    except PcbPeftError:
+        raise
+    except _OF_PEFT as error:
+        raise UnsupportedError(f"{module}: {what}: {shown(error)}") from error
 
 
 def _config(config: Config, modules: Sequence[str]) -> "PeftConfig":
@@ -114,12 +132,9 @@ def _config(config: Config, modules: Sequence[str]) -> "PeftConfig":
     fields: dict[str, Any] = copy.deepcopy(dict(config))
     fields |= {name: value for name, value in ONLY_FOR_INJECTION.items() if name in fields}
     fields["target_modules"] = modules
-    try:
+    kind = f"the installed PEFT does not take this configuration of peft_type {config['peft_type']}"
+    with _refusals(CONFIG, kind):
         return PeftConfig.from_peft_type(**fields)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UnsupportedError(
-            f"the installed PEFT does not take this configuration of peft_type {config['peft_type']}: {error}"
-        ) from error
 
 
 def _load(module: ModuleTensors, tuner: Tuner, wrapped: nn.Module) -> None:
@@ -127,11 +142,8 @@ def _load(module: ModuleTensors, tuner: Tuner, wrapped: nn.Module) -> None:
     from peft import set_peft_model_state_dict
 
     values = {name: _checked(module, name) for name in module.names.values()}
-    try:
+    with _refusals(module.path, "PEFT cannot load its tensors"):
         result = set_peft_model_state_dict(wrapped, values, adapter_name=ADAPTER)
-    except (RuntimeError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise AdapterError(f"{module.path}: PEFT cannot load its tensors: {reason}") from error
     prefix = f"{PREFIX}{module.path}."
     missing = [
         name

@@ -18,6 +18,7 @@ from pcb_peft.formats.heads import saved_parameters
 from pcb_peft.formats.keys import PREFIX, module_of
 from pcb_peft.formats.lazy_delta import AdapterContents, Config, LazyDelta
 from pcb_peft.formats.registry import Format
+from pcb_peft.runtime.shown import quoted
 
 SHARED = "base_model."
 """Prefix of a tensor that all modules share (``base_model.vera_A``)."""
@@ -88,7 +89,9 @@ class ModuleTensors:
             or not isinstance(value, int | float)
             or not math.isfinite(value)
         ):
-            raise AdapterError(f"{self.path}: {field} is {value!r}; it must be a finite number")
+            raise AdapterError(
+                f"{self.path}: {field} is {quoted(value)}; it must be a finite number"
+            )
         return value
 
     def layout(self, shape: tuple[int, int]) -> Layout:

@@ -14,6 +14,8 @@ from pcb_peft.errors import OptionError
 from pcb_peft.plugins.options import did_you_mean
 from pcb_peft.runtime.shown import quoted
 
+LARGEST = 10**9  # of a weight or a scale: what it multiplies must stay a float32
+
 Parser: TypeAlias = Callable[[str, Any], Any]
 """Given the field's name and a value, the converted value, or an OptionError."""
 
@@ -24,7 +26,7 @@ def refuse_unknown_fields(owner: type[Any], given: Iterable[Any]) -> None:
     for name in given:
         if name not in known:
             raise OptionError(
-                f"unknown key {name!r}{did_you_mean(str(name), known)}; allowed: {', '.join(known)}"
+                f"unknown key {quoted(name)}{did_you_mean(str(name), known)}; allowed: {', '.join(known)}"
             )
 
 
@@ -59,6 +61,20 @@ def an_instance(kind: type | tuple[type, ...], words: str) -> Parser:
     return parse
 
 
+def within(largest: int, kind: type | tuple[type, ...], words: str) -> Parser:
+    """A parser of numbers that stay as they are, from `-largest` to `largest`."""
+    instance = an_instance(kind, words)
+
+    def parse(name: str, value: Any) -> Any:
+        if not abs(instance(name, value)) <= largest:  # NaN is not, either
+            raise OptionError(
+                f"{name} is {quoted(value)}; it must be {words} of at most {largest:,}"
+            )
+        return value
+
+    return parse
+
+
 def one_of(allowed: tuple[str, ...]) -> Parser:
     """A parser of one of several words."""
 
@@ -73,7 +89,7 @@ def one_of(allowed: tuple[str, ...]) -> Parser:
 
 
 a_name = an_instance(str, "a name")
-an_integer = an_instance(int, "an integer")
-a_number = an_instance((int, float), "a number")
+an_integer = within(2**63, int, "an integer")
+a_number = within(LARGEST, (int, float), "a number")
 a_truth = an_instance(bool, "true or false")
 a_mapping = an_instance(Mapping, "a mapping")

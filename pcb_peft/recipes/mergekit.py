@@ -19,8 +19,10 @@ from typing import Any, TypeAlias
 
 from pcb_peft.errors import OptionError
 from pcb_peft.plugins.options import did_you_mean
+from pcb_peft.recipes.mergekit_file import check_file
 from pcb_peft.recipes.mergekit_methods import MEANINGS, OTHERS, Meaning
 from pcb_peft.runtime.paths import expanded
+from pcb_peft.runtime.shown import quoted
 
 METHOD = "merge_method"
 KNOWN = (METHOD, "base_model", "models", "slices", "parameters")
@@ -29,6 +31,8 @@ LEFT_OUT = ("dtype", "out_dtype", "tokenizer_source", "tokenizer", "chat_templat
 
 IGNORED = ("int8_mask",)  # how much memory mergekit takes
 DENSE = {"space": "dense", "scope": "module"}
+
+MOST_KNOTS = 10_000  # of gradients over the layers: no model has so many
 
 Gradient: TypeAlias = tuple[float, ...]
 Parameters: TypeAlias = Mapping[str, Any]
@@ -63,17 +67,19 @@ def fields_of(content: Mapping[str, Any]) -> dict[str, Any]:
         content: The file's content.
 
     Raises:
-        OptionError: The method, or a parameter, has no counterpart here, or a model is no adapter.
+        OptionError: A key holds what mergekit does not know, the method or a parameter has no counterpart here, or a
+            model is no adapter.
 
     >>> models = [{"model": f"base+{name}", "parameters": {"weight": 0.5}} for name in ("math", "code")]
     >>> fields_of({"merge_method": "task_arithmetic", "base_model": "base", "models": models})["weights"]
     [0.5, 0.5]
     """
+    check_file(content)
     meaning = _meaning(content)
     unknown = [key for key in content if key not in (*KNOWN, *LEFT_OUT)]
     if unknown:
         raise OptionError(
-            f"mergekit's {unknown[0]!r} has no counterpart here; give models, {METHOD}, parameters and base_model"
+            f"mergekit's {quoted(unknown[0])} has no counterpart here; give models, {METHOD}, parameters and base_model"
         )
     base, base_adapter = _split(str(content.get("base_model") or ""))
     models = _models(content, base, meaning)
@@ -119,7 +125,7 @@ class _Settings:
             for name, value in parameters.items():
                 if name not in known or (name in self.meaning.off and value):
                     raise OptionError(
-                        f"mergekit's parameter {name!r} has no counterpart in {self.meaning.method}"
+                        f"mergekit's parameter {quoted(name)} has no counterpart in {self.meaning.method}"
                         f"{did_you_mean(name, known)}; understood are {', '.join(known)}"
                     )
 
@@ -133,7 +139,7 @@ class _Settings:
         """The number by which the merge is multiplied."""
         value = self.common.get("lambda", 1.0)
         if not isinstance(value, int | float):
-            raise OptionError(f"mergekit's lambda is {value!r}; it must be one number here")
+            raise OptionError(f"mergekit's lambda is {quoted(value)}; it must be one number here")
         return float(value)
 
     def filters(self) -> list[str]:
@@ -149,6 +155,11 @@ class _Settings:
         """The weights of the adapters among the modules that match a filter."""
         given = [self._weight(model, where) for model in self.models]
         knots = math.lcm(*(len(weight) - 1 for weight in given if len(weight) > 1)) + 1
+        if knots > MOST_KNOTS:
+            raise OptionError(
+                "mergekit: the weights are lists of such different lengths that they meet in no layers; give lists of "
+                "one length"
+            )
         if len({len(weight) for weight in given}) > 1:
             given = [_resampled(weight, knots) for weight in given]
         rows = list(zip(*given, strict=True))
@@ -242,7 +253,8 @@ def _meaning(content: Mapping[str, Any]) -> Meaning:
             f"mergekit's {name} ({OTHERS[name]}) is not among the methods here; {understood}"
         )
     raise OptionError(
-        f"{METHOD}: mergekit has no method {name!r} that is known here{did_you_mean(name, MEANINGS)}; {understood}"
+        f"{METHOD}: mergekit has no method {quoted(name)} that is known here{did_you_mean(name, MEANINGS)}; "
+        f"{understood}"
     )
 
 
@@ -291,8 +303,8 @@ def _model(entry: Mapping[str, Any], base: str) -> _Model:
         return _Model(_located(path), name, parameters)
     other = f"it is not on the base model {base}" if adapter else "it is a whole model"
     raise OptionError(
-        f"mergekit's model {name!r} is no adapter of the base model: {other}. Write BASE+ADAPTER; a fine-tuned model "
-        f"becomes an adapter with pcb-peft extract {path or 'MODEL'} {base or 'BASE'} -o ADAPTER"
+        f"mergekit's model {quoted(name)} is no adapter of the base model: {other}. Write BASE+ADAPTER; a fine-tuned "
+        f"model becomes an adapter with pcb-peft extract {path or 'MODEL'} {base or 'BASE'} -o ADAPTER"
     )
 
 
@@ -339,7 +351,7 @@ def _located(name: str) -> dict[str, str]:
 
 
 def _is_conditional(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
+    return isinstance(value, list) and bool(value) and all(isinstance(v, Mapping) for v in value)
 
 
 def _applied(value: Any, where: str | None) -> Any:
@@ -358,7 +370,9 @@ def _applied(value: Any, where: str | None) -> Any:
 def _gradient(name: str, value: Any) -> Gradient:
     values = value if isinstance(value, list) else [value]
     if not values or any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
-        raise OptionError(f"mergekit's {name} is {value!r}; it must be a number or a list of them")
+        raise OptionError(
+            f"mergekit's {name} is {quoted(value)}; it must be a number or a list of them"
+        )
     return tuple(map(float, values))
 
 

@@ -13,6 +13,7 @@ from pcb_peft.deltas.rank_choice import LOSSLESS, RankChoice, parse_rank
 from pcb_peft.deltas.replacements import POLICIES, TIES, HeadPolicy, Tied
 from pcb_peft.errors import OptionError
 from pcb_peft.files.json_text import read_text
+from pcb_peft.files.yaml_text import dump_yaml, load_yaml
 from pcb_peft.methods.default import AUTO
 from pcb_peft.recipes.fields import (
     a_mapping,
@@ -29,7 +30,6 @@ from pcb_peft.recipes.mergekit import fields_of, is_mergekit
 from pcb_peft.recipes.overrides import SCOPES, Override, Scope, read_overrides
 from pcb_peft.recipes.steps import Steps, read_steps
 from pcb_peft.recipes.weights import Weight, plain, read_weights
-from pcb_peft.recipes.yaml_text import dump_yaml, load_yaml
 from pcb_peft.runtime.shown import quoted, shown
 
 FILE_NAME = RECIPE_FILE

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from pcb_peft.errors import OptionError
+from pcb_peft.runtime.shown import quoted
 
 Step: TypeAlias = str | Mapping[str, Mapping[str, Any] | None]
 """A calibration: its name, or {name: options}."""
@@ -35,7 +36,7 @@ def _step(when: str, step: object) -> dict[str, dict[str, Any]]:
         if isinstance(name, str) and isinstance(options or {}, Mapping):
             return {name: dict(options or {})}
     raise OptionError(
-        f"{when}: {step!r} is not a calibration; it must be a name, or {{name: {{option: value}}}}"
+        f"{when}: {quoted(step)} is not a calibration; it must be a name, or {{name: {{option: value}}}}"
     )
 
 

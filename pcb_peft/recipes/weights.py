@@ -5,7 +5,6 @@ in the last, and evenly in between.
 """
 
 import functools
-import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -13,6 +12,7 @@ from typing import Any, TypeAlias
 from pcb_peft.base.paths import layer_of
 from pcb_peft.errors import OptionError
 from pcb_peft.images.depth import forward_depths, of_image_model
+from pcb_peft.recipes.fields import LARGEST
 from pcb_peft.runtime.shown import quoted
 
 Weight: TypeAlias = float | tuple[float, ...]
@@ -41,9 +41,12 @@ def read_weights(given: Any) -> tuple[Weight, ...]:
     )
 
 
-def _finite(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise OptionError(f"weights: {quoted(value)} is not a finite number, nor a list of them")
+def _finite(value: Any) -> float:
+    wrong = isinstance(value, bool) or not isinstance(value, numbers.Real)
+    if wrong or not -LARGEST <= value <= LARGEST:  # NaN is not, either
+        raise OptionError(
+            f"weights: {quoted(value)} is not a finite number, nor a list of them, each at most {LARGEST:,}"
+        )
     return float(value)
 
 

@@ -8,7 +8,13 @@ CHUNK_BYTES = 1 << 20
 
 
 def sha256_of_file(path: Path) -> str:
-    """Return the SHA-256 of a file's content, in hexadecimal digits."""
+    """Return the SHA-256 of a file's content, in hexadecimal digits.
+
+    Raises:
+        OSError: There is no such file, or it is a pipe or a device, which may never end.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a file")
     with path.open("rb") as file:
         if sys.version_info >= (3, 11):
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,10 +8,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import msgspec
+
 from pcb_peft.errors import OptionError, OutputError
+from pcb_peft.files.json_text import parse_json, read_bytes
+from pcb_peft.files.schema import Count, checked
 from pcb_peft.runtime.processes import current
+from pcb_peft.runtime.shown import shown
 from pcb_peft.searching.knobs import Candidate
 
+_REPAIR = "take the line out, or give another file: log=…, --log …"
 SEARCH, WITHOUT, TOGETHER = "search", "without", "together"
 """What a trial is for: the search itself, leaving one adapter out, or some adapters merged without the others."""
 
@@ -123,11 +129,53 @@ class Trial:
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
 
     @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> "Trial":
-        """Return the trial of a line of the log."""
-        kept = {float(scale): tasks for scale, tasks in content["kept"].items()}
-        fields: dict[str, Any] = {**content, "kept": kept, "members": tuple(content["members"])}
-        return cls(**fields)
+    def from_line(cls, line: Any, where: str) -> "Trial":
+        """Return the trial of a line of the log.
+
+        Args:
+            line: What stands in the line.
+            where: Name of the line, for messages.
+
+        Raises:
+            OptionError: It is no trial.
+        """
+        stated = checked(line, _Line, where, OptionError, _REPAIR)
+        try:
+            kept = {float(scale): tasks for scale, tasks in stated.kept.items()}
+        except ValueError as error:
+            raise OptionError(
+                f"{where}: kept has a weight that is no number ({shown(error)}); {_REPAIR}"
+            ) from error
+        return cls(
+            number=stated.number,
+            candidate=stated.candidate,
+            members=tuple(stated.members),
+            step=stated.step,
+            kept=kept,
+            response=stated.response,
+            seconds=stated.seconds,
+            error=stated.error,
+        )
+
+
+class _Head(msgspec.Struct):
+    """The first line of a log."""
+
+    search: str
+    planned: Count
+
+
+class _Line(msgspec.Struct):
+    """A line of a log: a trial."""
+
+    number: Count
+    candidate: dict[str, Any]
+    members: list[str]
+    step: str
+    kept: dict[str, dict[str, float]]
+    response: float
+    seconds: float
+    error: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -150,30 +198,39 @@ class TrialLog:
         A line that a kill cut off is dropped. All processes must call it together.
 
         Raises:
-            OptionError: The file is the log of another search.
+            OptionError: The file is the log of another search, or none, or damaged.
             OutputError: The file cannot be written.
         """
-        lines: list[dict[str, Any]] = current().reduce(None, lambda _: self._lines())
+        lines: list[Any] = current().reduce(None, lambda _: self._lines())
         if not lines:
             self._write(json.dumps({"search": self.search, "planned": self.planned}))
             return [], self.planned
-        if lines[0].get("search") != self.search:
+        head = checked(lines[0], _Head, f"{self.path}, line 1", OptionError, _REPAIR)
+        if head.search != self.search:
             raise OptionError(
                 f"{self.path} is the log of another search (other adapters, texts or knobs); give another file: log=…, "
                 "--log …"
             )
-        return [Trial.from_dict(line) for line in lines[1:]], int(lines[0]["planned"])
+        trials = [
+            Trial.from_line(line, f"{self.path}, trial {number}")
+            for number, line in enumerate(lines[1:], 1)
+        ]
+        return trials, head.planned
 
     def append(self, trials: Sequence[Trial]) -> None:
         """Write trials, and make sure that they are on the disk."""
         for trial in trials:
             self._write(trial.to_json())
 
-    def _lines(self) -> list[dict[str, Any]]:
-        if self.path is None or not self.path.is_file():
+    def _lines(self) -> list[Any]:
+        if self.path is None or not self.path.exists():
             return []
-        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
-        return [content for content in map(_parsed, lines) if content is not None]
+        content = read_bytes(self.path, OptionError, _REPAIR)
+        lines = content.decode("utf-8", errors="replace").splitlines()
+        found = [line for line in map(_parsed, lines) if line is not None]
+        if len(lines) > 1 and not found:
+            raise OptionError(f"{self.path} is not the log of a search; {_REPAIR}")
+        return found
 
     def _write(self, line: str) -> None:
         if self.path is None or not current().is_main:
@@ -190,10 +247,9 @@ class TrialLog:
             raise OutputError(f"{self.path}: the trial cannot be written: {error}") from error
 
 
-def _parsed(line: str) -> dict[str, Any] | None:
+def _parsed(line: str) -> Any:
     """The content of a line; None for one that a kill cut off."""
     try:
-        content = json.loads(line)
-    except ValueError:
+        return parse_json(line, "the line", OptionError, _REPAIR)
+    except OptionError:
         return None
-    return content if isinstance(content, dict) else None

@@ -9,11 +9,21 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+
+import msgspec
+
+from pcb_peft.errors import OutputError
+from pcb_peft.files.json_text import read_json_file
+from pcb_peft.files.schema import checked
 
 MANIFEST = ".pcb_peft.json"
 _SAMPLED = 1 << 16  # bytes at each end of a file
-_MOST_BYTES = 1 << 24  # of a list; one of 100,000 files is smaller
+
+
+class _Manifest(msgspec.Struct):
+    """The list of files: name to fingerprint."""
+
+    files: dict[str, str]
 
 
 def write_manifest(directory: Path) -> None:
@@ -64,15 +74,11 @@ def _files(directory: Path) -> Iterator[str]:
 
 def _listed(directory: Path) -> dict[str, str]:
     """Return the fingerprints of the listed files; empty where there is no list that can be read."""
-    path = directory / MANIFEST
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            return {}
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = read_json_file(directory / MANIFEST, OutputError, "")
+        return checked(content, _Manifest, MANIFEST, OutputError, "").files
+    except OutputError:
         return {}
-    files = content.get("files") if isinstance(content, dict) else None
-    return dict(files) if isinstance(files, dict) else {}
 
 
 def fingerprint(path: Path) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from pcb_peft.files.yaml_text import load_yaml
+
 CARD = "README.md"
 HUB = "https://huggingface.co"
 PROJECT = "https://github.com/pcb-peft/pcb_peft"
@@ -139,8 +141,8 @@ def read_card(path: Path) -> Card:
 
 def _parsed(front: str) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(front)
-    except (yaml.YAMLError, RecursionError, ValueError):
+        content = load_yaml(front)
+    except yaml.YAMLError:
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -1,9 +1,11 @@
-"""YAML as recipes use it: plain values, no key twice, and 1e-3 is a number, as in YAML 1.2 and in Python."""
+"""YAML from strangers: plain values, bounded in size and depth, no key twice; 1e-3 is a number, as in YAML 1.2."""
 
 import re
 from typing import Any
 
 import yaml
+
+from pcb_peft.runtime.shown import quoted
 
 _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # YAML 1.1 wants a dot and a sign
 _MOST_VALUES, _MOST_LEVELS = 100_000, 50
@@ -29,7 +31,7 @@ class _Loader(yaml.SafeLoader):
                 continue
             if str(key.value) in seen:
                 raise yaml.MarkedYAMLError(
-                    problem=f"the key {key.value!r} is there twice; give it once",
+                    problem=f"the key {quoted(key.value)} is there twice; give it once",
                     problem_mark=key.start_mark,
                 )
             seen.add(str(key.value))
