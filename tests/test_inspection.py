@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from pcb_peft import OptionError, PcbPeftError, compare_adapters, inspect_adapter, merge_adapters
 from pcb_peft.commands import cli
+from pcb_peft.commands.demo import examples_folder
 from pcb_peft.deltas.linalg import RANK_TOLERANCE
 
+LORA = examples_folder() / "lora"
 SHAPE = (16, 12)  # all rows are sampled
 
 
@@ -243,6 +245,47 @@ def test_what_looks_wrong_is_said():
     assert "never trained" in str(inspect_adapter(adapter("x", untrained)))
 
 
+def test_a_reason_is_that_of_the_kind(workshop):
+    """lora_B, (IA)³ factors, lora_alpha: the word of what was trained; and entries far above any weight's."""
+    path = workshop.adapter("llama", lora("q_proj"), base="org/llama")
+    assert "(lora_alpha is 0)" in str(inspect_adapter(workshop.edit_config(path, lora_alpha=0)))
+    path = workshop.adapter("llama", ia3("k_proj", feedforward_modules=[]), "ia3", base="org/llama")
+    assert inspect_adapter(path).warnings == ()
+    workshop.edit_tensors(path, lambda old: {name: torch.ones_like(x) for name, x in old.items()})
+    (warning,) = inspect_adapter(path).warnings
+    assert "all its factors are 1" in warning
+    path = workshop.adapter("llama", lora("q_proj"), "loud", base="org/llama")
+    assert inspect_adapter(path).warnings == ()
+    workshop.edit_tensors(path, lambda old: {name: 100 * x for name, x in old.items()})
+    (warning,) = inspect_adapter(path).warnings
+    assert "has the training diverged" in warning
+
+
+def test_a_dora_without_its_base_model_is_no_fault(workshop):
+    path = workshop.adapter("llama", lora("q_proj", use_dora=True), base="org/llama")
+    (said,) = inspect_adapter(path).warnings
+    assert "2 modules are not known without the base model (DoRA rescales W" in said
+    assert inspect_adapter(path, workshop.base("llama")).warnings == ()
+
+
+def test_a_file_of_nan_is_few_lines(workshop):
+    path = workshop.adapter("llama", lora("q_proj", "k_proj", "v_proj"), base="org/llama")
+    workshop.edit_tensors(path, lambda old: {name: x * float("nan") for name, x in old.items()})
+    *some, last = inspect_adapter(path).warnings
+    assert len(some) == 3
+    assert last == "6 modules cannot be read in all"
+
+
+def test_an_image_lora_is_known_by_its_modules(tmp_path):
+    parts = {"lora_down.weight": torch.ones(2, 320), "lora_up.weight": torch.ones(320, 2)}
+    name = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q"
+    file = tmp_path / "i.safetensors"
+    save_file({f"{name}.{part}": value for part, value in parts.items()}, file)
+    facts = inspect_adapter(file)
+    assert "SDXL" in facts.base_model
+    assert facts.warnings == ()
+
+
 def test_an_odd_scaling_and_values_that_are_no_numbers_are_said(workshop):
     path = workshop.adapter("mlp", lora(lora_alpha=96, r=2), base="base")
     assert any("scaling is 48" in warning for warning in inspect_adapter(path).warnings)
@@ -254,6 +297,11 @@ def test_an_odd_scaling_and_values_that_are_no_numbers_are_said(workshop):
     facts = inspect_adapter(workshop.edit_tensors(path, damage))
     assert any("up" in w and "NaN" in w for w in facts.warnings)
     assert [m for m, one in facts.modules.items() if one.problem] == ["blocks.0.up"]
+
+
+def test_labels_of_a_head_are_named():
+    text = str(inspect_adapter(LORA / "clinc_domain"))
+    assert "labels      auto and commute, banking" in text
 
 
 def test_an_adapter_fits_on_one_screen(workshop):

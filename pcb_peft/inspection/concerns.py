@@ -1,6 +1,7 @@
 """Things that look wrong in one adapter, in words."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from statistics import median
 
 from pcb_peft.inspection.facts import Inspection
@@ -12,6 +13,12 @@ DEAD = 1e-4
 """A module whose norm is a smaller part of the median is called dead."""
 EXTREME = 20
 """A module whose norm is more times the median of its target is called extreme."""
+MOST_PROBLEMS = 3
+"""Sentences on modules that cannot be read; a file of NaN has one for each module."""
+HUGE = 10
+"""A root mean square of the entries of ΔW above this is called huge; that of W is about 0.02."""
+ZERO_WHERE = {"LoRA": "lora_B is zero", "DoRA": "lora_B is zero", "(IA)³": "all its factors are 1"}
+VECTORS = ("(IA)³",)
 UNUSUAL_SCALING = (0.1, 8)
 """Scalings below and above are rare; most adapters have 1 or 2."""
 
@@ -20,9 +27,11 @@ def concerns(facts: Inspection) -> list[str]:
     """Return sentences on what looks wrong, the gravest first."""
     checks: Sequence[Callable[[Inspection], list[str]]] = (
         _unreadable,
+        _unmeasured,
         _untrained,
         _weak,
         _strong,
+        _huge,
         _scaling,
         _no_base,
     )
@@ -30,27 +39,53 @@ def concerns(facts: Inspection) -> list[str]:
 
 
 def _unreadable(facts: Inspection) -> list[str]:
+    damaged = {
+        module: one.problem
+        for module, one in facts.modules.items()
+        if one.problem and not one.needs_base
+    }
     by_problem: dict[str, list[str]] = {}
-    for module, one in facts.modules.items():
-        if one.problem:
-            by_problem.setdefault(one.problem, []).append(module)
-    return [
+    for module, problem in damaged.items():
+        by_problem.setdefault(problem.removeprefix(f"{module}: "), []).append(module)
+    sentences = [
         f"{some_of(modules)} cannot be read: {problem}" for problem, modules in by_problem.items()
+    ]
+    more = len(sentences) - MOST_PROBLEMS
+    if more <= 0:
+        return sentences
+    return [*sentences[:MOST_PROBLEMS], f"{len(damaged)} modules cannot be read in all"]
+
+
+def _unmeasured(facts: Inspection) -> list[str]:
+    unknown = {module: one.problem for module, one in facts.modules.items() if one.needs_base}
+    if not unknown:
+        return []
+    module, why = next(iter(unknown.items()))
+    return [
+        f"the norms of {len(unknown)} modules are not known without the base model "
+        f"({why.removeprefix(f'{module}: ')}): give it (base_model=…, --base-model …)"
     ]
 
 
 def _untrained(facts: Inspection) -> list[str]:
     readable = {module: one for module, one in facts.modules.items() if not one.problem}
-    zero = [module for module, one in readable.items() if one.norm == 0]
+    zero = {module: one for module, one in readable.items() if one.norm == 0}
     if not zero:
         return []
+    why = _why_zero(facts, {one.kind for one in zero.values()})
     if len(zero) == len(readable):
-        return [
-            "no module changes anything (lora_B is zero): the adapter was never trained, or not saved"
-        ]
+        return [f"no module changes anything{why}: the adapter was never trained, or not saved"]
     return [
-        f"{len(zero)} of {len(readable)} modules change nothing (lora_B is zero): {some_of(zero)}; were they trained?"
+        f"{len(zero)} of {len(readable)} modules change nothing{why}: {some_of(list(zero))}; were they trained?"
     ]
+
+
+def _why_zero(facts: Inspection, kinds: Collection[str]) -> str:
+    """Say what makes modules of these kinds change nothing."""
+    if facts.scaling == 0:
+        return " (lora_alpha is 0)"
+    reasons = {ZERO_WHERE[kind] for kind in kinds if kind in ZERO_WHERE}
+    return f" ({reasons.pop()})" if len(reasons) == 1 else ""
 
 
 def _weak(facts: Inspection) -> list[str]:
@@ -80,9 +115,25 @@ def _strong(facts: Inspection) -> list[str]:
     return sentences
 
 
+def _huge(facts: Inspection) -> list[str]:
+    """Entries far above those of any trained weight, be it in all modules."""
+    sizes = {
+        module: one.norm / math.sqrt(math.prod(one.shape))
+        for module, one in facts.modules.items()
+        if one.kind not in VECTORS
+    }
+    huge = [module for module, size in sizes.items() if size > HUGE]
+    if not huge:
+        return []
+    return [
+        f"{some_of(huge)}: entries of ΔW are about {max(sizes.values()):.2g} in size, and weights of trained models "
+        "about 0.02: has the training diverged, or is the scaling wrong?"
+    ]
+
+
 def _scaling(facts: Inspection) -> list[str]:
     scaling, (smallest, largest) = facts.scaling, UNUSUAL_SCALING
-    if scaling is None or smallest <= abs(scaling) <= largest:
+    if not scaling or smallest <= abs(scaling) <= largest:
         return []
     alpha, rank = facts.config["lora_alpha"], facts.config["r"]
     return [

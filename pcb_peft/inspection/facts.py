@@ -8,10 +8,15 @@ from typing import Any
 
 from pcb_peft.base.paths import layer_of, target_of
 from pcb_peft.merging.report import Report
+from pcb_peft.runtime.shown import some_of
 from pcb_peft.runtime.tables import bars, table
 from pcb_peft.runtime.units import format_size
 
 FOLDED = "folded model"
+SHOWN = 6
+"""Names that a line of the screen has at most."""
+FEW_RANKS = 4
+"""More ranks than these are shown as a range."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -25,6 +30,7 @@ class ModuleFacts:
         norm: ‖ΔW‖_F; of an (IA)³ ‖l − 1‖, of a DoRA that of its low-rank part.
         effective_rank: Number of directions that carry it; None where it is not known.
         problem: Why it cannot be read; empty where it can.
+        needs_base: True if it can be read beside the base model only, which was not given.
     """
 
     kind: str
@@ -33,6 +39,7 @@ class ModuleFacts:
     norm: float
     effective_rank: float | None
     problem: str = ""
+    needs_base: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, repr=False)
@@ -50,6 +57,7 @@ class Inspection:
         modules: Facts by module path.
         replaced: Shape of each parameter that it replaces, such as a classifier.
         token_rows: Number of token rows that it replaces, by module.
+        labels: Names of the classes of its head, in the order of the head's rows.
         heads: Names of the heads that are kept beside a merged adapter.
         companions: Files of a tokenizer and the like beside it.
         bytes: Size of its files; None for an adapter in memory.
@@ -69,6 +77,7 @@ class Inspection:
         default_factory=dict[str, tuple[int, ...]]
     )
     token_rows: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
+    labels: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
     companions: tuple[str, ...] = ()
     bytes: int | None = None
@@ -153,12 +162,19 @@ def _identity(facts: Inspection) -> str:
     lines = {
         "base model": base + revision,
         "task type": facts.task_type,
-        "rank": ", ".join(f"{rank} ({count} modules)" for rank, count in facts.ranks.items()),
+        "rank": _ranks(facts.ranks),
         "scaling": _scaling(facts),
         "replaces": _replaced(facts),
-        "heads": ", ".join(facts.heads),
+        "labels": some_of(facts.labels, SHOWN),
+        "heads": some_of(facts.heads, SHOWN),
     }
     return "\n".join(f"{name:<11} {line}" for name, line in lines.items() if line)
+
+
+def _ranks(ranks: Mapping[int, int]) -> str:
+    if len(ranks) > FEW_RANKS:
+        return f"{min(ranks)} to {max(ranks)} ({sum(ranks.values())} modules)"
+    return ", ".join(f"{rank} ({count} modules)" for rank, count in ranks.items())
 
 
 def _scaling(facts: Inspection) -> str:
@@ -174,7 +190,7 @@ def _scaling(facts: Inspection) -> str:
 def _replaced(facts: Inspection) -> str:
     parameters = [f"{name} {' x '.join(map(str, shape))}" for name, shape in facts.replaced.items()]
     rows = [f"{count} token rows of {module}" for module, count in facts.token_rows.items()]
-    return ", ".join([*parameters, *rows])
+    return some_of([*parameters, *rows], SHOWN)
 
 
 def _targets(facts: Inspection) -> str:

@@ -67,12 +67,13 @@ def inspect_adapter(
         path=None if opened.source is None else opened.source.path,
         tuner=str(config.get("peft_type", "merged")),
         task_type=opened.task_type,
-        base_model=opened.base_model,
+        base_model=opened.base_model or _image_model(opened),
         revision=opened.revision,
         config=config,
         modules=modules,
         replaced={name: tuple(one.shape) for name, one in opened.head.parameters.items()},
         token_rows={module: len(rows.indices) for module, rows in opened.head.rows.items()},
+        labels=opened.head.task.labels,
         heads=tuple(opened.heads),
         companions=tuple(name for files in opened.companions.values() for name in files),
         bytes=size_on_disk(path) if path is not None and path.exists() else None,
@@ -98,11 +99,16 @@ def _folded(source: object) -> Inspection | None:
     )
 
 
+def _image_model(adapter: Adapter) -> str | None:
+    """Return the name of an image LoRA's model, as far as its modules tell; its file names no base model."""
+    return " or ".join(adapter.image.architectures) or None if adapter.image else None
+
+
 def _module_facts(adapter: Adapter, module: str) -> ModuleFacts:
     entry = adapter.modules.entries[module]
     kind = entry.kind.kind_name
     if entry.missing and adapter.base is None:
-        return ModuleFacts(kind, entry.shape, entry.rank, 0.0, None, entry.missing)
+        return ModuleFacts(kind, entry.shape, entry.rank, 0.0, None, entry.missing, needs_base=True)
     try:
         delta = adapter.modules[module]
     except PcbPeftError as error:
