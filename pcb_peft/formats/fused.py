@@ -13,14 +13,14 @@ from pcb_peft.deltas.delta import Dense, LowRank
 from pcb_peft.deltas.layout import LINEAR
 from pcb_peft.errors import UnsupportedError
 from pcb_peft.formats.lazy_delta import LazyDelta, lora_rows, only_rows
-from pcb_peft.images.rows import parts_of
+from pcb_peft.images.rows import parts_of, shares_of
 
 
 def rows_of_parts(name: str, shape: tuple[int, int]) -> dict[str, slice]:
     """Return the rows of each part of a fused module.
 
-    Three parts have equally many. Of four (queries, keys, values and the first matrix of the MLP), the first three are
-    square.
+    Three parts have equally many, unless their names say otherwise. Of four (queries, keys, values and the first matrix
+    of the MLP), the first three are square.
 
     Args:
         name: Its name, with the parts in braces.
@@ -30,8 +30,14 @@ def rows_of_parts(name: str, shape: tuple[int, int]) -> dict[str, slice]:
         UnsupportedError: The shape does not fit.
     """
     parts, (out, width) = parts_of(name), shape
-    sizes = [out // len(parts)] * len(parts) if len(parts) == 3 else [width] * (len(parts) - 1)
-    sizes += [] if len(parts) == 3 else [out - sum(sizes)]
+    if width == 1 and len(parts) > 3:  # of their biases: the MLP's has 4 d values
+        width = out // 7
+    shares = shares_of(name)
+    if len(parts) == 3:
+        sizes = [out * share // sum(shares) for share in shares]
+    else:
+        sizes = [width] * (len(parts) - 1)
+        sizes.append(out - sum(sizes))
     if sum(sizes) != out or min(sizes) < 1:
         raise UnsupportedError(
             f"{name}: a matrix of shape {shape} cannot be split into {len(parts)} parts"
@@ -109,6 +115,15 @@ def _with_sizes(name: str, parts: Sequence[LowRank | None]) -> list[LowRank | in
     shapes = [part.shape for part in parts if part is not None]
     if any(part is not None and part.layout != LINEAR for part in parts):
         raise UnsupportedError(f"{name}: only matrices are kept in one with others")
-    largest = 4 * shapes[0][1] if len(parts) == 4 else shapes[0][0]
-    sizes = [shapes[0][1] if len(parts) == 4 else shapes[0][0]] * (len(parts) - 1) + [largest]
+    if len(parts) == 4:
+        sizes = [shapes[0][1]] * 3 + [4 * shapes[0][1]]
+    else:
+        shares = shares_of(name)
+        known = (
+            part.shape[0] // share
+            for part, share in zip(parts, shares, strict=True)
+            if part is not None
+        )
+        unit = next(known)
+        sizes = [unit * share for share in shares]
     return [size if part is None else part for part, size in zip(parts, sizes, strict=True)]

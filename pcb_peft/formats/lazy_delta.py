@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pcb_peft.deltas.delta import Delta, Dense, LowRank
-from pcb_peft.deltas.layout import Layout
+from pcb_peft.deltas.layout import LINEAR, Layout
 from pcb_peft.deltas.replacements import ReplacedParameter, TokenRows
 from pcb_peft.formats.checkpoint import SAFETENSORS
 from pcb_peft.images.names import ImageLora
@@ -109,7 +109,9 @@ def _load_rows(entry: LazyDelta, rows: slice | Tensor) -> LowRank | Dense:
 
 def lora_rows(delta: LowRank, rows: slice | Tensor) -> LowRank:
     """Return the LoRA of some rows: the same lora_A, and those rows of lora_B."""
-    return LowRank(delta.lora_A, delta.lora_B[rows], delta.scaling)
+    lora_B = delta.lora_B[rows]
+    layout = Layout(shape=(len(lora_B),)) if is_vector(delta) else LINEAR
+    return LowRank(delta.lora_A, lora_B, delta.scaling, layout=layout)
 
 
 def scaled(entry: LazyDelta, weight: float) -> LazyDelta:

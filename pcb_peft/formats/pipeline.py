@@ -8,10 +8,12 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from pcb_peft.deltas.delta import Dense
 from pcb_peft.errors import AdapterError, UnsupportedError
 from pcb_peft.formats.base_weights import Base
 from pcb_peft.formats.checkpoint import PIPELINE_TYPE, Tensors
 from pcb_peft.formats.config import PipelineConfig, checked_config
+from pcb_peft.formats.fused import split_entry
 from pcb_peft.formats.lazy_delta import AdapterContents, Config, LazyDelta
 from pcb_peft.formats.pipeline_changes import as_dora, bias_change, weight_change, with_kernel
 from pcb_peft.formats.registry import Format, register
@@ -22,6 +24,8 @@ PARTS = {  # end of a tensor's name, perhaps with the adapter's name, to the par
     r"\.(lora_down|lora_A|lora\.down|lora_linear_layer\.down)(\.[^.]+)?\.weight|_lora\.down\.weight": "A",
     r"\.(lora_up|lora_B|lora\.up|lora_linear_layer\.up)(\.[^.]+)?\.weight|_lora\.up\.weight": "B",
     r"\.lora_mid\.weight": "mid",
+    r"(?<=_lora\d)\.down\.weight": "A",
+    r"(?<=_lora\d)\.up\.weight": "B",
     r"\.alpha": "alpha",
     r"\.dora_scale|\.lora_magnitude_vector(\.[^.]+)?(\.weight)?": "dora_scale",
     r"\.lora_B(\.[^.]+)?\.bias": "lora_bias",
@@ -65,10 +69,13 @@ def read(config: Config, tensors: Tensors, base: Base) -> AdapterContents:
     entries: dict[str, LazyDelta] = {}
     for path, module in modules.items():
         name, entry, bias = names[path], changes[path], biases[path]
+        whole: dict[str, LazyDelta] = {}
         if entry is not None:
-            entries[name] = _on_weight(entry, module, name, image, base)
+            whole[name] = _on_weight(entry, module, name, image, base)
         if bias is not None:
-            entries[f"{name}.bias"] = bias
+            whole[f"{name}.bias"] = bias
+        for each, change in whole.items():
+            entries |= split_entry(each, change) if image.splits(name) else {each: change}
     return AdapterContents(entries, {}, image=image)
 
 
@@ -77,7 +84,7 @@ def _on_weight(
 ) -> LazyDelta:
     """Return the change of a weight in the shape that the layer has, rescaled as a DoRA where it is one."""
     kernel = image.kernel(name)
-    if kernel and entry.shape[1] > 1:
+    if kernel and entry.kind is Dense:  # the factors of a LoRA show their kernel themselves
         entry = with_kernel(entry, kernel, name)
     return as_dora(entry, module, name, base) if "dora_scale" in module.names else entry
 
@@ -101,8 +108,9 @@ def _by_module(names: Iterable[str]) -> dict[str, dict[str, str]]:
 
 def _parsed(name: str) -> tuple[str, str]:
     """Return the module and the part (A, B, alpha …) of a tensor."""
+    plain = re.sub(r"\.diff_m$", ".modulation.diff", name)
     for ending, part in PARTS.items():
-        match = re.fullmatch(f"(?P<module>.+?)(?:{ending})", name)
+        match = re.fullmatch(f"(?P<module>.+?)(?:{ending})", plain)
         if match:
             return _without_processor(match["module"]), part or match["part"]
     for found, what in REFUSED.items():

@@ -1,4 +1,4 @@
-"""Flux.1 (dev, schnell, Kontext, Fill): 19 double blocks, 38 single blocks."""
+"""Flux.1 (dev, schnell, Kontext, Fill) and Chroma: 19 double blocks, 38 single blocks; XLabs' names come last."""
 
 from pcb_peft.images.architecture import Architecture, Shapes
 from pcb_peft.images.rows import Rows
@@ -21,6 +21,13 @@ time_in.(in_layer|out_layer) = time_text_embed.timestep_embedder.(linear_1|linea
 guidance_in.(in_layer|out_layer) = time_text_embed.guidance_embedder.(linear_1|linear_2)
 vector_in.(in_layer|out_layer) = time_text_embed.text_embedder.(linear_1|linear_2)
 final_layer.linear = proj_out
+distilled_guidance_layer.(in_proj|out_proj)
+distilled_guidance_layer.layers.#.(in_layer|out_layer) = distilled_guidance_layer.layers.#.(linear_1|linear_2)
+double_blocks.#.processor.qkv_lora1 = {DOUBLE}.attn.{{to_q,to_k,to_v}}
+double_blocks.#.processor.qkv_lora2 = {DOUBLE}.attn.{{add_q_proj,add_k_proj,add_v_proj}}
+double_blocks.#.processor.(proj_lora1|proj_lora2) = {DOUBLE}.attn.(to_out.0|to_add_out)
+single_blocks.#.processor.qkv = {SINGLE}.attn.{{to_q,to_k,to_v}}
+single_blocks.#.processor.proj = {SINGLE}.proj_out
 """)
 
 
@@ -46,5 +53,7 @@ FLUX = Architecture(
     versions=("flux1", "flux-1"),
     modelspec="flux-1-dev",
     fits=_fits,
-    text_encoders={"lora_te3_": "text_encoder_2"},
+    text_encoders=dict.fromkeys(
+        ("lora_te3_", "text_encoders.t5xxl.transformer."), "text_encoder_2"
+    ),
 )

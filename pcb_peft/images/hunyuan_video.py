@@ -1,4 +1,6 @@
-"""HunyuanVideo: 20 double blocks, 40 single blocks, a refiner of the text."""
+"""HunyuanVideo: 20 double blocks, 40 single blocks, a refiner of the text; ComfyUI's names come last."""
+
+import re
 
 from pcb_peft.images.architecture import Architecture, Shapes
 from pcb_peft.images.rows import Rows
@@ -23,12 +25,30 @@ txt_in.individual_token_refiner.blocks.#.adaLN_modulation.1 = {REFINER}.norm_out
 txt_in.input_embedder = context_embedder.proj_in
 img_in.proj = x_embedder.proj
 final_layer.linear = proj_out
+double_blocks.#.img_attn.qkv = {DOUBLE}.attn.{{to_q,to_k,to_v}}
+double_blocks.#.txt_attn.qkv = {DOUBLE}.attn.{{add_q_proj,add_k_proj,add_v_proj}}
+double_blocks.#.(img_attn|txt_attn).proj = {DOUBLE}.attn.(to_out.0|to_add_out)
+double_blocks.#.img_mlp.(0|2) = {DOUBLE}.ff.(net.0.proj|net.2)
+double_blocks.#.txt_mlp.(0|2) = {DOUBLE}.ff_context.(net.0.proj|net.2)
+double_blocks.#.(img_mod|txt_mod).lin = {DOUBLE}.(norm1|norm1_context).linear
+single_blocks.#.modulation.lin = {SINGLE}.norm.linear
+txt_in.individual_token_refiner.blocks.#.self_attn.qkv = {REFINER}.attn.{{to_q,to_k,to_v}}
+txt_in.individual_token_refiner.blocks.#.self_attn.proj = {REFINER}.attn.to_out.0
+txt_in.individual_token_refiner.blocks.#.mlp.(0|2) = {REFINER}.ff.(net.0.proj|net.2)
 """)
 
 
+LIKE_FLUX = re.compile(r".*(img|txt)_(attn\.|mlp[._][02]|mod[._]lin$)")
+MORE_THAN_FLUX = re.compile(
+    r".*(individual_token_refiner|token_refiner|double_blocks[._]19|single_blocks[._]3[89])"
+)
+
+
 def _fits(shapes: Shapes) -> bool:
-    """Return whether linear1 has 7 d rows."""
-    return all(s[0] == 7 * s[1] for name, s in shapes.items() if name.endswith("linear1"))
+    """Return whether linear1 has 7 d rows, and whether names like those of Flux are not all that there is."""
+    whole = all(s[0] == 7 * s[1] for name, s in shapes.items() if name.endswith("linear1"))
+    as_flux = any(map(LIKE_FLUX.match, shapes))
+    return whole and (not as_flux or any(map(MORE_THAN_FLUX.match, shapes)))
 
 
 HUNYUAN_VIDEO = Architecture(

@@ -1,17 +1,31 @@
-"""LTX-Video: only the layers outside its blocks have other names in the original code."""
+"""LTX-Video and LTX-2: only the layers outside its blocks have other names in the original code."""
 
-from pcb_peft.images.architecture import Architecture
+from pcb_peft.images.anima import is_anima
+from pcb_peft.images.architecture import Architecture, Shapes
 from pcb_peft.images.rows import Rows
 
-ROWS = Rows("""
+ADALN = "emb.timestep_embedder.(linear_1|linear_2)"
+ROWS = Rows(f"""
 transformer_blocks.#.(attn1|attn2).(to_q|to_k|to_v|to_out.0)
 transformer_blocks.#.ff.(net.0.proj|net.2)
-patchify_proj = proj_in
+transformer_blocks.#.(audio_attn1|audio_attn2).(to_q|to_k|to_v|to_out.0)
+transformer_blocks.#.(audio_to_video_attn|video_to_audio_attn).(to_q|to_k|to_v|to_out.0)
+transformer_blocks.#.audio_ff.(net.0.proj|net.2)
+(patchify_proj|audio_patchify_proj) = (proj_in|audio_proj_in)
+audio_adaln_single.linear = audio_time_embed.linear
+audio_adaln_single.{ADALN} = audio_time_embed.{ADALN}
+audio_caption_projection.(linear_1|linear_2)
+audio_proj_out
 adaln_single.linear = time_embed.linear
-adaln_single.emb.timestep_embedder.(linear_1|linear_2) = time_embed.emb.timestep_embedder.(linear_1|linear_2)
+adaln_single.{ADALN} = time_embed.{ADALN}
 caption_projection.(linear_1|linear_2)
 proj_out
 """)
+
+
+def _fits(shapes: Shapes) -> bool:
+    return not is_anima(shapes)
+
 
 LTX_VIDEO = Architecture(
     "LTX-Video",
@@ -21,4 +35,5 @@ LTX_VIDEO = Architecture(
     ({"transformer_blocks": 28}, {"transformer_blocks": 48}),
     versions=("ltx",),
     modelspec="ltx-video",
+    fits=_fits,
 )

@@ -24,13 +24,21 @@ from pcb_peft.images.tables import ARCHITECTURES
 DIFFUSERS, KOHYA, COMFYUI = "diffusers", "kohya", "comfyui"
 UNDERSCORES = re.compile(r"(lora_unet_|lora_te\d?_|lora_transformer_|lycoris_)(.+)")
 DOTS = re.compile(
-    r"(model\.diffusion_model\.|diffusion_model\.|unet\.|transformer\.|text_encoder(?:_\d)?\.|base_model\.model\.)(.+)"
+    r"((?:model\.)?diffusion_model\.|unet\.|transformer(?:_\d)?\.|text_encoder(?:_\d)?\.|"
+    r"text_encoders\.\w+\.transformer\.|base_model\.model\.)(.+)"
 )
+WRAPPER = re.compile(r"(?<=\.)base_model\.model\.|^pipe\.dit\.")
+"""Matches what PEFT and DiffSynth put before a path, and what says nothing."""
 TEXT = {
     "lora_te_": "text_encoder",
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
     "lora_te3_": "text_encoder_3",
+}
+COMFYUI_TEXT = {
+    "text_encoders.clip_l.transformer.": "text_encoder",
+    "text_encoders.clip_g.transformer.": "text_encoder_2",
+    "text_encoders.t5xxl.transformer.": "text_encoder_3",
 }
 IN_PIPELINE = re.compile(r"(unet|transformer(_\d)?|text_encoder(_\d)?)\.")
 """Matches canonical names."""
@@ -53,6 +61,8 @@ class StoredName:
     @property
     def text_encoder(self) -> str | None:
         """The text encoder that the module belongs to; None for an image model."""
+        if self.prefix.startswith("text_encoders."):
+            return COMFYUI_TEXT.get(self.prefix)
         if self.prefix.startswith("text_encoder"):
             return self.prefix.rstrip(".")
         return TEXT.get(self.prefix)
@@ -62,7 +72,8 @@ class StoredName:
         """The programs that write such names."""
         if self.separator == "_":
             return KOHYA
-        return COMFYUI if "diffusion_model" in self.prefix else DIFFUSERS
+        by_comfyui = "diffusion_model" in self.prefix or self.prefix in COMFYUI_TEXT
+        return COMFYUI if by_comfyui else DIFFUSERS
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -90,11 +101,18 @@ class ImageLora:
         found = {one.kernel(path) for one in self.candidates}
         return found.pop() if len(found) == 1 and IN_PIPELINE.match(module) else None
 
+    def splits(self, module: str) -> bool:
+        """Return whether a fused module is only a part of what other programs keep whole, as one of XLabs' is."""
+        paths = {part.partition(".")[2] for part in parts_of(module)}
+        wholes = {one.rows.whole_of.get(path) for one in self.candidates for path in paths}
+        return "{" in module and module.partition(".")[2] not in wholes
+
 
 def stored_name(name: str) -> StoredName:
     """Return the parts of a module's name in a file."""
+    name = WRAPPER.sub("", name)
     if match := UNDERSCORES.fullmatch(name):
-        return StoredName(match[1], match[2], "_")
+        return StoredName(match[1], match[2].strip("_"), "_")
     if match := DOTS.fullmatch(name):
         return StoredName(match[1], match[2], ".")
     return StoredName("", name, ".")
@@ -214,8 +232,9 @@ def _canonical(name: str, parsed: StoredName, candidates: Iterable[Architecture]
         component = encoders.pop() if len(encoders) == 1 else encoder
         path = text_encoders.canonical(parsed.path, parsed.separator)
         return name if path is None else f"{component}.{path}"
+    component = parsed.prefix.rstrip(".") if IN_PIPELINE.fullmatch(parsed.prefix) else ""
     found = {
-        f"{one.component}.{path}"
+        f"{component or one.component}.{path}"
         for one in candidates
         if _in_table(one, parsed)
         and (path := one.canonical(parsed.path, parsed.separator)) is not None

@@ -7,7 +7,8 @@
     transformer_blocks.#.attn.(to_q|to_k)
 
 ``#`` is a number. ``(a|b)`` stands for one line with a and one with b; a second list on the line follows the first.
-Braces name the parts of a matrix that diffusers keeps apart, from its first rows to its last. A line without ``=`` is
+Braces name the parts of a matrix that diffusers keeps apart, from its first rows to its last; ``to_q*3`` has
+three times the rows of the others. A line without ``=`` is
 the same in both.
 """
 
@@ -96,4 +97,17 @@ def parts_of(name: str) -> list[str]:
     ['blocks.0.attn.to_q', 'blocks.0.attn.to_k', 'blocks.0.attn.to_v']
     """
     before, found, rest = name.partition("{")
-    return [before + part for part in rest.rstrip("}").split(",")] if found else [name]
+    parts, _, after = rest.partition("}")
+    return (
+        [before + part.partition("*")[0] + after for part in parts.split(",")] if found else [name]
+    )
+
+
+def shares_of(name: str) -> list[int]:
+    """Return how many rows the parts of a fused module have, against each other.
+
+    >>> shares_of("attn.{to_q*3,to_k,to_v}")
+    [3, 1, 1]
+    """
+    parts = name.partition("{")[2].partition("}")[0].split(",")
+    return [int(part.partition("*")[2] or 1) for part in parts]

@@ -1,6 +1,7 @@
 """Z-Image (Turbo, Base)."""
 
-from pcb_peft.images.architecture import Architecture
+from pcb_peft.images.architecture import Architecture, Shapes
+from pcb_peft.images.lumina2 import is_lumina2
 from pcb_peft.images.rows import Rows
 
 BLOCKS = "(layers|noise_refiner|context_refiner).#"
@@ -15,6 +16,11 @@ x_embedder = all_x_embedder.2-1
 final_layer.linear = all_final_layer.2-1.linear
 """)
 
+
+def _fits(shapes: Shapes) -> bool:
+    return not is_lumina2(shapes)
+
+
 Z_IMAGE = Architecture(
     "Z-Image",
     "transformer",
@@ -26,4 +32,5 @@ Z_IMAGE = Architecture(
     loads_kohya=True,
     versions=("zimage", "z_image", "z-image"),
     modelspec="z-image",
+    fits=_fits,
 )
