@@ -42,12 +42,15 @@ def read_weights(given: Any) -> tuple[Weight, ...]:
 
 
 def _finite(value: Any) -> float:
-    wrong = isinstance(value, bool) or not isinstance(value, numbers.Real)
-    if wrong or not -LARGEST <= value <= LARGEST:  # NaN is not, either
+    if not (_is_number(value) and -LARGEST <= value <= LARGEST):  # NaN is not, either
         raise OptionError(
             f"weights: {quoted(value)} is not a finite number, nor a list of them, each at most {LARGEST:,}"
         )
     return float(value)
+
+
+def _is_number(value: object) -> bool:
+    return not isinstance(value, bool) and isinstance(value, numbers.Real)
 
 
 def plain(weights: Sequence[Weight]) -> list[float | list[float]]:
