@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.adapters.live import files_of_model
 from pcb_peft.adapters.reading import read_adapter
-from pcb_peft.adapters.source import Source, files_of_model, open_files
+from pcb_peft.adapters.source import Source, open_files
 from pcb_peft.base.model import BaseModel, lazy_base
 from pcb_peft.deltas.replacements import Tied
 from pcb_peft.errors import OptionError
@@ -30,7 +31,8 @@ def load_adapter(
     """Open an adapter that PEFT saved. Its tensors are read when they are asked for.
 
     Args:
-        source: A directory, a hub id, or (PeftModel, adapter name).
+        source: A directory, a hub id, or (model, adapter name) of a PeftModel, of another model that PEFT's layers were
+            injected into, or of a pipeline of diffusers.
         revision: Revision of the hub repository.
         subfolder: Folder in the directory or the repository.
         base_model: Path or hub id of the base model; opened only where a delta depends on W (DoRA, PiSSA, trained

@@ -1,4 +1,4 @@
-"""Sources of adapters: a directory, the Hub, or a live PeftModel; and the record by which one is found again."""
+"""Sources of adapters: a directory or the Hub; and the record by which one is found again."""
 
 import contextlib
 import dataclasses
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pcb_peft.adapters.beside import STATING_LABELS, labels_beside, labels_in
+from pcb_peft.adapters.beside import STATING_LABELS, labels_beside
 from pcb_peft.adapters.companions import (
     GROUPS,
     TRAINED,
@@ -21,8 +21,6 @@ from pcb_peft.deltas.replacements import HEADS, NAME
 from pcb_peft.errors import (
     AdapterError,
     AdapterNotFoundError,
-    OptionError,
-    UnsupportedError,
 )
 from pcb_peft.formats.checkpoint import (
     CONFIG,
@@ -31,7 +29,6 @@ from pcb_peft.formats.checkpoint import (
     SAFETENSORS,
     SafetensorsFile,
     Tensors,
-    TensorsInMemory,
     open_tensors,
     pipeline_config,
     read_config,
@@ -197,38 +194,6 @@ def _pipeline_file(path: Path) -> Path | None:
             f"{path} holds several LoRAs, {names}: name one of them, such as {files[0]}"
         )
     return files[0] if files else None
-
-
-def files_of_model(model: Any, adapter_name: str) -> OpenedAdapter:
-    """Return what `PeftModel.save_pretrained` would write for one adapter of a live model.
-
-    Raises:
-        OptionError: The model has no adapter of that name.
-    """
-    from peft import PeftModel, get_peft_model_state_dict
-
-    if adapter_name not in getattr(model, "peft_config", {}):
-        names = ", ".join(getattr(model, "peft_config", {})) or "none (is it a PeftModel?)"
-        raise OptionError(f"the model has no adapter {adapter_name!r}; its adapters are {names}")
-    config = model.peft_config[adapter_name].to_dict()
-    config["peft_type"] = str(getattr(config["peft_type"], "value", config["peft_type"]))
-    config["task_type"] = getattr(config.get("task_type"), "value", config.get("task_type"))
-    if config.get("base_model_name_or_path") is None:
-        config["base_model_name_or_path"] = getattr(model.get_base_model(), "name_or_path", None)
-    tensors = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    base = model.get_base_model()
-    if isinstance(base, PeftModel):
-        raise UnsupportedError(
-            f"adapter {adapter_name!r} is in a PeftModel around another PeftModel; {NESTED}"
-        )
-    if config["task_type"] is None:  # what PEFT writes when it saves
-        names = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
-        config["auto_mapping"] = names
-    of_model = getattr(base, "config", None)
-    labels = labels_in({"id2label": getattr(of_model, "id2label", None)})
-    return OpenedAdapter(
-        config, TensorsInMemory(tensors, f"adapter {adapter_name!r}"), labels=labels
-    )
 
 
 def _local(source: Source) -> Path | None:
