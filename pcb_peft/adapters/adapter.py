@@ -33,10 +33,10 @@ from pcb_peft.images.names import ImageLora
 from pcb_peft.runtime.progress import tracker
 from pcb_peft.writing.base_gap import BaseGap, MeasuredDeltas
 from pcb_peft.writing.edits import fitted
-from pcb_peft.writing.fold import fold_deltas
+from pcb_peft.writing.fold import check_fold_target, fold_deltas
 from pcb_peft.writing.model_card import Facts, model_card
 from pcb_peft.writing.resume import check_resumable
-from pcb_peft.writing.targets import Overwrite, check_target
+from pcb_peft.writing.targets import Overwrite
 
 AnyAdapter = TypeVar("AnyAdapter", bound="Adapter")
 
@@ -285,8 +285,8 @@ class Adapter(HasFormat):
         none, into a file in the folder ``heads``.
 
         Args:
-            base_model: Path or hub id of a transformers checkpoint in safetensors.
-            output: Directory to write.
+            base_model: Path or hub id, in safetensors: a model of transformers, a pipeline of diffusers, or one file.
+            output: Directory to write; a file, if the base model is one.
             tied: Policy for tied weights that would change differently at their two ends: "refuse"; "untie": each has
                 weights of its own from then on, as with the adapter in PEFT; "both": both change. Default: the
                 merge's policy, else "refuse".
@@ -311,7 +311,7 @@ class Adapter(HasFormat):
             >>> from pcb_peft import load_adapter
             >>> folded = load_adapter("math-lora").fold("base-model", "math-model-again")
         """
-        check_target(Path(output), overwrite=overwrite, inputs=self.inputs)
+        check_fold_target(Path(output), overwrite=overwrite, inputs=self.inputs)
         check_resumable(self.name, self.identity(), compare_base, resume=resume)
         base = opened_base(base_model, dequantize=dequantize)
         policy = tied or self.tied
@@ -388,7 +388,7 @@ class Adapter(HasFormat):
     def loading_sections(self) -> dict[str, str]:
         """Return the sections of a card that tell how to load the adapter, and what heads it has."""
         if self.library == "diffusers":
-            return {"Load it": LOADING}
+            return {card_sections.LOAD: LOADING}
         return card_sections.loading_sections(
             self.base_model, self.task_type, self.auto_mapping, self.head, self.heads
         )

@@ -26,8 +26,9 @@ def card_of_fold(
     """
     model = named_base if public_name(base.source) is None else base.source
     licence = read_card(base.directory / CARD).licence
+    library = "transformers" if base.config else "diffusers"
     front = dataclasses.replace(
-        facts, base_model=model, relation="merge", library="transformers", more=licence
+        facts, base_model=model, relation="merge", library=library, more=licence
     )
     title = f"{title}, folded into the base model"
-    return model_card(title, front, folded_sections(sections, model, licence))
+    return model_card(title, front, folded_sections(sections, model, licence, library))

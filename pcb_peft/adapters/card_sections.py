@@ -10,13 +10,18 @@ from pcb_peft.base.canonical import AUTO_CLASSES
 from pcb_peft.deltas.replacements import Replacements
 from pcb_peft.writing.model_card import CARD, Facts, code, link, public_name, read_card
 
-USE, HEADS_HEADING, EVALUATION = "Use", "Heads", "Evaluation"
+USE, LOAD, HEADS_HEADING, EVALUATION = "Use", "Load it", "Heads", "Evaluation"
 HERE = "path/or/hub-id/of/this/adapter"
 FOLDED_USE = """
 from transformers import AutoModel, AutoTokenizer  # or the class of your task
 
 model = AutoModel.from_pretrained("path/or/hub-id/of/this/model")
 tokenizer = AutoTokenizer.from_pretrained("path/or/hub-id/of/this/model")
+"""
+FOLDED_PIPELINE_USE = """
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("path/or/hub-id/of/this/model")
 """
 _COMMENT = re.compile(r"<!--.*?-->")  # marks around an evaluation
 _CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
@@ -114,7 +119,10 @@ def heads_section(head: Replacements, heads: Mapping[str, Replacements]) -> str:
 
 
 def folded_sections(
-    sections: Mapping[str, str], base_model: str | None, licence: Mapping[str, Any]
+    sections: Mapping[str, str],
+    base_model: str | None,
+    licence: Mapping[str, Any],
+    library: str,
 ) -> dict[str, str]:
     """Return the sections of a folded model's card.
 
@@ -122,18 +130,23 @@ def folded_sections(
         sections: Those of the adapter's card.
         base_model: Path or hub id of the base model; a path is not shown.
         licence: The fields of the base model's card that state its licence.
+        library: Library that loads the model.
     """
     base = "the base model" if public_name(base_model) is None else link(str(base_model))
     lines = [f"The weights of {base}, with the deltas of the adapter added to them."]
     if stated := licence.get("license_name") or licence.get("license"):
         lines.append(f"The base model's licence is {stated}; those of the adapters count, too.")
-    lines.append(
-        "Tokenizer and chat template are the base model's, unless the vocabulary has grown."
-    )
+    if library == "transformers":
+        lines.append(
+            "Tokenizer and chat template are the base model's, unless the vocabulary has grown."
+        )
     first = "\n\n".join([" ".join(lines), sections.get("", "")])
-    rest = {name: text for name, text in sections.items() if name not in ("", USE, EVALUATION)}
+    rest = {
+        name: text for name, text in sections.items() if name not in ("", USE, LOAD, EVALUATION)
+    }
     plain = {name: _COMMENT.sub("", text) for name, text in rest.items()}
-    return {"": first, USE: code("python", FOLDED_USE), **plain}
+    use = FOLDED_USE if library == "transformers" else FOLDED_PIPELINE_USE
+    return {"": first, USE: code("python", use), **plain}
 
 
 def _head_options(head: Replacements) -> str:

@@ -16,7 +16,8 @@ from pcb_peft.errors import OptionError
 from pcb_peft.formats.base_weights import Base
 from pcb_peft.runtime.shown import quoted
 from pcb_peft.runtime.threads import in_order
-from pcb_peft.writing.targets import Overwrite, check_target
+from pcb_peft.writing.fold import check_fold_target
+from pcb_peft.writing.targets import Overwrite
 
 
 def load_adapter(
@@ -134,7 +135,7 @@ def fold_adapter(  # noqa: PLR0913  (every choice, by name)
         >>> folded = fold_adapter("math-lora", "base-model", "math-model")
     """
     source = adapter.path if isinstance(adapter, Source) else adapter
-    check_target(Path(output), overwrite=overwrite, inputs=(source, base_model))
+    check_fold_target(Path(output), overwrite=overwrite, inputs=(source, base_model))
     loaded = load_adapter(adapter, base_model=base_model, dequantize=dequantize)
     return loaded.fold(
         base_model,

@@ -23,7 +23,7 @@ from pcb_peft.base.files import (
 from pcb_peft.base.hub import download
 from pcb_peft.base.names import ParameterNames
 from pcb_peft.base.pipeline import pipeline_tensors
-from pcb_peft.base.places import WeightSlice, places_of, places_of_parts
+from pcb_peft.base.places import WeightSlice, places_in_whole, places_of, places_of_parts
 from pcb_peft.base.plain_checkpoint import plain_checkpoint, values_in
 from pcb_peft.base.quantised import QuantisedWeight, is_quantised
 from pcb_peft.deltas.layout import CONV1D, LINEAR, Layout, ParameterForm, layout_of
@@ -37,7 +37,7 @@ def open_base_model(
     """Open a transformers checkpoint without reading a weight.
 
     Args:
-        source: A directory, or the id of a repository on the Hub (from its cache when offline).
+        source: A directory, an image model in one file, or the id of a repository on the Hub (from its cache offline).
         revision: Branch, tag or commit of the repository. A directory has none.
         dequantize: Take a quantised checkpoint (NF4, INT8, GPTQ, AWQ, FP8 …), whose weights are then computed from
             their codes whenever they are read.
@@ -46,7 +46,7 @@ def open_base_model(
         BaseModelError: There is no such model, or it is stored in a form that cannot be read.
     """
     directory = expanded(source)
-    if not directory.is_dir():
+    if not directory.exists():
         directory = download(
             str(source),
             revision,
@@ -144,8 +144,8 @@ class BaseModel:
 
     Attributes:
         source: Path or hub id, as the caller gave it.
-        directory: Directory of the files.
-        config: ``config.json``; empty for a pipeline of diffusers.
+        directory: Directory of the files; the file itself, if it is a checkpoint in one.
+        config: ``config.json``; empty for a pipeline of diffusers and for a checkpoint in one file.
         tensors: Name in the files to place and shape. A quantised weight is listed as the layer without quantisation
             has it, in bfloat16, at the place of its codes.
         quantised: The weights that are computed from codes and scales; empty for an ordinary checkpoint.
@@ -233,7 +233,8 @@ class BaseModel:
         An expert (``mlp.experts.gate_up_proj.3``, ``mlp.experts.3.up_proj``) is part of a stack, or is stored in
         tensors of its own.
         """
-        places = places_of(module, self.names) or places_of_parts(module, self.names)
+        kinds = (places_of, places_of_parts, places_in_whole)
+        places = next(filter(None, (places(module, self.names) for places in kinds)), ())
         return places or (WeightSlice(self.parameter(module)),)
 
     def shape(self, module: str) -> tuple[int, ...]:

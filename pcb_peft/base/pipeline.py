@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pcb_peft.base.config import WAY_OUT
 from pcb_peft.base.files import INDEX_FILE, SINGLE_FILE, TensorInfo, read_index, read_tensor_infos
+from pcb_peft.base.one_file import tensors_of_file
 from pcb_peft.errors import BaseModelError
 from pcb_peft.files.json_text import read_json_file
 from pcb_peft.images import text_encoders
@@ -24,14 +25,22 @@ PIPELINE_INDEX = "model_index.json"
 COMPONENT = re.compile(r"unet|transformer(_\d)?|text_encoder(_\d)?")
 """Matches names of the components that LoRAs change."""
 NAMES = (SINGLE_FILE, "diffusion_pytorch_model.safetensors")
+INDICES = tuple([f"{name}.index.json" for name in NAMES])
+VARIANT = re.compile(
+    r"(diffusion_pytorch_)?model\.(?!.*-of-)[\w-]+\.safetensors|"
+    r"(diffusion_pytorch_)?model\.safetensors\.index\.\w+\.json"
+)
+"""Matches the file, or the index, of a variant such as fp16."""
 
 
 def pipeline_tensors(directory: Path) -> dict[str, TensorInfo] | None:
-    """Return the tensors of a pipeline, or of one component; None where a directory is neither.
+    """Return the tensors of a pipeline, of one component, or of a model in one file; None where a directory is none.
 
     Raises:
         BaseModelError: There are no weights that can be read.
     """
+    if directory.is_file():
+        return tensors_of_file(directory)
     components = dict(_components(directory))
     if not components:
         return None
@@ -56,16 +65,33 @@ def _tensors(directory: Path, folder: str, component: str) -> dict[str, TensorIn
     """Return the tensors of a component by the names of LoRAs, each with its file and its name in it."""
     place = directory / folder
     single = next((name for name in NAMES if (place / name).is_file()), None)
-    index = next(
-        (n for n in (f"{name}.index.json" for name in NAMES) if (place / n).is_file()), INDEX_FILE
-    )
-    files = [single] if single else sorted(set(read_index(place, index).values()))
+    index = next((n for n in INDICES if (place / n).is_file()), None)
+    if single is None and index is None:
+        single, index = _variant(place)
+    files = [single] if single else sorted(set(read_index(place, index or INDEX_FILE).values()))
     return {
         f"{component}.{_canonical(component, name)}": dataclasses.replace(
             info, file=str(Path(folder, info.file)), name=name
         )
         for name, info in read_tensor_infos(place, files).items()
     }
+
+
+def _variant(place: Path) -> tuple[str | None, str | None]:
+    """Return the only variant of a component's weights (``fp16``): its file, or its index.
+
+    Raises:
+        BaseModelError: There are several.
+    """
+    names = sorted(path.name for path in place.iterdir()) if place.is_dir() else []
+    found = [name for name in names if VARIANT.fullmatch(name)]
+    if len(found) > 1:
+        raise BaseModelError(
+            f"{place} holds the variants {', '.join(found)}, and no {' or '.join(NAMES)}: leave one of them there"
+        )
+    if not found:
+        return None, None
+    return (None, found[0]) if found[0].endswith(".json") else (found[0], None)
 
 
 def _canonical(component: str, parameter: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from pcb_peft.base.names import ParameterNames
-from pcb_peft.images.rows import parts_of
+from pcb_peft.images.rows import parts_of, rows_of_parts
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -93,6 +93,16 @@ def places_of_parts(module: str, names: ParameterNames) -> tuple[WeightSlice, ..
     """Return the places of a matrix of an image model (``attn.{to_q,to_k,to_v}``) whose parts the files have."""
     parts = parts_of(module) if "{" in module else []
     return _one_below_the_other([names.in_files(f"{part}.weight") or "" for part in parts], names)
+
+
+def places_in_whole(module: str, names: ParameterNames) -> tuple[WeightSlice, ...]:
+    """Return the place of a matrix of an image model (``attn.to_q``) in one that the files hold whole."""
+    for name, tensor in names.tensors.items():
+        whole = name.removesuffix(".weight")
+        if "{" in name and whole != name and module in parts_of(whole):
+            rows = rows_of_parts(whole, (tensor.shape[0], tensor.shape[1]))[module]
+            return (WeightSlice(name, part=(rows.start, rows.stop, 1)),)
+    return ()
 
 
 def _one_below_the_other(

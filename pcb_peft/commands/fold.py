@@ -17,9 +17,11 @@ from pcb_peft.runtime.units import format_size
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("adapter", help="directory or hub id")
+    parser.add_argument("adapter", help="directory, file or hub id")
     parser.add_argument(
-        "base_model", help="directory or hub id of a transformers checkpoint in safetensors"
+        "base_model",
+        help="directory or hub id, in safetensors, of a model of transformers or a pipeline of diffusers; or an image "
+        "model in one file, which OUTPUT is, too",
     )
     parser.add_argument("--tied", type=str.lower, metavar="POLICY", help=tied_help())
     add_dequantize(parser)
@@ -54,7 +56,8 @@ def _run(parsed: argparse.Namespace) -> Answer:
 COMMAND = Command(
     "fold",
     "Write a base model with an adapter folded into its weights",
-    "pcb-peft fold merged meta-llama/Llama-3.2-1B -o merged-model",
+    "pcb-peft fold merged meta-llama/Llama-3.2-1B -o merged-model\n"
+    "pcb-peft fold my_style.safetensors sd_xl_base_1.0.safetensors -o sdxl_my_style.safetensors",
     _add_arguments,
     _run,
 )

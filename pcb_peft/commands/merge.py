@@ -147,6 +147,7 @@ def _merge(parsed: argparse.Namespace, recipe: "Recipe", notes: list[str]) -> An
 def _check_outputs(parsed: argparse.Namespace, recipe: "Recipe") -> None:
     """Refuse outputs that could not be written after the merge."""
     from pcb_peft.adapters.saving import is_one_file, is_our_file
+    from pcb_peft.writing.fold import check_fold_target
     from pcb_peft.writing.targets import check_file_target, check_target
 
     overwrite, inputs = parsed.overwrite, _inputs(parsed, recipe)
@@ -155,7 +156,9 @@ def _check_outputs(parsed: argparse.Namespace, recipe: "Recipe") -> None:
 
         profile = profile_named(parsed.profile)
         profile.check_output(parsed.output, overwrite=overwrite, inputs=inputs)
-    elif is_one_file(parsed.output) and not parsed.fold:
+    elif parsed.fold:
+        check_fold_target(parsed.output, overwrite=overwrite, inputs=inputs)
+    elif is_one_file(parsed.output):
         check_file_target(parsed.output, overwrite=overwrite, inputs=inputs, is_ours=is_our_file)
     else:
         check_target(parsed.output, overwrite=overwrite, inputs=inputs)

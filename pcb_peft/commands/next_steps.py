@@ -53,6 +53,10 @@ def _loading(adapter: Adapter, output: Path) -> str:
 
 def after_fold(output: Path) -> str:
     """Say how to load a folded model."""
+    if output.suffix == ".safetensors":
+        return f"next:\n  load   {output} where the checkpoint is loaded that it was made from"
+    if (output / "model_index.json").is_file():
+        return f'next:\n  load   DiffusionPipeline.from_pretrained("{output}")'
     return f'next:\n  load   AutoModel.from_pretrained("{output}"), or the class of your task'
 
 

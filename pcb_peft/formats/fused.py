@@ -13,38 +13,7 @@ from pcb_peft.deltas.delta import Dense, LowRank
 from pcb_peft.deltas.layout import LINEAR
 from pcb_peft.errors import UnsupportedError
 from pcb_peft.formats.lazy_delta import LazyDelta, lora_rows, only_rows
-from pcb_peft.images.rows import parts_of, shares_of
-
-
-def rows_of_parts(name: str, shape: tuple[int, int]) -> dict[str, slice]:
-    """Return the rows of each part of a fused module.
-
-    Three parts have equally many, unless their names say otherwise. Of four (queries, keys, values and the first matrix
-    of the MLP), the first three are square.
-
-    Args:
-        name: Its name, with the parts in braces.
-        shape: (out, in).
-
-    Raises:
-        UnsupportedError: The shape does not fit.
-    """
-    parts, (out, width) = parts_of(name), shape
-    if width == 1 and len(parts) > 3:  # of their biases: the MLP's has 4 d values
-        width = out // 7
-    shares = shares_of(name)
-    if len(parts) == 3:
-        sizes = [out * share // sum(shares) for share in shares]
-    else:
-        sizes = [width] * (len(parts) - 1)
-        sizes.append(out - sum(sizes))
-    if sum(sizes) != out or min(sizes) < 1:
-        raise UnsupportedError(
-            f"{name}: a matrix of shape {shape} cannot be split into {len(parts)} parts"
-        )
-    starts = [sum(sizes[:place]) for place in range(len(sizes))]
-    pairs = zip(parts, starts, sizes, strict=True)
-    return {part: slice(start, start + size) for part, start, size in pairs}
+from pcb_peft.images.rows import parts_of, rows_of_parts, shares_of
 
 
 def split_entry(name: str, entry: LazyDelta) -> dict[str, LazyDelta]:

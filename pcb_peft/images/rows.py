@@ -15,6 +15,8 @@ the same in both.
 import re
 from collections.abc import Iterator, Sequence
 
+from pcb_peft.errors import UnsupportedError
+
 CHOICE = re.compile(r"\(([^()]*)\)")
 
 
@@ -111,3 +113,34 @@ def shares_of(name: str) -> list[int]:
     """
     parts = name.partition("{")[2].partition("}")[0].split(",")
     return [int(part.partition("*")[2] or 1) for part in parts]
+
+
+def rows_of_parts(name: str, shape: tuple[int, int]) -> dict[str, slice]:
+    """Return the rows of each part of a fused module.
+
+    Three parts have equally many, unless their names say otherwise. Of four (queries, keys, values and the first matrix
+    of the MLP), the first three are square.
+
+    Args:
+        name: Its name, with the parts in braces.
+        shape: (out, in).
+
+    Raises:
+        UnsupportedError: The shape does not fit.
+    """
+    parts, (out, width) = parts_of(name), shape
+    if width == 1 and len(parts) > 3:  # of their biases: the MLP's has 4 d values
+        width = out // 7
+    shares = shares_of(name)
+    if len(parts) == 3:
+        sizes = [out * share // sum(shares) for share in shares]
+    else:
+        sizes = [width] * (len(parts) - 1)
+        sizes.append(out - sum(sizes))
+    if sum(sizes) != out or min(sizes) < 1:
+        raise UnsupportedError(
+            f"{name}: a matrix of shape {shape} cannot be split into {len(parts)} parts"
+        )
+    starts = [sum(sizes[:place]) for place in range(len(sizes))]
+    pairs = zip(parts, starts, sizes, strict=True)
+    return {part: slice(start, start + size) for part, start, size in pairs}

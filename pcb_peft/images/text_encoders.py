@@ -1,4 +1,4 @@
-"""Text encoders of pipelines: CLIP, by the names of transformers 4 and 5, and T5."""
+"""Text encoders of pipelines: CLIP, by the names of transformers 4 and 5 and of OpenCLIP, and T5."""
 
 from pcb_peft.images.rows import Rows
 
@@ -13,7 +13,12 @@ encoder.block.#.layer.#.SelfAttention.(q|k|v|o)
 encoder.block.#.layer.#.DenseReluDense.(wi|wi_0|wi_1|wo)
 shared
 """
-ROWS = Rows(_CLIP, _T5)
+_OPEN_CLIP = """
+transformer.resblocks.#.attn.in_proj = text_model.encoder.layers.#.self_attn.{q_proj,k_proj,v_proj}
+transformer.resblocks.#.attn.out_proj = text_model.encoder.layers.#.self_attn.out_proj
+transformer.resblocks.#.mlp.(c_fc|c_proj) = text_model.encoder.layers.#.mlp.(fc1|fc2)
+"""
+ROWS = Rows(_CLIP, _T5, _OPEN_CLIP)
 
 
 def canonical(path: str, separator: str) -> str | None:

@@ -3,7 +3,7 @@
 import contextlib
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,25 @@ import torch
 from pcb_peft.base.config import WAY_OUT
 from pcb_peft.base.files import INDEX_FILE, SINGLE_FILE
 from pcb_peft.base.model import BaseModel
+from pcb_peft.base.one_file import HERE
 from pcb_peft.base.plain_checkpoint import QUANTISATION_FILES
 from pcb_peft.deltas.delta import Delta
 from pcb_peft.deltas.dtypes import SAFETENSORS_FLOATS
 from pcb_peft.deltas.linalg import row_slices
 from pcb_peft.deltas.replacements import Replacements
-from pcb_peft.errors import BaseModelError
+from pcb_peft.errors import BaseModelError, OptionError
 from pcb_peft.files.json_text import read_json_file
 from pcb_peft.files.schema import checked
 from pcb_peft.runtime.processes import current
 from pcb_peft.runtime.progress import Track, tracker
 from pcb_peft.runtime.threads import side_by_side
-from pcb_peft.writing.atomic import copy_file, shared_directory, write_files
+from pcb_peft.writing.atomic import (
+    copy_file,
+    shared_directory,
+    write_file_atomically,
+    write_files,
+)
+from pcb_peft.writing.beside_pipeline import files_beside_pipeline
 from pcb_peft.writing.chunks import (
     CHUNK_VALUES,
     Chunk,
@@ -38,7 +45,13 @@ from pcb_peft.writing.fold_plan import plan_fold
 from pcb_peft.writing.growing_file import GrowingFile
 from pcb_peft.writing.resume import Resumable, key_of
 from pcb_peft.writing.shards import CheckpointEdit, config_of, header_of, index_of
-from pcb_peft.writing.targets import Overwrite
+from pcb_peft.writing.targets import (
+    Inputs,
+    Overwrite,
+    check_file_target,
+    check_target,
+    writing,
+)
 from pcb_peft.writing.tied_weights import check_untied, resolve_tied_edits, vocab_resizes
 
 _MOST_WORKERS = 8  # one thread writes; more workers would make chunks faster than it can write them
@@ -62,7 +75,7 @@ def fold_deltas(  # noqa: PLR0913  (every choice, by name)
     identity: str | None = None,
     resume: bool = False,
 ) -> None:
-    """Write the base model with `deltas` added to its weights, as a transformers checkpoint.
+    """Write the base model with `deltas` added to its weights, in the form that it has.
 
     A shard whose shapes stay keeps its header to the byte. A tensor without a delta is copied as bytes; one with a
     delta is computed in float32 (in float64 if the tensor is) and rounded once. The base model's other files are copied
@@ -73,7 +86,7 @@ def fold_deltas(  # noqa: PLR0913  (every choice, by name)
         deltas: Module to delta. Each is read when its weight is met in the files, used and dropped: a mapping that
             computes them is never held as a whole.
         base: The base model.
-        output: Directory to write. It appears whole or not at all.
+        output: Directory to write, or file, if the base model is one. It appears whole or not at all.
         replaced: Parameters and rows that take the place of the base model's, before a delta is added.
         tied: Policy for tied weights that do not change alike: "refuse", "untie", "both".
         extra_files: Path to content of files to write beside the weights, in place of the base model's; None leaves a
@@ -91,16 +104,20 @@ def fold_deltas(  # noqa: PLR0913  (every choice, by name)
         OutputError: `output` cannot be written.
     """
     output, inputs, replaced = Path(output), [base.directory], replaced or Replacements()
+    check_fold_target(output, overwrite=overwrite, inputs=inputs)
+    _check_form(base, output, resume=resume)
     checkpoint = resolve_tied_edits(plan_fold(deltas, base, replaced), base, tied)
     resized, untied = vocab_resizes(checkpoint, base), tuple(checkpoint.added)
     beside = dict(extra_files or {})
     descriptions = index_of(base, checkpoint) | config_of(base, resized, untied=bool(untied))
     track = progress or tracker(progress=False)
     processes = current()
-    resumable = None
-    if identity is not None:
-        headers = (header_of(base, file, checkpoint) for file in base.files)
-        resumable = Resumable(key_of(identity, base, replaced, tied, headers), resume)
+    if base.directory.is_file():
+        _fold_file(base, output, checkpoint, track, overwrite=overwrite)
+        return
+    headers = (header_of(base, file, checkpoint) for file in base.files)
+    known_by = None if identity is None else key_of(identity, base, replaced, tied, headers)
+    resumable = None if known_by is None else Resumable(known_by, resume)
     shared = shared_directory(
         output, processes, overwrite=overwrite, inputs=inputs, resumable=resumable
     )
@@ -114,9 +131,9 @@ def fold_deltas(  # noqa: PLR0913  (every choice, by name)
         beside |= files_at_end()
         if not processes.is_main:
             return
-        for path in _other_files(base):
-            if path.as_posix() not in beside:
-                copy_file(base.directory / path, directory / path)
+        others = _other_files(base, checkpoint.edits)
+        for path in [path for path in others if path.as_posix() not in beside]:
+            copy_file(base.directory / path, directory / path)
         written = {name: text for name, text in (descriptions | beside).items() if text is not None}
         write_files(directory, written)
         if untied:
@@ -150,10 +167,66 @@ def _shards_to_fold(
     return processes.partition([file for file in base.files if file not in whole], size)
 
 
+def check_fold_target(output: Path, *, overwrite: Overwrite, inputs: Inputs = ()) -> None:
+    """Raise OutputError where a folded model must not be written: a directory, or a file (``model.safetensors``)."""
+    if output.suffix == ".safetensors" and not output.is_dir():
+        check_file_target(output, overwrite=overwrite, inputs=inputs, is_ours=_not_ours)
+    else:
+        check_target(output, overwrite=overwrite, inputs=inputs)
+
+
+def _not_ours(_: Path) -> bool:
+    """Return False: a folded checkpoint in one file has the header of its base model, and no mark of this package."""
+    return False
+
+
+def _fold_file(
+    base: BaseModel,
+    output: Path,
+    checkpoint: CheckpointEdit,
+    track: Track,
+    *,
+    overwrite: Overwrite,
+) -> None:
+    """Write a checkpoint in one file; of several processes, the first one writes."""
+    processes = current()
+    if processes.is_main:
+        write_file_atomically(
+            output,
+            lambda place: _write_shard(base, HERE, place, checkpoint, track),
+            overwrite=overwrite,
+            is_ours=_not_ours,
+        )
+    processes.barrier()
+
+
+def _write_shard(
+    base: BaseModel, file: str, target: Path, checkpoint: CheckpointEdit, track: Track
+) -> None:
+    _fold_shard(base, file, target, checkpoint, track)
+
+
+def _check_form(base: BaseModel, output: Path, *, resume: bool) -> None:
+    """Refuse a directory for a checkpoint in one file, and a file for a directory."""
+    one_file, named = base.directory.is_file(), output.suffix == ".safetensors"
+    if one_file and resume:
+        raise OptionError(f"{base.source} is one file, which is written anew: leave out resume")
+    if one_file and not named:
+        raise OptionError(
+            f"{base.source} is one file, and so is what it becomes: name it {output.name}.safetensors"
+        )
+    if named and not one_file:
+        raise OptionError(
+            f"{output} is the name of a file, and {base.source} is a directory: name a directory"
+        )
+
+
 def _fold_shard(
     base: BaseModel, file: str, target: Path, checkpoint: CheckpointEdit, track: Track
 ) -> str:
     """Copy a shard, with the edited values in the place of the old ones; return its SHA-256."""
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
     workers = min(torch.get_num_threads(), _MOST_WORKERS)
     contents = side_by_side(lambda chunk: chunk(), _chunks(base, file, checkpoint, track), workers)
     with GrowingFile(target) as writer, contextlib.closing(contents):
@@ -202,12 +275,14 @@ def _edited_chunks(base: BaseModel, name: str, origin: str, edit: TensorEdit) ->
     return value_chunks(edit.apply(read_tensor(source, tensor)), name)
 
 
-def _other_files(base: BaseModel) -> list[Path]:
+def _other_files(base: BaseModel, changed: Iterable[str]) -> list[Path]:
     """Return the files to copy beside the weights, relative to the base model's directory.
 
     Weights in other formats are left out, at the top or in a folder (``onnx/``), unless the folder is a further module
     of a sentence-transformers model. So are hidden folders.
     """
+    if not base.config:
+        return files_beside_pipeline(base, changed, _WEIGHTS)
     paths = [path.relative_to(base.directory) for path in sorted(base.directory.rglob("*"))]
     weights = {path.parts[0] for path in paths if _WEIGHTS.search(path.name)}
     hidden = {path.parts[0] for path in paths if len(path.parts) > 1 and path.parts[0][0] == "."}
