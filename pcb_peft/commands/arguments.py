@@ -133,18 +133,28 @@ def parse_value(text: str) -> Any:
     return WORDS.get(text.lower(), text)
 
 
+BLOCKS = "blocks:"
+"""Beginning of a weight with a number per block of an image model."""
+
+
 def parse_weights(words: Sequence[str]) -> list[Any]:
     """Parse one weight per adapter: ``1 0.5`` or ``1,0.5``; ``[0,1]`` is a gradient from the first layer to the last.
+
+    ``blocks:1,0,0.5`` has a number per block of an image model.
 
     Raises:
         UsageError: A weight is not a number.
     """
     weights: list[Any] = []
     for word in words:
+        if word.startswith(BLOCKS):
+            weights.append({"blocks": parse_value(f"[{word.removeprefix(BLOCKS)}]")})
+            continue
         values = parse_value(word)
         weights += values if isinstance(values, list) and not word.startswith("[") else [values]
     for word, weight in zip(words, weights, strict=False):
-        numbers = weight if isinstance(weight, list) else [weight]
+        numbers = weight["blocks"] if isinstance(weight, dict) else weight
+        numbers = numbers if isinstance(numbers, list) else [numbers]
         if not all(type(number) in (int, float) for number in numbers):
             raise UsageError(
                 f"--weights: {word!r} is not a number",

@@ -56,8 +56,7 @@ def _run(parsed: argparse.Namespace) -> Answer:
 COMMAND = Command(
     "fold",
     "Write a base model with an adapter folded into its weights",
-    "pcb-peft fold merged meta-llama/Llama-3.2-1B -o merged-model\n"
-    "pcb-peft fold my_style.safetensors sd_xl_base_1.0.safetensors -o sdxl_my_style.safetensors",
+    "pcb-peft fold merged meta-llama/Llama-3.2-1B -o merged-model",
     _add_arguments,
     _run,
 )

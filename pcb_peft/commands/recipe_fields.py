@@ -73,7 +73,14 @@ def _merge_fields() -> Iterator[Field]:
         f"{', '.join(others)})"
     )
     yield Field("method", words, _name(methods), "NAME", names=methods)
-    yield Field("weights", "one per adapter (default: 1 each)", parse_weights, "WEIGHT", many=True)
+    yield Field(
+        "weights",
+        "one per adapter (default: 1 each): a number; [0,1], from the first layer to the last; or blocks:1,0,0.5, a "
+        "number per block of an image model",
+        parse_weights,
+        "WEIGHT",
+        many=True,
+    )
     words = f"{', '.join(spaces)} (default: auto, the method's own)"
     yield Field("space", words, _name(spaces), "NAME", names=spaces)
     yield Field(

@@ -13,6 +13,8 @@ def _any_shapes(_: Shapes) -> bool:
     return True
 
 
+BASE = "BASE"
+"""Name of what lies outside of the blocks, in lists of weights by block."""
 LAST = 1000  # number of what changes the size, at the end of a block
 
 
@@ -25,6 +27,7 @@ class Architecture:
         component: Component of a diffusers pipeline that the rows belong to.
         rows: The modules.
         order: Beginnings of diffusers' names in the order of the forward pass.
+        unet_layouts: Blocks in the original code's names, in the order in which weights by block are given.
         sizes: Numbers of blocks of the models of this architecture, by the beginnings of their names.
         kohya: Column that kohya's trainers take their names from: "original" or "diffusers".
         comfyui: Column that ComfyUI's names are taken from.
@@ -44,6 +47,7 @@ class Architecture:
     component: str
     rows: Rows
     order: Sequence[str]
+    unet_layouts: Sequence[tuple[str, ...]] = ()
     sizes: Sequence[Mapping[str, int]] = ()
     kohya: str = "original"
     comfyui: str = "original"
@@ -81,6 +85,26 @@ class Architecture:
             if start in starts and number.isdecimal():
                 counts[start] = max(counts.get(start, 0), int(number) + 1)
         return counts
+
+    @property
+    def block_layouts(self) -> list[tuple[str, ...]]:
+        """The blocks that weights by block are given for, in their order; several lists, which differ in length."""
+        blocks = [
+            tuple([f"{start}.{number}" for start in size for number in range(size[start])])
+            for size in self.sizes
+        ]
+        return [*self.unet_layouts, *blocks, *((BASE, *one) for one in blocks)]
+
+    def block(self, path: str) -> str | None:
+        """Return the block of a module, by diffusers' name without the component; None outside of the blocks."""
+        if self.unet_layouts:
+            parts = (self.original(path) or "").split(".")
+            found = parts[0] if parts[0] == "middle_block" else ".".join(parts[:2])
+            return found if any(found in layout for layout in self.unet_layouts) else None
+        start, _, rest = path.partition(".")
+        number = rest.partition(".")[0]
+        known = number.isdecimal() and any(start in size for size in self.sizes)
+        return f"{start}.{number}" if known else None
 
     def depth(self, path: str) -> tuple[int, ...] | None:
         """Return a module's place in the forward pass, for sorting; None if it lies in none of the blocks."""

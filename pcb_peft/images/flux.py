@@ -47,7 +47,7 @@ FLUX = Architecture(
     "transformer",
     ROWS,
     ("transformer_blocks", "single_transformer_blocks"),
-    ({"transformer_blocks": 19, "single_transformer_blocks": 38},),
+    sizes=({"transformer_blocks": 19, "single_transformer_blocks": 38},),
     loads_kohya=True,
     down_up=True,
     versions=("flux1", "flux-1"),

@@ -38,7 +38,7 @@ FLUX2 = Architecture(
     "transformer",
     ROWS,
     ("transformer_blocks", "single_transformer_blocks"),
-    (
+    sizes=(
         {"transformer_blocks": 8, "single_transformer_blocks": 48},
         {"transformer_blocks": 5, "single_transformer_blocks": 20},
         {"transformer_blocks": 8, "single_transformer_blocks": 24},

@@ -56,7 +56,7 @@ HUNYUAN_VIDEO = Architecture(
     "transformer",
     ROWS,
     ("transformer_blocks", "single_transformer_blocks"),
-    ({"transformer_blocks": 20, "single_transformer_blocks": 40},),
+    sizes=({"transformer_blocks": 20, "single_transformer_blocks": 40},),
     versions=("hunyuan_video", "hunyuan-video"),
     modelspec="hunyuan-video",
     fits=_fits,

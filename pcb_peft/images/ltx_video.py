@@ -32,7 +32,7 @@ LTX_VIDEO = Architecture(
     "transformer",
     ROWS,
     ("transformer_blocks",),
-    ({"transformer_blocks": 28}, {"transformer_blocks": 48}),
+    sizes=({"transformer_blocks": 28}, {"transformer_blocks": 48}),
     versions=("ltx",),
     modelspec="ltx-video",
     fits=_fits,

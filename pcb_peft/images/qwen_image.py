@@ -19,7 +19,7 @@ QWEN_IMAGE = Architecture(
     "transformer",
     ROWS,
     ("transformer_blocks",),
-    ({"transformer_blocks": 60},),
+    sizes=({"transformer_blocks": 60},),
     loads_kohya=True,
     versions=("qwen_image", "qwen-image"),
     modelspec="qwen-image",

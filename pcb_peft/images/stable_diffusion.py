@@ -1,9 +1,9 @@
 """Stable Diffusion 1, 2 and XL: UNets, by the names of diffusers and of the original code (SGM, "ldm")."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from pcb_peft.images.architecture import Architecture, Shapes
+from pcb_peft.images.architecture import BASE, Architecture, Shapes
 from pcb_peft.images.rows import Rows
 
 _RESNET = "(in_layers.0|in_layers.2|emb_layers.1|out_layers.0|out_layers.3|skip_connection)"
@@ -59,6 +59,20 @@ CONVOLUTIONS = {
     **dict.fromkeys(("conv_in", "conv_out", "conv1", "conv2", "samplers.0.conv"), (3, 3)),
     "conv_shortcut": (1, 1),
 }
+
+
+def _layout(inputs: Iterable[int], outputs: Iterable[int]) -> tuple[str, ...]:
+    """Return blocks in the order of weights by block."""
+    return (
+        BASE,
+        *(f"input_blocks.{number}" for number in inputs),
+        "middle_block",
+        *(f"output_blocks.{number}" for number in outputs),
+    )
+
+
+LAYOUTS = (_layout((1, 2, 4, 5, 7, 8), range(3, 12)), _layout(range(12), range(12)))  # 17, 26
+LAYOUTS_XL = (_layout((4, 5, 7, 8), range(6)), _layout(range(9), range(9)))  # 12, 20
 CONTEXT = {768: "SD1", 1024: "SD2", 2048: "SDXL"}  # inputs of attn2.to_k: width of the text
 ONLY_XL = re.compile(
     r"lora_te2_|text_encoder_2\.|.*(input_blocks|middle_block|output_blocks|label_emb|add_embedding)|"
@@ -91,6 +105,7 @@ SD1 = Architecture(
     "unet",
     ROWS,
     ORDER,
+    LAYOUTS,
     kohya="diffusers",
     loads_kohya=True,
     loads_comfyui=False,
@@ -104,6 +119,7 @@ SD2 = Architecture(
     "unet",
     ROWS,
     ORDER,
+    LAYOUTS,
     kohya="diffusers",
     loads_kohya=True,
     loads_comfyui=False,
@@ -117,6 +133,7 @@ SDXL = Architecture(
     "unet",
     ROWS,
     ORDER,
+    LAYOUTS_XL,
     loads_kohya=True,
     loads_comfyui=False,
     versions=("sdxl_base_v1-0", "sdxl", "stable-diffusion-xl"),

@@ -25,7 +25,7 @@ SD3 = Architecture(
     "transformer",
     ROWS,
     ("transformer_blocks",),
-    ({"transformer_blocks": 24}, {"transformer_blocks": 38}),
+    sizes=({"transformer_blocks": 24}, {"transformer_blocks": 38}),
     loads_comfyui=False,
     versions=("sd3", "stable-diffusion-3"),
     modelspec="stable-diffusion-3-medium",

@@ -26,7 +26,7 @@ WAN = Architecture(
     "transformer",
     ROWS,
     ("blocks",),
-    ({"blocks": 40}, {"blocks": 30}),
+    sizes=({"blocks": 40}, {"blocks": 30}),
     versions=("wan",),
     modelspec="wan2.1",
 )

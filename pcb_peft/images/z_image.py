@@ -26,7 +26,7 @@ Z_IMAGE = Architecture(
     "transformer",
     ROWS,
     ("noise_refiner", "context_refiner", "layers"),
-    ({"noise_refiner": 2, "context_refiner": 2, "layers": 30},),
+    sizes=({"noise_refiner": 2, "context_refiner": 2, "layers": 30},),
     kohya="diffusers",
     comfyui="diffusers",
     loads_kohya=True,

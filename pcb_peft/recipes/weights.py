@@ -1,16 +1,17 @@
-"""The weights of a merge: one λ per adapter, or a gradient over the layers.
+"""The weights of a merge: one λ per adapter, a gradient over the layers, or a number per block of an image model.
 
 ``weights=[1.0, [0.2, 0.8]]``: the first adapter counts with 1 everywhere, the second with 0.2 in the first layer, 0.8
-in the last, and evenly in between.
+in the last, and evenly in between. ``{"blocks": [1, 0, …]}`` has a number per block (`pcb_peft.images.blocks`).
 """
 
 import functools
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from pcb_peft.base.paths import layer_of
 from pcb_peft.errors import OptionError
+from pcb_peft.images.blocks import BlockWeights, weights_in_blocks
 from pcb_peft.images.depth import forward_depths, of_image_model
 from pcb_peft.recipes.fields import LARGEST
 from pcb_peft.runtime.shown import quoted
@@ -18,12 +19,12 @@ from pcb_peft.runtime.shown import quoted
 Weight: TypeAlias = float | tuple[float, ...]
 """λ of one adapter: a number, or a gradient: its values from the first layer to the last, evenly spaced."""
 
-WeightsLike: TypeAlias = Sequence[float | Sequence[float]]
-"""Weights as users write them: a number or a list of numbers per adapter."""
+WeightsLike: TypeAlias = Sequence[float | Sequence[float] | Mapping[str, Sequence[float]]]
+"""Weights as users write them: per adapter a number, a list of numbers, or ``{"blocks": numbers}``."""
 
 
 def read_weights(given: Any) -> tuple[Weight, ...]:
-    """Parse weights: numbers, and lists of numbers.
+    """Parse weights: numbers, lists of numbers, and numbers by block.
 
     >>> read_weights([1, [0.2, 0.8]])
     (1.0, (0.2, 0.8))
@@ -35,9 +36,19 @@ def read_weights(given: Any) -> tuple[Weight, ...]:
         raise OptionError(
             f"weights is {quoted(given)}; it must be a list with one weight per adapter"
         )
-    return tuple(
+    return tuple(map(_weight, given))
+
+
+def _weight(value: Any) -> Weight:
+    if isinstance(value, BlockWeights):
+        return value
+    if isinstance(value, Mapping):
+        numbers: Any = cast("Mapping[str, Any]", value).get("blocks")
+        if len(value) != 1 or not isinstance(numbers, list | tuple) or not numbers:
+            raise OptionError(f"weights: {quoted(value)} is not {{blocks: [numbers]}}")
+        return BlockWeights(map(_finite, numbers))
+    return (
         tuple(map(_finite, value)) if isinstance(value, list | tuple) and value else _finite(value)
-        for value in given
     )
 
 
@@ -53,9 +64,14 @@ def _is_number(value: object) -> bool:
     return not isinstance(value, bool) and isinstance(value, numbers.Real)
 
 
-def plain(weights: Sequence[Weight]) -> list[float | list[float]]:
+def plain(weights: Sequence[Weight]) -> list[float | list[float] | dict[str, list[float]]]:
     """Weights as plain data, for YAML."""
-    return [list(weight) if isinstance(weight, tuple) else weight for weight in weights]
+    return [
+        {"blocks": list(weight)}
+        if isinstance(weight, BlockWeights)
+        else (list(weight) if isinstance(weight, tuple) else weight)
+        for weight in weights
+    ]
 
 
 def number_of_layers(modules: Iterable[str]) -> int:
@@ -84,12 +100,24 @@ def weights_by_module(
     """Return a function from a module to its weights, in a model whose layers are those of all `modules`.
 
     Raises:
-        OptionError: A gradient over the modules of an image model whose order is not known.
+        OptionError: A gradient over the modules of an image model whose order is not known, or numbers by block that
+            are not as many as the model has blocks.
     """
     paths = list(modules)
+    if any(isinstance(weight, BlockWeights) for weight in weights):
+        by_weight = [_by_module(weight, paths) for weight in weights]
+        return lambda module: tuple([weight(module) for weight in by_weight])
     if any(isinstance(weight, tuple) for weight in weights) and of_image_model(paths):
         return functools.partial(_at, weights, forward_depths(paths))
     return functools.partial(at_depth, weights, layers=number_of_layers(paths))
+
+
+def _by_module(weight: Weight, paths: Sequence[str]) -> Callable[[str], float]:
+    """Return a function from a module to its weight of one adapter."""
+    if isinstance(weight, BlockWeights):
+        return weights_in_blocks(weight, paths).__getitem__
+    alone = weights_by_module([weight], paths)
+    return lambda module: alone(module)[0]
 
 
 def _at(weights: Sequence[Weight], depths: Mapping[str, float], module: str) -> tuple[float, ...]:
