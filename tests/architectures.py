@@ -12,6 +12,7 @@ import torch
 import transformers as hf
 from torch import Tensor
 
+VERSION = int(hf.__version__.partition(".")[0])
 ATTENTION = ["q_proj", "v_proj"]
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 STACKS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -60,6 +61,12 @@ ENCODER = {
     "pad_token_id": 0,
     "num_labels": 3,
 }
+MROPE = {
+    "rope_parameters" if VERSION > 4 else "rope_scaling": {
+        "rope_type": "default",
+        "mrope_section": [1, 1, 2],
+    }
+}
 TOKENS = {"input_ids": torch.tensor([[1, 5, 9, 3, 7, 2, 11, 4]])}
 PICTURE = {"pixel_values": torch.linspace(-1, 1, 3 * 8 * 8).reshape(1, 3, 8, 8)}
 PAIR = {**TOKENS, "decoder_input_ids": torch.tensor([[0, 6, 8, 4]])}
@@ -79,6 +86,7 @@ class Architecture:
         config: Makes its configuration.
         targets: PEFT's fields that say what is targeted.
         inputs: Arguments of a forward pass.
+        before: The targets in transformers 4, where they are others.
     """
 
     kind: str
@@ -86,6 +94,17 @@ class Architecture:
     config: Callable[[], Any]
     targets: Mapping[str, Any]
     inputs: Mapping[str, Tensor] = dataclasses.field(default_factory=lambda: TOKENS)
+    before: Mapping[str, Any] | None = None
+
+    @property
+    def installed_targets(self) -> Mapping[str, Any]:
+        """PEFT's fields, for the installed transformers."""
+        return self.targets if self.before is None or VERSION > 4 else self.before
+
+    @property
+    def is_installed(self) -> bool:
+        """True if the installed transformers has the class."""
+        return hasattr(hf, self.name)
 
 
 def modules(*names: str) -> dict[str, Any]:
@@ -194,6 +213,7 @@ ARCHITECTURES = [
         "GraniteMoeForCausalLM",
         lambda: hf.GraniteMoeConfig(**WORDS, num_local_experts=4, num_experts_per_tok=2),
         parameters(),
+        before=parameters("input_linear.weight", "output_linear.weight"),
     ),
     Architecture(
         EXPERTS,
@@ -236,7 +256,7 @@ ARCHITECTURES = [
             text_config={
                 **MIXTURE,
                 "num_experts": 4,
-                "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]},
+                **MROPE,
             },
             vision_config={
                 "depth": 1,
@@ -276,7 +296,7 @@ ARCHITECTURES = [
         lambda: hf.Qwen2VLConfig(
             text_config={
                 **WORDS,
-                "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]},
+                **MROPE,
             },
             vision_config={"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2},
         ),
@@ -375,6 +395,7 @@ ARCHITECTURES = [
         lambda: hf.ViTConfig(**{**PIXELS, "num_labels": 3}),
         {**modules("q_proj", "v_proj", "fc1"), "modules_to_save": ["classifier"]},
         PICTURE,
+        before={**modules("query", "value"), "modules_to_save": ["classifier"]},
     ),
 ]
 

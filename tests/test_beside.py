@@ -205,6 +205,33 @@ def test_a_folded_model_has_a_card_of_its_own(workshop, tmp_path):
     assert (tmp_path / "one" / "BASE_README.md").read_text().endswith("# The base\n")
 
 
+@pytest.mark.parametrize(
+    ("stated", "of_merge", "of_fold"),
+    [
+        pytest.param(["mit", "mit"], "mit", None, id="alike, and the base model has another"),
+        pytest.param(["apache-2.0"] * 2, "apache-2.0", "apache-2.0", id="all alike"),
+        pytest.param(["mit", "cc-by-nc-4.0"], None, None, id="different"),
+        pytest.param(["apache-2.0", None], None, None, id="one states none"),
+        pytest.param([None, None], None, "apache-2.0", id="only the base model's"),
+    ],
+)
+def test_licences_of_adapters_are_carried_over_and_different_ones_are_told(
+    workshop, tmp_path, stated, of_merge, of_fold
+):
+    adapters, base = workshop.adapters("llama", [lora(), lora()]), workshop.base("llama")
+    for directory, licence in zip([*adapters, base], [*stated, "apache-2.0"], strict=True):
+        front = f"license: {licence}" if licence else "tags: []"
+        (directory / "README.md").write_text(f"---\n{front}\n---\n# One\n")
+    merge_adapters(adapters, "linear").save_pretrained(tmp_path / "merged")
+    load_adapter(tmp_path / "merged").fold(base, tmp_path / "folded")
+    for name, licence in {"merged": of_merge, "folded": of_fold}.items():
+        card = ModelCard.load(tmp_path / name / "README.md")
+        assert card.data.to_dict().get("license") == licence
+        for adapter, one in zip(adapters, stated, strict=True):
+            line = f"- {adapter.name}: {one or 'none stated'}\n"
+            assert (line in card.text) == any(stated)
+
+
 def test_the_card_of_a_merge_with_one_head_keeps_what_it_said(workshop, tmp_path):
     config = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
     adapters = workshop.adapters("bert", [config, config])

@@ -1,5 +1,7 @@
 """One weight, one name: transformers' own classes and conversions say which names mean the same."""
 
+import json
+
 import pytest
 import torch
 import transformers as hf
@@ -75,6 +77,22 @@ def test_names_of_older_versions_are_converted(tmp_path, family):
     old = f"language_model.model.layers.1.{UP}"  # before transformers 4.52
     assert names.find(old) == f"model.language_model.layers.1.{UP}"
     assert names.of([[old]]) == [{old: f"model.language_model.layers.1.{UP}"}]
+
+
+def test_the_class_may_be_named_in_the_configuration_of_the_text_model(tmp_path):
+    """As transformers 4 writes it for Qwen2-VL."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    vision = {"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2}
+    text = {**TEXT, "rope_parameters": rope, "rope_scaling": rope}
+    config = hf.Qwen2VLConfig(text_config=text, vision_config=vision)
+    names_of(tmp_path, hf.Qwen2VLForConditionalGeneration, config)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    named = fields.pop("architectures", None) or fields["text_config"]["architectures"]
+    fields["text_config"]["architectures"] = named
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    module = f"model.language_model.layers.0.{UP}"
+    found = canonical_names(tmp_path).loaded_as([module])
+    assert (found.name, canonical_names(tmp_path).find(module)) == (*named, module)
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "model.language_model."])

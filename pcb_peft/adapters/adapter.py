@@ -10,15 +10,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from pcb_peft.adapters import card_sections
 from pcb_peft.adapters.beside import task_file
-from pcb_peft.adapters.card_of_fold import card_of_fold
 from pcb_peft.adapters.chosen_head import chosen_head
 from pcb_peft.adapters.companions import Companions, bytes_of
 from pcb_peft.adapters.delta_mapping import DeltaMapping
 from pcb_peft.adapters.expert_stacks import without_fused_layers
-from pcb_peft.adapters.file_format import LOADING, HasFormat
 from pcb_peft.adapters.folded_files import folded_files
+from pcb_peft.adapters.has_card import HasCard
 from pcb_peft.adapters.saving import FileFormat, save_adapter
 from pcb_peft.adapters.source import OpenedAdapter, Source
 from pcb_peft.base.architecture import Skeleton
@@ -34,7 +32,6 @@ from pcb_peft.runtime.progress import tracker
 from pcb_peft.writing.base_gap import BaseGap, MeasuredDeltas
 from pcb_peft.writing.edits import fitted
 from pcb_peft.writing.fold import check_fold_target, fold_deltas
-from pcb_peft.writing.model_card import Facts, model_card
 from pcb_peft.writing.resume import check_resumable
 from pcb_peft.writing.targets import Overwrite
 
@@ -42,7 +39,7 @@ AnyAdapter = TypeVar("AnyAdapter", bound="Adapter")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class Adapter(HasFormat):
+class Adapter(HasCard):
     """The change that one adapter makes to its base model.
 
     Attributes:
@@ -62,6 +59,7 @@ class Adapter(HasFormat):
         heads: Name of each source of a merged adapter to the parameters that this source replaces.
         inputs: Files and directories that it was made from, which no output may replace.
         companions: Files beside the weights that belong to the model (tokenizer, chat template …), by group.
+        licences: Adapter that this was made from to the fields of its card that state its licence.
         base_gap: After a fold with `compare_base`: how far the two base models are from each other.
         image: What is known about a LoRA of an image or video model beside its deltas; None for an adapter of PEFT.
         facts: Plain data by module that a fold collects from the deltas, and notes for a run that continues it.
@@ -83,6 +81,9 @@ class Adapter(HasFormat):
     heads: Mapping[str, Replacements] = dataclasses.field(default_factory=dict[str, Replacements])
     inputs: tuple[str, ...] = ()
     companions: Companions = dataclasses.field(default_factory=dict[str, Mapping[str, Path]])
+    licences: Mapping[str, Mapping[str, Any]] = dataclasses.field(
+        default_factory=dict[str, Mapping[str, Any]]
+    )
     base_gap: BaseGap | None = None
     image: ImageLora | None = None
     facts: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
@@ -363,35 +364,6 @@ class Adapter(HasFormat):
             return head_files({self.name: self.head.without(without)} | dict(self.heads))
         beside = bytes_of(self.companions)
         return beside | task_file(self.head.task.labels) | head_files(self.heads)
-
-    def card(self, peft_type: str) -> str:
-        """Return the text of the model card."""
-        title, facts, sections = self.card_parts()
-        facts = dataclasses.replace(facts, tags=self.tags(peft_type), library=self.library)
-        return model_card(title, facts, sections)
-
-    def folded_card(self, base: BaseModel) -> str:
-        """Return the text of the model card of the base model with the adapter folded into it."""
-        return card_of_fold(*self.card_parts(), self.base_model, base)
-
-    def card_parts(self) -> tuple[str, Facts, dict[str, str]]:
-        """Return the title, the front matter and the sections of the adapter's card.
-
-        A merge that was saved says again what the card beside it says of its making.
-        """
-        directory = None if self.files is None else self.files.directory
-        facts = Facts(base_model=self.base_model, task_type=self.task_type)
-        source = None if self.source is None else self.source.path
-        loading = self.loading_sections()
-        return card_sections.card_parts(self.name, facts, loading, directory, source)
-
-    def loading_sections(self) -> dict[str, str]:
-        """Return the sections of a card that tell how to load the adapter, and what heads it has."""
-        if self.library == "diffusers":
-            return {card_sections.LOAD: LOADING}
-        return card_sections.loading_sections(
-            self.base_model, self.task_type, self.auto_mapping, self.head, self.heads
-        )
 
 
 def _renamed(

@@ -1,16 +1,20 @@
 """Sections of a model card that tell how to load an adapter, and what heads it has."""
 
-import dataclasses
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pcb_peft.base.canonical import AUTO_CLASSES
 from pcb_peft.deltas.replacements import Replacements
-from pcb_peft.writing.model_card import CARD, Facts, code, link, public_name, read_card
+from pcb_peft.writing.model_card import code, link, public_name
 
-USE, LOAD, HEADS_HEADING, EVALUATION = "Use", "Load it", "Heads", "Evaluation"
+USE, LOAD, HEADS_HEADING, LICENCES, EVALUATION = (
+    "Use",
+    "Load it",
+    "Heads",
+    "Licences",
+    "Evaluation",
+)
 HERE = "path/or/hub-id/of/this/adapter"
 FOLDED_USE = """
 from transformers import AutoModel, AutoTokenizer  # or the class of your task
@@ -25,33 +29,6 @@ pipeline = DiffusionPipeline.from_pretrained("path/or/hub-id/of/this/model")
 """
 _COMMENT = re.compile(r"<!--.*?-->")  # marks around an evaluation
 _CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
-
-
-def card_parts(
-    name: str,
-    facts: Facts,
-    loading: Mapping[str, str],
-    directory: Path | None,
-    source: str | None,
-) -> tuple[str, Facts, dict[str, str]]:
-    """Return the title, the front matter and the sections of an adapter's card.
-
-    Args:
-        name: The adapter's name.
-        facts: What is known for the front matter.
-        loading: Sections that tell how to load it.
-        directory: Directory of the adapter's files; the card of a merge there says again how it was made.
-        source: Path or hub id from which it was read.
-    """
-    if directory is not None and (card := read_card(directory / CARD)).is_ours:
-        made = without_loading(card.sections)
-        more = card.licence | {k: card.front[k] for k in ("model-index",) if k in card.front}
-        facts = dataclasses.replace(facts, models=card.models, more=more)
-        return card.title, facts, {"": made.pop("", ""), **loading, **made}
-    public = None if source is None else public_name(source)
-    first = f"The PEFT adapter {link(public)}." if public else ""
-    facts = dataclasses.replace(facts, models=[public] if public else [])
-    return name, facts, {"": first, **loading}
 
 
 def loading_sections(
@@ -118,6 +95,23 @@ def heads_section(head: Replacements, heads: Mapping[str, Replacements]) -> str:
     return ""
 
 
+def common_licence(licences: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the licence that all adapters state; empty if one states another, or none."""
+    first, *others = licences.values() or [{}]
+    return dict(first) if all(other == first for other in others) else {}
+
+
+def licences_section(licences: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Return the section that lists the adapters' licences; none where no adapter states one."""
+    if not any(licences.values()):
+        return {}
+    return {LICENCES: "\n".join(f"- {name}: {_licence(one)}" for name, one in licences.items())}
+
+
+def _licence(fields: Mapping[str, Any]) -> str:
+    return str(fields.get("license_name") or fields.get("license") or "none stated")
+
+
 def folded_sections(
     sections: Mapping[str, str],
     base_model: str | None,
@@ -134,8 +128,10 @@ def folded_sections(
     """
     base = "the base model" if public_name(base_model) is None else link(str(base_model))
     lines = [f"The weights of {base}, with the deltas of the adapter added to them."]
-    if stated := licence.get("license_name") or licence.get("license"):
-        lines.append(f"The base model's licence is {stated}; those of the adapters count, too.")
+    if licence:
+        lines.append(
+            f"The base model's licence is {_licence(licence)}; those of the adapters count, too."
+        )
     if library == "transformers":
         lines.append(
             "Tokenizer and chat template are the base model's, unless the vocabulary has grown."

@@ -17,8 +17,10 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
+from pcb_peft.base.architecture import stacks_experts
 from pcb_peft.base.canonical import ModelClass, canonical_names
 from pcb_peft.base.hub import configuration_directory
 from pcb_peft.errors import MismatchError
@@ -26,10 +28,14 @@ from pcb_peft.formats import AdapterFiles
 from pcb_peft.formats.keys import PREFIX
 from pcb_peft.runtime.shown import some_of
 
+READ_EXPERTS_ALIKE = (
+    "0.19.1"  # version of PEFT since which all stacks of experts are read as they are
+)
 SHOWN_OF_ERROR = 500  # characters of PEFT's message
 _ADAPTER = "default"
 _MATRIX = 2  # dimensions
 _PART = re.compile(r"(\.base_layer)*\.(lora_|ia3_l).*$")
+_SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
 _BESIDE = ("peft_type", "task_type", "modules_to_save", "trainable_token_indices", "bias")
 
 
@@ -120,7 +126,27 @@ class Found:
                 "(base_model=…, --base-model …), or fold the adapter into it"
             )
         more = f"; PEFT adapts {len(self.unfilled)} more, which stay as they are"
-        return f"{count} of {count} modules load in PEFT on {where}" + more * bool(self.unfilled)
+        library = f"transformers {importlib.metadata.version('transformers')}"
+        found = f"{count} of {count} modules load in PEFT {version} on {where} of {library}"
+        return found + more * bool(self.unfilled) + self._other_versions()
+
+    def _other_versions(self) -> str:
+        """Return which other versions of PEFT and transformers would not find the experts, or misread them."""
+        stacked = any(map(stacks_experts, self.model_class.skeleton.conversions))
+        if self.files.config.get("target_parameters"):
+            versions = Version(importlib.metadata.version("peft")), Version(READ_EXPERTS_ALIKE)
+            others = "before" if versions[0] >= versions[1] else "since"
+            turned = (
+                f"; PEFT {others} {READ_EXPERTS_ALIKE} may read its experts the other way round"
+            )
+            older = "; transformers 4 has these experts one by one, and would not find them"
+            return turned + older * stacked
+        if stacked or not any(map(_SINGLE_EXPERT.search, self.files.tensors)):
+            return ""
+        return (
+            "; transformers 5 has experts as stacks: to use the adapter there, save it again there (load_adapter, "
+            "save_pretrained)"
+        )
 
 
 def looked_up(files: AdapterFiles, model_class: ModelClass) -> Found:

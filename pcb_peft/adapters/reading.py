@@ -29,6 +29,7 @@ from pcb_peft.formats.config import AGAIN, checked_config
 from pcb_peft.formats.heads import without_copies
 from pcb_peft.formats.keys import PREFIX
 from pcb_peft.formats.plain_names import with_plain_names, with_plain_patterns
+from pcb_peft.writing.model_card import CARD, read_card
 from pcb_peft.writing.targets import existing
 
 Stated = TypeVar("Stated")
@@ -80,10 +81,16 @@ def read_adapter(name: str, source: Source | None, files: OpenedAdapter, base: B
             task,
         ),
         companions=files.companions,
+        licences={name: _licence(files)},
         heads={owner: _kept_head(head) for owner, head in files.heads.items()},
         inputs=_inputs(source, config),
         image=contents.image,
     )
+
+
+def _licence(files: OpenedAdapter) -> dict[str, Any]:
+    """Return the licence that the card beside an adapter states."""
+    return {} if files.directory is None else read_card(files.directory / CARD).licence
 
 
 def _checked(entries: Mapping[str, LazyDelta], where: str) -> dict[str, LazyDelta]:

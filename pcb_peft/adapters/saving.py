@@ -65,7 +65,7 @@ class Savable(Protocol):
     def whole_biases(self) -> Mapping[str, Callable[[], Tensor]]: ...
     def companion_files(self) -> dict[str, bytes]: ...
     def noted(self, notes: Sequence[str]) -> "Savable": ...
-    def card(self, peft_type: str) -> str: ...
+    def card(self, peft_type: str, notes: Sequence[str] = ()) -> str: ...
 
 
 def check_format(
@@ -163,7 +163,7 @@ def save_adapter(
             content, notes = _looked_up(adapter, make)
         else:
             content = make()
-        card = adapter.card(str(content.config.get("peft_type", "LORA")))
+        card = adapter.card(str(content.config.get("peft_type", "LORA")), notes)
         files = adapter.noted(notes).companion_files() | {"README.md": card.encode()}
         if content.config:
             files[CONFIG] = (json.dumps(content.config, indent=2, sort_keys=True) + "\n").encode()

@@ -36,6 +36,7 @@ from pcb_peft.formats.checkpoint import (
 from pcb_peft.runtime.hashing import sha256_of_file
 from pcb_peft.runtime.paths import expanded
 from pcb_peft.runtime.shown import shown
+from pcb_peft.writing.model_card import CARD
 
 IN_MEMORY = "in memory: "
 NESTED = (
@@ -218,7 +219,7 @@ def _downloaded(source: Source) -> Path:
     prefix = f"{source.subfolder}/" if source.subfolder else ""
     adapter = (CONFIG, SAFETENSORS, PICKLE, PIPELINE, f"{HEADS}/*.safetensors")
     companions = [name for patterns in GROUPS.values() for name in patterns]
-    names = (*adapter, *STATING_LABELS, *companions, *TRAINED)
+    names = (*adapter, *STATING_LABELS, *companions, *TRAINED, CARD)
     root = download(
         source.path,
         source.revision,

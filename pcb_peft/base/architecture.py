@@ -125,7 +125,7 @@ class Skeleton:
         for file in files:
             name, conversion, position = self.converted_name(file)
             stack = self.in_model(name)
-            if stack and conversion is not None and _stacks(conversion):
+            if stack and conversion is not None and stacks_experts(conversion):
                 parts_of.setdefault(stack, {}).setdefault(position, []).append(file)
         return {stack: _by_matrix(parts) for stack, parts in parts_of.items()}
 
@@ -149,7 +149,7 @@ class Skeleton:
         if split := _SPLIT_STACK.fullmatch(module):
             return self._place(split[1], split[2], int(split[3]), 0, 1)
         name, rule, position = self.converted_name(f"{module}.weight")
-        if rule is not None and _stacks(rule) and (stack := self.in_model(name)):
+        if rule is not None and stacks_experts(rule) and (stack := self.in_model(name)):
             numbers = self.natural(module)
             for number in self.natural(stack):  # of the layer
                 if number in numbers:
@@ -219,8 +219,10 @@ class Skeleton:
         return name, computation, position
 
 
-def _stacks(conversion: Any) -> bool:
+def stacks_experts(conversion: Any) -> bool:
     """Return whether a computation stacks matrices, each of them made of several on top of each other or of one."""
+    if not hasattr(conversion, "operations"):
+        return False
     steps = [(type(step).__name__, getattr(step, "dim", None)) for step in conversion.operations]
     merge, join = ("MergeModulelist", 0), ("Concatenate", 1)
     return steps == ([merge, join] if len(conversion.source_patterns) > 1 else [merge])
@@ -302,9 +304,9 @@ def built_on_meta(directory: Path) -> "PreTrainedModel | None":
         return None
     try:
         config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        named = getattr(transformers, (config.architectures or [""])[0], None)
+        named = _named_class(config)
         with torch.device("meta"), bounded_modules():
-            if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+            if named is not None:
                 return named(config)
             if type(config) not in transformers.MODEL_MAPPING:
                 return None
@@ -313,6 +315,21 @@ def built_on_meta(directory: Path) -> "PreTrainedModel | None":
         return None
     except TRANSFORMERS_ERRORS as error:
         raise unreadable_config(str(directory), error) from error
+
+
+def _named_class(config: Any) -> Any:
+    """Return the class that a configuration names as its model's, or None.
+
+    Transformers 4 writes the name of Qwen2-VL's class into the configuration of its text model.
+    """
+    import transformers
+
+    for place in (config, config.get_text_config()):
+        named = getattr(transformers, (place.architectures or [""])[0], None)
+        if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+            fits = place is config or named.config_class is type(config)
+            return named if fits else None
+    return None
 
 
 def unreadable_config(source: str, error: Exception) -> BaseModelError:
@@ -358,7 +375,20 @@ def _tied_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
 def _conversions(model: "PreTrainedModel") -> tuple[Any, ...]:
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
-    except ImportError:  # transformers 4 loads the files' names as they are
-        return ()
+    except ImportError:
+        return (_RenamingOfVersion4(model),)
     conversions = get_model_conversion_mapping(model)
     return tuple(sorted(conversions, key=lambda conversion: hasattr(conversion, "operations")))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _RenamingOfVersion4:
+    """The names that transformers 4 gives the parameters of a file, asked for as transformers 5 is asked."""
+
+    model: Any
+
+    def rename_source_key(self, name: str) -> tuple[str, None]:
+        mapping = getattr(type(self.model), "_checkpoint_conversion_mapping", None)
+        if not mapping:
+            return name, None
+        return self.model._get_key_renaming_mapping([name], mapping)[name], None

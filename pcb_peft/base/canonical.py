@@ -14,6 +14,7 @@ those of the same module: the text model of one class is a submodule of the othe
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -235,14 +236,20 @@ def _other_class(
 
 def _same_paths(model: Any, first: Any) -> Iterator[tuple[str, str]]:
     """Yield the paths of the submodules that two classes share: the output layer, and the model without its head."""
+    from transformers import PreTrainedModel
+
     heads = [_output_path(some) for some in (model, first)]
     if None not in heads:
         yield str(heads[0]), str(heads[1])
-    prefix = model.base_model_prefix if hasattr(model, model.base_model_prefix) else ""
-    bare = getattr(model, prefix) if prefix else model
-    places = [path for path, layer in first.named_modules() if type(layer) is type(bare)]
-    if len(places) == 1:  # of two of one class it is not known which is meant
-        yield prefix, places[0]
+    classes = Counter(type(layer) for _, layer in first.named_modules())
+    paths = {type(layer): path for path, layer in first.named_modules()}
+    done: list[str] = []
+    for path, layer in model.named_modules():
+        inside = any(path.startswith(f"{outer}.") or not outer for outer in done)
+        unique = classes[type(layer)] == 1  # of two of one class it is not known which is meant
+        if unique and isinstance(layer, PreTrainedModel) and not inside:
+            done.append(path)
+            yield path, paths[type(layer)]
 
 
 def _output_path(model: Any) -> str | None:

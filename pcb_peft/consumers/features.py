@@ -203,6 +203,14 @@ def single_experts(files: OutputFiles) -> str:
     return f"experts one by one ({count} modules)" if count else ""
 
 
+def single_experts_beside_others(files: OutputFiles) -> str:
+    """Count the LoRAs on experts one by one, where layers that are no experts have LoRAs of the same names."""
+    experts = {module for module in files.ranks if re.search(r"\.experts\.\d+\.", module)}
+    names = {module.rpartition(".")[2] for module in experts}
+    others = (m for m in files.ranks if m not in experts and m.rpartition(".")[2] in names)
+    return single_experts(files) if any(others) else ""
+
+
 def conv1d(files: OutputFiles) -> str:
     """Say that the layers are Conv1D, as GPT-2's are."""
     return "Conv1D layers (fan_in_fan_out)" if files.config.get("fan_in_fan_out") else ""

@@ -1,7 +1,7 @@
 """PEFT: versions before 0.14 refuse a configuration with a field that they do not know."""
 
 from pcb_peft.consumers import features
-from pcb_peft.consumers.consumer import Consumer, Rule
+from pcb_peft.consumers.consumer import Consumer, Rule, parse_version
 from pcb_peft.consumers.files import OutputFiles
 
 KNOWN_TO_0_11 = {
@@ -45,6 +45,11 @@ def _newer_kinds(files: OutputFiles) -> str:
     return features.fused_experts(files)
 
 
+def _experts_as_they_are(files: OutputFiles) -> str:
+    written = parse_version(str(files.config.get("peft_version") or "0"))
+    return features.fused_experts(files) if written >= (0, 19, 1) else ""
+
+
 def _old_dora(files: OutputFiles) -> str:
     return features.dora(files) if features.embedding_lora(files) or features.conv1d(files) else ""
 
@@ -68,6 +73,14 @@ CONSUMER = Consumer(
             "has no target_parameters",
             "peft/tuners/lora/config.py",
             until="0.17",
+        ),
+        Rule(
+            _experts_as_they_are,
+            "misreads",
+            "takes experts that are stored as (out, in) for their transposes",
+            "run with 0.18.1",
+            since="0.17",
+            until="0.19.1",
         ),
         Rule(
             _old_dora,

@@ -21,5 +21,19 @@ CONSUMER = Consumer(
             "makes a random head up unless one is loaded into the base model first",
             "run with 5.23.0 and PEFT 0.21.2",
         ),
+        Rule(
+            features.fused_experts,
+            "ignores",
+            "has most experts one by one (not of Llama 4, GPT-OSS, Qwen3-VL), and PEFT drops these",
+            "run with 4.57.6 and PEFT 0.18.1",
+            until="5",
+        ),
+        Rule(
+            features.single_experts_beside_others,
+            "misreads",
+            "mistakes other layers for experts; save the adapter again with pcb_peft, beside transformers 5",
+            "run with 5.23.0 and PEFT 0.21.2",
+            since="5",
+        ),
     ),
 )

@@ -251,10 +251,13 @@ def _is_flipped(config: Config, stack: Stack, sizes: tuple[int, int], guess: boo
         _, first, second = stack.shape
         return sizes != ((first, second) if stack.transposed else (second, first))
     version = _version(str(config.get("peft_version")))
-    if version >= AS_IT_IS:
-        return False
+    if stack.transposed is None and version >= AS_IT_IS > _installed():
+        raise UnsupportedError(
+            f"{stack.name}: the installed PEFT would have to read experts of PEFT {config['peft_version']} in its own "
+            "way, which depends on the base model: give base_model (--base-model), or upgrade PEFT"
+        )
     if version >= NEVER_AS_IT_IS:
-        return True
+        return _is_exchanged(version, transposed=False)
     if guess is not None and stack.transposed is None:
         return guess
     if stack.transposed is None:
@@ -262,7 +265,18 @@ def _is_flipped(config: Config, stack: Stack, sizes: tuple[int, int], guess: boo
             f"{stack.name}: an adapter of PEFT {config.get('peft_version') or 'before 0.18'} does not say which way "
             "round its experts are: give base_model (--base-model)"
         )
-    return not stack.transposed
+    return _is_exchanged(version, transposed=stack.transposed)
+
+
+def _is_exchanged(version: tuple[int, ...], *, transposed: bool) -> bool:
+    """Return whether a version of PEFT takes the matrices of a stack for their transposes."""
+    if version >= AS_IT_IS:
+        return False
+    return version >= NEVER_AS_IT_IS or not transposed
+
+
+def _installed() -> tuple[int, ...]:
+    return _version(importlib.metadata.version("peft"))
 
 
 def _version(text: str) -> tuple[int, ...]:
@@ -273,6 +287,11 @@ def _entries(
     config: Config, tensors: Tensors, stack: Stack, flipped: bool, recent: _RecentTensors
 ) -> dict[str, LazyDelta]:
     """Return one entry per expert."""
+    if (
+        stack.transposed is None
+    ):  # PEFT before 0.19 exchanges all but those that are stored as (in, out)
+        older = _version(str(config.get("peft_version"))) < NEVER_AS_IT_IS
+        stack = dataclasses.replace(stack, transposed=older and not flipped)
     inputs = tensors.shape(stack.lora.names["lora_A"])[1]
     outputs = tensors.shape(stack.lora.names["lora_B"])[0]
     shape = (inputs, outputs) if flipped else (outputs, inputs)
@@ -313,22 +332,13 @@ def _load_expert(
 def write_experts(
     modules: Mapping[str, LowRank], rank: int
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return fields of the configuration, and tensors (float32), for those modules that are experts, at one rank.
-
-    Raises:
-        UnsupportedError: The installed PEFT would read them the other way round.
-    """
+    """Return fields of the configuration, and tensors (float32), for those modules that are experts, at one rank."""
     stacks: dict[str, dict[int, LowRank]] = {}
     for module, delta in modules.items():
         if delta.layout.expert is not None:
             stacks.setdefault(module.rpartition(".")[0], {})[delta.layout.expert] = delta
     if not stacks:
         return {}, {}
-    installed = importlib.metadata.version("peft")
-    if _version(installed) < AS_IT_IS:
-        raise UnsupportedError(
-            f"experts are written as PEFT 0.19.1 and later read them, and PEFT {installed} is installed: upgrade it"
-        )
     tensors: dict[str, Tensor] = {}
     for container in {name.rpartition(".")[0] for name in stacks}:
         names = [name for name in stacks if name.rpartition(".")[0] == container]
@@ -337,15 +347,21 @@ def write_experts(
             key = PREFIX + container + ".base_layer" * depth
             lora_A, lora_B = _stacked_factors(stacks[f"{container}.{leaf}"], rank)
             tensors |= {f"{key}.lora_A.weight": lora_A, f"{key}.lora_B.weight": lora_B}
-    return {"target_parameters": sorted(stacks), "peft_version": installed}, tensors
+    return {
+        "target_parameters": sorted(stacks),
+        "peft_version": importlib.metadata.version("peft"),
+    }, tensors
 
 
 def _stacked_factors(experts: Mapping[int, LowRank], rank: int) -> tuple[Tensor, Tensor]:
     """Return lora_A (r·E, in) and lora_B (out, r·E) of a stack; an expert that no adapter touches is zero."""
     first = next(iter(experts.values()))
-    count, (outputs, inputs) = 1 + max(experts), first.shape
+    exchanged = _is_exchanged(_installed(), transposed=first.layout.transposed)
+    count, (outputs, inputs) = 1 + max(experts), first.shape[::-1] if exchanged else first.shape
     lora_A, lora_B = torch.zeros(count, rank, inputs), torch.zeros(outputs, rank, count)
     for index, delta in experts.items():
-        lora_A[index, : delta.rank] = delta.lora_A
-        lora_B[:, : delta.rank, index] = delta.lora_B.double() * delta.scaling
+        factors = delta.lora_A, delta.lora_B.double() * delta.scaling
+        factor_A, factor_B = (factors[1].T, factors[0].T) if exchanged else factors
+        lora_A[index, : delta.rank] = factor_A
+        lora_B[:, : delta.rank, index] = factor_B
     return lora_A.flatten(0, 1), lora_B.flatten(1)

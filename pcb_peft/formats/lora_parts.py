@@ -1,6 +1,7 @@
 """The tensors of a LoRA by module, and the two factors (out, r) and (r, in) that they make for every kind of layer."""
 
 import dataclasses
+import importlib.metadata
 import math
 import re
 from collections.abc import Container, Mapping, Sequence
@@ -129,6 +130,17 @@ class LazyFactors:
         return lora_A, lora_B
 
 
+def _stacks(config: Config) -> str:
+    """Return, for a message, why an adapter's stacks of experts are not found."""
+    if not config.get("target_parameters"):
+        return ""
+    return (
+        f"; its target_parameters {config['target_parameters']} are not in this module of the base model, as "
+        f"transformers {importlib.metadata.version('transformers')} builds it: give the base model that it was trained "
+        "on, or install transformers 5, which has experts as stacks"
+    )
+
+
 def factors_of(config: Config, tensors: Tensors, lora: LoraTensors) -> LazyFactors:
     """Return the factors of a Linear, Conv1D, Embedding, ConvNd or of MultiheadAttention's projections.
 
@@ -137,7 +149,9 @@ def factors_of(config: Config, tensors: Tensors, lora: LoraTensors) -> LazyFacto
         AdapterError: One factor is missing, or their ranks differ.
     """
     if lora.depth:
-        raise UnsupportedError(f"{lora.path}: a LoRA inside a wrapped layer is not supported")
+        raise UnsupportedError(
+            f"{lora.path}: a LoRA inside a wrapped layer is not supported{_stacks(config)}"
+        )
     kind = "lora_embedding_" if "lora_embedding_A" in lora.names else "lora_"
     names = [lora.names.get(kind + side) for side in "AB"]
     if names[0] is None or names[1] is None:

@@ -3,6 +3,7 @@
 import dataclasses
 
 from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.adapters.card_sections import common_licence, licences_section
 from pcb_peft.adapters.source import Source
 from pcb_peft.methods import get_method, list_methods
 from pcb_peft.recipes.peft_aliases import method_of
@@ -36,8 +37,14 @@ def merge_card(
         ]
     )
     title = f"{len(rows)} adapters merged with {recipe.method}"
-    facts = Facts(base_model=adapter.base_model, models=sources, task_type=adapter.task_type)
-    sections = {"": first, **adapter.loading_sections(), RECIPE: recipe_section(recipe)}
+    facts = Facts(
+        base_model=adapter.base_model,
+        models=sources,
+        task_type=adapter.task_type,
+        more=common_licence(adapter.licences),
+    )
+    sections = {"": first, **adapter.loading_sections(), **licences_section(adapter.licences)}
+    sections[RECIPE] = recipe_section(recipe)
     return title, facts, sections
 
 

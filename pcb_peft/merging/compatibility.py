@@ -10,6 +10,7 @@ from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.deltas.delta import Delta
 from pcb_peft.errors import MismatchError
 from pcb_peft.formats import LazyDelta
+from pcb_peft.runtime.processes import union
 
 ONE_KIND = "only adapters of one base model and of one kind can be merged"
 ONE_SIDE = "an (IA)³ scales the input of its feedforward_modules and the output of others: all must scale the same side"
@@ -157,6 +158,17 @@ def common_mapping(adapters: Sequence[Adapter]) -> Mapping[str, Any] | None:
     """Return the class of the model (PEFT's auto_mapping), if the adapters that state one agree; else None."""
     stated = [adapter.auto_mapping for adapter in adapters if adapter.auto_mapping]
     return stated[0] if len(_classes(adapters)) == 1 else None
+
+
+def common_task(adapters: Sequence[Adapter]) -> str | None:
+    """Return PEFT's task type, if the adapters agree on one; else None."""
+    tasks = {adapter.task_type for adapter in adapters}
+    return tasks.pop() if len(tasks) == 1 else None
+
+
+def licences_of(adapters: Sequence[Adapter]) -> dict[str, Mapping[str, Any]]:
+    """Return the licences of what was merged: name of an adapter to what its card states."""
+    return union(adapter.licences for adapter in adapters)
 
 
 def _class_notes(adapters: Sequence[Adapter]) -> list[str]:

@@ -30,7 +30,7 @@ from pcb_peft.deltas.rank_choice import (
 from pcb_peft.deltas.replacements import HeadPolicy, Tied
 from pcb_peft.errors import OptionError
 from pcb_peft.formats import LazyDelta
-from pcb_peft.merging.compatibility import AdapterSet, common_mapping
+from pcb_peft.merging.compatibility import AdapterSet, common_mapping, common_task, licences_of
 from pcb_peft.merging.dora_or_lora import lift_to_dora
 from pcb_peft.merging.finish import ModuleFinisher, PendingModule, apply_rank_budget, gather
 from pcb_peft.merging.full_rank import warn_of_full_rank
@@ -369,7 +369,6 @@ def _result(
     if (warning := _warning_of_lost_energy(counted)) is not None:
         report.note(warning)
         warnings.warn(warning, stacklevel=4)
-    tasks = {adapter.task_type for adapter in adapters}
     stated = prepared.heads.head.task.task_type if recipe.head else None
     return MergedAdapter(
         name="merged",
@@ -377,13 +376,14 @@ def _result(
         base=prepared.base,
         base_model=prepared.common.name,
         revision=prepared.common.revision,
-        task_type=stated or (tasks.pop() if len(tasks) == 1 else None),
+        task_type=stated or common_task(adapters),
         auto_mapping=common_mapping(adapters),
         head=prepared.heads.head,
         tied=recipe.tied,
         image=prepared.image,
         heads=prepared.heads.kept,
         companions=prepared.companions,
+        licences=licences_of(adapters),
         recipe=dataclasses.replace(recipe, scale=1.0, format=prepared.format),
         report=report.build(recipe.method, recipe.space, recipe.scope, seconds, len(pending)),
         pending=pending,

@@ -5,6 +5,7 @@ model is known, its own code says which names mean one weight (`pcb_peft.base.ca
 may mean one weight are refused: merged as two modules, one of the two adapters would be lost without a word.
 """
 
+import importlib.metadata
 import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -129,7 +130,8 @@ def _refuse_unknown(adapter: Adapter, modules: Collection[str], base: BaseModel)
     if missing:
         raise MismatchError(
             f"{adapter.name}: {some_of(missing)} not in the base model {base.source}"
-            f"{did_you_mean(missing[0], base.names.files)}; give the base that the adapter was trained on"
+            f"{did_you_mean(missing[0], base.names.files)}; give the base that the adapter was trained on. If it is, "
+            f"another version of transformers may name them so: {importlib.metadata.version('transformers')} does not"
         )
 
 
