@@ -86,11 +86,26 @@ def test_another_kind_and_its_line(workshop):
 
 
 def test_what_peft_writes_today_needs_peft_0_14(workshop):
-    adapter = workshop.adapter("llama", lora(*TARGETS))
-    assert not check(adapter, "peft==0.11").right
-    assert check(adapter, "peft==0.14").right
-    load_adapter(adapter).save_pretrained(workshop.directory / "saved")
-    assert check(workshop.directory / "saved", "peft==0.11").right
+    for name, config in (("lora", lora(*TARGETS)), ("ia3", ia3(*TARGETS))):
+        adapter = workshop.adapter("llama", config, name)
+        assert not check(adapter, "peft==0.11").right
+        assert check(adapter, "peft==0.14").right
+        load_adapter(adapter).save_pretrained(workshop.directory / f"{name}-saved")
+        assert check(workshop.directory / f"{name}-saved", "peft==0.11").right
+
+
+def test_a_lora_on_embeddings_and_the_copy_that_peft_saves_beside_it(workshop):
+    base = workshop.base("llama")
+    adapter = workshop.adapter("llama", lora("embed_tokens"), base=str(base))
+    name = "base_model.model.model.embed_tokens.base_layer.weight"
+    rows = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    workshop.edit_tensors(adapter, lambda tensors: tensors | {name: rows})
+    assert check(adapter, ["vllm", "sglang"]).right
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"vocab_size": 30}))
+    assert found(adapter, "vllm") == {
+        ("refuses", "a LoRA on 32 embeddings, for a vocabulary of 30")
+    }
 
 
 def test_transformers_drops_magnitudes(workshop):

@@ -146,6 +146,28 @@ def test_an_unchanged_copy_of_a_layer_is_no_obstacle(workshop, tmp_path):
         exported(adapter, "portable", tmp_path / "out2")
 
 
+@pytest.mark.filterwarnings("ignore:Model has .tie_word")
+def test_a_lora_on_a_tied_output_layer_beside_its_copy(workshop, tmp_path):
+    model = models.original("llama", tie_word_embeddings=True)
+    base = models.save(model, tmp_path / "tied")
+    adapter = workshop.adapter(copy.deepcopy(model), lora("lm_head", "q_proj"), base=str(base))
+    name = "base_model.model.lm_head.base_layer.weight"
+    head = model.lm_head.weight.detach().clone()
+    workshop.edit_tensors(adapter, lambda tensors: tensors | {name: head})
+    exported(adapter, "portable", tmp_path / "out", verified=True)
+    assert name not in tensors_of(tmp_path / "out")
+    with pytest.raises(UnsupportedError, match="which the base model ties"):
+        exported(adapter, "gguf", tmp_path / "x")
+
+
+def test_a_profile_that_holds_more_is_a_way_out(workshop, tmp_path):
+    adapter = workshop.adapter("llama", lora("embed_tokens"), base=str(workshop.base("llama")))
+    with pytest.raises(UnsupportedError, match=r"or to='peft' \(--to peft\), if your program"):
+        exported(adapter, "portable", tmp_path / "out")
+    exported(adapter, "peft", tmp_path / "out", verified=True)
+    assert check(tmp_path / "out", "vllm").right
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [
@@ -161,6 +183,8 @@ def test_an_unchanged_copy_of_a_layer_is_no_obstacle(workshop, tmp_path):
 )
 @pytest.mark.parametrize("profile", ["portable", "gguf", "mlx"])
 def test_what_a_profile_cannot_hold_is_refused_by_name(workshop, tmp_path, config, words, profile):
+    if profile == "mlx" and getattr(config, "use_dora", False):
+        pytest.skip("mlx-lm has a DoRA of its own")
     adapter = workshop.adapter("llama", config, base=str(workshop.base("llama")))
     with pytest.raises(
         UnsupportedError, match=rf"{words}.+{profile} cannot.+a fold, which is exact"
@@ -294,12 +318,21 @@ def test_gguf_in_a_directory_and_other_dtypes(workshop, tmp_path, dtype):
 def test_mlx_computes_the_same(workshop, tmp_path):
     pytest.importorskip("mlx.core")
     pytest.importorskip("mlx_lm")
-    for number, config in enumerate((lora(*TARGETS), lora("lm_head", "up_proj", use_rslora=True))):
+    configs = (
+        lora(*TARGETS),
+        lora("lm_head", "up_proj", use_rslora=True),
+        lora(*TARGETS, use_dora=True),
+    )
+    for number, config in enumerate(configs):
         adapter = workshop.adapter("llama", config, base=str(workshop.base("llama")))
         done = exported(adapter, "mlx", tmp_path / str(number), verified=True)
         assert done.verification.consumer == "mlx-lm"
         assert done.verification.error < 1e-3 < 0.1 < done.verification.effect
     exported(mixed(workshop), "mlx", tmp_path / "mixed", verified=True)
+    configs = (lora("q_proj", use_dora=True), lora("k_proj"))
+    both = workshop.adapters("llama", configs)
+    merged = merge_adapters(both, "linear", base_model=workshop.base("llama"), progress=False)
+    exported(merged, "mlx", tmp_path / "both", verified=True)
 
 
 def test_a_result_that_does_nothing_or_something_else_fails(workshop, tmp_path):

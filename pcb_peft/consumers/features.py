@@ -70,12 +70,13 @@ def fractional_alpha(files: OutputFiles) -> str:
 
 
 def _saved_modules(files: OutputFiles) -> list[str]:
-    """Return the modules that the adapter stores whole."""
+    """Return the modules that the adapter stores whole, PEFT's copies of the base model's beside a LoRA aside."""
     names = (_SAVED.fullmatch(name) for name in files.tensors if not _LORA_PART.search(name))
     if other_kind(files):
         return []
     modules = (match[1].replace(".modules_to_save", "") for match in names if match)
-    return list(dict.fromkeys(modules))
+    copies = {f"{module}.base_layer" for module in files.ranks}
+    return [module for module in dict.fromkeys(modules) if module not in copies]
 
 
 def _listed(words: str, modules: Iterable[str]) -> str:
@@ -144,6 +145,16 @@ def tied_ends(files: OutputFiles) -> str:
     changed = embedding_lora(files) or output_lora(files)
     tied = files.base.get("tie_word_embeddings")
     return f"{changed}, which the base model ties" if changed and tied else ""
+
+
+def resized_vocabulary(files: OutputFiles) -> str:
+    """Say that a LoRA on embeddings has another number of rows than the base model."""
+    rows = {
+        tensor.shape[-1] for name, tensor in files.tensors.items() if "lora_embedding_A" in name
+    }
+    base = files.base.get("vocab_size")
+    there = base is not None and rows - {base}
+    return f"a LoRA on {max(rows)} embeddings, for a vocabulary of {base}" if there else ""
 
 
 def token_rows(files: OutputFiles) -> str:

@@ -3,42 +3,33 @@
 from pcb_peft.consumers import features
 from pcb_peft.consumers.consumer import Consumer, Rule, parse_version
 from pcb_peft.consumers.files import OutputFiles
+from pcb_peft.runtime.shown import some_of
 
-KNOWN_TO_0_11 = {
-    *(
-        "alpha_pattern",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "bias",
-        "fan_in_fan_out",
-        "inference_mode",
-    ),
-    *(
-        "init_lora_weights",
-        "layer_replication",
-        "layers_pattern",
-        "layers_to_transform",
-        "loftq_config",
-    ),
-    *(
-        "lora_alpha",
-        "lora_dropout",
-        "megatron_config",
-        "megatron_core",
-        "modules_to_save",
-        "peft_type",
-        "r",
-    ),
-    *("rank_pattern", "revision", "target_modules", "task_type", "use_dora", "use_rslora"),
+COMMON_IN_0_11 = {
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "modules_to_save"),
+    *("peft_type", "revision", "target_modules", "task_type"),
 }
-"""Fields of PEFT 0.11.1's LoraConfig."""
+"""Fields that the configurations of all kinds have in PEFT 0.11.1."""
+KNOWN_TO_0_11 = {
+    "LORA": {
+        *COMMON_IN_0_11,
+        *("alpha_pattern", "bias", "fan_in_fan_out", "init_lora_weights", "layer_replication"),
+        *("layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout"),
+        *("megatron_config", "megatron_core", "r", "rank_pattern", "use_dora", "use_rslora"),
+    },
+    "IA3": {*COMMON_IN_0_11, "fan_in_fan_out", "feedforward_modules", "init_ia3_weights"},
+}
+"""Fields of PEFT 0.11.1's LoraConfig and IA3Config."""
+NEWER = frozenset({"peft_version", "exclude_modules"})
+"""Fields that newer versions write for kinds whose fields are not listed here."""
 
 
 def _newer_fields(files: OutputFiles) -> str:
-    if features.other_kind(files):
-        return ""
-    newer = sorted(set(files.config) - KNOWN_TO_0_11)
-    return f"fields of newer versions in the configuration ({', '.join(newer)})" if newer else ""
+    known = KNOWN_TO_0_11.get(str(files.config.get("peft_type", "LORA")).upper())
+    newer = files.config.keys() & NEWER if known is None else files.config.keys() - known
+    return (
+        f"fields of newer versions in the configuration ({some_of(sorted(newer))})" if newer else ""
+    )
 
 
 def _newer_kinds(files: OutputFiles) -> str:
@@ -64,7 +55,7 @@ CONSUMER = Consumer(
             _newer_fields,
             "refuses",
             "raises a TypeError",
-            "run with 0.7.1, 0.10.0, 0.13.2",
+            "run with 0.7.1, 0.10.0, 0.11.1, 0.13.2",
             until="0.14",
         ),
         Rule(

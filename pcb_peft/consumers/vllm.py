@@ -54,6 +54,7 @@ CONSUMER = Consumer(
         Rule(features.saved_norms, "refuses", "rejects layers stored whole", _HELPER),
         Rule(features.saved_others, "refuses", "rejects layers stored whole", _HELPER),
         Rule(features.token_rows, "refuses", "rejects trained token rows", _MODEL),
+        Rule(features.resized_vocabulary, "refuses", "needs the base model's vocabulary", _MODEL),
         Rule(features.half_modules, "refuses", "needs both factors", _MODEL),
         Rule(features.empty, "refuses", "needs tensors", _MODEL),
         Rule(

@@ -123,7 +123,8 @@ def export(  # noqa: PLR0913  (every choice of an export, by name)
         dequantize = dequantize or adapter.recipe.dequantize
     base = lazy_base(base_model, dequantize=dequantize)
     original = load_adapter(adapter, base_model=base)
-    base = base or _named_base(original, dequantize=dequantize)
+    if base is None and (base := _named_base(original, dequantize=dequantize)) is not None:
+        original = original.on(base)
     request = Request(
         original,
         Path(output),
@@ -178,7 +179,7 @@ def _fitting(request: Request, profile: Profile, max_rank: int | None) -> tuple[
     contents = [one for one in contents_of(adapter) if one.kind not in profile.holds]
     lasting = [one for one in contents if max_rank is None or one.kind not in BECOMES_LORA]
     if lasting:
-        raise refused(adapter, profile.name, lasting, base)
+        raise refused(adapter, profile, lasting, base)
     if max_rank is None:
         return adapter, 1.0
     if max_rank < 1:
@@ -186,7 +187,7 @@ def _fitting(request: Request, profile: Profile, max_rank: int | None) -> tuple[
     additions = as_additions(adapter, base)
     after = [one for one in contents_of(additions) if one.kind not in profile.holds | BECOMES_LORA]
     if after:  # an (IA)³ also scales biases
-        raise refused(adapter, profile.name, after, base)
+        raise refused(adapter, profile, after, base)
     cut, energy = at_most_rank(additions, max_rank, request.track)
     if energy == 1:
         return cut, energy

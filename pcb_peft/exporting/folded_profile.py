@@ -23,14 +23,13 @@ def _write(request: Request) -> Sequence[str]:
 
 
 def without_unchanged(adapter: Adapter, base: BaseModel) -> Adapter:
-    """Return an adapter without the parameters that it stores whole as the base model has them."""
-    same = {
-        name
-        for name, new in adapter.head.parameters.items()
-        if (stored := base.names.in_files(name)) is not None
-        and new.shape == base.tensors[stored].shape
-        and torch.equal(new(), base.tensor(stored).float())
-    }
+    """Return an adapter without the parameters that it stores whole as the base model has them, maybe tied."""
+    same: set[str] = set()
+    for name, new in adapter.head.parameters.items():
+        ends = (base.names.in_files(end) for end in (name, *base.names.tied(name)))
+        stored = next((end for end in ends if end is not None), None)
+        if stored is not None and new.shape == base.tensors[stored].shape:
+            same |= {name} if torch.equal(new(), base.tensor(stored).float()) else set()
     if not same:
         return adapter
     kept = adapter.head.without(same)

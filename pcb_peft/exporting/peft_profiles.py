@@ -38,6 +38,7 @@ PORTABLE = Profile(
     frozenset({"output", "experts"}),
     _write_portable,
     max_rank=RANKS[-1],
+    wider="peft",
 )
 PEFT = Profile(
     "peft",

@@ -76,6 +76,7 @@ class Profile:
         tolerance: Largest difference of log-probabilities that rounding may make.
         suffix: The end of a name that asks for one file; empty where only directories are written.
         is_ours: Tells whether this package wrote such a file.
+        wider: Name of a profile of the same format that can hold more, and that fewer programs read.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Profile:
     tolerance: float = 1e-3
     suffix: str = ""
     is_ours: Callable[[Path], bool] = lambda _: False
+    wider: str = ""
 
     def check_output(self, output: Path, *, overwrite: Overwrite, inputs: Inputs) -> None:
         """Raise an error where an output cannot be written.

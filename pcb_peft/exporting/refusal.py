@@ -7,12 +7,14 @@ from pcb_peft.base.model import BaseModel
 from pcb_peft.errors import UnsupportedError
 from pcb_peft.exporting.contents import BECOMES_LORA, Content
 from pcb_peft.exporting.low_rank import as_additions, energies
+from pcb_peft.exporting.profile import Profile
+from pcb_peft.exporting.profiles import profile_named
 from pcb_peft.runtime.units import format_size
 
 
 def refused(
     adapter: Adapter,
-    profile: str,
+    profile: Profile,
     contents: Sequence[Content],
     base: Callable[[], BaseModel] | None,
 ) -> UnsupportedError:
@@ -20,7 +22,7 @@ def refused(
 
     Args:
         adapter: The adapter.
-        profile: Name of the profile.
+        profile: The profile.
         contents: What it cannot hold.
         base: The base model, if it is known; without it the price of a LoRA is not known where W is needed.
     """
@@ -28,8 +30,14 @@ def refused(
     ways = [_fold(adapter, base)]
     if all(content.kind in BECOMES_LORA for content in contents):
         ways.insert(0, _as_lora(adapter, contents, base))
+    if profile.wider and all(
+        content.kind in profile_named(profile.wider).holds for content in contents
+    ):
+        ways.append(
+            f"to={profile.wider!r} (--to {profile.wider}), if your program reads it: pcb-peft check says who does"
+        )
     return UnsupportedError(
-        f"{adapter.name} holds {found}, which the profile {profile} cannot; ways out: {'; or '.join(ways)}"
+        f"{adapter.name} holds {found}, which the profile {profile.name} cannot; ways out: {'; or '.join(ways)}"
     )
 
 

@@ -63,18 +63,27 @@ def with_magnitudes(written: AdapterFiles, deltas: Mapping[str, Rescaled]) -> Ad
     for module, delta in deltas.items():
         kind = "embedding_{}" if delta.layout.lookup else "{}.weight"
         lora_A, lora_B = (
-            tensors[f"{PREFIX}{module}.lora_{kind.format(side)}"].flatten(1).double()
-            for side in "AB"
+            tensors[f"{PREFIX}{module}.lora_{kind.format(side)}"].flatten(1) for side in "AB"
         )
-        norms = torch.linalg.vector_norm(delta.weight().double() + lora_B @ lora_A, dim=1)
-        empty = norms <= ZERO_NORM * norms.max()
-        if empty.any():
-            raise UnsupportedError(
-                f"{module}: row {int(empty.nonzero()[0])} of W with its change is zero, and PEFT's DoRA divides "
-                "by its norm: merge in space='dense' (--space dense), which leaves as a LoRA, or fold"
-            )
-        magnitude = ((1 + delta.gain) * norms).float()
+        magnitude = magnitudes(module, delta, LowRank(lora_A, lora_B))
         kernel = len(delta.layout.shape or ()) - 2
         shape = (1, -1, *[1] * kernel) if delta.layout.shape else (-1,)
         tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = magnitude.view(shape)
     return dataclasses.replace(written, config=written.config | {"use_dora": True}, tensors=tensors)
+
+
+def magnitudes(module: str, delta: Rescaled, lora: LowRank) -> Tensor:
+    """Return m (out,) of a DoRA: (1 + gain) ‖W + ΔW‖ of each row, for the `direction` as it is written.
+
+    Raises:
+        UnsupportedError: A row of W + ΔW is zero, by whose norm programs would divide.
+    """
+    changed = delta.weight().double() + lora.lora_B.double() @ lora.lora_A.double()
+    norms = torch.linalg.vector_norm(changed, dim=1)
+    empty = norms <= ZERO_NORM * norms.max()
+    if empty.any():
+        raise UnsupportedError(
+            f"{module}: row {int(empty.nonzero()[0])} of W with its change is zero, and a DoRA divides by its norm: "
+            "merge in space='dense' (--space dense), which leaves as a LoRA, or fold"
+        )
+    return ((1 + delta.gain) * norms).float()
