@@ -1,0 +1,52 @@
+"""Programs that load adapters, with adapters of every kind: each computes, refuses or misses what `check` says.
+
+What is not installed is skipped by its name. ``python tests/consumers/run.py --install`` makes environments for the
+programs that need one of their own; `PCB_PEFT_CONSUMERS` says where these are.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent / "consumers" / "run.py"
+CONSUMERS = (
+    "peft",
+    "transformers",
+    "llama.cpp",
+    "mlx",
+    "peft==0.11",
+    "ctranslate2",
+    "openvino",
+    "vllm==0.32",
+)
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """One run of all that is installed: consumer to the lines of its table, or to the reason why it did not run."""
+    file = tmp_path_factory.mktemp("consumers") / "results.json"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", SCRIPT, "--json", file],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert file.is_file(), done.stderr[-3000:]
+    return json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("consumer", CONSUMERS)
+def test_a_consumer_does_what_check_says(results, consumer):
+    lines = results[consumer]
+    if isinstance(lines, str):
+        pytest.skip(lines)
+    assert len(lines) > 10
+    assert not [line for line in lines if line.startswith("✗")]
+
+
+def test_every_consumer_is_named(results):
+    assert set(results) == set(CONSUMERS)
