@@ -239,15 +239,22 @@ def iso_c(x: Sequence[Matrix]) -> Matrix:
 
 
 def flat(x: Sequence[Matrix], response: float = 0.7) -> Matrix:
-    """The scale is found from what the response must be."""
-    squares = sum(np.linalg.norm(matrix) ** 2 for matrix in x)
+    """Direction by direction; the scale is found from what the response must be."""
+    sizes = [np.linalg.norm(matrix) for matrix in x]
+    squares = sum(size**2 for size in sizes)
     u, s, vh = svd(sum(x), np.sqrt(squares))
+    merged = np.zeros_like(x[0])
+    for left, right in zip(u.T, vh, strict=True):
+        shares = [
+            (left @ matrix @ right / size) ** 2 for matrix, size in zip(x, sizes, strict=True)
+        ]
+        merged += np.sqrt(np.average(sizes, weights=shares)) * np.outer(left, right)
     least = response if len(s) > 1 else 0
     kept = np.linalg.norm(sum(x)) ** 2 / squares
     wanted = max(least, (kept / len(x)) ** (1 / 3)) * min(1, 2 * kept)
-    shares = [np.sum(u @ vh * matrix) / np.linalg.norm(matrix) ** 2 for matrix in x]
-    pooled = sum(np.sum(u @ vh * matrix) for matrix in x) / squares
-    return u @ vh * wanted / max(np.mean(shares), pooled)
+    own = [np.sum(merged * matrix) for matrix in x]
+    mean = np.mean([each / size**2 for each, size in zip(own, sizes, strict=True)])
+    return merged * wanted / max(mean, sum(own) / squares)
 
 
 def iso_cts(x: Sequence[Matrix], common: float = 0.8) -> Matrix:

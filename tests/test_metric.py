@@ -56,7 +56,12 @@ def flat(tasks: list[Matrix], P: Matrix, inverse: Matrix, rank: int | None) -> M
     changed = [task @ P for task in tasks]
     u, s, vh = np.linalg.svd(sum(changed), full_matrices=False)
     rank = rank or int((s > 1e-6 * s[0]).sum())
-    directions = u[:, :rank] @ vh[:rank]
+    sizes = [np.linalg.norm(x) for x in changed]
+    along = np.array(
+        [np.diag(u.T @ x @ vh.T)[:rank] / n for x, n in zip(changed, sizes, strict=True)]
+    )
+    strengths = (along**2 / (along**2).sum(0)).T @ sizes
+    directions = u[:, :rank] * np.sqrt(strengths) @ vh[:rank]
     share = np.mean([(directions * x).sum() / (x * x).sum() for x in changed])
     kept = (sum(changed) ** 2).sum() / sum((x * x).sum() for x in changed)
     return max(0.7, (kept / len(tasks)) ** (1 / 3)) / share * directions @ inverse
