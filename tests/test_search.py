@@ -16,7 +16,16 @@ import transformers
 from conftest import Workshop
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from pcb_peft import OptionError, Recipe, Source, load_adapter, merge, read_recipe, search
+from pcb_peft import (
+    OptionError,
+    Recipe,
+    Source,
+    UnsupportedError,
+    load_adapter,
+    merge,
+    read_recipe,
+    search,
+)
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.commands import cli
 from pcb_peft.searching.climb import climb
@@ -280,8 +289,8 @@ def test_packages_that_are_missing(
         optimiser_named("cma", KNOBS, seed=0, trials=1)
     with pytest.raises(OptionError, match="optimiser is 'sgd'"):
         optimiser_named("sgd", KNOBS, seed=0, trials=1)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(OptionError, match=r"needs matplotlib.*pcb-peft.search"):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UnsupportedError, match=r"need matplotlib.*pcb-peft.plots"):
         search(adapters, [], base_model=base, plot="search.png")
     with pytest.raises(OptionError, match=r"must end in .png"):
         search(adapters, [], base_model=base, plot="search.jpeg2000")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pcb_peft.evaluation.scores import Score, TaskScores
+from pcb_peft.runtime.tables import table
 
 METRICS = {"accuracy": "accuracy", "exact match": "exact_match", "1/perplexity": "perplexity"}
 """Names of the Hub's metrics."""
@@ -11,9 +12,7 @@ METRICS = {"accuracy": "accuracy", "exact match": "exact_match", "1/perplexity":
 
 def text_table(tasks: Sequence[TaskScores]) -> str:
     """The table for a terminal."""
-    header, rows = _cells(tasks)
-    widths = [max(len(row[place]) for row in [header, *rows]) for place in range(len(header))]
-    return "\n".join(_aligned(row, widths) for row in [header, *rows])
+    return table(*_cells(tasks), words_last=True)
 
 
 def markdown_table(tasks: Sequence[TaskScores]) -> str:
@@ -94,10 +93,3 @@ def _with_interval(task: TaskScores, score: Score) -> str:
         return _shown(task, score.value)
     low, high = (_shown(task, end) for end in interval)
     return f"{_shown(task, score.value)} ({low}–{high})"
-
-
-def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
-    """Names to the left, numbers to the right, the verdict as it comes."""
-    first, *middle, last = row
-    cells = [f"{cell:>{width}}" for cell, width in zip(middle, widths[1:-1], strict=True)]
-    return "  ".join([f"{first:<{widths[0]}}", *cells, last])

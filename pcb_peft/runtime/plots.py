@@ -36,7 +36,8 @@ def heat_map(
     present = [number for row in numbers for number in row if not math.isnan(number)]
     low, high = limits or (min(present, default=0.0), max(present, default=1.0))
     size = (2.5 + INCHES_PER_CELL * len(columns), 1.2 + INCHES_PER_CELL * len(values))
-    figure, axes = _figure(size)
+    figure = figure_of(size)
+    axes = figure.add_subplot()
     axes.imshow(numbers, cmap=COLOURS, vmin=low, vmax=high, aspect="auto")
     axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
     axes.set_yticks(range(len(values)), list(values))
@@ -51,13 +52,20 @@ def heat_map(
     return figure
 
 
-def _figure(size: tuple[float, float]) -> tuple[Any, Any]:
-    """Make a figure that belongs to no window, and its axes."""
+def figure_of(size: tuple[float, float], **options: Any) -> Any:
+    """Return a new figure that belongs to no window.
+
+    Args:
+        size: Width and height in inches.
+        **options: Further options of `matplotlib.figure.Figure`.
+
+    Raises:
+        UnsupportedError: matplotlib is not installed.
+    """
     try:
         module: Any = importlib.import_module("matplotlib.figure")
     except ImportError as error:
         raise UnsupportedError(
-            "figures need matplotlib: pip install 'pcb-peft[plots]'; write_report and --report do without"
+            f"figures need matplotlib ({error}): pip install 'pcb-peft[plots]'; write_report and --report do without"
         ) from error
-    figure = module.Figure(figsize=size)
-    return figure, figure.add_subplot()
+    return module.Figure(figsize=size, **options)

@@ -5,19 +5,24 @@ from collections.abc import Sequence
 BARS = "▁▂▃▄▅▆▇█"
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, words_last: bool = False) -> str:
     """Return a table: the first column flush left, the others flush right.
+
+    Args:
+        header: The heads of the columns.
+        rows: As many cells each.
+        words_last: The last column holds words: it is flush left, too.
 
     >>> print(table(("task", "kept"), [("math", "97 %"), ("translation", "8 %")]))
     task         kept
     math         97 %
     translation   8 %
     """
-    lines = [header, *rows]
+    lines, left = [header, *rows], {0, len(header) - 1 if words_last else 0}
     widths = [max(len(line[place]) for line in lines) for place in range(len(header))]
     return "\n".join(
         "  ".join(
-            cell.rjust(width) if place else cell.ljust(width)
+            cell.ljust(width) if place in left else cell.rjust(width)
             for place, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines

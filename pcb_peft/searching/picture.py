@@ -1,11 +1,10 @@
 """A picture of a search: scores over the trials, and the worst task against the mean. It needs matplotlib."""
 
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pcb_peft.errors import OptionError, OutputError
+from pcb_peft.runtime.plots import figure_of
 
 Point = tuple[float, float]
 
@@ -16,13 +15,14 @@ def check_picture(path: str | Path | None) -> None:
     """Check that a picture can be drawn, before a search takes its time.
 
     Raises:
-        OptionError: matplotlib is not installed, or the name of the file does not say what it is.
+        UnsupportedError: matplotlib is not installed.
+        OptionError: The name of the file does not say what it is.
     """
     if path is None:
         return
     if Path(path).suffix not in SUFFIXES:
         raise OptionError(f"{path}: a picture's name must end in {', '.join(SUFFIXES)}")
-    _imported("matplotlib")
+    figure_of((1, 1))
 
 
 def draw(
@@ -37,10 +37,10 @@ def draw(
         front: The Pareto front: those of them that no other beats in both.
 
     Raises:
-        OptionError: matplotlib is not installed.
+        UnsupportedError: matplotlib is not installed.
         OutputError: The file cannot be written.
     """
-    figure = _imported("matplotlib.figure").Figure(figsize=(9, 3.6), layout="constrained")
+    figure = figure_of((9, 3.6), layout="constrained")
     over_time, against = figure.subplots(1, 2)
     numbers = range(1, len(scores) + 1)
     over_time.plot(numbers, scores, "o", label="trial")
@@ -61,12 +61,3 @@ def draw(
 
 def _columns(points: Sequence[Point]) -> tuple[list[float], list[float]]:
     return [mean for mean, _ in points], [worst for _, worst in points]
-
-
-def _imported(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise OptionError(
-            f"a picture needs matplotlib ({error}): pip install 'pcb-peft[search]', or leave out the picture (--plot)"
-        ) from error

@@ -10,6 +10,7 @@ from pcb_peft.errors import OutputError
 from pcb_peft.evaluation.evaluation import Evaluation
 from pcb_peft.recipes.recipe import Recipe
 from pcb_peft.recipes.steps import in_words
+from pcb_peft.runtime.tables import table
 from pcb_peft.searching.knobs import STEPS
 from pcb_peft.searching.picture import draw
 from pcb_peft.searching.together import Grouping, LeftOut
@@ -83,7 +84,7 @@ class SearchResult:
 
         Raises:
             OutputError: A file cannot be written.
-            OptionError: matplotlib is not installed.
+            UnsupportedError: matplotlib is not installed.
         """
         recipe = Path(recipe)
         files = {recipe: self.recipe}
@@ -104,7 +105,7 @@ class SearchResult:
         """Draw the scores over the trials, and the worst task against the mean.
 
         Raises:
-            OptionError: matplotlib is not installed.
+            UnsupportedError: matplotlib is not installed.
             OutputError: The file cannot be written.
         """
         scores = [trial.best(self.objective)[1] for trial in self.trials if trial.kept]
@@ -143,8 +144,8 @@ class SearchResult:
     def __str__(self) -> str:
         ordered = sorted(self.trials, key=lambda trial: -trial.best(self.objective)[1])
         done = [trial for trial in ordered if trial.kept]
-        lines = [_line("trial", "score", "mean", "worst", "weight", "what")]
-        lines += [self._row(trial) for trial in done[:SHOWN]]
+        header = ("trial", "score", "mean", "worst", "weight", "what")
+        lines = [table(header, [self._row(trial) for trial in done[:SHOWN]], words_last=True)]
         if len(done) > SHOWN:
             lines.append(f"… and {len(done) - SHOWN} more")
         if failed := [trial for trial in ordered if not trial.kept]:
@@ -162,11 +163,11 @@ class SearchResult:
                 lines += ["", f"The merge of {' + '.join(merge.members)}:", str(merge.test)]
         return "\n".join([*lines, *self.notes])
 
-    def _row(self, trial: Trial) -> str:
+    def _row(self, trial: Trial) -> tuple[str, ...]:
         scale, score = trial.best(self.objective)
         kept = trial.kept[scale].values()
         numbers = [f"{value:.1%}" for value in (score, fmean(kept), min(kept))]
-        return _line(str(trial.number), *numbers, f"{scale:.3g}", described(trial.candidate))
+        return str(trial.number), *numbers, f"{scale:.3g}", described(trial.candidate)
 
     def _several(self) -> str:
         if len(self.merges) == 1:
@@ -208,8 +209,3 @@ def _points(trials: Sequence[Trial]) -> list[tuple[int, float, float, float]]:
         for trial in trials
         for scale, kept in trial.kept.items()
     ]
-
-
-def _line(*cells: str) -> str:
-    *numbers, words = cells
-    return "  ".join([*(f"{cell:>6}" for cell in numbers), words])
