@@ -126,7 +126,7 @@ def test_heads_that_are_kept_apart(workshop):
     merged.save_pretrained(workshop.directory / "merged")
     checked = check(workshop.directory / "merged")
     assert any("load one of them first" in note for note in checked.notes)
-    assert ("misreads", "no head of its own; heads kept apart: adapter1, adapter2") in found(
+    assert ("misreads", "the missing head; these are kept apart: adapter1, adapter2") in found(
         workshop.directory / "merged", "peft"
     )
 

@@ -146,7 +146,8 @@ def check(output: str | Path, consumers: Sequence[str] | str = ()) -> Check:
 
     Args:
         output: A directory that `save_pretrained`, `export` or `fold` wrote, or any other adapter; a GGUF file.
-        consumers: Programs to ask for, such as "vllm", "vllm==0.31" or "peft==0.11"; default: the newest of all.
+        consumers: Programs to ask for, such as "vllm", "vllm==0.31" or "peft==0.11"; default: the newest of all that
+            load the output, or another form of it.
 
     Returns:
         A verdict per program. `line` has the gist, `str()` everything.
@@ -162,10 +163,19 @@ def check(output: str | Path, consumers: Sequence[str] | str = ()) -> Check:
         True
     """
     words = [consumers] if isinstance(consumers, str) else consumers
-    asked = [named(word) for word in words or CONSUMERS]
     files = open_output(output)
+    asked = [named(word) for word in words or _concerned(files)]
     verdicts = tuple(_verdict(files, consumer, version) for consumer, version in asked)
     return Check(str(output), FORM_NAMES[files.form], verdicts, tuple(_notes(files)))
+
+
+def _concerned(files: OutputFiles) -> list[str]:
+    """Return the names of the consumers that load the output, or another form of it."""
+    return [
+        name
+        for name, consumer in CONSUMERS.items()
+        if files.form in consumer.forms or (files.form == "peft" and consumer.way)
+    ]
 
 
 def _verdict(files: OutputFiles, consumer: Consumer, version: Version) -> Verdict:
@@ -203,7 +213,7 @@ def _notes(files: OutputFiles) -> list[str]:
             ),
             (
                 features.heads_apart(files),
-                "load one of them first, or PEFT makes one up",
+                "load one of them first (pcb-peft head), or PEFT makes one up",
             ),
         )
         if found

@@ -83,7 +83,7 @@ CONSUMER = Consumer(
         Rule(
             features.heads_apart,
             "misreads",
-            "makes a random head up unless one is loaded into the base model first",
+            "makes a random one up unless one is loaded first (pcb-peft head)",
             "run with 0.21.2",
         ),
     ),
