@@ -17,7 +17,6 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from packaging.version import Version
 from torch import Tensor, nn
 
 from pcb_peft.base.architecture import stacks_experts
@@ -26,6 +25,7 @@ from pcb_peft.base.hub import configuration_directory
 from pcb_peft.errors import MismatchError
 from pcb_peft.formats import AdapterFiles
 from pcb_peft.formats.keys import PREFIX
+from pcb_peft.formats.lora_experts import AS_IT_IS, installed_peft
 from pcb_peft.runtime.shown import some_of
 
 READ_EXPERTS_ALIKE = (
@@ -134,11 +134,9 @@ class Found:
         """Return which other versions of PEFT and transformers would not find the experts, or misread them."""
         stacked = any(map(stacks_experts, self.model_class.skeleton.conversions))
         if self.files.config.get("target_parameters"):
-            versions = Version(importlib.metadata.version("peft")), Version(READ_EXPERTS_ALIKE)
-            others = "before" if versions[0] >= versions[1] else "since"
-            turned = (
-                f"; PEFT {others} {READ_EXPERTS_ALIKE} may read its experts the other way round"
-            )
+            others = "before" if installed_peft() >= AS_IT_IS else "since"
+            border = ".".join(map(str, AS_IT_IS))
+            turned = f"; PEFT {others} {border} may read its experts the other way round"
             older = "; transformers 4 has these experts one by one, and would not find them"
             return turned + older * stacked
         if stacked or not any(map(_SINGLE_EXPERT.search, self.files.tensors)):

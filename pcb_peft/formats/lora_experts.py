@@ -49,7 +49,8 @@ ORDER = (
     "w2",
     "down_proj",
 )  # in transformers' experts
-AS_IT_IS, NEVER_AS_IT_IS = (0, 19, 1), (0, 19, 0)  # versions of PEFT
+AS_IT_IS, NEVER_AS_IT_IS = (0, 19, 1), (0, 19, 0)
+"""Versions of PEFT since which every stack, or none, is read as it is."""
 
 
 class _RecentTensors:
@@ -251,7 +252,7 @@ def _is_flipped(config: Config, stack: Stack, sizes: tuple[int, int], guess: boo
         _, first, second = stack.shape
         return sizes != ((first, second) if stack.transposed else (second, first))
     version = _version(str(config.get("peft_version")))
-    if stack.transposed is None and version >= AS_IT_IS > _installed():
+    if stack.transposed is None and version >= AS_IT_IS > installed_peft():
         raise UnsupportedError(
             f"{stack.name}: the installed PEFT would have to read experts of PEFT {config['peft_version']} in its own "
             "way, which depends on the base model: give base_model (--base-model), or upgrade PEFT"
@@ -275,7 +276,8 @@ def _is_exchanged(version: tuple[int, ...], *, transposed: bool) -> bool:
     return version >= NEVER_AS_IT_IS or not transposed
 
 
-def _installed() -> tuple[int, ...]:
+def installed_peft() -> tuple[int, ...]:
+    """Return the version of PEFT."""
     return _version(importlib.metadata.version("peft"))
 
 
@@ -356,7 +358,7 @@ def write_experts(
 def _stacked_factors(experts: Mapping[int, LowRank], rank: int) -> tuple[Tensor, Tensor]:
     """Return lora_A (r·E, in) and lora_B (out, r·E) of a stack; an expert that no adapter touches is zero."""
     first = next(iter(experts.values()))
-    exchanged = _is_exchanged(_installed(), transposed=first.layout.transposed)
+    exchanged = _is_exchanged(installed_peft(), transposed=first.layout.transposed)
     count, (outputs, inputs) = 1 + max(experts), first.shape[::-1] if exchanged else first.shape
     lora_A, lora_B = torch.zeros(count, rank, inputs), torch.zeros(outputs, rank, count)
     for index, delta in experts.items():
