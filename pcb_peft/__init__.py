@@ -50,11 +50,11 @@ if TYPE_CHECKING:
     from pcb_peft.methods import MergeMethod, get_method, list_methods, merge_method
     from pcb_peft.recipes.recipe import Recipe, read_recipe
     from pcb_peft.reporting.page import write_report
+    from pcb_peft.reporting.publish import Publication, publish
     from pcb_peft.runtime.processes import all_processes
     from pcb_peft.searching.result import SearchResult
     from pcb_peft.searching.search import search
     from pcb_peft.spaces import list_spaces
-    from pcb_peft.writing.publish import Publication, publish
 
 # The same names for Python, by module: each is imported when it is first used, because torch takes seconds to import.
 _NAMES = {
@@ -95,11 +95,11 @@ _NAMES = {
     "methods": ("MergeMethod", "get_method", "list_methods", "merge_method"),
     "recipes.recipe": ("Recipe", "read_recipe"),
     "reporting.page": ("write_report",),
+    "reporting.publish": ("Publication", "publish"),
     "runtime.processes": ("all_processes",),
     "searching.result": ("SearchResult",),
     "searching.search": ("search",),
     "spaces": ("list_spaces",),
-    "writing.publish": ("Publication", "publish"),
 }
 _FORMER_NAMES = {"Statistics": "TaskStatistics"}  # understood for one release
 _MODULES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}

@@ -3,6 +3,8 @@
 import base64
 import http.server
 import json
+import shutil
+import sys
 import threading
 
 import huggingface_hub
@@ -74,7 +76,7 @@ def hub(monkeypatch):
 
 @pytest.fixture
 def merged(workshop):
-    paths = workshop.adapters("mlp", [lora(), lora()])
+    paths = workshop.adapters("llama", [lora("q_proj"), lora("q_proj")])
     merge_adapters(paths).save_pretrained(workshop.directory / "merged")
     return workshop.directory / "merged"
 
@@ -87,13 +89,38 @@ def visible(directory):
     }
 
 
+MADE = {"merge_report.html", "merge_report.png"}
+"""Files that are made when a merge is sent."""
+
+
+def assert_sent(sent, merged):
+    """All that is visible; the card has the picture of the report; and no text has a local path."""
+    here = visible(merged)
+    assert sent.keys() == here.keys() | MADE
+    changed = {name for name, content in here.items() if sent[name] != content}
+    assert changed == {"README.md", "merge_recipe.yaml"}
+    card = sent["README.md"].decode()
+    assert card.startswith(here["README.md"].decode().rstrip())
+    assert (
+        "![The share of each adapter's own change that the merge makes, by layer](merge_report.png)"
+        in card
+    )
+    assert sent["merge_report.png"].startswith(b"\x89PNG")
+    assert "Cosine of ΔW" in sent["merge_report.html"].decode()
+    for name in ("merge_report.html", "merge_report.json", "merge_recipe.yaml", "README.md"):
+        assert "adapter2" in sent[name].decode()
+        assert str(merged.parent) not in sent[name].decode()
+
+
 def test_what_was_written_is_sent_and_hidden_files_are_not(hub, merged):
     (merged / ".secret").write_text("token")
+    before = visible(merged)
     publication = publish(merged, "me/merged", private=True)
-    assert hub.files == visible(merged)
+    assert visible(merged) == before
+    assert_sent(hub.files, merged)
     assert {"README.md", "adapter_model.safetensors", "merge_recipe.yaml"} <= hub.files.keys()
     assert "private" in json.dumps(hub.created[0])
-    assert hub.cards == [(merged / "README.md").read_text()]
+    assert hub.cards == [hub.files["README.md"].decode()]
     assert publication.url == f"{hub.url}/me/merged"
 
 
@@ -101,7 +128,7 @@ def test_a_dry_run_sends_nothing_and_says_what_would_be_sent(hub, merged, capsys
     assert cli.main(["push", str(merged), "me/merged", "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "would be sent to me/merged" in said
-    assert all(name in said for name in visible(merged))
+    assert all(name in said for name in visible(merged).keys() | MADE)
     assert not hub.files
     assert not hub.created
 
@@ -109,7 +136,28 @@ def test_a_dry_run_sends_nothing_and_says_what_would_be_sent(hub, merged, capsys
 def test_the_command_sends_and_says_where(hub, merged, capsys):
     assert cli.main(["push", str(merged), "me/merged"]) == 0
     assert f"sent to {hub.url}/me/merged" in capsys.readouterr().out
-    assert hub.files == visible(merged)
+    assert_sent(hub.files, merged)
+
+
+def test_a_merge_from_elsewhere_is_sent_without_its_adapters(hub, merged, workshop):
+    shutil.rmtree(workshop.directory / "adapter1")
+    publish(merged, "me/merged")
+    page = hub.files["merge_report.html"].decode()
+    assert "adapter1" in page
+    assert "Cosine of ΔW" not in page
+
+
+def test_without_matplotlib_there_is_no_picture(hub, merged, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    publish(merged, "me/merged")
+    assert hub.files.keys() == visible(merged).keys() | {"merge_report.html"}
+    assert "merge_report.png" not in hub.files["README.md"].decode()
+
+
+def test_an_adapter_that_is_no_merge_is_sent_as_it_is(hub, workshop):
+    path = workshop.adapter("mlp", lora(), "alone")
+    publish(path, "me/merged")
+    assert hub.files == visible(path)
 
 
 def test_without_a_right_token_the_way_out_is_said(hub, merged):

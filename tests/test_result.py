@@ -220,6 +220,18 @@ def test_sign_conflicts_stand_beside_chance(workshop):
     assert f"of random signs it would be {report.conflicts_chance:.1%}" in str(report)
 
 
+def test_adapters_stand_in_the_order_of_the_merge_whatever_they_change(workshop):
+    """The first one changes modules that come late, and the page must not mix up names and weights."""
+    early, late = (
+        peft.LoraConfig(target_modules=["down_proj"]),
+        peft.LoraConfig(target_modules=["v_proj"]),
+    )
+    paths = workshop.adapters("llama", [late, early])
+    report = merge_adapters(paths, "linear", [0.25, 4.0]).report
+    assert list(report.adapters) == ["adapter1", "adapter2"]
+    assert report.adapters["adapter1"].share == pytest.approx(0.25)
+
+
 def test_a_report_is_plain_data_for_json(workshop):
     merged = merge_adapters(workshop.adapters("llama", [LORA, LORA]))
     found = json.loads(json.dumps(merged.report.as_dict()))

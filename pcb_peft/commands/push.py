@@ -18,7 +18,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(parsed: argparse.Namespace) -> Answer:
-    from pcb_peft.writing.publish import publish
+    from pcb_peft.reporting.publish import publish
 
     publication = publish(
         parsed.directory,

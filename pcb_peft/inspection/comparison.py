@@ -10,7 +10,7 @@ from pcb_peft.errors import OptionError
 from pcb_peft.inspection.pairs import Geometry
 from pcb_peft.runtime.plots import heat_map
 from pcb_peft.runtime.tables import table
-from pcb_peft.runtime.units import format_size
+from pcb_peft.runtime.units import format_size, rounded
 
 NOT_PREDICTED = (
     "None of these numbers tells which task a merge will lose: run texts, with pcb-peft evaluate."
@@ -127,7 +127,7 @@ def _matrix(title: str, names: tuple[str, ...], values: Tensor) -> str:
 
 
 def _cosine(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.2f}"
+    return "-" if math.isnan(value) else rounded(value)
 
 
 def _signs(geometry: Geometry) -> str:

@@ -91,14 +91,19 @@ def _settings(recipe: Recipe, energy: float) -> list[tuple[str, object]]:
 
 
 def recipe_section(recipe: Recipe) -> str:
+    """Return the section of a card that shows the recipe."""
+    text = code("yaml", public_recipe(recipe).to_yaml())
+    return f"`merge_recipe.yaml`, without local paths:\n\n{text}"
+
+
+def public_recipe(recipe: Recipe) -> Recipe:
     """Return the recipe without local paths: an adapter that is in no public place goes by its name."""
-    public = dataclasses.replace(
+    return dataclasses.replace(
         recipe,
         adapters=tuple(map(_without_path, recipe.adapters)),
         statistics=tuple(map(_without_path, recipe.statistics)),
         base_model=public_name(recipe.base_model),
     )
-    return f"`merge_recipe.yaml`, without local paths:\n\n{code('yaml', public.to_yaml())}"
 
 
 def _without_path(source: Source) -> Source:

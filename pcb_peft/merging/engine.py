@@ -364,10 +364,10 @@ def _result(
     started: float,
 ) -> MergedAdapter:
     recipe, adapters = prepared.recipe, prepared.adapter_set.adapters
-    seconds = time.perf_counter() - started
-    counted = report.build(recipe.method, recipe.space, recipe.scope, seconds, len(pending))
-    if (warning := _warning_of_lost_energy(counted)) is not None:
-        report.note(warning)
+    how = (recipe.method, recipe.space, recipe.scope, time.perf_counter() - started)
+    built = report.build(*how, pending=len(pending), names=tuple(a.name for a in adapters))
+    if (warning := _warning_of_lost_energy(built)) is not None:
+        built = dataclasses.replace(built, notes=(*built.notes, warning))
         warnings.warn(warning, stacklevel=4)
     stated = prepared.heads.head.task.task_type if recipe.head else None
     return MergedAdapter(
@@ -385,7 +385,7 @@ def _result(
         companions=prepared.companions,
         licences=licences_of(adapters),
         recipe=dataclasses.replace(recipe, scale=1.0, format=prepared.format),
-        report=report.build(recipe.method, recipe.space, recipe.scope, seconds, len(pending)),
+        report=built,
         pending=pending,
     ).scaled(recipe.scale)
 

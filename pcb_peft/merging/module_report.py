@@ -81,7 +81,7 @@ def adapter_report(
         kept: Fraction of its entries that were kept; None where the method drops none.
     """
     lines = {m: line for m, line in modules.items() if name in line.adapter_norms}
-    known = all(name in line.products for line in lines.values())
+    known = bool(lines) and all(name in line.products for line in lines.values())
     targets: dict[str, list[ModuleReport]] = {}
     layers: dict[int, list[ModuleReport]] = {}
     for module, line in lines.items() if known else ():

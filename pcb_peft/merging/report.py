@@ -39,6 +39,7 @@ class Report:
         notes: What was decided on the way, in words.
         seconds: How long the merge took; 0 where that is not known, as for a report that was read from its file.
         pending: The number of modules that are merged when they are read or folded (rank "full").
+        names: The adapters, in the order of the merge.
     """
 
     method: str
@@ -48,6 +49,7 @@ class Report:
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
     pending: int = 0
+    names: tuple[str, ...] = ()
 
     @property
     def energy(self) -> float:
@@ -86,7 +88,8 @@ class Report:
     @property
     def adapters(self) -> dict[str, AdapterReport]:
         """The adapters in the merge, by name, in the order of the merge."""
-        names = dict.fromkeys(n for line in self.modules.values() for n in line.adapter_norms)
+        found = dict.fromkeys(n for line in self.modules.values() for n in line.adapter_norms)
+        names = dict.fromkeys((*self.names, *found)) if found else {}
         kept = self.kept
         return {name: adapter_report(self.modules, name, kept.get(name)) for name in names}
 
@@ -287,10 +290,7 @@ class ReportBuilder:
         """Add a sentence, once."""
         self._notes[text] = None
 
-    def build(
-        self, method: str, space: str, scope: str, seconds: float, pending: int = 0
-    ) -> Report:
-        """The report of what was collected."""
-        return Report(
-            method, space, scope, dict(self.modules), tuple(self._notes), seconds, pending
-        )
+    def build(self, method: str, space: str, scope: str, seconds: float, **more: Any) -> Report:
+        """The report of what was collected; `more` are its other fields."""
+        notes = tuple(self._notes)
+        return Report(method, space, scope, dict(self.modules), notes, seconds, **more)

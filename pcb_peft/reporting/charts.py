@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from pcb_peft.runtime.units import rounded
+
 WIDTH, HEIGHT = 640, 220
 """Size of a curve, in the units of its SVG."""
 STEPS = 9
@@ -93,9 +95,7 @@ class HeatMap:
 
 def _cell(value: float, low: float, high: float, style: str) -> Cell:
     place = min(1.0, max(0.0, (value - low) / (high - low)))
-    text = f"{value:{style}}"
-    is_zero = not any(digit in text for digit in "123456789")
-    return Cell(text.lstrip("-") if is_zero else text, round(place * (STEPS - 1)))
+    return Cell(rounded(value, style), round(place * (STEPS - 1)))
 
 
 def curve(values: Sequence[float]) -> str:

@@ -12,11 +12,13 @@ from pcb_peft.errors import AdapterError, AdapterNotFoundError
 from pcb_peft.evaluation.card import FILE as EVALUATION
 from pcb_peft.files.json_text import read_json_file
 from pcb_peft.files.schema import Number, checked
+from pcb_peft.merging.card import public_recipe
 from pcb_peft.merging.report import Report
 from pcb_peft.merging.report_file import read_report
 from pcb_peft.merging.result import MergedAdapter
 from pcb_peft.recipes.recipe import FILE_NAME, Recipe, read_recipe
 from pcb_peft.runtime.paths import expanded
+from pcb_peft.writing.model_card import public_name
 
 
 class TaskLine(msgspec.Struct, kw_only=True):
@@ -65,6 +67,11 @@ class MergeRecord(NamedTuple):
     base_model: str | None
     merged: Adapter | None
     evaluation: Measured | None
+
+    def public(self) -> "MergeRecord":
+        """Return what others may see: no local path."""
+        recipe, base = public_recipe(self.recipe), public_name(self.base_model)
+        return self._replace(recipe=recipe, base_model=base)
 
 
 def record_of(merged: MergedAdapter | str | Path, evaluation: Any = None) -> MergeRecord:

@@ -42,6 +42,16 @@ def format_count(count: int) -> str:
     return f"{count:,}"
 
 
+def rounded(value: float, style: str = ".2f") -> str:
+    """Format a number, and what rounds to zero without a sign.
+
+    >>> rounded(-0.001), rounded(-0.2), rounded(-0.0001, ".1%")
+    ('0.00', '-0.20', '0.0%')
+    """
+    text = f"{value:{style}}"
+    return text if any(digit in text for digit in "123456789") else text.lstrip("-")
+
+
 def _short(number: float) -> str:
     """Two significant digits, or all digits before the point."""
     return f"{number:.0f}" if number >= 9.95 else f"{number:.2g}"

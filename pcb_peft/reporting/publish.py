@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from pcb_peft.errors import OptionError, OutputError
+from pcb_peft.reporting.for_the_hub import report_files
 from pcb_peft.runtime.tables import table
 from pcb_peft.runtime.units import format_size
 
@@ -42,6 +43,9 @@ def publish(
 ) -> Publication:
     """Send a directory that this package wrote to the Hub: weights, configuration, card, recipe, report, heads.
 
+    With a merge go its report as a page, and a picture on the card (if matplotlib is installed); no local path is in
+    them. Hidden files stay on this machine.
+
     It is made public unless the account says otherwise, or `private` does. You must be logged in: ``hf auth login``.
 
     Args:
@@ -64,26 +68,29 @@ def publish(
         >>> sorted(publish("math-lora", "me/math-lora", dry_run=True).files)[:2]
         ['README.md', 'adapter_config.json']
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     folder = Path(directory)
     files = _files(folder)
+    made = report_files(folder)
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    sizes |= {name: len(content) for name, content in made.items()}
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise OptionError(f"{repo_id!r} is no name of a repository: {error}") from error
     if dry_run:
-        return Publication(repo_id, files)
+        return Publication(repo_id, dict(sorted(sizes.items())))
     try:
         api = HfApi()
         url = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(
+        contents: dict[str, Path | bytes] = {**files, **made}
+        api.create_commit(
             repo_id=url.repo_id,
-            folder_path=folder,
+            operations=[CommitOperationAdd(name, one) for name, one in contents.items()],
             revision=revision,
             commit_message=message or f"Upload {folder.resolve().name}",
-            allow_patterns=list(files),
         )
     except (
         OSError,
@@ -94,11 +101,11 @@ def publish(
             f"{repo_id} cannot be written on the Hub: {reason}; log in with a token that may write (hf auth login), "
             "or look at what would be sent: dry_run=True, --dry-run"
         ) from error
-    return Publication(url.repo_id, files, str(url))
+    return Publication(url.repo_id, dict(sorted(sizes.items())), str(url))
 
 
-def _files(folder: Path) -> dict[str, int]:
-    """Path and size of each file that is sent; hidden files stay on this machine.
+def _files(folder: Path) -> dict[str, Path]:
+    """Return the files that are sent, by their path in the repository.
 
     Raises:
         OptionError: The directory holds no adapter and no model.
@@ -110,7 +117,7 @@ def _files(folder: Path) -> dict[str, int]:
         )
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
-        path.relative_to(folder).as_posix(): path.stat().st_size
+        path.relative_to(folder).as_posix(): path
         for path in paths
         if not any(part.startswith(".") for part in path.relative_to(folder).parts)
     }
