@@ -439,6 +439,29 @@ def test_a_link_to_a_file_stays_a_link(tmp_path):
     assert (tmp_path / "out").read_text() == "new"
 
 
+@pytest.mark.parametrize("write_output", [write, write_file], ids=["directory", "file"])
+def test_what_another_process_wrote_in_the_last_moment_is_not_replaced(
+    tmp_path, monkeypatch, write_output
+):
+    target, checked = tmp_path / "out", []
+
+    def too_early(place, **options):
+        check(place, **options)
+        checked.append(place)
+        if len(checked) == 2:
+            monkeypatch.undo()
+            write_output(place, "of another process")
+
+    name = "check_target" if write_output is write else "check_file_target"
+    check = getattr(atomic, name)
+    monkeypatch.setattr(atomic, name, too_early)
+    with pytest.raises(OutputError, match="cannot be written"):
+        write_output(target)
+    text = content(target) if write_output is write else target.read_text()
+    assert text == "of another process"
+    assert list(tmp_path.iterdir()) == [target]
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_failure_while_a_file_is_written_leaves_the_old_one(tmp_path, error):
     target = tmp_path / "out"
@@ -482,7 +505,7 @@ def test_a_file_is_synced_before_it_is_renamed_and_its_directory_after(tmp_path,
 
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(Path, "replace", replaced)
-    write_file(tmp_path / "out")
+    write_file(tmp_path / "out", overwrite=True)
     assert calls == ["file", "rename", "directory"]
 
 

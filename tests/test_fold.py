@@ -518,7 +518,7 @@ def test_damaged_and_missing_shards_are_named(tmp_path):
     data = shard.read_bytes()
     for damaged in (data[:-8], b"version https://git-lfs.github.com/spec/v1\n"):
         shard.write_bytes(damaged)
-        with pytest.raises(BaseModelError, match=f"{shard.name} is damaged"):
+        with pytest.raises(BaseModelError, match=f"{shard.name} cannot be read"):
             open_base_model(base)
     shard.unlink()
     with pytest.raises(BaseModelError, match=f"'{shard.name}', which is not beside it"):

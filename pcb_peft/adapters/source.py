@@ -139,7 +139,7 @@ def open_files(source: Source, *, hashed: bool = True) -> OpenedAdapter:
     )  # before they are hashed: what is no such file may have any length
     weights = (directory / name for name in (SAFETENSORS, PICKLE))
     digest = _tensors_digest(source, next(filter(Path.is_file, weights), None), hashed=hashed)
-    configured = sha256_of_file(directory / CONFIG)
+    configured = _digest(directory / CONFIG)
     _refuse_other(source, "configuration", configured, "config_sha256", source.config_sha256)
     files = [
         (path.stem, SafetensorsFile(path))
@@ -158,8 +158,17 @@ def open_files(source: Source, *, hashed: bool = True) -> OpenedAdapter:
     )
 
 
+def _digest(file: Path) -> str:
+    try:
+        return sha256_of_file(file)
+    except OSError as error:
+        raise AdapterError(
+            f"{file} cannot be read: {error.strerror}; look at the disk, and at the permissions"
+        ) from error
+
+
 def _tensors_digest(source: Source, file: Path | None, *, hashed: bool) -> str | None:
-    digest = source.sha256 if file is None or not hashed else sha256_of_file(file)
+    digest = source.sha256 if file is None or not hashed else _digest(file)
     _refuse_other(source, "tensors", digest, "sha256", source.sha256)
     return digest
 

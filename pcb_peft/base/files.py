@@ -13,8 +13,8 @@ from pcb_peft.files.header import read_header
 from pcb_peft.files.json_text import read_json_file
 from pcb_peft.files.schema import Count, checked
 from pcb_peft.files.tensors import check_name
-from pcb_peft.runtime.paths import is_file
-from pcb_peft.runtime.shown import quoted, shown
+from pcb_peft.runtime.paths import is_file, why_unreadable
+from pcb_peft.runtime.shown import quoted
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -114,7 +114,7 @@ def _tensors_in(directory: Path, file: str) -> dict[str, TensorInfo]:
         header, start = read_header(path)
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise BaseModelError(
-            f"{path} is damaged ({shown(error)}); fetch the model again"
+            f"{path} cannot be read ({why_unreadable(path, error)}); fetch the model again"
         ) from error
     header.pop("__metadata__", None)
     entries = checked(header, dict[str, _Entry], str(path), BaseModelError, WAY_OUT)

@@ -16,7 +16,16 @@ from typing import Any
 
 from pcb_peft.commands.arguments import add_common_arguments, is_quiet, is_verbose
 from pcb_peft.commands.command import Command
-from pcb_peft.commands.exit_codes import FULL, INTERNAL, MEANINGS, NO_SPACE, code_of
+from pcb_peft.commands.exit_codes import (
+    FULL,
+    INTERNAL,
+    MEANINGS,
+    NO_SPACE,
+    OF_THE_SYSTEM,
+    REFUSED,
+    UNREAD,
+    code_of,
+)
 from pcb_peft.commands.output import (
     print_answer,
     print_error,
@@ -28,6 +37,7 @@ from pcb_peft.commands.output import (
 )
 from pcb_peft.commands.parser import Parser
 from pcb_peft.errors import NoSpaceError, PcbPeftError, ProcessError
+from pcb_peft.runtime.paths import current_directory
 from pcb_peft.runtime.processes import Processes, joined, rank_and_size, stoppable
 from pcb_peft.runtime.units import format_duration
 
@@ -77,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print_interrupted(f"{which}interrupted ({came[0].name})")
             return 128 + came[0]
         except OSError as error:
-            return _without_output(error, words)
+            return _after_system_error(error, words)
         except Exception as error:  # noqa: BLE001
             print_unexpected(error, words)
             return INTERNAL
@@ -91,17 +101,26 @@ def _is_first() -> bool:
         return True
 
 
-def _without_output(error: OSError, words: Sequence[str]) -> int:
-    """Return the exit status after an error of the system, which may be that of standard output."""
+def _after_system_error(error: OSError, words: Sequence[str]) -> int:
+    """Return the exit status after an error of the system: of standard output, a disk, a permission."""
+    if isinstance(error, FileNotFoundError) and current_directory() is None:
+        print_error(
+            PcbPeftError("the current directory has been removed; go to another one"), words
+        )
+        return REFUSED
     closed = isinstance(error, BrokenPipeError)  # nobody reads on, as in `pcb-peft methods | head`
-    if not closed and error.errno not in FULL:
+    if not closed and error.errno not in OF_THE_SYSTEM:
         print_unexpected(error, words)
         return INTERNAL
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if error.filename is None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if closed:
-        return INTERNAL
-    print_error(NoSpaceError(f"the answer cannot be written: {error.strerror}"), words)
-    return NO_SPACE
+        return UNREAD
+    subject = "the answer cannot be written" if error.filename is None else error.filename
+    kind = NoSpaceError if error.errno in FULL else PcbPeftError
+    way_out = "look at the disk, at its free space, and at the permissions"
+    print_error(kind(f"{subject}: {error.strerror}; {way_out}"), words)
+    return NO_SPACE if error.errno in FULL else REFUSED
 
 
 def _run(words: Sequence[str]) -> int:

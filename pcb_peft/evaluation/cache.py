@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +16,8 @@ from pcb_peft.files.schema import Number, checked
 from pcb_peft.runtime.hashing import sha256_of_file
 from pcb_peft.runtime.paths import cache_directory
 from pcb_peft.runtime.processes import current
+from pcb_peft.writing.atomic import write_file_atomically
+from pcb_peft.writing.targets import writing
 
 ANEW = "it is computed anew"
 HASHED = {".safetensors", ".bin", ".json", ".txt", ".model", ".jinja"}
@@ -88,13 +90,18 @@ def digest_of(value: Any) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, suffix=".part", delete=False
-    ) as stream:
-        json.dump(content, stream)
-    Path(stream.name).replace(path)
+    """Write a JSON file into the cache, whole or not at all; a warning says if that cannot be done."""
+    text = json.dumps(content)
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_file_atomically(path, lambda file: _write(file, text), overwrite="all")
+    except OutputError as error:
+        warnings.warn(f"nothing is kept for the next evaluation: {error}", stacklevel=3)
+
+
+def _write(file: Path, text: str) -> None:
+    file.write_text(text, "utf-8")
 
 
 class _Kept(msgspec.Struct):

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from pcb_peft.evaluation.classification import (
     load_with_peft,
     make_batches,
 )
+from pcb_peft.runtime.scratch import private_directory
 
 SHOWN_CHARACTERS = 76  # a sentence that fits on a line of a terminal
 
@@ -69,7 +69,7 @@ def run_demo(
     tasks = load_tasks(pool, data)
     with contextlib.ExitStack() as stack:
         if output is None:
-            output = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "merged"
+            output = Path(stack.enter_context(private_directory())) / "merged"
         return _demo(tasks, base, output, write)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from pcb_peft.deltas.dtypes import WEIGHT_DTYPES
 from pcb_peft.deltas.linalg import all_finite
 from pcb_peft.errors import AdapterError, PcbPeftError
+from pcb_peft.runtime.paths import why_unreadable
 from pcb_peft.runtime.shown import quoted, shown
 from pcb_peft.runtime.threads import one_thread
 
@@ -51,7 +52,7 @@ class SafetensorsFile:
             self._file = safetensors.safe_open(self.where, framework="pt")
         except (OSError, ValueError, MemoryError, safetensors.SafetensorError) as error:
             raise AdapterError(
-                f"{path} is not a readable safetensors file: {shown(error)}"
+                f"{path} is not a readable safetensors file: {why_unreadable(Path(path), error)}"
             ) from error
         for name in self._file.keys():  # noqa: SIM118  (it is no mapping)
             check_name(name, path, AdapterError)

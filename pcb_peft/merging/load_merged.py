@@ -1,7 +1,6 @@
 """Loading a merged adapter into its base model, with the head of the task that it is wanted for."""
 
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from pcb_peft.data.models import load_model
 from pcb_peft.deltas.replacements import Replacements
 from pcb_peft.errors import BaseModelError, OptionError
 from pcb_peft.formats.checkpoint import CONFIG
+from pcb_peft.runtime.scratch import private_directory
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -62,7 +62,7 @@ def load_merged(
     if parameters:
         with_head(model, parameters, headed.name)
         _name_classes(model, headed.head)
-    with tempfile.TemporaryDirectory(prefix="pcb_peft_") as folder:
+    with private_directory() as folder:
         place = _written(opened, headed, head, Path(folder) / "adapter")
         return wrapped_by_peft(model, place, headed.name, parameters).eval()
 

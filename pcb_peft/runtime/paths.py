@@ -1,6 +1,7 @@
 """Paths as users write them: the home directory, and suggestions for misspelt names."""
 
 import difflib
+import errno
 import hashlib
 import os
 import re
@@ -34,9 +35,18 @@ def similar_path(path: str) -> str:
 
 
 def cache_directory(name: str) -> Path:
-    """Return a directory of the user's cache: ``$XDG_CACHE_HOME/pcb_peft/<name>``; it need not exist."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "pcb_peft" / name
+    """Return a directory of the user's cache: ``$XDG_CACHE_HOME/pcb_peft/<name>``; it need not exist.
+
+    Raises:
+        OptionError: The user has no home directory.
+    """
+    try:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:
+        raise OptionError(
+            "there is no home directory for the cache; set XDG_CACHE_HOME (or HOME) to a directory"
+        ) from error
+    return root / "pcb_peft" / name
 
 
 def size_on_disk(path: Path) -> int:
@@ -44,6 +54,21 @@ def size_on_disk(path: Path) -> int:
     if path.is_file():
         return path.stat().st_size
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def current_directory() -> Path | None:
+    """Return the current directory; None if it has been removed."""
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        return None
+
+
+def why_unreadable(path: Path, error: Exception) -> str:
+    """Return why a file cannot be opened: safetensors calls one that is not there what may not be read."""
+    if path.exists() and not os.access(path, os.R_OK):
+        return os.strerror(errno.EACCES)
+    return shown(error)
 
 
 def is_file(path: Path) -> bool:

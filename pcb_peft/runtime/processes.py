@@ -28,7 +28,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from pcb_peft.errors import PcbPeftError, ProcessError
-from pcb_peft.runtime.shown import quoted
+from pcb_peft.runtime.shown import quoted, shown
 from pcb_peft.runtime.signals import dying_on_signals, end_process, raising_on_signals
 
 Item = TypeVar("Item")
@@ -293,10 +293,19 @@ def joined() -> Generator[Processes]:
 
     initialized_by_caller = dist.is_initialized()
     with (
-        dying_on_signals()
-    ):  # torch waits for the others where Python hears of no signal; there is nothing to clean up
-        PartialState(cpu=not torch.cuda.is_available())
-        group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        dying_on_signals()  # torch waits for the others where Python hears of no signal; nothing to clean up
+    ):
+        try:
+            PartialState(cpu=not torch.cuda.is_available())
+            group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        except (
+            RuntimeError,
+            ValueError,
+        ) as error:  # no address, a port that is taken, others that never come
+            raise ProcessError(
+                f"the {rank_and_size()[1]} processes that WORLD_SIZE names cannot join: {shown(error)}; start the "
+                "command with accelerate launch or torchrun, or take WORLD_SIZE out of the environment"
+            ) from error
     processes = Processes(dist.get_rank(), dist.get_world_size(), group)
     _joined_groups.append(processes)
     try:

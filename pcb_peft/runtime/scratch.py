@@ -5,13 +5,31 @@ import tempfile
 from collections.abc import Generator
 from pathlib import Path
 
+from pcb_peft.errors import OutputError
 from pcb_peft.runtime.processes import current
+
+
+@contextlib.contextmanager
+def private_directory() -> Generator[str]:
+    """Make a directory below ``$TMPDIR`` that is removed at the end.
+
+    Raises:
+        OutputError: No directory for temporary files can be written.
+    """
+    try:
+        made = tempfile.TemporaryDirectory(prefix="pcb_peft_", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise OutputError(
+            f"no directory for temporary files can be written: {error.strerror}; set TMPDIR to one that can"
+        ) from error
+    with made as directory:
+        yield directory
 
 
 @contextlib.contextmanager
 def shared_directory() -> Generator[Path]:
     """Make a directory that all processes see; it is removed at the end. All must enter and leave together."""
     with contextlib.ExitStack() as stack:
-        made = stack.enter_context(tempfile.TemporaryDirectory()) if current().is_main else None
+        made = stack.enter_context(private_directory()) if current().is_main else None
         yield Path(str(current().reduce(made, lambda names: names[0])))
         current().barrier()

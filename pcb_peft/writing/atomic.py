@@ -17,7 +17,7 @@ from pcb_peft.errors import OutputError
 from pcb_peft.runtime.processes import Processes
 from pcb_peft.writing.leftovers import aside, never, remove, repair, temporary_directory
 from pcb_peft.writing.manifest import write_manifest
-from pcb_peft.writing.rename import exchange
+from pcb_peft.writing.rename import exchange, move_to_free_place
 from pcb_peft.writing.resume import Resumable, forget_shards
 from pcb_peft.writing.targets import (
     Inputs,
@@ -71,7 +71,7 @@ def replace_directory(
             if replaced is not None:
                 temporary.chmod(stat.S_IMODE(replaced.st_mode))
             check_target(place, overwrite=overwrite, inputs=inputs)
-            _swap(temporary, place)
+            _swap(temporary, place, overwrite=bool(overwrite))
 
 
 @contextlib.contextmanager
@@ -139,7 +139,7 @@ def write_file_atomically(
                 _take_owner(temporary, place.stat(), stat.S_IMODE(place.stat().st_mode))
             _sync(temporary, os.O_RDONLY)
             check_file_target(target, overwrite=overwrite, is_ours=is_ours)
-            temporary.replace(place)
+            (Path.replace if overwrite else move_to_free_place)(temporary, place)
             _sync_directory(place.parent)
 
 
@@ -195,10 +195,10 @@ def _chmod_and_sync(directory: Path) -> None:
         _sync_directory(Path(folder))
 
 
-def _swap(new: Path, target: Path) -> None:
+def _swap(new: Path, target: Path, *, overwrite: bool) -> None:
     """Move a directory to its place; an old one there ends up beside it, and is removed."""
-    if not target.exists():
-        new.rename(target)
+    if not overwrite or not target.exists():
+        new.rename(target)  # fails if another process has filled it meanwhile
         _sync_directory(target.parent)
         return
     old = aside(new)

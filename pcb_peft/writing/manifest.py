@@ -17,6 +17,7 @@ from pcb_peft.files.json_text import read_json_file
 from pcb_peft.files.schema import checked
 
 MANIFEST = ".pcb_peft.json"
+_NEXT = ".pcb_peft.next.json"
 _SAMPLED = 1 << 16  # bytes at each end of a file
 
 
@@ -40,7 +41,8 @@ def update_manifest(directory: Path, names: tuple[str, ...]) -> None:
         return
     listed |= {name: fingerprint(directory / name) for name in names}
     text = json.dumps({"written_by": "pcb_peft", "files": dict(sorted(listed.items()))}, indent=1)
-    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    (directory / _NEXT).write_text(text + "\n", encoding="utf-8")
+    (directory / _NEXT).replace(directory / MANIFEST)  # a killed run leaves the list that was there
 
 
 def foreign_file(directory: Path) -> str | None:
@@ -58,7 +60,7 @@ def foreign_file(directory: Path) -> str | None:
                 return path
         for name in sorted(files):
             path = (place / name).as_posix()
-            known = path == MANIFEST or listed.get(path) == fingerprint(directory / path)
+            known = path in (MANIFEST, _NEXT) or listed.get(path) == fingerprint(directory / path)
             if not (listed and known):
                 return path
     return None
@@ -68,7 +70,7 @@ def _files(directory: Path) -> Iterator[str]:
     for folder, _, files in os.walk(directory):
         for name in files:
             path = Path(folder, name).relative_to(directory).as_posix()
-            if path != MANIFEST:
+            if path not in (MANIFEST, _NEXT):
                 yield path
 
 

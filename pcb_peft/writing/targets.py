@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 import safetensors
 
 from pcb_peft.errors import NoSpaceError, OutputError
-from pcb_peft.runtime.paths import expanded
+from pcb_peft.runtime.paths import current_directory, expanded
 from pcb_peft.writing.manifest import foreign_file
 
 Overwrite: TypeAlias = bool | Literal["all"]
@@ -37,7 +37,8 @@ def check_target(target: Path, *, overwrite: Overwrite, inputs: Inputs = ()) -> 
     """
     with writing(target):
         target = resolved(target)
-        if Path.cwd().resolve().is_relative_to(target):
+        here = current_directory()
+        if here is not None and here.resolve().is_relative_to(target):
             raise OutputError(
                 f"{target} is the current directory or lies above it; name a directory of its own"
             )
@@ -166,9 +167,13 @@ def _exists(path: Path) -> bool:
 
 
 def _links_in(directory: Path) -> Iterator[Path]:
-    """Yield the links in a directory: files of an input may lie elsewhere."""
-    if directory.is_dir():
-        yield from (path for path in directory.iterdir() if path.is_symlink())
+    """Yield the links in a directory: files of an input may lie elsewhere.
+
+    Those of a directory that cannot be read are unknown; it will be refused as an input.
+    """
+    with contextlib.suppress(PermissionError):
+        if directory.is_dir():
+            yield from (path for path in directory.iterdir() if path.is_symlink())
 
 
 def _is_in(inner: Path, outer: Path) -> bool:

@@ -1,0 +1,83 @@
+"""A sample of the faults of faults.py (``python tests/faults.py`` tries all), and systems that lack something."""
+
+import errno
+import tempfile
+from pathlib import Path
+
+import faults
+import pytest
+
+from pcb_peft.commands import cli
+from pcb_peft.errors import OptionError, OutputError, ProcessError
+from pcb_peft.runtime.paths import cache_directory
+from pcb_peft.runtime.processes import joined
+from pcb_peft.runtime.scratch import private_directory
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    faults.COMPILER is None, reason="needs a C compiler for the layer in which calls fail"
+)
+@pytest.mark.parametrize("case", ["file over an old one", "fold over an old one"])
+def test_after_a_fault_there_is_the_old_output_or_the_new_and_a_rerun_succeeds(
+    tmp_path, capfd, case
+):
+    ended = faults.with_layer(tmp_path, ["--most", "2", "--case", case])
+    said = capfd.readouterr().out
+    assert ended.returncode == 0, said
+    assert said.count(f"| {case} |") == len(faults.FAULTS) + 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (OSError(errno.EIO, "Input/output error", "weights"), 2, "weights: Input/output error"),
+        (OSError(errno.ENOSPC, "No space left", "out"), 4, "out: No space left"),
+        (OSError(errno.EBADF, "Bad file descriptor"), 1, "unexpected OSError"),
+    ],
+)
+def test_what_a_disk_refuses_is_no_error_of_this_program(monkeypatch, capsys, error, code, said):
+    def broken(_):
+        raise error
+
+    monkeypatch.setattr(cli, "_run", broken)
+    assert cli.main(["methods"]) == code
+    assert said in capsys.readouterr().err
+
+
+def test_a_current_directory_that_is_gone_is_said(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert cli.main(["inspect", "math"]) == 2
+    assert "current directory has been removed" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+
+
+def test_without_a_home_the_variables_for_the_cache_are_named(monkeypatch):
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nowhere)
+    with pytest.raises(OptionError, match="XDG_CACHE_HOME"):
+        cache_directory("moments")
+
+
+def test_without_a_place_for_temporary_files_the_variable_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(OutputError, match="TMPDIR"), private_directory():
+        pytest.fail("it was made")
+
+
+def test_a_number_of_processes_without_a_launcher_is_refused(monkeypatch):
+    from accelerate import PartialState
+
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    try:
+        with pytest.raises(ProcessError, match="torchrun"), joined():
+            pytest.fail("it joined")
+    finally:
+        PartialState._reset_state()
