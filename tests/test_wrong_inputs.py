@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -9,8 +10,16 @@ import yaml
 from helpers import lora
 from safetensors.torch import load_file, save_file
 
-from pcb_peft import load_adapter, merge_adapters, open_statistics, read_recipe
+from pcb_peft import (
+    check,
+    extract_adapter,
+    load_adapter,
+    merge_adapters,
+    open_statistics,
+    read_recipe,
+)
 from pcb_peft.base.architecture import Skeleton, build_skeleton
+from pcb_peft.data.batches import read_rows
 from pcb_peft.data.moments import open_moments
 from pcb_peft.errors import (
     AdapterError,
@@ -347,10 +356,59 @@ def test_a_head_of_one_name_alone_is_read(workshop):
 def test_moments_whose_tensors_are_missing_or_of_other_shapes_are_refused(tmp_path):
     texts = {"format": "pcb_peft moments 1", "layers": '{"a": "0"}'}
     good = {"0.values": torch.ones(2), "0.vectors": torch.ones(4, 2), "0.rest": torch.ones(())}
-    for change in ({"0.values": torch.ones(3)}, {"0.rest": torch.ones(2)}, {"0.vectors": None}):
+    changes = [{"0.values": torch.ones(3)}, {"0.rest": torch.ones(2)}, {"0.vectors": None}]
+    changes += [{"0.vectors": torch.ones(())}, {"0.values": -torch.ones(2)}]
+    for change in changes:
         tensors = {name: values for name, values in (good | change).items() if values is not None}
         save_file(tensors, tmp_path / "m.safetensors", texts)
         with pytest.raises(AdapterError, match=r"m\.safetensors.*measure the moments again"):
             open_moments(tmp_path / "m.safetensors").of("a")
     save_file(good, tmp_path / "m.safetensors", texts)
     assert open_moments(tmp_path / "m.safetensors").of("a") is not None
+
+
+def test_a_directory_that_holds_no_adapter_is_not_searched_to_its_end(tmp_path):
+    deep = tmp_path / "a" / "b" / "c" / "d"
+    deep.mkdir(parents=True)
+    (deep / "x.distcp").touch()
+    with pytest.raises(AdapterError) as caught:
+        load_adapter(tmp_path)
+    assert "distcp" not in str(caught.value)
+    (tmp_path / "a" / "x.distcp").touch()
+    with pytest.raises(AdapterError, match="distcp"):
+        load_adapter(tmp_path)
+
+
+def test_a_base_model_that_holds_nan_makes_no_adapter(workshop):
+    base = workshop.base("mlp")
+    broken = shutil.copytree(base, workshop.directory / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["head.weight"][0, 0] = float("nan")
+    save_file(tensors, broken / "model.safetensors")
+    with pytest.raises(BaseModelError, match=r"head\.weight has values that are NaN"):
+        extract_adapter(broken, base, rank=1)
+
+
+def test_a_link_in_a_circle_beside_the_inputs_is_passed_over(workshop):
+    base, path = workshop.base("mlp"), workshop.adapter("mlp", lora())
+    (base / "loop").symlink_to(base / "loop")
+    load_adapter(path).fold(base, workshop.directory / "out")
+    assert (workshop.directory / "out" / "model.safetensors").is_file()
+
+
+def test_choices_that_are_no_list_are_named():
+    rows = [{"prompt": "a", "answer": "b", "choices": 3}]
+    with pytest.raises(OptionError, match="row 1: choices is 3"):
+        read_rows(rows, ("text", "prompt"))
+
+
+def test_a_file_of_no_tensors_or_of_single_numbers_is_refused(tmp_path):
+    file = tmp_path / "lora.safetensors"
+    for names in ((), ("x.lora_B.weight",)):
+        save_file(dict.fromkeys(names, torch.ones(())), file)
+        with pytest.raises(AdapterError):
+            load_adapter(file)
+    str(check(file))  # says something, and ends
+    save_file({}, file)
+    with pytest.raises(AdapterError, match="no LoRA"):
+        check(file)

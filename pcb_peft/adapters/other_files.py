@@ -1,10 +1,12 @@
 """Directories that hold no PEFT adapter, though they look like one: what they hold, and how to make one of it."""
 
+import contextlib
 from pathlib import Path
 
 from pcb_peft.errors import AdapterError
 from pcb_peft.files.json_text import read_json_file
 from pcb_peft.formats.checkpoint import CONFIG, PICKLE, SAFETENSORS
+from pcb_peft.runtime.shown import some_of
 
 _MLX_FIELDS = {"lora_parameters", "fine_tune_type", "num_layers", "lora_layers", "adapter_path"}
 
@@ -17,9 +19,10 @@ def how_to_get_an_adapter(directory: Path) -> str:
     """
     if not directory.is_dir():
         return ": no such directory"
-    for explain in (_shards, _mlx, _nearby, _whole_model):
-        if found := explain(directory):
-            return f"; {found}"
+    with contextlib.suppress(OSError):  # a folder that may not be read, or has gone
+        for explain in (_shards, _mlx, _nearby, _whole_model):
+            if found := explain(directory):
+                return f"; {found}"
     return ""
 
 
@@ -45,7 +48,7 @@ def _mlx(directory: Path) -> str:
 
 def _shards(directory: Path) -> str:
     """Return what a directory with the parts of a distributed run needs."""
-    if any(directory.glob("**/*.distcp")):
+    if any(any(directory.glob(f"{folders}*.distcp")) for folders in ("", "*/", "*/*/")):
         return (
             "it holds the shards of an FSDP run (.distcp): put them together with accelerate merge-weights, or save "
             "with fsdp_state_dict_type: FULL_STATE_DICT"
@@ -67,7 +70,7 @@ def _nearby(directory: Path) -> str:
     if not found:
         return ""
     latest = f": the latest is {directory / steps[max(steps)]}" if steps else ""
-    return f"there are adapters in its subfolders {', '.join(found)}{latest}"
+    return f"there are adapters in its subfolders {some_of(found, 8)}{latest}"
 
 
 def _whole_model(directory: Path) -> str:

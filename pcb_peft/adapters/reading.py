@@ -45,6 +45,8 @@ def read_adapter(name: str, source: Source | None, files: OpenedAdapter, base: B
     """
     config = with_plain_patterns(files.config)
     where = source.path if source else f"adapter {name!r}"
+    if not files.tensors.names():
+        raise AdapterError(f"{files.tensors.where} holds no tensors; {AGAIN}")
     refuse_other_numbers(files.tensors)
     refuse_empty(files.tensors)
     tensors = without_copies(with_plain_names(files.tensors))

@@ -178,7 +178,7 @@ def _refuse_other(
 ) -> None:
     if stated not in (None, digest):
         raise AdapterError(
-            f"{source.path} has changed: the SHA-256 of its {what} is {digest}, the recipe says {stated}; "
+            f"{source.path} has changed: the SHA-256 of its {what} is {digest}, the recipe says {shown(stated)}; "
             f"restore the adapter, or take {key} out of the recipe to merge what is there now"
         )
 

@@ -112,7 +112,7 @@ def _tensors_in(directory: Path, file: str) -> dict[str, TensorInfo]:
         with safe_open(path, framework="pt"):  # checks header and length
             pass
         header, start = read_header(path)
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, MemoryError, SafetensorError) as error:
         raise BaseModelError(
             f"{path} cannot be read ({why_unreadable(path, error)}); fetch the model again"
         ) from error

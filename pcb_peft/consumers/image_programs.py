@@ -15,7 +15,7 @@ def _image(files: OutputFiles) -> ImageLora:
     for name, tensor in files.tensors.items():
         module = _PART.split(name, maxsplit=1)[0]
         rows, columns = shapes.get(module, (0, 0))
-        if re.search(r"lora_(B|up)|lora\.up", name):
+        if re.search(r"lora_(B|up)|lora\.up", name) and tensor.shape:
             rows = tensor.shape[0]
         elif re.search(r"lora_(A|down)|lora\.down", name) and len(tensor.shape) > 1:
             columns = tensor.shape[1]

@@ -129,6 +129,7 @@ class _Texts(msgspec.Struct):
     prompt: str | None = None
     text_pair: str | None = None
     answer: str | None = None
+    choices: list[str | float] | None = None
     label: Annotated[int, msgspec.Meta(ge=0, le=1 << 31)] | str | None = None
 
 

@@ -65,10 +65,11 @@ class MomentsFile:
             return None
         name = self.layers[layer]
         values, vectors, rest = (self._read(f"{name}.{part}") for part in PARTS)
-        if values.ndim != 1 or vectors.shape != (len(vectors), len(values)) or rest.numel() != 1:
+        fitting = vectors.shape[1:] == values.shape and vectors.ndim == 2 and rest.numel() == 1
+        if not fitting or bool((values < 0).any()) or bool((rest < 0).any()):
             raise AdapterError(
-                f"{self.tensors.where}: the moments of {layer} have the shapes {tuple(values.shape)}, "
-                f"{tuple(vectors.shape)} and {tuple(rest.shape)}; {AGAIN}"
+                f"{self.tensors.where}: the moments of {layer} are damaged: their shapes are {tuple(values.shape)}, "
+                f"{tuple(vectors.shape)} and {tuple(rest.shape)}, or some are negative; {AGAIN}"
             )
         return Moments(values.float(), vectors.float(), float(rest))
 

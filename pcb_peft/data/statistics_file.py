@@ -159,8 +159,8 @@ def open_statistics(statistics: StatisticsLike) -> TaskStatistics:
     refuse_other_numbers(file)
     if source.sha256 not in (None, sha256):
         raise AdapterError(
-            f"{path} has changed: its SHA-256 is {sha256}, but the recipe says {source.sha256}; restore the file, or "
-            "take sha256 out of the recipe"
+            f"{path} has changed: its SHA-256 is {sha256}, but the recipe says {shown(source.sha256)}; restore the "
+            "file, or take sha256 out of the recipe"
         )
 
     return TaskStatistics(

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pcb_peft.base.model import BaseModel
-from pcb_peft.errors import AdapterError, MismatchError, UnsupportedError
+from pcb_peft.deltas.linalg import all_finite
+from pcb_peft.errors import AdapterError, BaseModelError, MismatchError, UnsupportedError
 from pcb_peft.runtime.progress import Track
 
 STACK = 3  # dimensions of a parameter that holds one matrix for each expert
@@ -86,7 +87,13 @@ def _read(model: BaseModel, name: str) -> Tensor:
 
 
 def _difference(after: Callable[[], Tensor], base: BaseModel, before: str) -> Tensor:
-    return after() - _read(base, before)
+    change = after() - _read(base, before)
+    if not all_finite(change):
+        raise BaseModelError(
+            f"{before} has values that are NaN or infinite, in {base.source} or in the fine-tuned model; fetch the "
+            "model again"
+        )
+    return change
 
 
 def compare_checkpoints(

@@ -129,9 +129,11 @@ def canonical_names(
         stored: All names in the file.
 
     Raises:
-        AdapterError: Two names mean one weight.
+        AdapterError: Two names mean one weight, or there are none.
     """
     parsed = {name: stored_name(name) for name in stored}
+    if not parsed:
+        raise AdapterError("the file holds no LoRA of any module")
     candidates = recognised(parsed, shapes, stated_version(metadata))
     names: dict[str, str] = {}
     for name, one in parsed.items():

@@ -22,7 +22,7 @@ from pcb_peft.plugins.options import did_you_mean
 from pcb_peft.recipes.mergekit_file import check_file
 from pcb_peft.recipes.mergekit_methods import MEANINGS, OTHERS, Meaning
 from pcb_peft.runtime.paths import expanded
-from pcb_peft.runtime.shown import quoted
+from pcb_peft.runtime.shown import quoted, shown
 
 METHOD = "merge_method"
 KNOWN = (METHOD, "base_model", "models", "slices", "parameters")
@@ -179,7 +179,7 @@ class _Settings:
             return tuple(2 * (1 - t) if first else 2 * t for t in turn)
         value = self._value("weight", model, where)
         if value is None and self.meaning.weighted and model.adapter:
-            raise OptionError(f"{model.name}: mergekit's {self.meaning.name} needs a weight")
+            raise OptionError(f"{shown(model.name)}: mergekit's {self.meaning.name} needs a weight")
         if value is None:
             return (0.0,) if self.meaning.weighted else (1.0,)
         return _gradient("weight", value)
@@ -301,10 +301,10 @@ def _model(entry: Mapping[str, Any], base: str) -> _Model:
         return _Model(None, name, parameters)
     if adapter is None and (expanded(path) / "adapter_config.json").is_file():
         return _Model(_located(path), name, parameters)
-    other = f"it is not on the base model {base}" if adapter else "it is a whole model"
+    other = f"it is not on the base model {shown(base)}" if adapter else "it is a whole model"
     raise OptionError(
         f"mergekit's model {quoted(name)} is no adapter of the base model: {other}. Write BASE+ADAPTER; a fine-tuned "
-        f"model becomes an adapter with pcb-peft extract {path or 'MODEL'} {base or 'BASE'} -o ADAPTER"
+        f"model becomes an adapter with pcb-peft extract {shown(path or 'MODEL')} {shown(base or 'BASE')} -o ADAPTER"
     )
 
 
@@ -325,8 +325,8 @@ def _on_top(
         return adapters, weights
     if not meaning.exact_in_any_space or settings.scale != 1 or settings.filters():
         raise OptionError(
-            f"mergekit's {meaning.name} on a base model with an adapter ({base_adapter}) takes the differences from "
-            "it, which are no adapters of the base model; give the base model alone"
+            f"mergekit's {meaning.name} on a base model with an adapter ({shown(base_adapter)}) takes the differences "
+            "from it, which are no adapters of the base model; give the base model alone"
         )
     rest = tuple(1 - sum(row) for row in zip(*weights, strict=True))
     return ([own, *adapters], [rest, *weights]) if any(rest) else (adapters, weights)

@@ -125,7 +125,7 @@ def refuse_inputs(target: Path, inputs: Inputs) -> None:
                     f"{target} lies in {path}, from which the output is made: name a directory elsewhere"
                 )
         for link in _links_in(path):
-            if _is_in(link.resolve(), target):
+            if _is_in(Path(os.path.realpath(link)), target):  # which may be a circle
                 raise OutputError(
                     f"{target} contains what {link} leads to, from which the output is made: name a directory elsewhere"
                 )

@@ -103,9 +103,7 @@ def _nudge(holder: Any, key: Any, rng: Random, _: Any) -> None:
             value[:place] + rng.choice((".", "/", "\n", "x", "", "*")) + value[place + 1 :]
         )
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        holder[key] = rng.choice(
-            (value + 1, value - 1, -value, value * 1000, value / 2, float(value))
-        )
+        holder[key] = rng.choice((value + 1, value - 1, -value, value * 1000, value * 10**9))
     else:
         holder[key] = odd(rng)
 
