@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from pcb_peft.adapters.companions import (
     refuse_trained_files,
 )
 from pcb_peft.adapters.other_files import how_to_get_an_adapter, refuse_file
-from pcb_peft.base.hub import download
+from pcb_peft.base.hub import download, listed
 from pcb_peft.deltas.replacements import HEADS, NAME
 from pcb_peft.errors import (
     AdapterError,
@@ -24,18 +24,20 @@ from pcb_peft.errors import (
 )
 from pcb_peft.formats.checkpoint import (
     CONFIG,
+    OLD_PIPELINE,
     PICKLE,
+    PICKLED,
     PIPELINE,
     SAFETENSORS,
     SafetensorsFile,
     Tensors,
+    open_pipeline_file,
     open_tensors,
-    pipeline_config,
     read_config,
 )
 from pcb_peft.runtime.hashing import sha256_of_file
 from pcb_peft.runtime.paths import expanded
-from pcb_peft.runtime.shown import shown
+from pcb_peft.runtime.shown import shown, some_of
 from pcb_peft.writing.model_card import CARD
 
 IN_MEMORY = "in memory: "
@@ -46,7 +48,9 @@ NESTED = (
 )
 """Why an adapter of nested PeftModels is refused, and the way out."""
 MODEL_FILES = ("config.json", "model_index.json")  # of directories whose tensors are no LoRA
-OTHER_WEIGHTS = re.compile(r"(adapter_model|model(-\d+-of-\d+)?)\.safetensors")
+LORA = re.compile(r"(?!(adapter_model|model(-\d+-of-\d+)?)\.)[^/]+\.(safetensors|sft)")
+"""Matches names that files of image LoRAs may have, in a directory that holds nothing else."""
+ONE_FILE = (".safetensors", ".sft", *PICKLED)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -124,10 +128,8 @@ def open_files(source: Source, *, hashed: bool = True) -> OpenedAdapter:
         raise AdapterError(problem)
     directory = _local(source) or _downloaded(source)
     if (file := _pipeline_file(directory)) is not None:
-        tensors = SafetensorsFile(file)
-        return OpenedAdapter(
-            pipeline_config(tensors), tensors, _tensors_digest(source, file, hashed=hashed)
-        )
+        config, tensors = open_pipeline_file(file)
+        return OpenedAdapter(config, tensors, _tensors_digest(source, file, hashed=hashed))
     if not (directory / CONFIG).is_file():
         raise AdapterNotFoundError(
             f"{directory} holds no {CONFIG}{how_to_get_an_adapter(directory)}{_of_hub(source)}"
@@ -193,22 +195,35 @@ def _pipeline_file(path: Path) -> Path | None:
         return path
     if any((path / name).is_file() for name in (CONFIG, *MODEL_FILES)):
         return None
-    if (path / PIPELINE).is_file():
-        return path / PIPELINE
-    files = sorted(
-        one for one in path.glob("*.safetensors") if not OTHER_WEIGHTS.fullmatch(one.name)
-    )
+    found = _only_lora([one.name for one in path.iterdir()], path) if path.is_dir() else None
+    return None if found is None else path / found
+
+
+def _only_lora(names: Iterable[str], where: str | Path) -> str | None:
+    """Return the file of a directory or repository that holds the LoRA of an image model; None where none does.
+
+    Raises:
+        AdapterError: There are several.
+    """
+    given = set(names)
+    if usual := next((name for name in (PIPELINE, OLD_PIPELINE) if name in given), None):
+        return usual
+    files = sorted(name for name in given if LORA.fullmatch(name))
     if len(files) > 1:
-        names = ", ".join(one.name for one in files)
         raise AdapterError(
-            f"{path} holds several LoRAs, {names}: name one of them, such as {files[0]}"
+            f"{where} holds several LoRAs, {some_of(files)}: name one of them, such as {where}/{files[0]}"
         )
     return files[0] if files else None
 
 
 def _local(source: Source) -> Path | None:
     directory = expanded(source.path)
-    if directory.is_file() and directory.suffix == ".safetensors":
+    if directory.is_file():
+        if directory.suffix not in ONE_FILE:
+            raise AdapterError(
+                f"{directory} is no file of a LoRA: those of image models end in {', '.join(ONE_FILE)}, and an adapter "
+                "of PEFT is a directory"
+            )
         return directory
     if not directory.is_dir():
         return None
@@ -219,14 +234,14 @@ def _downloaded(source: Source) -> Path:
     """Return the adapter's directory in the Hub's cache; the file, if the path goes on after the repository's id."""
     owner, _, rest = source.path.partition("/")
     name, _, file = rest.partition("/")
-    if file.endswith(".safetensors"):
+    if file.endswith(ONE_FILE):
         repository = f"{owner}/{name}"
         root = download(repository, source.revision, wanted=[file], error_type=AdapterNotFoundError)
         if not (root / file).is_file():
             raise AdapterNotFoundError(f"{repository} holds no {file}")
         return root / file
     prefix = f"{source.subfolder}/" if source.subfolder else ""
-    adapter = (CONFIG, SAFETENSORS, PICKLE, PIPELINE, f"{HEADS}/*.safetensors")
+    adapter = (CONFIG, SAFETENSORS, PICKLE, PIPELINE, OLD_PIPELINE, f"{HEADS}/*.safetensors")
     companions = [name for patterns in GROUPS.values() for name in patterns]
     names = (*adapter, *STATING_LABELS, *companions, *TRAINED, CARD)
     root = download(
@@ -235,6 +250,12 @@ def _downloaded(source: Source) -> Path:
         wanted=[prefix + name for name in names],
         error_type=AdapterNotFoundError,
     )
+    if not source.subfolder and not any((root / name).is_file() for name in adapter[:-1]):
+        names = listed(source.path, source.revision, root)
+        lora = None if {CONFIG, *MODEL_FILES} & {*names} else _only_lora(names, source.path)
+        if lora is not None:
+            wanted, kind = [lora], AdapterNotFoundError
+            return download(source.path, source.revision, wanted=wanted, error_type=kind) / lora
     return root / prefix
 
 

@@ -1,5 +1,6 @@
 """Repositories on the Hugging Face Hub, as directories in its cache."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,6 +50,24 @@ def download(
             f"{similar_path(source)}: {reason}"
         ) from error
     return Path(root)
+
+
+def listed(source: str, revision: str | None, root: Path) -> list[str]:
+    """Return the names of a repository's files: all that the Hub has, or if it is not asked those in its cache.
+
+    Args:
+        source: Id of the repository.
+        revision: Branch, tag or commit.
+        root: Its directory in the cache.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.utils import HfHubHTTPError
+
+    if not constants.HF_HUB_OFFLINE:
+        with contextlib.suppress(HfHubHTTPError, OSError):
+            files = HfApi().model_info(source, revision=revision, timeout=SECONDS).siblings
+            return [file.rfilename for file in files or ()]
+    return [file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file()]
 
 
 def configuration_directory(model: str, revision: str | None) -> Path | None:

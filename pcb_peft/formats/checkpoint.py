@@ -21,7 +21,9 @@ from pcb_peft.files.tensors import (
 
 __all__ = [
     "CONFIG",
+    "OLD_PIPELINE",
     "PICKLE",
+    "PICKLED",
     "PIPELINE",
     "PIPELINE_TYPE",
     "SAFETENSORS",
@@ -31,8 +33,8 @@ __all__ = [
     "TensorsInMemory",
     "Without",
     "check_finite",
+    "open_pipeline_file",
     "open_tensors",
-    "pipeline_config",
     "read_config",
     "read_finite",
 ]
@@ -41,6 +43,9 @@ CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 PIPELINE = "pytorch_lora_weights.safetensors"  # diffusers' file for the LoRAs of a pipeline
+OLD_PIPELINE = "pytorch_lora_weights.bin"
+PICKLED = (".pt", ".pth", ".ckpt", ".bin")
+"""Ends of names of pickled files; anything else is read as safetensors."""
 PIPELINE_TYPE = "DIFFUSERS"
 AGAIN = "save the adapter again"
 
@@ -64,8 +69,19 @@ class Without:
         return self._tensors.read(name)
 
 
-def pipeline_config(file: SafetensorsFile) -> dict[str, Any]:
-    """Return the configuration of a LoRA of a diffusion pipeline: the metadata in its file."""
+def open_pipeline_file(path: Path) -> tuple[dict[str, Any], Tensors]:
+    """Open the file of a LoRA of a diffusion pipeline: its metadata, as a configuration, and its tensors.
+
+    Raises:
+        AdapterError: It is damaged, or a pickled file that holds anything but named tensors.
+    """
+    if path.suffix in PICKLED:
+        return {"peft_type": PIPELINE_TYPE, "metadata": {}, "file_metadata": {}}, open_pickled(path)
+    file = SafetensorsFile(path)
+    return _pipeline_config(file), file
+
+
+def _pipeline_config(file: SafetensorsFile) -> dict[str, Any]:
     stated = file.metadata().get("lora_adapter_metadata") or "{}"
     where = f"{file.where}: lora_adapter_metadata"
     metadata = parse_json(stated, where, AdapterError, AGAIN)
