@@ -249,9 +249,10 @@ def flat(x: Sequence[Matrix], response: float = 0.7) -> Matrix:
             (left @ matrix @ right / size) ** 2 for matrix, size in zip(x, sizes, strict=True)
         ]
         merged += np.sqrt(np.average(sizes, weights=shares)) * np.outer(left, right)
-    least = response if len(s) > 1 else 0
     kept = np.linalg.norm(sum(x)) ** 2 / squares
-    wanted = max(least, (kept / len(x)) ** (1 / 3)) * min(1, 2 * kept)
+    alike = kept / len(x)
+    wanted = max(response, alike ** (1 / 6)) if len(s) > 1 else alike ** (1 / 3)
+    wanted *= min(1, 2 * kept)
     own = [np.sum(merged * matrix) for matrix in x]
     mean = np.mean([each / size**2 for each, size in zip(own, sizes, strict=True)])
     return merged * wanted / max(mean, sum(own) / squares)

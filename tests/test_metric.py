@@ -64,7 +64,7 @@ def flat(tasks: list[Matrix], P: Matrix, inverse: Matrix, rank: int | None) -> M
     directions = u[:, :rank] * np.sqrt(strengths) @ vh[:rank]
     share = np.mean([(directions * x).sum() / (x * x).sum() for x in changed])
     kept = (sum(changed) ** 2).sum() / sum((x * x).sum() for x in changed)
-    return max(0.7, (kept / len(tasks)) ** (1 / 3)) / share * directions @ inverse
+    return max(0.7, (kept / len(tasks)) ** (1 / 6)) / share * directions @ inverse
 
 
 @pytest.mark.parametrize("space", ["core", "knots", "dense"])
