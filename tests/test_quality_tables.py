@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from pcb_peft import get_method, list_methods
+
 SCRIPTS = Path(__file__).parents[1] / "benchmarks" / "quality"
 
 
@@ -20,12 +22,19 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return SimpleNamespace(cohort=cohort, settings=settings, tables=tables)
 
 
-def line(setting: str, adapters: dict[str, tuple[float, float]], scale: float = 1.0) -> str:
-    """A line of results: what is kept of each task, with its standard error."""
-    test = {
-        name: {"kept": kept, "error": error, "base": 0.25, "own": 0.8, "texts": 100}
-        for name, (kept, error) in adapters.items()
-    }
+def line(
+    setting: str,
+    adapters: dict[str, tuple[float, float]],
+    best: dict[str, tuple[float, float]] | None = None,
+    scale: float = 1.0,
+) -> str:
+    """A line of results: what is kept of each task, with its standard error; at weight 1, and at the best one."""
+
+    def measured(kept: dict[str, tuple[float, float]]) -> dict[str, object]:
+        common = {"base": 0.25, "own": 0.8, "texts": 100}
+        worst_first = sorted(kept.items(), key=lambda task: task[1])
+        return {name: {"kept": k, "error": error, **common} for name, (k, error) in worst_first}
+
     return json.dumps(
         {
             "pool": "pool",
@@ -33,8 +42,9 @@ def line(setting: str, adapters: dict[str, tuple[float, float]], scale: float = 
             "limit": 100,
             "setting": setting,
             "scale": scale,
-            "at_one": dict.fromkeys(adapters, 0.5),
-            "test": test,
+            "validation": {"1": 0.8} if best else {},
+            "at_one": measured(adapters),
+            "test": measured(best or adapters),
         }
     )
 
@@ -48,7 +58,9 @@ def test_every_combination_of_alternatives_is_a_setting(scripts: SimpleNamespace
     )
     assert second.options["space"] == "core"
     assert third.options == {"after": {"response": {"least": 0.7}}}
-    assert third.distill == 64
+    assert (third.distill, third.seed) == (64, 0)
+    (seeded,) = scripts.settings.settings_of(["flat rank=16 distill=64 seed=2"])
+    assert (seeded.options, seeded.distill, seeded.seed) == ({"rank": 16}, 64, 2)
     (peer,) = scripts.settings.settings_of(["peft:ties_svd density=0.2"])
     assert (peer.peer, first.peer) == ("ties_svd", None)
 
@@ -63,10 +75,8 @@ def test_subsets_are_evenly_spread(scripts: SimpleNamespace):
 
 def test_a_table_says_the_noise_and_the_worst_task(scripts: SimpleNamespace, tmp_path: Path):
     file, page = tmp_path / "results.jsonl", tmp_path / "page.md"
-    results = [
-        line("pcb", {"a": (0.9, 0.03), "b": (0.7, 0.04)}, 1.25),
-        line("flat", {"a": (1.0, 0.03), "b": (0.8, 0.04)}),
-    ]
+    weak, strong = {"a": (0.9, 0.03), "b": (0.7, 0.04)}, {"a": (1.0, 0.03), "b": (0.8, 0.04)}
+    results = [line("pcb", weak), line("flat", strong), line("pcb", weak, strong, 1.25)]
     file.write_text("\n".join(results))
     page.write_text(f"before\n{scripts.tables.BEGIN}\nold\n{scripts.tables.END}\nafter\n")
     scripts.tables.main([str(file), "--into", str(page)])
@@ -74,9 +84,9 @@ def test_a_table_says_the_noise_and_the_worst_task(scripts: SimpleNamespace, tmp
     assert (text.startswith("before\n"), text.endswith("\nafter\n"), "old" in text) == (1, 1, 0)
     rows = [row for row in text.splitlines() if row.startswith("| ")][1:]
     assert rows == [  # the error of a mean of two: √(3² + 4²)/2
-        "| `flat` | 1 | 90.0 ± 2.5 | 80.0 ± 4.0 | 50.0 | 50.0 |",
-        "| `pcb` | 1.2 | 80.0 ± 2.5 | 70.0 ± 4.0 | 50.0 | 50.0 |",
-        "| no merge: the base model |  | 25.0 | 25.0 | 25.0 | 25.0 |",
+        "| `flat` | 90.0 ± 2.5 | 80.0 ± 4.0 |  |  |  | 100 80 |",
+        "| `pcb` | 80.0 ± 2.5 | 70.0 ± 4.0 | 1.2 | 90.0 ± 2.5 | 80.0 ± 4.0 | 90 70 |",
+        "| no merge: the base model | 25.0 | 25.0 |  |  |  | 25 25 |",
     ]
 
 
@@ -89,5 +99,27 @@ def test_merges_of_subsets_are_a_row_together(scripts: SimpleNamespace, tmp_path
     file.write_text("\n".join(pairs))
     text = scripts.tables.tables(scripts.tables.read(file))
     noise = 100 * math.hypot(0.025, 0.025) / 2
-    assert f"| `pcb` | 1 | 75.0 ± {noise:.1f} | 65.0 ± 2.8 |" in text
+    assert f"| `pcb` | 75.0 ± {noise:.1f} | 65.0 ± 2.8 |  |  |  |" in text
     assert "2 merges" in text
+
+
+def test_the_tables_of_the_documents_are_those_of_the_results(scripts: SimpleNamespace):
+    page = (SCRIPTS.parents[1] / "docs" / "methods.md").read_text("utf-8")
+    _, _, rest = page.partition(scripts.tables.BEGIN)
+    shown, _, _ = rest.partition(scripts.tables.END)
+    files = sorted((SCRIPTS / "results").glob("*.jsonl"))
+    assert files
+    assert shown.strip() == scripts.tables.tables(scripts.tables.read(*files)).strip()
+
+
+def test_what_methods_say_was_measured_is_what_the_results_say(scripts: SimpleNamespace):
+    found: dict[tuple[str, str], object] = {}
+    for merge in scripts.tables.read(*sorted((SCRIPTS / "results").glob("*.jsonl"))):
+        found[merge.pool, merge.setting] = merge.at_one
+    for name in list_methods():
+        rows = [
+            f"{kind} {100 * kept.mean[0]:.1f} ({100 * kept.worst[0]:.1f})"
+            for kind, pool in (("LoRA", "minilm"), ("(IA)³", "minilm-ia3"))
+            if (kept := found.get((pool, name)))
+        ]
+        assert get_method(name).measured == ("; ".join(rows) + "." if rows else ""), name

@@ -1,17 +1,21 @@
 """Merge the adapters of pools in many ways, and measure each merge with `pcb_peft.evaluate`.
 
-    python benchmarks/quality/run.py -o results.jsonl --limit 200
+    python benchmarks/quality/run.py -o results.jsonl --limit 250
     python benchmarks/quality/run.py -o results.jsonl --pool six=POOL "pcb space=knots|core rank=32|16" linear
+    python benchmarks/quality/run.py -o results.jsonl --pool six=POOL --every-method --weight-one
 
 The first merges the example adapters in all ways of ``settings.py``; the second other adapters in the ways that it
-names. The common weight of each merge is chosen on validation texts; what is written down is measured on test texts.
-Each measurement is a line of JSON; those that the file has already are not made again.
+names; the third by every method there is, with every weight at 1. The common weight of each merge is chosen on
+validation texts, unless it stays at 1; what is written down is measured on test texts. Each measurement is a line of
+JSON; those that the file has already are not made again.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
+import random
 import sys
 import tempfile
 import time
@@ -24,7 +28,7 @@ import torch
 from bases import MINILM, base_model
 from cohort import Cohort, subsets
 from peers import merged_by_peft
-from settings import CONTROLS, DEFAULT, Setting, settings_of
+from settings import CONTROLS, DEFAULT, Setting, every_method, settings_of
 
 from pcb_peft import (
     Adapter,
@@ -39,6 +43,7 @@ from pcb_peft.errors import PcbPeftError
 from pcb_peft.evaluation.controls import random_adapter, uniform_soup
 from pcb_peft.evaluation.scores import TaskScores
 from pcb_peft.evaluation.settings import Settings
+from pcb_peft.evaluation.texts import adapter_labels
 from pcb_peft.recipes.peft_aliases import method_of
 from pcb_peft.recipes.recipe import Recipe
 from pcb_peft.searching.climb import climb
@@ -48,58 +53,56 @@ from pcb_peft.searching.validation import Validation, prepare
 MEAN = Objective(worst=0.0)
 """What the common weight is chosen by: what is kept on average."""
 
+TRAINING = 250  # texts of each task, for methods that need statistics
 
-@dataclasses.dataclass(frozen=True, slots=True)
+
+@dataclasses.dataclass(frozen=True)
 class Bench:
     """Some adapters of a cohort, and the texts they are measured on.
 
     Attributes:
         cohort: All adapters.
         names: Those that are merged.
-        validation: Validation texts, and the model in memory.
         running: Arguments of `evaluate`: how texts are run.
+        choosing: How many validation texts of each task choose the common weight; None: all.
     """
 
     cohort: Cohort
     names: tuple[str, ...]
-    validation: Validation
     running: Mapping[str, Any]
+    choosing: int | None
 
-    @classmethod
-    def of(cls, cohort: Cohort, names: tuple[str, ...], running: Mapping[str, Any]) -> "Bench":
-        """Return a bench for these adapters."""
-        adapters = cohort.adapters(names)
-        recipe = Recipe.parse(adapters=[*map(str, cohort.folders)], base_model=str(cohort.base))
-        data = cohort.data(names, "validation")
-        validation = prepare(recipe, adapters, data, data, Settings(**running))
-        return cls(cohort, names, validation, running)
+    @functools.cached_property
+    def validation(self) -> Validation:
+        """The validation texts, and what each adapter makes of them alone."""
+        adapters = self.cohort.adapters(self.names)
+        folders, base = map(str, self.cohort.folders), str(self.cohort.base)
+        data = self.cohort.data(self.names, "validation")
+        settings = Settings(**{**self.running, "limit": self.choosing})
+        recipe = Recipe.parse(adapters=[*folders], base_model=base)
+        return prepare(recipe, adapters, data, data, settings)
 
-    def line(self, setting: Setting) -> dict[str, Any]:
-        """Merge, choose the common weight on validation texts, and measure on test texts."""
+    def line(self, setting: Setting, *, weight_one: bool) -> dict[str, Any]:
+        """Merge, choose the common weight on validation texts unless it stays at 1, and measure on test texts."""
         begun = time.perf_counter()
         with tempfile.TemporaryDirectory() as scratch:
             merged = self._merged(setting, Path(scratch))
             seconds = time.perf_counter() - begun
-            found = self._weighed(merged, setting)
-            chosen = max(found, key=lambda scale: MEAN(found[scale]))
+            fixed = weight_one or setting.method in CONTROLS or setting.distill is not None
+            found = {} if fixed else climb(functools.partial(self._kept, merged), MEAN, 1.0, None)
+            chosen = max(found, key=lambda scale: MEAN(found[scale]), default=1.0)
             tested = {scale: self._tested(merged.scaled(scale)) for scale in {1.0, chosen}}
         return {
             "scale": chosen,
-            "validation": {f"{scale:g}": dict(kept) for scale, kept in found.items()},
-            "at_one": {name: task["kept"] for name, task in tested[1.0].items()},
+            "validation": {f"{scale:.4g}": round(MEAN(kept), 4) for scale, kept in found.items()},
+            "at_one": tested[1.0],
             "test": tested[chosen],
             "seconds": round(seconds, 2),
         }
 
-    def _weighed(self, merged: Adapter, setting: Setting) -> Mapping[float, Mapping[str, float]]:
-        """What is kept of the validation texts, by common weight; controls stay as they are."""
-
-        def kept(scale: float) -> Mapping[str, float]:
-            return self.validation.kept(merged.scaled(scale), self.names)
-
-        if setting.method in CONTROLS:
-            return {1.0: kept(1.0)}
-        return climb(kept, MEAN, begin=1.0, best=None)
+    def _kept(self, merged: Adapter, scale: float) -> Mapping[str, float]:
+        """What is kept of the validation texts at a common weight."""
+        return self.validation.kept(merged.scaled(scale), self.names)
 
     def _tested(self, merged: Adapter) -> dict[str, dict[str, float]]:
         result = evaluate(
@@ -132,8 +135,11 @@ class Bench:
         if setting.distill is None:
             return merged
         texts = self.cohort.data(self.names, "validation")
-        options = {"limit": setting.distill, "progress": False}
-        return distill_merge(merged, adapters, [*texts.values()], self.cohort.base, **options)
+        drawn = [
+            random.Random(setting.seed).sample(rows, setting.distill) for rows in texts.values()
+        ]
+        options = {"limit": setting.distill, "seed": setting.seed, "progress": False}
+        return distill_merge(merged, adapters, drawn, self.cohort.base, **options)
 
     def _statistics(self, method: str, adapters: list[Adapter]) -> dict[str, Any]:
         """What a method needs to know of each task, from training texts."""
@@ -141,9 +147,11 @@ class Bench:
         if kind is None:
             return {}
         texts = self.cohort.data(self.names, "train")
-        limit = self.running["limit"]
+        options = {"kind": kind, "limit": TRAINING}
         given = [
-            collect_statistics(a, self.cohort.base, texts[a.name], kind=kind, limit=limit)
+            collect_statistics(
+                a, self.cohort.base, texts[a.name], labels=adapter_labels(a) or None, **options
+            )
             for a in adapters
         ]
         return {"statistics": given}
@@ -156,13 +164,14 @@ def _task(task: TaskScores) -> dict[str, float]:
     pairs = zip(task.merged.outcomes, task.adapter.outcomes, strict=True)
     differences = [merged - kept * own for merged, own in pairs]
     spread = stdev(differences) / math.sqrt(len(differences))
-    return {
+    found = {
         "kept": kept,
         "error": spread / task.adapter.value,
         "base": task.base.value / task.adapter.value,
         "own": task.adapter.value,
         "texts": task.texts,
     }
+    return {name: round(value, 4) for name, value in found.items()}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -174,28 +183,36 @@ def main(arguments: list[str] | None = None) -> None:
         "batch_size": 64,
         "progress": False,
     }
-    settings = settings_of([*CONTROLS, *(parsed.settings or DEFAULT)])
+    given = parsed.settings or (every_method() if parsed.every_method else DEFAULT)
+    settings = settings_of(given)
     done = _done(parsed.output)
     for cohort in _cohorts(parsed):
         for count in (None, *parsed.together):
             for names in subsets(cohort.names, count, parsed.subsets):
-                facts = {"pool": cohort.name, "adapters": list(names), "limit": parsed.limit}
+                facts = {
+                    "pool": cohort.name,
+                    "adapters": list(names),
+                    "limit": parsed.limit,
+                    "weight_one": parsed.weight_one,
+                }
                 todo = [
                     one for one in settings if _key({**facts, "setting": one.label}) not in done
                 ]
-                bench = Bench.of(cohort, names, running) if todo else None
+                bench = Bench(cohort, names, running, parsed.choosing)
                 for setting in todo:
-                    _append(parsed.output, bench, setting, facts)
+                    _append(parsed, bench, setting, facts)
 
 
-def _append(file: Path, bench: Bench | None, setting: Setting, facts: dict[str, Any]) -> None:
-    assert bench is not None  # noqa: S101  (there is something to do)
+def _append(
+    parsed: argparse.Namespace, bench: Bench, setting: Setting, facts: dict[str, Any]
+) -> None:
     try:
-        line = {**facts, "setting": setting.label, **bench.line(setting)}
+        found = bench.line(setting, weight_one=parsed.weight_one)
     except (PcbPeftError, ValueError) as error:  # PEFT merges no (IA)³ by ties
         sys.stderr.write(f"{facts['pool']}, {setting.label}: {error}\n")
         return
-    with file.open("a", encoding="utf-8") as stream:
+    line = {**facts, "setting": setting.label, **found}
+    with parsed.output.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(line) + "\n")
     kept = [task["kept"] for task in line["test"].values()]
     mean, worst = 100 * sum(kept) / len(kept), 100 * min(kept)
@@ -204,13 +221,16 @@ def _append(file: Path, bench: Bench | None, setting: Setting, facts: dict[str, 
 
 
 def _done(file: Path) -> set[str]:
+    """The measurements in a file; one with a search is also one without."""
     if not file.is_file():
         return set()
-    return {_key(json.loads(line)) for line in file.read_text("utf-8").splitlines()}
+    lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    return {_key(one) for line in lines for one in (line, {**line, "weight_one": True})}
 
 
 def _key(line: Mapping[str, Any]) -> str:
-    return json.dumps([line[name] for name in ("pool", "adapters", "limit", "setting")])
+    names = ("pool", "adapters", "limit", "setting", "weight_one")
+    return json.dumps([line[name] for name in names])
 
 
 def _cohorts(parsed: argparse.Namespace) -> list[Cohort]:
@@ -238,7 +258,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--base", default=MINILM, help="minilm, mpnet, smollm2, or a directory (default: minilm)")
     add("--models", type=Path, default=Path("pools/bases"), help="where base models are kept")
-    add("--limit", type=int, help="texts per task and split (default: all)")
+    add("--every-method", action="store_true", help="measure every method as it is by default")
+    add("--weight-one", action="store_true", help="leave every weight at 1")
+    add("--limit", type=int, help="test texts per task (default: all)")
+    add(
+        "--choosing",
+        type=int,
+        help="validation texts per task that choose the weight (default: all)",
+    )
     add(
         "--together",
         type=int,

@@ -6,11 +6,13 @@ import itertools
 from collections.abc import Iterable
 from typing import Any
 
+from pcb_peft import get_method, list_methods
 from pcb_peft.commands.arguments import parse_step
 
 PEER = "peft:"
 CONTROLS = ("random", "average")
 DEFAULT = (
+    *CONTROLS,
     "flat",
     "flat rank=32|16",
     "pcb",
@@ -38,12 +40,14 @@ class Setting:
         method: A method of this package; "peft:NAME" for one of PEFT's own; or a control.
         options: Further arguments of `merge_adapters`, or of PEFT's `add_weighted_adapter`.
         distill: Texts per task on which the merge is distilled; None: it is not.
+        seed: Of the draw of these texts, and of their order.
     """
 
     label: str
     method: str
     options: dict[str, Any]
     distill: int | None = None
+    seed: int = 0
 
     @property
     def peer(self) -> str | None:
@@ -64,6 +68,11 @@ def settings_of(lines: Iterable[str]) -> list[Setting]:
     return [setting for line in lines for setting in _combinations(line)]
 
 
+def every_method() -> list[str]:
+    """Return the controls, and each method as it is by default; not those that take two adapters alone."""
+    return [*CONTROLS, *(name for name in list_methods() if get_method(name).arity is None)]
+
+
 def _combinations(line: str) -> Iterable[Setting]:
     method, *words = line.split()
     pairs = [word.partition("=") for word in words]
@@ -71,7 +80,9 @@ def _combinations(line: str) -> Iterable[Setting]:
         chosen = {name: value for (name, _, _), value in zip(pairs, picked, strict=True)}
         label = " ".join([method, *(f"{name}={value}" for name, value in chosen.items())])
         options = {name: _value(name, value) for name, value in chosen.items()}
-        yield Setting(label, method, options, distill=options.pop("distill", None))
+        distill = options.pop("distill", None)
+        seed = options.pop("seed", 0) if distill is not None else 0
+        yield Setting(label, method, options, distill, seed)
 
 
 def _value(name: str, text: str) -> Any:

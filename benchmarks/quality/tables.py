@@ -1,7 +1,7 @@
 """Tables and plots of what `run.py` has measured.
 
-    python benchmarks/quality/tables.py results.jsonl
-    python benchmarks/quality/tables.py results.jsonl --into docs/benchmarks.md --plots plots
+    python benchmarks/quality/tables.py benchmarks/quality/results/*.jsonl
+    python benchmarks/quality/tables.py benchmarks/quality/results/*.jsonl --into docs/methods.md --plots plots
 
 The second line replaces the tables between two marks of a page, and draws what is kept against rank and against the
 number of adapters.
@@ -23,77 +23,98 @@ RANK = "rank="
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Kept:
+    """Shares that a merge keeps of its tasks, on test texts.
+
+    Attributes:
+        tasks: What is kept of each task, by its name.
+        errors: The standard errors of these.
+    """
+
+    tasks: dict[str, float]
+    errors: dict[str, float]
+
+    @classmethod
+    def of(cls, measured: dict[str, Any]) -> "Kept":
+        """Return what a line of JSON says of each task."""
+        tasks = {name: task["kept"] for name, task in measured.items()}
+        return cls(tasks, {name: task["error"] for name, task in measured.items()})
+
+    @property
+    def mean(self) -> tuple[float, float]:
+        """What is kept on average, and its standard error."""
+        return fmean(self.tasks.values()), math.hypot(*self.errors.values()) / len(self.errors)
+
+    @property
+    def worst(self) -> tuple[float, float]:
+        """What is kept of the task of which the least is kept, and its standard error."""
+        name = min(self.tasks, key=self.tasks.__getitem__)
+        return self.tasks[name], self.errors[name]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Merge:
-    """One merge, measured on test texts.
+    """One merge.
 
     Attributes:
         pool: Its pool.
         setting: How it was merged.
-        count: How many adapters.
-        kept: What is kept of each task, by its name.
-        errors: The standard errors of these.
+        names: The adapters.
+        limit: Test texts per task; None: all.
         at_one: What is kept with every weight at 1.
-        scale: The common weight that validation texts chose.
-        limit: Texts per task; None: all.
+        best: What is kept at the common weight that validation texts chose; None: none was searched.
+        scale: That weight.
     """
 
     pool: str
     setting: str
-    count: int
-    kept: dict[str, float]
-    errors: dict[str, float]
-    at_one: dict[str, float]
-    scale: float
+    names: tuple[str, ...]
     limit: int | None
+    at_one: Kept
+    best: Kept | None = None
+    scale: float = 1.0
 
     @classmethod
     def of(cls, line: dict[str, Any]) -> "Merge":
         """Return the merge of a line of JSON."""
-        return cls(
-            pool=line["pool"],
-            setting=line["setting"],
-            count=len(line["adapters"]),
-            kept={name: task["kept"] for name, task in line["test"].items()},
-            errors={name: task["error"] for name, task in line["test"].items()},
-            at_one=line["at_one"],
-            scale=line["scale"],
-            limit=line["limit"],
+        merge = cls(
+            line["pool"],
+            line["setting"],
+            tuple(line["adapters"]),
+            line["limit"],
+            Kept.of(line["at_one"]),
         )
+        if not line["validation"]:
+            return merge
+        return dataclasses.replace(merge, best=Kept.of(line["test"]), scale=line["scale"])
 
     @classmethod
     def base_of(cls, line: dict[str, Any]) -> "Merge":
         """Return the base model of a line of JSON, as a merge that leaves nothing of the adapters."""
         base = {name: task["base"] for name, task in line["test"].items()}
-        nothing = dict.fromkeys(base, math.nan)
-        return dataclasses.replace(
-            cls.of(line), setting=BASE, kept=base, errors=nothing, at_one=base, scale=math.nan
-        )
+        kept = Kept(base, dict.fromkeys(base, math.nan))
+        return dataclasses.replace(cls.of(line), setting=BASE, at_one=kept, best=None)
 
     @property
-    def mean(self) -> float:
-        """What is kept on average."""
-        return fmean(self.kept.values())
-
-    @property
-    def error(self) -> float:
-        """The standard error of the mean over the tasks."""
-        return math.hypot(*self.errors.values()) / len(self.errors)
-
-    @property
-    def worst(self) -> str:
-        """The task of which the least is kept."""
-        return min(self.kept, key=self.kept.__getitem__)
+    def count(self) -> int:
+        """How many adapters."""
+        return len(self.names)
 
 
-def read(file: Path) -> list[Merge]:
-    """Read the results, with the base model once for each set of adapters."""
-    lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
-    bases = {(line["pool"], *line["adapters"]): Merge.base_of(line) for line in lines}
-    return [*map(Merge.of, lines), *bases.values()]
+def read(*files: Path) -> list[Merge]:
+    """Read the results, with the base model once for each set of adapters; a search replaces the same merge without."""
+    lines = [json.loads(line) for file in files for line in file.read_text("utf-8").splitlines()]
+    found: dict[tuple[Any, ...], Merge] = {}
+    for line in lines:
+        for merge in (Merge.of(line), Merge.base_of(line)):
+            key = merge.pool, merge.names, merge.limit, merge.setting
+            if key not in found or merge.best is not None:
+                found[key] = merge
+    return [*found.values()]
 
 
 def tables(merges: Iterable[Merge]) -> str:
-    """Return all tables in Markdown: one for each pool and number of adapters, the best setting first."""
+    """Return all tables in Markdown: one for each pool and number of adapters, the best setting at weight 1 first."""
     groups: dict[tuple[str, int], dict[str, list[Merge]]] = {}
     for merge in merges:
         settings = groups.setdefault((merge.pool, -merge.count), {})
@@ -102,41 +123,48 @@ def tables(merges: Iterable[Merge]) -> str:
 
 
 def _table(pool: str, count: int, settings: dict[str, list[Merge]]) -> str:
-    ordered = sorted(settings.values(), key=lambda merges: -fmean(m.mean for m in merges))
+    ordered = sorted(settings.values(), key=lambda merges: -fmean(m.at_one.mean[0] for m in merges))
     several = max(map(len, ordered))
-    texts = next(iter(settings.values()))[0].limit or "all"
-    title = f"**{pool}, {count} adapters**: {several} merges" if several > 1 else f"**{pool}**"
-    names = ", ".join(ordered[0][0].kept) if several == 1 else "each on its own tasks"
-    head = ["setting", "weight", "mean", "worst", "mean at 1", "worst at 1"]
+    first = ordered[0][0]
+    what = f"{several} merges of {count} adapters" if several > 1 else f"{count} adapters"
+    names = " ".join(first.names)
+    head = ["setting", "mean at 1", "worst at 1", "best weight", "mean", "worst"]
+    head += [] if several > 1 else [names]
     lines = [
-        f"{title} ({names}; {texts} test texts per task)",
+        f"**{pool}**: {what}, {first.limit or 'all'} test texts per task, in % of each adapter's own accuracy.",
         "",
         f"| {' | '.join(head)} |",
         "|---" * len(head) + "|",
-        *(_row(merges) for merges in ordered),
+        *(_row(merges, by_task=several == 1) for merges in ordered),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _row(merges: Sequence[Merge]) -> str:
-    scales = [merge.scale for merge in merges]
-    plain = [fmean(m.at_one.values()) for m in merges], [min(m.at_one.values()) for m in merges]
-    worst = [merge.kept[merge.worst] for merge in merges]
-    error = math.hypot(*(merge.error for merge in merges)) / len(merges)
-    of_worst = math.hypot(*(merge.errors[merge.worst] for merge in merges)) / len(merges)
+def _row(merges: Sequence[Merge], *, by_task: bool) -> str:
+    searched = [merge.best for merge in merges if merge.best is not None]
+    found = ["", "", ""]
+    if len(searched) == len(merges):
+        found = [f"{fmean(merge.scale for merge in merges):.2g}", *_numbers(searched)]
+    setting = merges[0].setting
+    tasks = " ".join(f"{100 * merges[0].at_one.tasks[name]:.0f}" for name in merges[0].names)
     cells = [
-        f"`{merges[0].setting}`" if merges[0].setting != BASE else BASE,
-        "" if math.isnan(scales[0]) else f"{fmean(scales):.2g}",
-        _percent(fmean(merge.mean for merge in merges), error),
-        _percent(fmean(worst), of_worst),
-        *(_percent(fmean(values)) for values in plain),
+        setting if setting == BASE else f"`{setting}`",
+        *_numbers([merge.at_one for merge in merges]),
+        *found,
+        *([tasks] if by_task else []),
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def _percent(value: float, error: float = math.nan) -> str:
-    noise = "" if math.isnan(error) else f" ± {100 * error:.1f}"
-    return f"{100 * value:.1f}{noise}"
+def _numbers(kept: Sequence[Kept]) -> list[str]:
+    """The means over some merges of what is kept on average, and of their worst tasks, with their noise."""
+    cells: list[str] = []
+    for pairs in ([one.mean for one in kept], [one.worst for one in kept]):
+        values, errors = zip(*pairs, strict=True)
+        error = math.hypot(*errors) / len(errors)
+        noise = "" if math.isnan(error) else f" ± {100 * error:.1f}"
+        cells.append(f"{100 * fmean(values):.1f}{noise}")
+    return cells
 
 
 def put_into(page: Path, text: str) -> None:
@@ -185,11 +213,11 @@ def _picture(merges: Sequence[Merge], place: Any, label: str, file: Path) -> Non
     for method, given in itertools.groupby(sorted(merges, key=_method), _method):
         points: dict[float, list[float]] = {}
         for merge in given:
-            points.setdefault(place(merge), []).append(100 * merge.mean)
+            points.setdefault(place(merge), []).append(100 * merge.at_one.mean[0])
         if len(points) > 1:
             places = sorted(points)
             axes.plot(places, [fmean(points[p]) for p in places], marker="o", label=method)
-    axes.set(xlabel=label, ylabel="kept on average, %")
+    axes.set(xlabel=label, ylabel="kept on average with every weight at 1, %")
     if axes.lines:
         axes.legend()
         figure.savefig(file)
@@ -202,11 +230,11 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("results", type=Path, help="a file of JSON lines that run.py has written")
+    add("results", type=Path, nargs="+", help="files of JSON lines that run.py has written")
     add("--into", type=Path, metavar="PAGE", help="put the tables between the marks of a page")
     add("--plots", type=Path, metavar="FOLDER", help="draw plots into this folder")
     parsed = parser.parse_args(arguments)
-    merges = read(parsed.results)
+    merges = read(*parsed.results)
     if parsed.into:
         put_into(parsed.into, tables(merges))
     else:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 KINDS: tuple[Kind, ...] = ("methods", "spaces", "calibrations")
 MEASURED = (
-    "kept: accuracy that a merge of four LoRA adapters keeps, in % of each adapter's own: mean (and worst task), every "
+    "kept: accuracy that a merge of six LoRA adapters keeps, in % of each adapter's own: mean (and worst task), every "
     "weight at 1. Differences under two points are noise; see docs/methods.md."
 )
 
@@ -101,17 +101,14 @@ def _default() -> str:
 
 
 def _groups() -> list[tuple[str, list[Entry]]]:
-    """Methods under headings, those that keep most first."""
+    """Methods under headings, those that keep most first; those that need more than adapters last."""
     methods = sorted(entries("methods"), key=lambda m: (-_score(m), m.name))
     needs_data = [m for m in methods if m.facts["needs_statistic"]]
     whole = [m for m in methods if m.facts["whole_matrix"] and m not in needs_data]
     others = [m for m in methods if m not in needs_data and m not in whole]
-    groups = [
-        ("number by number", others),
-        ("whole matrices", whole),
-        ("with sample data", needs_data),
-    ]
-    return sorted(groups, key=lambda group: -_score(group[1][0]))
+    groups = [("number by number", others), ("whole matrices", whole)]
+    groups.sort(key=lambda group: -_score(group[1][0]))
+    return [*groups, ("with sample data", needs_data)]
 
 
 def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> "RenderableType":

@@ -22,7 +22,7 @@ def iso_c(tasks: TaskVectors, *, rank: int | None = None) -> Merged:
 
     Good at: many tasks with a tuned common weight, or without one after `response` with `least=0.7`.
 
-    Measured: LoRA 95.4 (87.5), at 1.6 99.2 (95.5).
+    Measured: LoRA 86.9 (66.2).
 
     Source: Marczak et al. 2025, and github.com/danielm1405/iso-merging at d34010a. Differences: σ̄ is the mean over the
     directions that stay. The authors take it over all min(out, in) singular values; those of a LoRA are mostly 0, which

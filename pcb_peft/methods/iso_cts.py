@@ -29,7 +29,7 @@ def iso_cts(
 
     Good at: many tasks with a tuned common weight, or without one after `response` with `least=0.7`.
 
-    Measured: LoRA 95.2 (87.1), at 2.2 98.9 (96.4).
+    Measured: LoRA 86.5 (64.8).
 
     Source: Marczak et al. 2025, and github.com/danielm1405/iso-merging at d34010a. Differences: R is the numerical rank
     of the sum, not min(out, in); directions that depend on each other share their span instead of being completed by

@@ -22,7 +22,7 @@ def stf(tasks: TaskVectors) -> Merged:
 
     Good at: keeping each task's own response.
 
-    Measured: LoRA 89.8 (71.4), at 0.5 93.2 (81.2).
+    Measured: LoRA 79.6 (29.6).
 
     Source: Qiu et al. 2025. Differences: a task has as many triplets as its numerical rank; and where features depend
     on each other, as those of two equal adapters do, or all but do, as those of a copy with other factors, x is the

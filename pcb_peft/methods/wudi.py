@@ -30,7 +30,7 @@ def wudi(tasks: TaskVectors, *, ridge: Annotated[float, Range(0, 1e6)] = 0.03) -
 
     Good at: many tasks with a tuned common weight.
 
-    Measured: LoRA 93.6 (81.2), at 0.7 95.9 (90.2).
+    Measured: LoRA 81.9 (46.6).
 
     Source: Cheng et al. 2025, and github.com/nathanielyvo/WUDI-Merging at dc3cd12. Differences: the authors take 300
     steps of Adam of size 1e-5 from Σ_t τ_t, and so stop somewhere on the way, and leave the row space of the τ_t; here
