@@ -34,6 +34,7 @@ from pcb_peft.evaluation.card import write_to_card
 from pcb_peft.evaluation.evaluation import Evaluation
 from pcb_peft.files.json_text import parse_json, read_text
 from pcb_peft.recipes.recipe import Recipe
+from pcb_peft.reporting.page import write_report
 from pcb_peft.runtime.hashing import sha256_of_file
 from pcb_peft.searching.trials import Trial, TrialLog
 from pcb_peft.writing.model_card import read_card
@@ -412,3 +413,34 @@ def test_a_file_of_no_tensors_or_of_single_numbers_is_refused(tmp_path):
     save_file({}, file)
     with pytest.raises(AdapterError, match="no LoRA"):
         check(file)
+
+
+@pytest.mark.parametrize("edit", ["a name less", "a name more", "an adapter less"])
+def test_a_report_that_does_not_belong_to_its_merge_is_refused(workshop, edit):
+    pair = workshop.adapters("mlp", [lora(), lora()])
+    out = workshop.directory / "out"
+    merge_adapters(pair, "linear").save_pretrained(out)
+    content = json.loads((out / "merge_report.json").read_text())
+    for line in content["modules"].values():
+        for key in ("products", "adapter_norms"):
+            if edit == "a name more":
+                line[key]["other"] = 1.0
+            elif edit == "an adapter less" or key == "products":
+                line[key].popitem()
+    (out / "merge_report.json").write_text(json.dumps(content))
+    with pytest.raises(AdapterError, match=r"merge_report\.json.*(names other|is of \d)"):
+        write_report(out, workshop.directory / "report.html")
+
+
+def test_a_home_that_there_is_not_is_no_path():
+    with pytest.raises(AdapterError):
+        check("~nouser/x")
+
+
+def test_a_weight_without_dimensions_is_none(workshop):
+    base, path = workshop.base("mlp"), workshop.adapter("mlp", lora(use_dora=True))
+    tensors = load_file(base / "model.safetensors")
+    tensors["up.weight"] = torch.ones(())
+    save_file(tensors, base / "model.safetensors")
+    with pytest.raises(PcbPeftError, match="up"):
+        load_adapter(path, base_model=base).delta("up")

@@ -261,7 +261,7 @@ def _downloaded(source: Source) -> Path:
 
 def _of_hub(source: Source) -> str:
     """Return a hint for messages: how to name a LoRA of an image model in a repository."""
-    if Path(source.path).expanduser().exists():
+    if expanded(source.path).exists():
         return ""
     return f"; a LoRA of an image model is named with its file: {source.path}/NAME.safetensors"
 

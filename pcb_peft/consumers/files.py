@@ -12,6 +12,7 @@ from pcb_peft.base.hub import configuration_directory
 from pcb_peft.errors import AdapterError, AdapterNotFoundError
 from pcb_peft.files.header import read_header
 from pcb_peft.files.json_text import read_json_file
+from pcb_peft.runtime.paths import expanded
 
 Form: TypeAlias = Literal["peft", "pipeline", "mlx", "gguf", "model"]
 """PEFT's directory, a LoRA of an image pipeline, mlx-lm's directory, a GGUF file, or a whole model."""
@@ -101,7 +102,7 @@ def open_output(path: str | Path) -> OutputFiles:
         AdapterNotFoundError: There is neither.
         AdapterError: A file is damaged.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if path.suffix == ".gguf" and path.is_file():
         return OutputFiles(path, "gguf", {}, {}, _unreadable([path]))
     if path.is_file() and path.name in (CONFIG, WEIGHTS):

@@ -37,6 +37,7 @@ TEXTS, TEXT_LENGTH = 256, 64  # at most so many texts are read, of at most so ma
 KEPT = 256  # eigenvectors per layer; of the others the mean eigenvalue is known
 EXACT_SIZE = 1024  # moments of at most so many inputs are decomposed in full
 FORMAT = "pcb_peft moments 1"
+_LARGEST, _UNIT = 1e15, 1.01  # of an eigenvalue, and of an entry of a vector of length 1
 PARTS = ("values", "vectors", "rest")
 AGAIN = "measure the moments again"
 
@@ -66,10 +67,13 @@ class MomentsFile:
         name = self.layers[layer]
         values, vectors, rest = (self._read(f"{name}.{part}") for part in PARTS)
         fitting = vectors.shape[1:] == values.shape and vectors.ndim == 2 and rest.numel() == 1
-        if not fitting or bool((values < 0).any()) or bool((rest < 0).any()):
+        within = all(
+            float(part.min()) >= 0 and float(part.max()) < _LARGEST for part in (values, rest)
+        )
+        if not (fitting and within and float(vectors.abs().max()) < _UNIT):
             raise AdapterError(
                 f"{self.tensors.where}: the moments of {layer} are damaged: their shapes are {tuple(values.shape)}, "
-                f"{tuple(vectors.shape)} and {tuple(rest.shape)}, or some are negative; {AGAIN}"
+                f"{tuple(vectors.shape)} and {tuple(rest.shape)}, or their values are none; {AGAIN}"
             )
         return Moments(values.float(), vectors.float(), float(rest))
 

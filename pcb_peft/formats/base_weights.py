@@ -77,7 +77,8 @@ def base_weight(
         return layout.matrix(base()), layout
     model = base()
     layout = layout if layout.lookup else model.layout(module, shape)
-    weight = layout.matrix(model.weight(module)).float()
+    stored = model.weight(module)
+    weight = layout.matrix(stored).float() if stored.ndim else stored
     if tuple(weight.shape) != shape:
         raise MismatchError(
             f"{module}: the adapter's (out, in) is {shape}, that of {model.source} {tuple(weight.shape)}; "

@@ -15,6 +15,7 @@ from pcb_peft.files.tensors import SafetensorsFile
 from pcb_peft.merging.report import Report
 from pcb_peft.recipes.recipe import Recipe
 from pcb_peft.recipes.weights import plain
+from pcb_peft.runtime.shown import shown
 from pcb_peft.version import __version__
 from pcb_peft.writing.model_card import public_name
 
@@ -70,9 +71,14 @@ def read_report(place: Path) -> Report | None:
         where = str(file)
     if text is None:
         return None
-    return checked(
-        parse_json(text, where, AdapterError, _WAY_OUT), Report, where, AdapterError, _WAY_OUT
-    )
+    content = parse_json(text, where, AdapterError, _WAY_OUT)
+    report = checked(content, Report, where, AdapterError, _WAY_OUT)
+    for module, line in report.modules.items():
+        if line.products and line.products.keys() != line.adapter_norms.keys():
+            raise AdapterError(
+                f"{where}: {shown(module)} names other adapters in products than in adapter_norms; {_WAY_OUT}"
+            )
+    return report
 
 
 def without_paths(text: str, paths: Iterable[str] = ()) -> str:

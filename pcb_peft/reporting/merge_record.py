@@ -95,6 +95,11 @@ def record_of(merged: MergedAdapter | str | Path, evaluation: Any = None) -> Mer
             f"{merged} holds no {REPORT_FILE} and {FILE_NAME} of a merge: name a directory that pcb-peft merge wrote"
         )
     recipe = read_recipe(place / FILE_NAME)
+    if report.adapters and len(report.adapters) != len(recipe.adapters):
+        raise AdapterError(
+            f"{place}: {REPORT_FILE} is of {len(report.adapters)} adapters, and {FILE_NAME} of {len(recipe.adapters)}: "
+            "they belong to different merges; merge again"
+        )
     if measured is None and (place / EVALUATION).is_file():
         content = read_json_file(place / EVALUATION, AdapterError, WAY_OUT)
         measured = _measured(content, str(place / EVALUATION))
