@@ -7,9 +7,10 @@ import re
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pcb_peft import load_adapter, merge_adapters
+from pcb_peft import UnsupportedError, load_adapter, merge_adapters
 from pcb_peft.images.rows import parts_of, shares_of
 from pcb_peft.images.tables import ARCHITECTURES
 
@@ -283,3 +284,20 @@ def test_norms_biases_and_modulations_of_a_distilled_wan(tmp_path):
     for name, delta in wanted.items():
         assert found[name].shape == delta.shape, name
         assert (found[name] - 0.5 * delta).norm() <= 1e-5 * delta.norm(), name
+    merged.save_pretrained(tmp_path / "out.safetensors")
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        assert {*file.keys()} == {
+            *(name for name in tensors if not name.endswith("diff_m") and "lora" not in name),
+            "diffusion_model.blocks.0.modulation.diff",
+            *(f"diffusion_model.blocks.0.self_attn.q.{end}.weight" for end in factors_of(file)),
+        }
+    again = load_adapter(tmp_path / "out.safetensors")
+    assert {*again.modules} == {*merged.modules}
+    for name in merged.modules:
+        assert torch.allclose(again.delta(name), merged.delta(name), atol=1e-6), name
+    with pytest.raises(UnsupportedError, match="diffusers' files hold LoRAs of matrices"):
+        merge_adapters([tmp_path / "a.safetensors"], "linear", format="diffusers")
+
+
+def factors_of(file):
+    return sorted({name.split(".")[-2] for name in file.keys() if "lora" in name})  # noqa: SIM118

@@ -14,7 +14,7 @@ from pcb_peft.formats.lazy_delta import AdapterFiles, is_vector
 from pcb_peft.formats.registry import Writer, register
 from pcb_peft.images.metadata import metadata_of
 from pcb_peft.images.names import COMFYUI, DIFFUSERS, KOHYA, ImageLora
-from pcb_peft.images.targets import factor_names, names_in_file, with_components
+from pcb_peft.images.targets import BIAS, WEIGHT, factor_names, names_in_file, with_components
 
 
 def _write(
@@ -29,6 +29,7 @@ def _write(
 
     diffusers' files have one rank for all modules unless `rank_pattern`; in the others each module has its own. The
     scaling is 1, and in kohya's files all modules have one alpha, the highest rank: diffusers reads no other right.
+    Changes of norms and biases are stored whole.
 
     Raises:
         UnsupportedError: A module has no name that the program knows.
@@ -36,11 +37,15 @@ def _write(
     shapes = {name: delta.shape for name, delta in modules.items()}
     names = names_in_file(shapes, image, target)
     deltas = regrouped(with_components(modules, image, target), list(names))
-    highest = max(delta.rank for delta in deltas.values())
+    whole = {module for module, name in names.items() if name.endswith((WEIGHT, BIAS))}
+    highest = max((one.rank for name, one in deltas.items() if name not in whole), default=1)
     first, second = factor_names(shapes, image, target)
     tensors: dict[str, Tensor] = {}
     for module, name in names.items():
         delta = deltas[module]
+        if module in whole:
+            tensors[name] = delta.layout.stored(delta.matrix()).to(dtype)
+            continue
         padded = highest if target == DIFFUSERS and not rank_pattern else delta.rank
         scaling = delta.rank / highest if target == KOHYA else 1.0
         down, up = _factors(module, delta.scaled(scaling), dtype, padded)

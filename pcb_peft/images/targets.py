@@ -18,6 +18,8 @@ from pcb_peft.images.names import (
 from pcb_peft.images.rows import parts_of
 
 Item = TypeVar("Item")
+WEIGHT, BIAS = ".diff", ".diff_b"
+"""Ends of the names of changes that are stored whole."""
 LARGEST_FUSED = {3072: 21504}  # inputs to outputs of linear1, in Flux.1 and HunyuanVideo
 
 
@@ -30,7 +32,8 @@ def names_in_file(modules: Shapes, image: ImageLora | None, target: str) -> dict
         target: "diffusers", "kohya" or "comfyui".
 
     Returns:
-        Canonical name to the name in the file. Matrices that the program keeps whole, or in parts, are listed so.
+        Canonical name to the name in the file, with its end where a change is stored whole (``.diff`` of a norm,
+        ``.diff_b`` of a bias). Matrices that the program keeps whole, or in parts, are listed so.
 
     Raises:
         UnsupportedError: The program has no name for a module, or would not find it.
@@ -45,8 +48,22 @@ def names_in_file(modules: Shapes, image: ImageLora | None, target: str) -> dict
     wholes = target != "diffusers"
     names: dict[str, str] = {}
     for name in _regrouped(named, candidates if wholes else [], target):
-        names[name] = _name(name, image, candidates, target, set(named))
+        end = _end_of_whole(name, named.get(name, (0, 0)))
+        if end and target == DIFFUSERS:
+            raise UnsupportedError(
+                f"{name} is a norm, a bias or another vector, and diffusers' files hold LoRAs of matrices: save it as "
+                "format='comfyui' or 'kohya' (--format), in which it is a whole difference (diff, diff_b)"
+            )
+        module = name.removesuffix(".bias") if end == BIAS else name
+        names[name] = _name(module, image, candidates, target, set(named)) + end
     return names
+
+
+def _end_of_whole(name: str, shape: tuple[int, int]) -> str:
+    """Return the end of the name of a change that is no LoRA: of a bias, a vector or a table; empty for a LoRA."""
+    if name.endswith(".bias"):
+        return BIAS
+    return WEIGHT if shape[1] == 1 or name.endswith("scale_shift_table") else ""
 
 
 def factor_names(modules: Shapes, image: ImageLora | None, target: str) -> tuple[str, str]:
