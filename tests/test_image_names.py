@@ -3,6 +3,8 @@
 Expected values come from the factors themselves. `tests/test_image_loading.py` asks diffusers.
 """
 
+import hashlib
+import json
 import re
 
 import peft
@@ -354,6 +356,52 @@ def test_web_uis_are_told_the_base_model(tmp_path, metadata):
     assert "load_lora_weights" in card
     assert "transformers" not in card
     assert stated["ss_network_dim"] == stated["ss_network_alpha"].removesuffix(".0") == "8"
+    assert stated["modelspec.merged_from"] == "1, 2"
+    assert stated["modelspec.title"] == "1 + 2"
+    models = json.loads(stated["sd_merge_models"])
+    files = [tmp_path / f"{seed}.safetensors" for seed in (1, 2)]
+    assert list(models) == [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+
+
+def test_hashes_are_those_of_sd_scripts(tmp_path):
+    """From the tensors' bytes, and from a part of the file that has the metadata of its training alone."""
+    names = [f"lora_unet_input_blocks_4_1_transformer_blocks_{n}_ff_net_2" for n in range(3)]
+    tensors = [named(name, *factors(1, rows=30000, columns=640)) for name in names]
+    path = written(tmp_path / "a.safetensors", *tensors, **SAID, sshs_model_hash="old")
+    load_adapter(path).save_pretrained(tmp_path / "out.safetensors")
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        stated = file.metadata()
+    content = (tmp_path / "out.safetensors").read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    assert stated["sshs_model_hash"] == hashlib.sha256(content[start:]).hexdigest()
+    assert stated["modelspec.hash_sha256"] == f"0x{stated['sshs_model_hash']}"
+    training = {key: value for key, value in stated.items() if key.startswith("ss_")}
+    save_file(load_file(tmp_path / "out.safetensors"), tmp_path / "trained.safetensors", training)
+    part = (tmp_path / "trained.safetensors").read_bytes()[0x100000:0x110000]
+    assert len(part) == 0x10000
+    assert stated["sshs_legacy_hash"] == hashlib.sha256(part).hexdigest()[:8]
+
+
+@pytest.mark.parametrize("form", ["diffusers", "comfyui"])
+def test_what_a_file_says_of_its_own_form_is_not_handed_on(tmp_path, form):
+    """An alpha in the metadata would count twice: it is in the factors now."""
+    down, up = factors(1)
+    alpha = {"unet.r": 4, "unet.lora_alpha": 8, "unet.use_rslora": False}
+    path = written(
+        tmp_path / "a.safetensors",
+        named(f"unet.{XL}", down, up),
+        lora_adapter_metadata=json.dumps(alpha),
+        ss_network_alpha="1",
+        ss_base_model_version="sdxl_base_v1-0",
+        ss_tag_frequency="{}",
+    )
+    load_adapter(path).save_pretrained(tmp_path / "out.safetensors", format=form)
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        stated = file.metadata()
+    assert not {"lora_adapter_metadata", "ss_network_alpha"} & stated.keys()
+    assert stated["ss_tag_frequency"] == "{}"
+    again = load_adapter(tmp_path / "out.safetensors")
+    assert_near(again.delta(f"unet.{XL}"), 2 * up @ down)
 
 
 ORDERED = {  # architecture: modules in the order of the forward pass

@@ -6,14 +6,42 @@ from typing import TypeVar, cast
 from pcb_peft.adapters.saving import PEFT, FileFormat
 from pcb_peft.images.names import ImageLora
 from pcb_peft.writing.base_gap import BaseGap
+from pcb_peft.writing.model_card import public_name
 
 Same = TypeVar("Same", bound="HasFormat")
 
 LOADING = """```python
-pipeline.load_lora_weights("DIRECTORY_OR_FILE")  # a pipeline of diffusers for the base model
+import torch
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{base}", torch_dtype=torch.bfloat16)  # {model}
+pipeline.load_lora_weights("path/or/hub-id/of/this/adapter")
 ```
 
-Web UIs and ComfyUI read the file from their folder of LoRAs, if it has their names."""
+{readers}"""
+READERS = {
+    "diffusers": "For ComfyUI or a web UI, write it in their names: `pcb-peft export … --to comfyui`, or `--to kohya`.",
+    "kohya": "Web UIs, ComfyUI and kohya's sd-scripts read the file, too: put it into their folder of LoRAs.",
+    "comfyui": "ComfyUI reads the file, too: put it into `models/loras`.",
+}
+COMFYUI_ALONE = """Put the file into `models/loras` of ComfyUI. diffusers does not know these names of {model}: \
+`pcb-peft export … --to diffusers` writes it in its own."""
+
+
+def loading_text(image: ImageLora | None, file_format: FileFormat, base_model: str | None) -> str:
+    """Return the code that loads a LoRA of an image model, for its card.
+
+    Args:
+        image: What is known about it.
+        file_format: Format in which it is saved.
+        base_model: Path or hub id of the base model; a path is not shown.
+    """
+    candidates = [] if image is None else image.candidates
+    model = " or ".join(one.name for one in candidates) or "the base model"
+    if file_format == "comfyui" and not any(one.loads_comfyui for one in candidates):
+        return COMFYUI_ALONE.format(model=model)
+    base = public_name(base_model) or "BASE_MODEL"
+    return LOADING.format(base=base, model=model, readers=READERS.get(file_format, ""))
 
 
 class HasFormat:

@@ -6,7 +6,7 @@ from typing import Any
 
 from pcb_peft.adapters import card_sections
 from pcb_peft.adapters.card_of_fold import card_of_fold
-from pcb_peft.adapters.file_format import LOADING, HasFormat
+from pcb_peft.adapters.file_format import HasFormat, loading_text
 from pcb_peft.adapters.source import OpenedAdapter, Source
 from pcb_peft.base.model import BaseModel
 from pcb_peft.deltas.replacements import Replacements
@@ -66,7 +66,8 @@ class HasCard(HasFormat):
     def loading_sections(self) -> dict[str, str]:
         """Return the sections of a card that tell how to load the adapter, and what heads it has."""
         if self.library == "diffusers":
-            return {card_sections.LOAD: LOADING}
+            text = loading_text(self.image, self.file_format, self.base_model)
+            return {card_sections.LOAD: text}
         return card_sections.loading_sections(
             self.base_model, self.task_type, self.auto_mapping, self.head, self.heads
         )

@@ -23,6 +23,7 @@ from pcb_peft.formats.checkpoint import CONFIG, SafetensorsFile
 from pcb_peft.formats.heads import with_biases, write_head
 from pcb_peft.formats.keys import AUTOMATIC_HEADS
 from pcb_peft.formats.refusals import refuse_pipelines
+from pcb_peft.images.metadata import with_title_and_hashes
 from pcb_peft.images.names import ImageLora
 from pcb_peft.runtime.processes import current
 from pcb_peft.writing.atomic import replace_directory, write_file_atomically, write_files
@@ -273,7 +274,8 @@ def _other_files(
     content = writer.write(loras, dtype, image=adapter.image, rank_pattern=rank_pattern)
     tensors = _separate_storage(content.tensors)
     _refuse_overflow(tensors)
-    return dataclasses.replace(content, tensors=tensors)
+    metadata = with_title_and_hashes(content.metadata, tensors, adapter.name)
+    return dataclasses.replace(content, tensors=tensors, metadata=metadata)
 
 
 def _identity(adapter: Savable, peft_type: str) -> dict[str, Any]:

@@ -136,8 +136,7 @@ def export(  # noqa: PLR0913  (every choice of an export, by name)
         overwrite,
         track,
     )
-    cuts = (max_rank, pad_to_rank, like_adapter, dense or None)
-    if not profile.cut and any(value is not None for value in cuts):
+    if not profile.cut and any((max_rank, pad_to_rank, like_adapter, dense)):
         raise OptionError(
             f"the profile {to} has no ranks: leave out max_rank, dense, padding and like"
         )

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.delta_mapping import DeltaMapping
@@ -12,6 +13,7 @@ from pcb_peft.errors import MismatchError, UnsupportedError
 from pcb_peft.formats import LazyDelta
 from pcb_peft.formats.base_weights import Base
 from pcb_peft.formats.fused import rows_of_parts, split_entry
+from pcb_peft.images.metadata import merged_from
 from pcb_peft.images.names import (
     COMFYUI,
     DIFFUSERS,
@@ -63,12 +65,15 @@ def common_image(adapters: Sequence[Adapter]) -> ImageLora | None:
     known = [set(image.architectures) for image in images if image.architectures]
     common = set.intersection(*known) if known else set[str]()
     names = tuple(name for image in images[:1] for name in image.architectures if name in common)
-    metadata = {
+    metadata: dict[str, Any] = {
         key: images[0].metadata[key]
         for key in KEPT
         if key in images[0].metadata
         and all(image.metadata.get(key) == images[0].metadata[key] for image in images)
     }
+    sources = [adapter for adapter in adapters if adapter.image is not None]
+    hashes = [one.files.sha256 if one.files else None for one in sources]
+    metadata |= merged_from(images, [one.name for one in sources], hashes)
     dialects = list(dict.fromkeys(image.dialect for image in images))
     found = names or tuple(sorted(common))
     merged = ImageLora(dialects[0] if len(dialects) == 1 else "", found, metadata)
