@@ -1,6 +1,7 @@
 """Consumers, and the environment that each of them runs in."""
 
 import dataclasses
+import importlib.util
 import os
 import subprocess
 import sys
@@ -59,6 +60,9 @@ class Environment:
 
     def lacks(self, folder: Path) -> str:
         """Return why it cannot run; empty if it can."""
+        if not self.packages:
+            missing = [name for name in self.modules if not _is_installed(name)]
+            return f"{', '.join(missing)} not installed" if missing else ""
         python = self.python(folder)
         if not python.is_file():
             return f"{python.parents[1]} is not there; --install makes it"
@@ -78,8 +82,13 @@ class Environment:
         return inherited | offline | dict(self.variables)
 
 
+def _is_installed(module: str) -> bool:
+    package = module.partition(".")[0]
+    return importlib.util.find_spec(package) is not None
+
+
 ENVIRONMENTS = (
-    Environment("peft", "in_peft.py", ("peft",), ("saved", "portable"), 1e-4),
+    Environment("peft", "in_peft.py", ("peft",), ("portable", "peft"), 1e-4),
     Environment("transformers", "in_transformers.py", ("transformers",), ("saved", "folded"), 1e-4),
     Environment("llama.cpp", "in_llama_cpp.py", ("xllamacpp",), ("gguf",), 0.02),
     Environment("mlx", "in_mlx.py", ("mlx.core", "mlx_lm"), ("mlx", "folded")),
