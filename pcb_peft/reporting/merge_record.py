@@ -49,6 +49,9 @@ class Measured(msgspec.Struct):
 
     tasks: list[TaskLine]
     notes: list[str] = []
+    lost: list[str] = []
+    mean_kept: Number | None = None
+    worst_kept: Number | None = None
 
 
 class MergeRecord(NamedTuple):
@@ -107,7 +110,8 @@ def record_of(merged: MergedAdapter | str | Path, evaluation: Any = None) -> Mer
         adapter = load_adapter(place, hashed=False)
     except AdapterNotFoundError:  # folded
         return MergeRecord(report, recipe, recipe.base_model, None, measured)
-    return MergeRecord(report, recipe, adapter.base_model, adapter, measured)
+    base = adapter.base_model or recipe.base_model
+    return MergeRecord(report, recipe, base, adapter, measured)
 
 
 WAY_OUT = "take it away, or evaluate again"

@@ -118,6 +118,7 @@ def render(record: MergeRecord, adapters: Sequence[Adapter], track: Track) -> st
         lines=report_lines(report),
         seconds=format_duration(report.seconds) if report.seconds else "",
         adapters=_adapters(record),
+        has_kept=bool(report.kept),
         shares=_share_maps(report),
         wheres=_other_maps(report),
         matrices=[] if comparison is None else _matrices(comparison),
