@@ -1,6 +1,7 @@
 """The page of a merge: what stands in it, that no name becomes markup, and that a browser shows it."""
 
 import html.parser
+import io
 import json
 import re
 import shutil
@@ -139,6 +140,22 @@ def test_figures_have_the_numbers_of_the_report_and_of_the_comparison():
     assert texts(report.plot_conflicts()) == [f"{conflict:.2f}" for conflict in conflicts]
     cosine = f"{float(geometry_of(adapters, silent).cosines[0, 1]):.2f}"
     assert texts(compare_adapters(adapters).plot_cosines()) == ["1.00", cosine, cosine, "1.00"]
+
+
+def test_a_figure_of_a_deep_model_is_small_and_any_name_is_text():
+    pytest.importorskip("matplotlib")
+    names = ("$x_{", "costs 5$")
+    deep = [
+        adapter(name, {f"layers.{i}.q_proj": low_rank(1, seed=seed + i)[0] for i in range(80)})
+        for seed, name in enumerate(names)
+    ]
+    figure = merge_adapters(deep, "linear").report.plot_shares()
+    axes, scale = figure.axes
+    assert not axes.texts
+    assert len(axes.get_xticks()) <= 24
+    assert figure.get_size_inches()[0] < 20
+    figure.savefig(io.BytesIO())
+    assert scale.get_ylim()[0] < scale.get_ylim()[1]
 
 
 def test_figures_without_matplotlib_say_how_to_get_it(monkeypatch):

@@ -79,6 +79,8 @@ def test_no_local_path_is_in_it(workshop, tmp_path, monkeypatch):
     for words in (str(tmp_path), "Jane", "nowhere", "at all", "run "):
         assert words not in text
     assert "meta/llama" in text
+    weights = json.loads(text)["weights"]
+    assert [one["adapter"] for one in weights] == list(merged.report.adapters)
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ class Report:
         return heat_map("Share of each adapter's change that the merge makes", shares)
 
     def plot_conflicts(self) -> Any:
-        """Draw the fraction of entries at which signs differ, by layer and target; chance is in the title.
+        """Draw the fraction of entries at which signs differ, by target and layer; chance is in the title.
 
         Returns:
             A `matplotlib.figure.Figure`.
@@ -147,13 +147,14 @@ class Report:
             UnsupportedError: matplotlib is not installed.
         """
         groups: dict[str, dict[str, list[ModuleReport]]] = {}
-        for module, line in self.modules.items():
-            layer = layer_of(module)
-            row = groups.setdefault("other" if layer is None else f"layer {layer}", {})
-            row.setdefault(target_of(module), []).append(line)
+        depths = {module: layer_of(module) for module in self.modules}
+        for module in sorted(self.modules, key=lambda m: (depths[m] is None, depths[m] or 0)):
+            place = "other" if depths[module] is None else f"layer {depths[module]}"
+            row = groups.setdefault(target_of(module), {})
+            row.setdefault(place, []).append(self.modules[module])
         conflicts = {
-            layer: {target: mean_conflicts(lines) for target, lines in row.items()}
-            for layer, row in groups.items()
+            target: {place: mean_conflicts(lines) for place, lines in row.items()}
+            for target, row in groups.items()
         }
         return heat_map(f"Sign conflicts; chance: {self.conflicts_chance:.2f}", conflicts)
 

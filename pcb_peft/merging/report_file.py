@@ -37,13 +37,14 @@ def report_json(report: Report, recipe: Recipe, paths: Iterable[str]) -> str:
     """
     named = [one.path for one in (*recipe.adapters, *recipe.statistics)]
     local = {path for path in (*named, recipe.base_model, *paths) if path and not public_name(path)}
-    weights = zip(recipe.adapters, plain(recipe.weights), strict=True)
+    names = report.names or [source.name for source in recipe.adapters]
+    weights = zip(names, plain(recipe.weights), strict=True)
     data = report.as_dict()
     modules = data.pop("modules")
     del data["seconds"]
     content = {
         "written_by": f"pcb_peft {__version__}",
-        "weights": [{"adapter": one.name, "weight": weight} for one, weight in weights],
+        "weights": [{"adapter": name, "weight": weight} for name, weight in weights],
         **data,
         "notes": [without_paths(note, local) for note in report.notes],
         "modules": modules,  # the longest part comes last
