@@ -211,16 +211,18 @@ def _picture(merges: Sequence[Merge], place: Any, label: str, file: Path) -> Non
 
     figure, axes = plt.subplots()
     for method, given in itertools.groupby(sorted(merges, key=_method), _method):
-        points: dict[float, list[float]] = {}
+        points: dict[float, list[tuple[float, float]]] = {}
         for merge in given:
-            points.setdefault(place(merge), []).append(100 * merge.at_one.mean[0])
+            points.setdefault(place(merge), []).append(merge.at_one.mean)
         if len(points) > 1:
             places = sorted(points)
-            axes.plot(places, [fmean(points[p]) for p in places], marker="o", label=method)
+            means = [100 * fmean(mean for mean, _ in points[p]) for p in places]
+            noise = [100 * math.hypot(*(e for _, e in points[p])) / len(points[p]) for p in places]
+            axes.errorbar(places, means, noise, marker="o", capsize=3, label=method)
     axes.set(xlabel=label, ylabel="kept on average with every weight at 1, %")
-    if axes.lines:
+    if axes.containers:
         axes.legend()
-        figure.savefig(file)
+        figure.savefig(file, dpi=80)
     plt.close(figure)
 
 
