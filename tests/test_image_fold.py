@@ -222,3 +222,32 @@ def test_bases_and_outputs_that_do_not_fit_are_refused(tmp_path):
     save_file({"model.layers.0.mlp.up_proj.weight": torch.zeros(24, 8)}, base)
     with pytest.raises(BaseModelError, match="no image model that is known"):
         adapter.fold(base, tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize("extra", [[], ["--dry-run"]])
+def test_a_merge_is_folded_into_one_file(tmp_path, capsys, extra):
+    name = "transformer.transformer_blocks.0.attn.to_k"
+    paths = [lora(tmp_path / f"{n}.safetensors", {name: (8, 8)}) for n in (1, 2)]
+    base, out = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
+    save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(24, 8)}, base)
+    words = [
+        "merge",
+        *map(str, paths),
+        "-o",
+        str(out),
+        "--method",
+        "linear",
+        "--weights",
+        "1",
+        "0.5",
+    ]
+    assert cli.main([*words, "--fold", "--base-model", str(base), *extra]) == 0, (
+        capsys.readouterr().err
+    )
+    if extra:
+        return
+    down, up = pair(0, 8, 8)
+    found = load_file(out)["double_blocks.0.img_attn.qkv.weight"]
+    assert (found[8:16] - 1.5 * up @ down).abs().max() < 1e-5
+    assert not found[:8].any()
+    assert not found[16:].any()

@@ -43,10 +43,10 @@ def _weight(value: Any) -> Weight:
     if isinstance(value, BlockWeights):
         return value
     if isinstance(value, Mapping):
-        numbers: Any = cast("Mapping[str, Any]", value).get("blocks")
-        if len(value) != 1 or not isinstance(numbers, list | tuple) or not numbers:
+        by_block: Any = cast("Mapping[str, Any]", value).get("blocks")
+        if len(value) != 1 or not isinstance(by_block, list | tuple) or not by_block:
             raise OptionError(f"weights: {quoted(value)} is not {{blocks: [numbers]}}")
-        return BlockWeights(map(_finite, numbers))
+        return BlockWeights(map(_finite, by_block))
     return (
         tuple(map(_finite, value)) if isinstance(value, list | tuple) and value else _finite(value)
     )
