@@ -303,14 +303,24 @@ class Diagonal(Delta):
             return False
         inputs_first = layout.transposed
         outputs, inputs = weight[1 if inputs_first else 0], weight[0 if inputs_first else 1]
-        return self.l.numel() == (inputs if self.feedforward else outputs)
+        if not self.feedforward:
+            return self.l.numel() == outputs
+        groups, rest = divmod(self.l.numel(), inputs)  # more than 1 of a convolution only
+        grouped = len(weight) > 2 and groups > 1 and outputs % groups == 0
+        return rest == 0 and (groups == 1 or grouped)
 
     def _along(self, weight: Tensor) -> Tensor:
         """Return `l`, shaped to scale the outputs or the inputs of W as it is stored."""
         scales_columns = self.feedforward != self.layout.transposed
         kernel = [1] * (weight.ndim - 2)
-        shape = [1, -1, *kernel] if scales_columns else [-1, 1, *kernel]
-        return self.l.float().to(weight.device).view(shape)
+        l = self.l.float().to(weight.device)  # noqa: E741  (the paper's letter)
+        if not scales_columns:
+            return l.view(-1, 1, *kernel)
+        groups = l.numel() // weight.shape[1]
+        if groups > 1:  # each group of outputs has inputs of its own
+            rows = l.view(groups, -1).repeat_interleave(len(weight) // groups, dim=0)
+            return rows.view(len(weight), -1, *kernel)
+        return l.view(1, -1, *kernel)
 
 
 MATRICES = (LowRank, Core, Dense, Rescaled)

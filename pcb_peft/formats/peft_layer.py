@@ -98,7 +98,13 @@ def _change(module: ModuleTensors, tuner: Tuner, kind: str) -> Delta:
         wrapped = _wrapped(module, layers)
         _load(module, tuner, wrapped)
         target: Any = wrapped.get_submodule(PREFIX + path)
-        target.merge()
+        try:
+            target.merge()
+        except RuntimeError as error:  # such as an OFT of a kernel that is not square
+            reason = " ".join(str(error).split())
+            raise UnsupportedError(
+                f"{path}: PEFT itself cannot merge this {module.config['peft_type']} ({reason}); leave the module out"
+            ) from error
     after: nn.Module = target.get_base_layer()
     change = after.get_parameter(kind).detach() - before[kind]
     if kind == "bias":

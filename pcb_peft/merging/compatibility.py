@@ -13,7 +13,10 @@ from pcb_peft.formats import LazyDelta
 from pcb_peft.runtime.processes import union
 
 ONE_KIND = "only adapters of one base model and of one kind can be merged"
-ONE_SIDE = "an (IA)³ scales the input of its feedforward_modules and the output of others: all must scale the same side"
+ONE_SIDE = (
+    "an (IA)³ scales the input of its feedforward_modules and the output of others: all must scale the same side; or "
+    "give the base model and space='dense' (--base-model … --space dense), and they are merged as changes of W"
+)
 _NUMBER = re.compile(r"\.\d+\.")
 
 
