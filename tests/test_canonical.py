@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers as hf
 
+from pcb_peft.base.architecture import built_on_meta
 from pcb_peft.base.canonical import canonical_names
 
 TEXT = {
@@ -143,3 +144,15 @@ def test_experts_by_either_name(tmp_path):
 def test_an_unknown_architecture_has_no_names(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "never_heard_of"}')
     assert not canonical_names(tmp_path)
+
+
+def test_a_configuration_is_built_once(tmp_path):
+    names = names_of(tmp_path, *gemma3())
+    assert names.skeleton is canonical_names(tmp_path).skeleton
+    assert built_on_meta(tmp_path) is built_on_meta(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    fields["text_config"]["num_hidden_layers"] = 1
+    fields["text_config"].pop("layer_types", None)
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    module = f"model.language_model.layers.1.{UP}"
+    assert (names.find(module), canonical_names(tmp_path).find(module)) == (module, None)

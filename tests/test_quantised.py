@@ -11,6 +11,7 @@ from pcb_peft import BaseModelError
 from pcb_peft.base import dequantise
 from pcb_peft.base.files import read_tensor_infos
 from pcb_peft.base.quantised import quantised_weights, without_quantisation
+from pcb_peft.data.models import load_base
 
 UP = "model.layers.0.mlp.up_proj"
 SMALL = {
@@ -223,6 +224,16 @@ def test_compressed_tensors(tmp_path, bits, symmetric):
         **{f"up__{name}": values for name, values in stored.items()},
     )
     torch.testing.assert_close(found["up.weight"].values(), expected.float(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq"])
+def test_a_model_that_must_run_is_refused_with_both_ways_out(workshop, method):
+    base = workshop.base("llama")
+    config = json.loads((base / "config.json").read_text())
+    fields = {"quant_method": method, "load_in_4bit": True, "bits": 4, "group_size": 16}
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": fields}))
+    with pytest.raises(BaseModelError, match=r"is quantised.*made from.*dequantize=True"):
+        load_base(base, "CAUSAL_LM")
 
 
 def test_what_is_not_known_is_refused_by_name(tmp_path):

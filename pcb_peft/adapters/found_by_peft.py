@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pcb_peft.base.architecture import stacks_experts
 from pcb_peft.base.canonical import ModelClass, canonical_names
 from pcb_peft.base.hub import configuration_directory
+from pcb_peft.base.rules import stacks_experts
 from pcb_peft.errors import MismatchError
 from pcb_peft.formats import AdapterFiles
 from pcb_peft.formats.keys import PREFIX

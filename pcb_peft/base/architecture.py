@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import re
 from collections.abc import Generator, Iterable, Mapping
@@ -13,6 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from pcb_peft.base.config import bounded_modules, read_config
+from pcb_peft.base.rules import conversion_rules, stacks_experts
 from pcb_peft.deltas.layout import ParameterForm, own_parameters_of
 from pcb_peft.errors import BaseModelError
 from pcb_peft.runtime.shown import shown
@@ -219,15 +221,6 @@ class Skeleton:
         return name, computation, position
 
 
-def stacks_experts(conversion: Any) -> bool:
-    """Return whether a computation stacks matrices, each of them made of several on top of each other or of one."""
-    if not hasattr(conversion, "operations"):
-        return False
-    steps = [(type(step).__name__, getattr(step, "dim", None)) for step in conversion.operations]
-    merge, join = ("MergeModulelist", 0), ("Concatenate", 1)
-    return steps == ([merge, join] if len(conversion.source_patterns) > 1 else [merge])
-
-
 def _by_matrix(parts: Mapping[int, list[str]]) -> list[list[str]]:
     """Return the parameters of each matrix, from those of all matrices by the part that they are (gate, up).
 
@@ -267,7 +260,7 @@ def skeleton_of(model: "PreTrainedModel") -> Skeleton:
         tied=_tied_names(model),
         tie_sources=dict(getattr(model, "all_tied_weights_keys", {})),
         prefix=model.base_model_prefix,
-        conversions=_conversions(model),
+        conversions=conversion_rules(model),
     )
 
 
@@ -299,9 +292,16 @@ def built_on_meta(directory: Path) -> "PreTrainedModel | None":
     with _without_garbage_collection():
         import transformers
 
-    model_type = read_config(directory).get("model_type")
-    if model_type not in transformers.CONFIG_MAPPING:
+    if read_config(directory).get("model_type") not in transformers.CONFIG_MAPPING:
         return None
+    return _built(directory, (directory / "config.json").read_bytes())
+
+
+@functools.lru_cache(maxsize=4)
+def _built(directory: Path, _content: bytes) -> "PreTrainedModel | None":
+    """Build a model once for a configuration of this content; nobody changes it."""
+    import transformers
+
     try:
         config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
         named = _named_class(config)
@@ -370,25 +370,3 @@ def _tied_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
         for name in names
         if len(names) > 1
     }
-
-
-def _conversions(model: "PreTrainedModel") -> tuple[Any, ...]:
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-    except ImportError:
-        return (_RenamingOfVersion4(model),)
-    conversions = get_model_conversion_mapping(model)
-    return tuple(sorted(conversions, key=lambda conversion: hasattr(conversion, "operations")))
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _RenamingOfVersion4:
-    """The names that transformers 4 gives the parameters of a file, asked for as transformers 5 is asked."""
-
-    model: Any
-
-    def rename_source_key(self, name: str) -> tuple[str, None]:
-        mapping = getattr(type(self.model), "_checkpoint_conversion_mapping", None)
-        if not mapping:
-            return name, None
-        return self.model._get_key_renaming_mapping([name], mapping)[name], None

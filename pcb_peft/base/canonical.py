@@ -179,6 +179,14 @@ def canonical_names(directory: Path, task_types: Collection[str | None] = ()) ->
     Returns:
         The names; false if transformers does not know the architecture.
     """
+    path = directory / "config.json"
+    content = path.read_bytes() if path.is_file() else b""
+    return _names(directory, content, tuple(dict.fromkeys(task_types)))
+
+
+@functools.lru_cache(maxsize=4)
+def _names(directory: Path, _content: bytes, task_types: tuple[str | None, ...]) -> CanonicalNames:
+    """Find the names once for a configuration of this content."""
 
     @functools.cache
     def config() -> Any:
@@ -208,7 +216,7 @@ def canonical_names(directory: Path, task_types: Collection[str | None] = ()) ->
         model = first()
         return None if model is None else _other_class(model, config(), auto, text=text)
 
-    tasks = [AUTO_CLASSES[str(task)] for task in dict.fromkeys(task_types) if task in AUTO_CLASSES]
+    tasks = [AUTO_CLASSES[str(task)] for task in task_types if task in AUTO_CLASSES]
     autos = list(dict.fromkeys([*tasks, "AutoModelForCausalLM", "AutoModel"]))
     variants = [functools.partial(other, auto, text) for text in (False, True) for auto in autos]
     return CanonicalNames([checkpoint_class, *variants])

@@ -8,7 +8,7 @@ from typing import Any
 
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.source import Source
-from pcb_peft.base.architecture import TRANSFORMERS_ERRORS, unreadable_config
+from pcb_peft.data.models import load_base
 from pcb_peft.errors import MismatchError
 from pcb_peft.runtime.paths import expanded
 
@@ -26,7 +26,7 @@ def adapted_model(adapter: Adapter, source: Source, base_model: Any) -> Generato
     from peft import PeftModel
 
     given = not isinstance(base_model, str | Path)
-    base = base_model if given else _load_base(adapter, base_model)
+    base = load_base(base_model, adapter.task_type, **_number_of_classes(adapter))
     with warnings.catch_warnings():  # peft asks transformers for this under its old name
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
         directory, options = _peft_arguments(source)
@@ -68,24 +68,11 @@ def _peft_arguments(source: Source) -> tuple[str, dict[str, Any]]:
     return source.path, {name: value for name, value in options.items() if value is not None}
 
 
-def _load_base(adapter: Adapter, base_model: str | Path) -> Any:
-    """Load the base model in the class that the adapter's task needs."""
-    import transformers
-
-    classes: dict[str, Any] = {
-        "CAUSAL_LM": transformers.AutoModelForCausalLM,
-        "SEQ_CLS": transformers.AutoModelForSequenceClassification,
-        "TOKEN_CLS": transformers.AutoModelForTokenClassification,
-        "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
-    }
-    head = [load for name, load in adapter.head.parameters.items() if name.endswith(".weight")]
-    try:
-        config = transformers.AutoConfig.from_pretrained(base_model)
-        if adapter.task_type in ("SEQ_CLS", "TOKEN_CLS") and head:
-            config.num_labels = len(head[-1]())
-        stated: Any = getattr(transformers, (config.architectures or ["AutoModel"])[0])
-        return classes.get(str(adapter.task_type), stated).from_pretrained(
-            base_model, config=config
-        )
-    except TRANSFORMERS_ERRORS as error:
-        raise unreadable_config(str(base_model), error) from error
+def _number_of_classes(adapter: Adapter) -> dict[str, int]:
+    """Return the number of classes of the adapter's head, as an argument of ``from_pretrained``."""
+    if adapter.task_type not in ("SEQ_CLS", "TOKEN_CLS"):
+        return {}
+    sizes = [
+        new.shape[0] for name, new in adapter.head.parameters.items() if name.endswith(".weight")
+    ]
+    return {"num_labels": sizes[-1]} if sizes else {}

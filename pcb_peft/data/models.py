@@ -10,7 +10,7 @@ import torch
 
 from pcb_peft.base.architecture import TRANSFORMERS_ERRORS, unreadable_config
 from pcb_peft.base.canonical import AUTO_CLASSES
-from pcb_peft.errors import OptionError
+from pcb_peft.errors import BaseModelError, OptionError
 from pcb_peft.runtime.shown import shown
 
 WITH_LOGITS = frozenset({"CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "SEQ_2_SEQ_LM"})
@@ -18,7 +18,10 @@ WITH_LOGITS = frozenset({"CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "SEQ_2_SEQ_LM"})
 
 
 def load_base(
-    base_model: str | Path | Any, task_type: str | None, dtype: torch.dtype | str = "auto"
+    base_model: str | Path | Any,
+    task_type: str | None,
+    dtype: torch.dtype | str = "auto",
+    **options: Any,
 ) -> Any:
     """Load a base model, in evaluation mode; a model in memory is used as it is.
 
@@ -27,6 +30,7 @@ def load_base(
         task_type: PEFT's word for the model that an adapter needs; None, or another word than those of
             `AUTO_CLASSES`: the class that the checkpoint was saved from.
         dtype: Data type of the weights of a model that is loaded.
+        **options: Further arguments of its ``from_pretrained``.
 
     Raises:
         BaseModelError: It cannot be loaded.
@@ -34,7 +38,7 @@ def load_base(
     if not isinstance(base_model, str | Path):
         return base_model.eval()
     name = AUTO_CLASSES.get(str(task_type)) or _class_of(load_config(str(base_model)))
-    return load_model(str(base_model), name, dtype)
+    return load_model(str(base_model), name, dtype, **options)
 
 
 def task_type_of(base_model: str | Path | Any) -> str:
@@ -98,9 +102,20 @@ def load_model(
         try:
             model_class = getattr(transformers, class_name)
             model = model_class.from_pretrained(source, dtype=dtype, **options)
-        except TRANSFORMERS_ERRORS as error:
+        except (ImportError, *TRANSFORMERS_ERRORS) as error:
+            if getattr(load_config(source), "quantization_config", None):
+                raise _quantised_error(source, error) from error
             raise unreadable_config(source, error) from error
     return model.eval()
+
+
+def _quantised_error(source: str, error: Exception) -> BaseModelError:
+    reason = " ".join(str(error).split())
+    return BaseModelError(
+        f"{source} is quantised, and transformers cannot compute with it on this machine ({reason}): give the model "
+        "that it was made from, in bfloat16, float16 or float32; or fold the adapters into it with dequantize=True "
+        "(--dequantize), which writes bfloat16, and use the folded models"
+    )
 
 
 def accepted_arguments(model: Any) -> frozenset[str]:
