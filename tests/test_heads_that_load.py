@@ -21,6 +21,7 @@ from pcb_peft import (
     merge_adapters,
 )
 from pcb_peft.commands import cli
+from pcb_peft.data.live_heads import put_head
 from pcb_peft.formats.keys import AUTOMATIC_HEADS
 
 IDS = torch.tensor([[1, 5, 9, 3, 7, 2, 11, 4]])
@@ -377,3 +378,33 @@ def test_the_accuracy_of_what_the_readme_loads_is_that_of_the_head(tmp_path, mon
         assert torch.equal(found, wanted)
         correct.append(names_of_classes[int(found.argmax())] == row["label"])
     assert sum(correct) / len(correct) > 0.8  # a head that was made up gets about half of them
+
+
+def test_a_head_of_several_layers_is_put_into_a_model_that_peft_has_wrapped():
+    config = transformers.RobertaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=16,
+        num_labels=3,
+    )
+
+    def trained(seed):
+        torch.manual_seed(0)
+        base = transformers.RobertaForSequenceClassification(config)
+        torch.manual_seed(seed)
+        adapted = peft.get_peft_model(base, lora(modules_to_save=["classifier"]))
+        for name, parameter in adapted.named_parameters():
+            if "modules_to_save" in name:
+                torch.nn.init.normal_(parameter)
+        return adapted
+
+    other, model = trained(1), trained(2)
+    names = ["dense.weight", "dense.bias", "out_proj.weight", "out_proj.bias"]
+    saved = peft.get_peft_model_state_dict(other)
+    head = {f"classifier.{name}": saved[f"base_model.model.classifier.{name}"] for name in names}
+    assert not torch.equal(logits(model), logits(other))
+    put_head(model.get_base_model(), head)
+    torch.testing.assert_close(logits(model), logits(other), rtol=0, atol=0)

@@ -17,6 +17,9 @@ Head = Mapping[str, Tensor]
 MISSING_KEY = re.compile(r"'([^']+)'")
 """A parameter in PEFT's warning about those that an adapter's files lack."""
 
+WRAPPED = re.compile(r"\.(original_module|modules_to_save\.default)(?=\.)")
+"""PEFT's two copies of a module that it trains whole, in the names of their parameters."""
+
 
 def with_head(model: Any, head: Head, name: str = "the adapter") -> None:
     """Give a model a head of these values, with as many classes.
@@ -56,15 +59,12 @@ def put_head(model: nn.Module, head: Head, name: str = "the adapter") -> None:
     Raises:
         MismatchError: The model has no parameter of that name, or in another shape.
     """
-    parameters = dict(model.named_parameters())
+    parameters: dict[str, list[Tensor]] = {}
+    for key, parameter in model.named_parameters():
+        parameters.setdefault(WRAPPED.sub("", key), []).append(parameter)
     with torch.no_grad():
         for key, value in head.items():
-            module, _, kind = key.rpartition(".")
-            wrapped = [
-                f"{module}.original_module.{kind}",
-                f"{module}.modules_to_save.default.{kind}",
-            ]
-            places = [parameters[place] for place in [key, *wrapped] if place in parameters]
+            places = parameters.get(key, [])
             if not places or any(place.shape != value.shape for place in places):
                 raise MismatchError(f"the head of {name}: {key} is not in {type(model).__name__}")
             for place in places:
