@@ -68,7 +68,7 @@ def _peft_arguments(source: Source) -> tuple[str, dict[str, Any]]:
     return source.path, {name: value for name, value in options.items() if value is not None}
 
 
-def _number_of_classes(adapter: Adapter) -> dict[str, int]:
+def _number_of_classes(adapter: Adapter) -> dict[str, Any]:
     """Return the number of classes of the adapter's head, as an argument of ``from_pretrained``."""
     if adapter.task_type not in ("SEQ_CLS", "TOKEN_CLS"):
         return {}
