@@ -384,6 +384,19 @@ def test_a_tied_weight_changes_at_one_end_as_in_peft(workshop, tmp_path):
     assert changed.lm_head.weight is changed.model.embed_tokens.weight
 
 
+def test_stacked_experts_are_verified_from_files(workshop, tmp_path):
+    stacks = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+    config, options = lora("q_proj", **stacks), {"base_model": workshop.base("mixtral")}
+    adapters = workshop.adapters("mixtral", [config, config])
+    merged = merge_adapters(adapters, "linear", progress=False, **options)
+    with pytest.raises(OptionError, match="save it, and export what was saved"):
+        exported(merged, "portable", tmp_path / "x", verified=True, **options)
+    merged.save_pretrained(tmp_path / "merged")
+    done = exported(tmp_path / "merged", "portable", tmp_path / "y", verified=True, **options)
+    assert done.verification.passed
+    assert done.verification.sources is None
+
+
 def test_classifiers_are_verified_with_each_head(workshop, tmp_path):
     configs = [lora("query", task_type="SEQ_CLS") for _ in range(2)]
     adapters = workshop.adapters("bert", configs)

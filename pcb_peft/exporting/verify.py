@@ -116,22 +116,22 @@ def verify(
         )
     directory, sources = base().directory, sources_of(adapter, base)
     batches, name, error, effect, distance = _batches(directory), "", 0.0, 0.0, 0.0
+    summed: list[Tensor] = []
     with quiet_transformers(), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # PEFT and transformers speak of heads that are loaded here
         for head in [one.read() for one in adapter.heads.values()] or [{}]:
             bare = _bare_model(directory, adapter, head)
             plain, wanted = _answers(bare, batches), _wanted(adapter, bare, head, batches)
-            with with_adapter(bare, *sources):
-                summed = _answers(bare, batches)
+            summed = _summed(bare, sources, batches)
             name, found = run(_Run(adapter, head, directory, output, bare, batches))
             if isinstance(found, str):
                 return Verification(name, skipped=found)
             top = [values.topk(min(TOP, values.shape[-1])).indices for values in wanted]
             error = max(error, _largest(found, wanted, top))
             effect = max(effect, _largest(found, plain, top))
-            distance = max(distance, _largest(found, summed, top))
+            distance = max(distance, _largest(found, summed or wanted, top))
     limit = _limit(output, profile) if exact else None
-    return Verification(name, error, effect, limit, distance if sources else None)
+    return Verification(name, error, effect, limit, distance if summed else None)
 
 
 def _limit(output: Path, profile: Profile) -> float:
@@ -147,14 +147,20 @@ def _largest(found: Sequence[Tensor], wanted: Sequence[Tensor], top: Sequence[Te
 
 
 def _batches(directory: Path) -> list[Tensor]:
-    """Return the prompts as tokens; numbers of tokens where the base model has no tokenizer."""
+    """Return the prompts as tokens; numbers of tokens where the base model has no tokenizer.
+
+    For some models transformers makes a tokenizer without words, where it finds no files of one.
+    """
     import transformers
 
     try:
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(directory)
+        prompts = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in PROMPTS]
     except (OSError, ValueError, KeyError, TypeError):
-        return [torch.arange(1, 9)[None], torch.arange(9, 1, -1)[None]]
-    return [tokenizer(prompt, return_tensors="pt").input_ids for prompt in PROMPTS]
+        prompts = []
+    if prompts and all(ids.numel() for ids in prompts):
+        return [ids.long() for ids in prompts]
+    return [torch.arange(1, 9)[None], torch.arange(9, 1, -1)[None]]
 
 
 def _bare_model(directory: Path, adapter: Adapter, head: Head) -> Any:
@@ -195,8 +201,24 @@ def _wanted(adapter: Adapter, bare: Any, head: Head, batches: Sequence[Tensor]) 
         )
     model = copy.deepcopy(bare)
     put_head(model, adapter.head.read(), adapter.name)
-    with with_adapter(model, adapter):
-        return _answers(model, batches)
+    try:
+        with with_adapter(model, adapter):
+            return _answers(model, batches)
+    except MismatchError as error:
+        raise OptionError(
+            f"{error}; a merge of stacked experts is verified from its files: save it, and export what was saved"
+        ) from error
+
+
+def _summed(bare: Any, sources: Sequence[Adapter], batches: Sequence[Tensor]) -> list[Tensor]:
+    """Return what the sum of some adapters answers; nothing without any, and for stacked experts."""
+    if not sources:
+        return []
+    try:
+        with with_adapter(bare, *sources):
+            return _answers(bare, batches)
+    except MismatchError:
+        return []
 
 
 def _answers(model: Any, batches: Sequence[Tensor]) -> list[Tensor]:
