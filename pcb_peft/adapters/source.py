@@ -22,6 +22,7 @@ from pcb_peft.errors import (
     AdapterError,
     AdapterNotFoundError,
 )
+from pcb_peft.files.links import warn_of_links
 from pcb_peft.formats.checkpoint import (
     CONFIG,
     OLD_PIPELINE,
@@ -134,6 +135,7 @@ def open_files(source: Source, *, hashed: bool = True) -> OpenedAdapter:
         raise AdapterNotFoundError(
             f"{directory} holds no {CONFIG}{how_to_get_an_adapter(directory)}{_of_hub(source)}"
         )
+    warn_of_links(directory, sorted(directory.iterdir()))
     config = _config(directory)
     refuse_trained_files(directory)
     tensors = open_tensors(

@@ -9,8 +9,8 @@ from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import huggingface_hub.errors
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from pcb_peft.base.config import bounded_modules, read_config
@@ -266,7 +266,7 @@ def skeleton_of(model: "PreTrainedModel") -> Skeleton:
 
 TRANSFORMERS_ERRORS = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError),
-    StrictDataclassError,
+    getattr(huggingface_hub.errors, "StrictDataclassError", ValueError),  # older versions lack it
 )
 """What transformers raises for a configuration that it cannot make sense of."""
 

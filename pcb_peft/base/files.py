@@ -11,6 +11,7 @@ from pcb_peft.base.config import WAY_OUT
 from pcb_peft.errors import BaseModelError
 from pcb_peft.files.header import read_header
 from pcb_peft.files.json_text import read_json_file
+from pcb_peft.files.links import warn_of_links
 from pcb_peft.files.schema import Count, checked
 from pcb_peft.files.tensors import check_name
 from pcb_peft.runtime.paths import is_file, why_unreadable
@@ -66,6 +67,7 @@ def read_index(directory: Path, file: str = INDEX_FILE) -> dict[str, str]:
     Raises:
         BaseModelError: There are no weights that can be read, or the index is damaged.
     """
+    warn_of_links(directory, sorted(directory.rglob("*")))
     if (directory / SINGLE_FILE).is_file():
         return {}
     path = directory / file
@@ -112,7 +114,7 @@ def _tensors_in(directory: Path, file: str) -> dict[str, TensorInfo]:
         with safe_open(path, framework="pt"):  # checks header and length
             pass
         header, start = read_header(path)
-    except (OSError, ValueError, RecursionError, MemoryError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, MemoryError, SafetensorError) as error:
         raise BaseModelError(
             f"{path} cannot be read ({why_unreadable(path, error)}); fetch the model again"
         ) from error

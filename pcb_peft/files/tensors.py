@@ -50,7 +50,13 @@ class SafetensorsFile:
             raise AdapterError(f"{path} is not a readable safetensors file: it is not a file")
         try:
             self._file = safetensors.safe_open(self.where, framework="pt")
-        except (OSError, ValueError, MemoryError, safetensors.SafetensorError) as error:
+        except (
+            OSError,
+            ValueError,
+            RuntimeError,
+            MemoryError,
+            safetensors.SafetensorError,
+        ) as error:
             raise AdapterError(
                 f"{path} is not a readable safetensors file: {why_unreadable(Path(path), error)}"
             ) from error
