@@ -25,7 +25,7 @@ from pcb_peft.errors import AdapterError, PcbPeftError
 from pcb_peft.files.patterns import Expression, Patterns
 from pcb_peft.files.pickled import open_pickled
 from pcb_peft.files.tensors import SafetensorsFile, read_finite, refuse_empty, refuse_other_numbers
-from pcb_peft.formats.checkpoint import read_config
+from pcb_peft.formats.checkpoint import PICKLE, read_config
 from pcb_peft.formats.config import checked_config
 from pcb_peft.recipes.recipe import read_recipe
 from pcb_peft.writing.model_card import read_card
@@ -41,11 +41,13 @@ class Texts:
         examples: Texts that are in order.
         read: Reads a file.
         change: Makes another file of one, in a way that knows its structure.
+        file: Name of the file.
     """
 
     examples: Sequence[bytes]
     read: Read
     change: Callable[[bytes, Random, Steps], bytes] = damaged
+    file: str = SINGLE_FILE
 
 
 def _changed_json(content: bytes, rng: Random, steps: Steps) -> bytes:
@@ -127,7 +129,7 @@ TEXTS: Mapping[str, Texts] = {
     "tensor files": Texts([save(TENSORS, {"format": "pt"})], _tensors, mutated_safetensors),
     "base tensor files": Texts([save(TENSORS, {"format": "pt"})], _base, mutated_safetensors),
     "pickled files": Texts(
-        [save({"a": torch.ones(2, 3), "b": torch.ones(3)})], _pickled, _changed_pickle
+        [save({"a": torch.ones(2, 3), "b": torch.ones(3)})], _pickled, _changed_pickle, PICKLE
     ),
     "expressions": Texts(
         [b"(.*\\.)?q_proj", b"model\\.layers\\.[0-9]+\\.mlp", b"a{2,9}|(b|c)*$"], _expression
@@ -138,7 +140,8 @@ TEXTS: Mapping[str, Texts] = {
 
 def prepare(name: str, directory: Path) -> Attempt:
     """Prepare one of these surfaces."""
-    surface, file = TEXTS[name], directory / SINGLE_FILE
+    surface = TEXTS[name]
+    file = directory / surface.file
 
     def attempt(rng: Random, steps: Steps) -> Any:
         content = surface.change(rng.choice(surface.examples), rng, steps)
@@ -150,7 +153,8 @@ def prepare(name: str, directory: Path) -> Attempt:
 
 def target(name: str, directory: Path) -> Callable[[bytes], None]:
     """Return the function of bytes for atheris; it raises for what is a finding."""
-    surface, file = TEXTS[name], directory / SINGLE_FILE
+    surface = TEXTS[name]
+    file = directory / surface.file
 
     def read(content: bytes) -> None:
         file.write_bytes(content)
