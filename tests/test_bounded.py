@@ -233,7 +233,8 @@ def test_a_process_that_waits_for_others_hears_signals(number):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     code = (
-        "import threading, time, os\n"
+        "import signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # the parent may ignore it
         "from pcb_peft.runtime.processes import all_processes\n"
         "import torch, accelerate\n"
         "print('waits', flush=True)\n"

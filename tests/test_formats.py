@@ -533,7 +533,7 @@ def test_a_configuration_that_is_none_is_refused_by_its_path(workshop, content):
 @pytest.mark.parametrize("config", [lora(), ia3()], ids=["LoRA", "(IA)³"])
 def test_an_adapter_without_a_delta_is_refused(workshop, config):
     directory = workshop.edit_tensors(workshop.adapter("mlp", config), lambda _: {})
-    with pytest.raises(AdapterError, match=f"hold no delta of peft_type {config.peft_type.value}"):
+    with pytest.raises(AdapterError, match="holds no tensors"):
         load_adapter(directory)
 
 

@@ -232,6 +232,7 @@ def no_file(request):
     return replace
 
 
+@pytest.mark.filterwarnings("ignore:.*holds links that lead out of it")
 @pytest.mark.parametrize("name", [CONFIG, TENSORS, "heads/other.safetensors"])
 def test_what_is_no_file_is_not_waited_for(workshop, no_file, name):
     path = workshop.adapter("mlp", lora())

@@ -19,8 +19,7 @@ def warn_of_links(directory: Path, paths: Iterable[Path]) -> None:
         paths: What lies in it.
     """
     home = directory.resolve()
-    if home.parent.name == "snapshots":
-        home = home.parents[1]
+    home = next((place.parent for place in home.parents if place.name == "snapshots"), home)
     outside = [
         f"{path.relative_to(directory)} to {path.readlink()}"
         for path in paths

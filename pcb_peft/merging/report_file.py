@@ -79,6 +79,10 @@ def read_report(place: Path) -> Report | None:
             raise AdapterError(
                 f"{where}: {shown(module)} names other adapters in products than in adapter_norms; {_WAY_OUT}"
             )
+        if report.names and not line.adapter_norms.keys() <= set(report.names):
+            raise AdapterError(
+                f"{where}: {shown(module)} names other adapters than the list of names; {_WAY_OUT}"
+            )
     return report
 
 
