@@ -28,9 +28,6 @@ from pcb_peft.formats.keys import PREFIX
 from pcb_peft.formats.lora_experts import AS_IT_IS, installed_peft
 from pcb_peft.runtime.shown import some_of
 
-READ_EXPERTS_ALIKE = (
-    "0.19.1"  # version of PEFT since which all stacks of experts are read as they are
-)
 SHOWN_OF_ERROR = 500  # characters of PEFT's message
 _ADAPTER = "default"
 _MATRIX = 2  # dimensions

@@ -18,10 +18,7 @@ from pcb_peft.adapters.companions import (
 from pcb_peft.adapters.other_files import how_to_get_an_adapter, refuse_file
 from pcb_peft.base.hub import download, listed
 from pcb_peft.deltas.replacements import HEADS, NAME
-from pcb_peft.errors import (
-    AdapterError,
-    AdapterNotFoundError,
-)
+from pcb_peft.errors import AdapterError, AdapterNotFoundError
 from pcb_peft.files.links import warn_of_links
 from pcb_peft.formats.checkpoint import (
     CONFIG,
@@ -138,9 +135,7 @@ def open_files(source: Source, *, hashed: bool = True) -> OpenedAdapter:
     warn_of_links(directory, sorted(directory.iterdir()))
     config = _config(directory)
     refuse_trained_files(directory)
-    tensors = open_tensors(
-        directory
-    )  # before they are hashed: what is no such file may have any length
+    tensors = open_tensors(directory)  # before the hash: what is no such file may have any length
     weights = (directory / name for name in (SAFETENSORS, PICKLE))
     digest = _tensors_digest(source, next(filter(Path.is_file, weights), None), hashed=hashed)
     configured = _digest(directory / CONFIG)

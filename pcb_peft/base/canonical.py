@@ -201,10 +201,8 @@ def _names(directory: Path, _content: bytes, task_types: tuple[str | None, ...])
     def first() -> "PreTrainedModel | None":
         try:
             return built_on_meta(directory)
-        except (
-            BaseModelError
-        ):  # names can do without; whoever needs the model itself raises it again
-            return None
+        except BaseModelError:
+            return None  # names can do without; whoever needs the model itself raises it again
 
     @functools.cache
     def checkpoint_class() -> ModelClass | None:

@@ -142,10 +142,8 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
     Returns:
         int64 (rows, count).
     """
-    unsigned = words.long() & 0xFFFFFFFF
-    unsigned = torch.nn.functional.pad(
-        unsigned, (0, 1)
-    )  # a code may end in the word after the last
+    # a code may end in the word after the last
+    unsigned = torch.nn.functional.pad(words.long() & 0xFFFFFFFF, (0, 1))
     first = torch.arange(count) * bits
     word, shift = first // 32, first % 32
     pairs = unsigned[:, word] | (unsigned[:, word + 1] << 32)

@@ -26,7 +26,8 @@ _LEFTOVERS = re.compile(
 )
 _OF_ACTIVATIONS = re.compile(
     r"\.(weight_format|input_scale|activation_scale|input_global_scale|input_zero_point|[kqv]_scale)$"
-)  # say how inputs were quantised, or which kernel read the weight: of no use without quantisation
+)
+"""Matches tensors that say how inputs were quantised, or which kernel read the weight; nobody needs them afterwards."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

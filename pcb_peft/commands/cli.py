@@ -42,22 +42,10 @@ from pcb_peft.runtime.processes import Processes, joined, rank_and_size, stoppab
 from pcb_peft.runtime.units import format_duration
 
 COMMANDS = (
-    "merge",
-    "inspect",
-    "compare",
-    "distill",
-    "evaluate",
-    "search",
-    "head",
-    "fold",
-    "export",
-    "check",
-    "push",
-    "extract",
-    "collect",
-    "methods",
-    "demo",
-)  # in the order of the help
+    *("merge", "inspect", "compare", "distill", "evaluate", "search", "head", "fold"),
+    *("export", "check", "push", "extract", "collect", "methods", "demo"),
+)
+"""All commands, in the order of the help."""
 EXAMPLE = "pcb-peft merge math-lora code-lora -o merged"
 
 

@@ -63,12 +63,6 @@ def scaling(files: OutputFiles) -> str:
     return f"scaling alpha/r = {alpha}/{r}" if numbers and alpha != r else ""
 
 
-def fractional_alpha(files: OutputFiles) -> str:
-    """Name an alpha that is no integer in the file."""
-    alpha = files.config.get("lora_alpha")
-    return f"lora_alpha = {alpha}, not an integer" if isinstance(alpha, float) else ""
-
-
 def _saved_modules(files: OutputFiles) -> list[str]:
     """Return the modules that the adapter stores whole, PEFT's copies of the base model's beside a LoRA aside."""
     names = (_SAVED.fullmatch(name) for name in files.tensors if not _LORA_PART.search(name))
@@ -138,13 +132,6 @@ def _key(files: OutputFiles, module: str) -> str:
 def output_lora(files: OutputFiles) -> str:
     """Name an output layer that has a LoRA."""
     return _listed("a LoRA on the output layer", (m for m in files.ranks if m.endswith("lm_head")))
-
-
-def tied_ends(files: OutputFiles) -> str:
-    """Say that embeddings or output layer have a LoRA, and the base model ties them."""
-    changed = embedding_lora(files) or output_lora(files)
-    tied = files.base.get("tie_word_embeddings")
-    return f"{changed}, which the base model ties" if changed and tied else ""
 
 
 def resized_vocabulary(files: OutputFiles) -> str:
@@ -265,11 +252,6 @@ def no_base_name(files: OutputFiles) -> str:
 def unreadable(files: OutputFiles) -> str:
     """Name files that only their owner can read."""
     return _listed("files that only their owner can read", files.unreadable)
-
-
-def wide_rank(files: OutputFiles) -> str:
-    """Name a rank above 64."""
-    return f"rank {files.rank}" if files.rank > 64 else ""
 
 
 def empty(files: OutputFiles) -> str:

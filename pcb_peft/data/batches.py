@@ -17,9 +17,8 @@ from pcb_peft.runtime.paths import expanded
 from pcb_peft.runtime.shown import quoted
 
 MOST_BYTES = 1 << 32  # of a file of texts
-IGNORED = (
-    -100
-)  # the label of a token that the loss leaves out: torch's and transformers' convention
+IGNORED = -100
+"""The label of a token that the loss leaves out: torch's and transformers' convention."""
 
 Item = TypeVar("Item")
 

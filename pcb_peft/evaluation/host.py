@@ -57,10 +57,8 @@ class ModelHost:
         self.dtype = dtype or torch.float32
         self.device = device or torch.device("cpu")
         self._model: Any = None
-        self._loaded: tuple[str, str] | None = (
-            None  # source and class, if nothing has changed the model
-        )
         self._class: tuple[str, str] | None = None  # source and class
+        self._loaded: tuple[str, str] | None = None  # the same, if nothing has changed the model
         self._worn: tuple[str, str, Place | None] | None = None
         self._sums: dict[str, float] = {}
         self._unmerged: list[tuple[nn.Parameter, Tensor]] = []  # weights without the adapter

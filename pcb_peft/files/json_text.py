@@ -10,9 +10,8 @@ from typing import Any
 from pcb_peft.errors import PcbPeftError
 from pcb_peft.runtime.shown import shown
 
-MOST_BYTES = (
-    64 << 20
-)  # of one file; the largest tokenizer.json is smaller, and no configuration comes near it
+MOST_BYTES = 64 << 20
+"""The size of a file at most; the largest tokenizer.json is smaller, and no configuration comes near it."""
 _MOST_LEVELS = 100
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # how half a character (a surrogate) may be spelled
 
@@ -97,9 +96,8 @@ def read_bytes(
     try:
         if path.is_dir() or (path.exists() and not path.is_file()):
             raise error_type(f"{path} cannot be read: it is not a file; {way_out}")
-        with path.open(
-            "rb"
-        ) as file:  # in parts: read(n) takes n bytes of memory, however few there are
+        with path.open("rb") as file:
+            # in parts: read(n) takes n bytes of memory, however few there are
             parts = iter(functools.partial(file.read, 1 << 20), b"")
             content = b"".join(itertools.islice(parts, (most_bytes >> 20) + 1))
         if len(content) <= most_bytes:

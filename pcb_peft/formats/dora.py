@@ -14,9 +14,8 @@ from pcb_peft.errors import UnsupportedError
 from pcb_peft.formats.keys import PREFIX
 from pcb_peft.formats.lazy_delta import AdapterFiles
 
-ZERO_NORM = (
-    1e-7  # a row counts as zero if its norm is a smaller part of the largest (float32 rounding)
-)
+ZERO_NORM = 1e-7
+"""A row counts as zero if its norm is a smaller part of the largest: float32 rounding."""
 
 
 def rescaled(

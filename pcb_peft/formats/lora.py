@@ -45,9 +45,8 @@ from pcb_peft.runtime.shown import quoted
 TOKENS = "token_adapter."
 OUTPUTS = ("lm_head", "embed_out", "decoder", "output", "output_layer")
 
-SINGLE_EXPERT = re.compile(
-    r"\.experts\.\d+\."
-)  # PEFT stacks them, for which they must have one rank
+SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
+"""Matches experts one by one: PEFT stacks them, for which they must have one rank."""
 
 UNSUPPORTED = {  # field of the configuration to the reason why such a LoRA is not read
     "layer_replication": "the adapter's layers are not those of the base model",

@@ -40,15 +40,8 @@ from pcb_peft.formats.lora_parts import DEFAULT, LoraTensors, pattern_value, sca
 from pcb_peft.runtime.shown import quoted
 
 GATED = {"gate_up_proj", "down_proj"}
-ORDER = (
-    "w1",
-    "v1",
-    "gate_up_proj",
-    "gate_proj",
-    "up_proj",
-    "w2",
-    "down_proj",
-)  # in transformers' experts
+ORDER = ("w1", "v1", "gate_up_proj", "gate_proj", "up_proj", "w2", "down_proj")
+"""Parameters in the order in which transformers' experts hold them."""
 AS_IT_IS, NEVER_AS_IT_IS = (0, 19, 1), (0, 19, 0)
 """Versions of PEFT since which every stack, or none, is read as it is."""
 
@@ -289,9 +282,8 @@ def _entries(
     config: Config, tensors: Tensors, stack: Stack, flipped: bool, recent: _RecentTensors
 ) -> dict[str, LazyDelta]:
     """Return one entry per expert."""
-    if (
-        stack.transposed is None
-    ):  # PEFT before 0.19 exchanges all but those that are stored as (in, out)
+    if stack.transposed is None:
+        # PEFT before 0.19 exchanges all but those that are stored as (in, out)
         older = _version(str(config.get("peft_version"))) < NEVER_AS_IT_IS
         stack = dataclasses.replace(stack, transposed=older and not flipped)
     inputs = tensors.shape(stack.lora.names["lora_A"])[1]

@@ -190,11 +190,6 @@ def is_canonical(name: str) -> bool:
     return bool(IN_PIPELINE.match(name))
 
 
-def in_pipeline(modules: Iterable[str]) -> bool:
-    """Return whether all modules belong to an image model, under canonical names or as their file has them."""
-    return all(is_canonical(one) or stored_name(one).prefix for one in modules)
-
-
 def _in_table(architecture: Architecture, name: StoredName) -> bool:
     if name.prefix in ("unet.", "transformer.") and name.prefix != f"{architecture.component}.":
         return False

@@ -7,9 +7,8 @@
     transformer_blocks.#.attn.(to_q|to_k)
 
 ``#`` is a number. ``(a|b)`` stands for one line with a and one with b; a second list on the line follows the first.
-Braces name the parts of a matrix that diffusers keeps apart, from its first rows to its last; ``to_q*3`` has
-three times the rows of the others. A line without ``=`` is
-the same in both.
+Braces name the parts of a matrix that diffusers keeps apart, from its first rows to its last; ``to_q*3`` has three
+times the rows of the others. A line without ``=`` is the same in both.
 """
 
 import re

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +16,6 @@ ONE_SIDE = (
     "an (IA)³ scales the input of its feedforward_modules and the output of others: all must scale the same side; or "
     "give the base model and space='dense' (--base-model … --space dense), and they are merged as changes of W"
 )
-_NUMBER = re.compile(r"\.\d+\.")
 
 
 class AdapterSet:

@@ -19,9 +19,8 @@ from pcb_peft.spaces import Space
 from pcb_peft.writing.edits import fitted
 from pcb_peft.writing.folded_model import folded
 
-ONE_BY_ONE = re.compile(
-    r"\.experts\.(\d+\.|\w+s\.\d+$)"
-)  # names of experts in transformers 4, and in files
+ONE_BY_ONE = re.compile(r"\.experts\.(\d+\.|\w+s\.\d+$)")
+"""Matches names of experts in transformers 4, and in files."""
 STACKED = re.compile(r"\.experts\.\w+[^s.]\.\d+$")  # in transformers 5
 
 

@@ -20,6 +20,8 @@ from pcb_peft.recipes.recipe import FILE_NAME, Recipe, read_recipe
 from pcb_peft.runtime.paths import expanded
 from pcb_peft.writing.model_card import public_name
 
+_WAY_OUT = "take it away, or evaluate again"
+
 
 class TaskLine(msgspec.Struct, kw_only=True):
     """One task of an evaluation, as its JSON has it: see `TaskScores.as_dict`."""
@@ -104,7 +106,7 @@ def record_of(merged: MergedAdapter | str | Path, evaluation: Any = None) -> Mer
             "they belong to different merges; merge again"
         )
     if measured is None and (place / EVALUATION).is_file():
-        content = read_json_file(place / EVALUATION, AdapterError, WAY_OUT)
+        content = read_json_file(place / EVALUATION, AdapterError, _WAY_OUT)
         measured = _measured(content, str(place / EVALUATION))
     try:
         adapter = load_adapter(place, hashed=False)
@@ -114,8 +116,5 @@ def record_of(merged: MergedAdapter | str | Path, evaluation: Any = None) -> Mer
     return MergeRecord(report, recipe, base, adapter, measured)
 
 
-WAY_OUT = "take it away, or evaluate again"
-
-
 def _measured(content: Any, where: str) -> Measured:
-    return checked(content, Measured, where, AdapterError, WAY_OUT)
+    return checked(content, Measured, where, AdapterError, _WAY_OUT)

@@ -20,7 +20,7 @@ from pcb_peft.inspection.geometry import has_factors, singular_values
 from pcb_peft.merging.report import ModuleReport, Report, least_share, report_lines, title
 from pcb_peft.merging.result import MergedAdapter
 from pcb_peft.recipes.weights import plain
-from pcb_peft.reporting.charts import HeatMap, curve
+from pcb_peft.reporting.charts import HEIGHT, HeatMap, curve
 from pcb_peft.reporting.merge_record import MergeRecord, record_of
 from pcb_peft.runtime.progress import Track, tracker
 from pcb_peft.runtime.units import format_duration
@@ -301,7 +301,7 @@ def _spectrum_chart(spectrum: Spectrum | None, report: Report) -> dict[str, Any]
         "points": curve([retained * energy for energy in spectrum.energies]),
         "rank": report.rank,
         "retained": f"{retained:.1%}",
-        "end": (1 - retained) * 220,
+        "end": (1 - retained) * HEIGHT,
         "last": len(spectrum.energies),
     }
 

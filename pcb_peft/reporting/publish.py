@@ -92,10 +92,8 @@ def publish(
             revision=revision,
             commit_message=message or f"Upload {folder.resolve().name}",
         )
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # HTTP errors, offline mode, no token: all are one of these
+    except (OSError, ValueError) as error:
+        # HTTP errors, offline mode, no token: all are one of these
         reason = " ".join(str(error).split())
         raise OutputError(
             f"{repo_id} cannot be written on the Hub: {reason}; log in with a token that may write (hf auth login), "

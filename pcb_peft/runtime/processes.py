@@ -292,16 +292,12 @@ def joined() -> Generator[Processes]:
     from accelerate import PartialState  # type: ignore[import-untyped]
 
     initialized_by_caller = dist.is_initialized()
-    with (
-        dying_on_signals()  # torch waits for the others where Python hears of no signal; nothing to clean up
-    ):
+    with dying_on_signals():  # torch waits for the others where Python hears of no signal
         try:
             PartialState(cpu=not torch.cuda.is_available())
             group = dist.new_group(backend="gloo", timeout=PATIENCE)
-        except (
-            RuntimeError,
-            ValueError,
-        ) as error:  # no address, a port that is taken, others that never come
+        except (RuntimeError, ValueError) as error:
+            # no address, a port that is taken, others that never come
             raise ProcessError(
                 f"the {rank_and_size()[1]} processes that WORLD_SIZE names cannot join: {shown(error)}; start the "
                 "command with accelerate launch or torchrun, or take WORLD_SIZE out of the environment"

@@ -137,7 +137,7 @@ def write_file_atomically(
             temporary.chmod(mode)
             if place.exists():
                 _take_owner(temporary, place.stat(), stat.S_IMODE(place.stat().st_mode))
-            _sync(temporary, os.O_RDONLY)
+            _sync(temporary)
             check_file_target(target, overwrite=overwrite, is_ours=is_ours)
             (Path.replace if overwrite else move_to_free_place)(temporary, place)
             _sync_directory(place.parent)
@@ -191,7 +191,7 @@ def _chmod_and_sync(directory: Path) -> None:
         for name in files:
             path = Path(folder, name)
             path.chmod(mode)
-            _sync(path, os.O_RDONLY)
+            _sync(path)
         _sync_directory(Path(folder))
 
 
@@ -227,11 +227,11 @@ def _rename_twice(new: Path, target: Path, old: Path) -> None:
 
 def _sync_directory(directory: Path) -> None:
     if os.name == "posix":  # elsewhere a directory cannot be opened
-        _sync(directory, os.O_RDONLY)
+        _sync(directory)
 
 
-def _sync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
