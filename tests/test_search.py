@@ -1,5 +1,7 @@
+import contextlib
 import dataclasses
 import json
+import os
 import random
 import signal
 import subprocess
@@ -193,6 +195,53 @@ def test_a_killed_search_goes_on(
     assert after[: len(before)] == before
     assert [trial["number"] for trial in after[1:]] == list(range(count))
     assert read_recipe(tmp_path / "best.yaml").method == "flat"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no sessions of processes")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_their_search(
+    base: Path, adapters: list[Path], tmp_path: Path, number: int
+):
+    """Their own trial, which would take an hour, is given up."""
+    task = (
+        "def slow(model):\n    import time\n    open('begun', 'a').close()\n    time.sleep(3600)\n"
+    )
+    (tmp_path / "tasks.py").write_text(task)
+    code = (
+        "import sys; from tasks import slow; from pcb_peft import search\n"
+        "from pcb_peft.runtime.processes import stoppable\n"
+        "if __name__ == '__main__':\n"
+        "    with stoppable():\n"
+        "        search(sys.argv[2:], [slow, slow], base_model=sys.argv[1], workers=2, cache=False)\n"
+    )
+    (tmp_path / "script.py").write_text(code)
+    command = [sys.executable, "script.py", *map(str, (base, *adapters))]
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen(command, cwd=tmp_path, stderr=said, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 100
+        while not (tmp_path / "begun").exists():
+            assert process.poll() is None, (tmp_path / "said").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(number)
+        assert process.wait(20) in (128 + number, -number)
+        while process_group_lives(process.pid):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert "Traceback" not in (tmp_path / "said").read_text()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def process_group_lives(number: int) -> bool:
+    try:
+        os.killpg(number, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 @pytest.mark.slow

@@ -5,13 +5,18 @@ import contextlib
 import multiprocessing
 import os
 import pickle
+import signal
+import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 
 from pcb_peft.errors import OptionError, ProcessError
 from pcb_peft.runtime.processes import current
+from pcb_peft.runtime.signals import ENDING, REPEAT_SECONDS, end_process, raising_on_signals
 from pcb_peft.searching.trials import Proposal, Trial
 from pcb_peft.searching.trying import Trier
 
+SIGNALLED = 128 + signal.SIGTERM  # exit status, as shells have it
 TryAll = Callable[[Sequence[Proposal]], Iterator[Trial]]
 """A function that tries several proposals, and returns their trials in order, each as soon as it is done."""
 
@@ -46,29 +51,88 @@ def trying(here: Trier, there: Callable[[], Trier], workers: int) -> Generator[T
             "the top of a module, or take workers=1"
         ) from error
     here.validation.release()
-    with concurrent.futures.ProcessPoolExecutor(
-        workers,
-        multiprocessing.get_context("spawn"),  # a fork of a process that has run torch may hang
-        initializer=_begin,
-        initargs=(there, workers),
-    ) as pool:
+    with _pool(there, workers) as pool:
+
+        def try_all(proposals: Sequence[Proposal]) -> Iterator[Trial]:
+            with _deaf_children():
+                return pool.map(_try, proposals)
+
         try:
-            yield lambda proposals: pool.map(_try, proposals)
+            yield try_all
         except concurrent.futures.process.BrokenProcessPool as error:
             raise ProcessError(
                 "a process that tried merges was stopped, perhaps for want of memory; take fewer workers"
             ) from error
 
 
+@contextlib.contextmanager
+def _pool(
+    there: Callable[[], Trier], workers: int
+) -> Generator[concurrent.futures.ProcessPoolExecutor]:
+    """Start processes that try; if the block ends with an exception, they end at once and not after their trials."""
+    others = set(multiprocessing.active_children())
+    pool = concurrent.futures.ProcessPoolExecutor(
+        workers,
+        multiprocessing.get_context("spawn"),  # a fork of a process that has run torch may hang
+        initializer=_begin,
+        initargs=(there, workers),
+    )
+    try:
+        yield pool
+    except BaseException:
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 _trier: list[Trier] = []  # of this process
+_signals = contextlib.ExitStack()  # to the end of a process that tries
+
+
+@contextlib.contextmanager
+def _deaf_children() -> Generator[None]:
+    """Let processes that are started in this block not hear Ctrl-C and its like: this process hears, and ends them."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, set(ENDING) - {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _begin(make: Callable[[], Trier], workers: int) -> None:
     import torch
 
+    threading.Thread(target=_end_with_the_search, daemon=True).start()
+    _signals.enter_context(raising_on_signals(lambda: None))
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
-    _trier.append(make())
+    with _ending():
+        _trier.append(make())
 
 
 def _try(proposal: Proposal) -> Trial:
-    return _trier[0](proposal)
+    with _ending():
+        return _trier[0](proposal)
+
+
+@contextlib.contextmanager
+def _ending() -> Generator[None]:
+    """End this process after a signal, once the block has cleaned up, instead of going on with the next trial."""
+    try:
+        yield
+    except SystemExit:
+        end_process(SIGNALLED)
+
+
+def _end_with_the_search() -> None:
+    """End this process when the one that started it was killed; it would wait for ever for the next trial."""
+    search = multiprocessing.parent_process()
+    if search is not None:
+        search.join()
+        os.kill(os.getpid(), signal.SIGTERM)  # cleans up
+        time.sleep(REPEAT_SECONDS)
+        end_process(SIGNALLED)
