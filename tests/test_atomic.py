@@ -257,6 +257,7 @@ with atomic.replace_directory(target, overwrite=True) as directory:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "left", "said"),
     [
@@ -477,6 +478,7 @@ def test_a_failure_while_a_file_is_written_leaves_the_old_one(tmp_path, error):
     assert list(tmp_path.iterdir()) == [target]
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_before_the_rename_leaves_the_old_file(tmp_path):
     target = tmp_path / "out"
     write_file(target, "old")

@@ -670,5 +670,6 @@ def test_help_version_and_errors_import_nothing_heavy_and_methods_no_torch(place
     assert methods == ["rich"]
 
 
+@pytest.mark.slow
 def test_a_merge_imports_neither_transformers_nor_peft(place, tmp_path):
     assert imported(place, f"merge math code -o {tmp_path}/out") == [["torch", "yaml"]]

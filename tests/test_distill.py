@@ -101,7 +101,13 @@ def divergence(adapter, teacher, base: Path, some: list[dict[str, torch.Tensor]]
     )
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name == "language model" else pytest.param(name, marks=pytest.mark.slow)
+        for name in CASES
+    ],
+)
 def test_a_merge_learns_what_its_adapters_say(name: str, workshop, words):
     paths, base = made(workshop, name)
     merged = merge_adapters(paths, "linear", weights=[0.3, 0.3], base_model=base)
@@ -157,6 +163,7 @@ def test_a_run_repeats_to_the_byte_and_loads_in_peft(workshop, words, tmp_path: 
     assert any("lora_B" in key for key in loaded.state_dict())
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_where_it_was(workshop, words, tmp_path: Path):
     paths, base = made(workshop, "classifier")
     merged = merge_adapters(paths, "flat", rank=2)
@@ -303,6 +310,7 @@ def test_a_module_that_the_merge_leaves_alone_stays_so(workshop, words):
     assert better.modules.keys() == merged.modules.keys()
 
 
+@pytest.mark.slow
 def test_a_base_model_in_bfloat16_is_taught_too(workshop, words):
     for name in ("classifier", "(IA)³"):
         paths, base = made(workshop, name)
@@ -315,6 +323,7 @@ def test_a_base_model_in_bfloat16_is_taught_too(workshop, words):
         assert sum(last.values()) < sum(first.values())
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_is_taught_on_its_own_answers(words, tmp_path: Path):
     import transformers
 

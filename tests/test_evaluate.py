@@ -111,6 +111,7 @@ def test_a_merge_in_memory_is_measured_like_its_directory(
         assert found[task].merged == result[task].merged
 
 
+@pytest.mark.slow
 def test_a_folded_merge_is_measured_like_the_adapter(
     merged: MergedAdapter, result: Evaluation, tmp_path: Path
 ):
@@ -122,6 +123,7 @@ def test_a_folded_merge_is_measured_like_the_adapter(
     assert evaluate(dense, base_model=BASE, **options)["subj"].merged == result["subj"].merged
 
 
+@pytest.mark.slow
 def test_outcomes_come_from_the_cache(directory: Path, tmp_path: Path):
     def run() -> float:
         return (
@@ -161,6 +163,7 @@ def test_a_function_must_return_a_number(directory: Path):
         evaluate(directory, [ADAPTERS[0]], BASE, [lambda _: None], cache=False)
 
 
+@pytest.mark.slow
 def test_another_merge_and_controls_beside_it(directory: Path, cache: Path, tmp_path: Path):
     better = merge_adapters(ADAPTERS, "linear", weights=[1, 0, 0, 0])
     found = evaluate(
@@ -223,6 +226,7 @@ def test_labels_that_the_head_does_not_know(tmp_path: Path, cache: Path):
     assert found.tasks[0].kept == 1
 
 
+@pytest.mark.slow
 def test_a_head_whose_labels_nobody_names(tmp_path: Path, cache: Path):
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / name).write_bytes((ADAPTERS[3] / name).read_bytes())
@@ -260,6 +264,7 @@ def test_a_budget_of_tokens_cuts_the_texts(directory: Path, cache: Path):
     assert 1 <= found.texts < 20
 
 
+@pytest.mark.slow
 def test_a_budget_of_time_cuts_the_texts(directory: Path):
     found = evaluate(directory, [ADAPTERS[3]], BASE, [FILES[3]], budget="1s", cache=False)
     assert 1 <= found.tasks[0].texts < 300
@@ -283,6 +288,7 @@ def test_what_is_not_allowed(directory: Path, options: dict[str, object], messag
         evaluate(directory, **{**arguments, **options})
 
 
+@pytest.mark.slow
 def test_the_host_is_the_base_model_again_after_each_adapter(directory: Path):
     host = ModelHost(str(BASE))
     heads = [load_adapter(path).head.read() for path in ADAPTERS]
@@ -302,6 +308,7 @@ def test_the_host_is_the_base_model_again_after_each_adapter(directory: Path):
     assert torch.equal(logits(None, 0), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config", [{"init_lora_weights": "pissa"}, {"modules_to_save": ["word_embeddings"]}]
 )
@@ -362,6 +369,7 @@ def test_zero_shot_without_a_head(directory: Path, cache: Path):
     assert found.base.value > 0.5  # of seven labels
 
 
+@pytest.mark.slow
 def test_bfloat16(directory: Path, result: Evaluation):
     """Half the digits move few answers, and are not confused with those of float32 in the cache."""
     options = {"limit": TEXTS, "cache": directory.parent / "cache-of-types"}
@@ -389,6 +397,7 @@ def test_batches_are_of_like_length():
     assert widths == [11, 6]
 
 
+@pytest.mark.slow
 def test_a_limit_is_spread_over_a_sorted_file(directory: Path, cache: Path):
     ordered = sorted(rows("subj", 100), key=lambda row: row["label"])
     found = evaluate(directory, [ADAPTERS[3]], BASE, [ordered], limit=10, cache=cache)["subj"]

@@ -39,6 +39,7 @@ EVALUATE = (
 )
 
 
+@pytest.mark.slow
 def test_the_recipe_says_which_adapters_and_which_base(run: Run):
     code, out, _ = run(EVALUATE)
     assert code == 0

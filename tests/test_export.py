@@ -80,6 +80,7 @@ def test_dense_fills_the_layers_without_a_lora(workshop, tmp_path):
     assert adapter.delta("model.layers.1.self_attn.q_proj").any()
 
 
+@pytest.mark.slow
 def test_a_family_of_adapters_is_swapped_without_recompiling(workshop, tmp_path):
     large = exported(mixed(workshop), "portable", tmp_path / "large", dense=True, pad_to_rank=8)
     small = workshop.adapter("llama", lora("q_proj", r=2), "little")
@@ -397,6 +398,7 @@ def test_stacked_experts_are_verified_from_files(workshop, tmp_path):
     assert done.verification.sources is None
 
 
+@pytest.mark.slow
 def test_classifiers_are_verified_with_each_head(workshop, tmp_path):
     configs = [lora("query", task_type="SEQ_CLS") for _ in range(2)]
     adapters = workshop.adapters("bert", configs)

@@ -89,6 +89,7 @@ def assert_same(found, wanted):
         assert (found[name] - values).abs().max() <= 1e-5 * values.abs().max().clamp(min=1), name
 
 
+@pytest.mark.slow
 def test_a_pipeline_is_folded_component_by_component(tmp_path, pipeline):
     import diffusers
     import transformers

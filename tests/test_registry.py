@@ -166,6 +166,7 @@ def test_a_wrong_option_of_a_method_is_seen_by_a_type_checker(tmp_path: Path):
     assert "1 error" in ran.stdout, ran.stdout
 
 
+@pytest.mark.slow
 def test_the_examples_of_registries_statistics_and_processes_run(tmp_path: Path):
     """In a process of their own: one of them registers a method."""
     modules = (

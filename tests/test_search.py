@@ -103,6 +103,7 @@ def test_the_common_weight_is_found(base: Path, adapters: list[Path]):
         Workshop.assert_close(again.delta(module), 0.4 * scale * wanted.delta(module), 1e-5)
 
 
+@pytest.mark.slow
 def test_the_better_method_wins(base: Path, adapters: list[Path], tmp_path: Path):
     """Only linear without a calibration returns the single adapter; regmean has no data and does not count."""
     recipe = recipe_of(adapters[:1], base, method="magnitude_prune", options={"density": 0.2})
@@ -135,6 +136,7 @@ def run(base: Path, adapters: list[Path], texts: list[Path], log: Path | None, *
     return search(adapters, texts, base_model=base, **given)
 
 
+@pytest.mark.slow
 def test_the_winner_is_measured_on_texts_that_were_not_searched_on(
     base: Path, adapters: list[Path], texts: list[Path]
 ):
@@ -147,7 +149,10 @@ def test_the_winner_is_measured_on_texts_that_were_not_searched_on(
     assert {task.texts for task in given.test.tasks} == {12}
 
 
-@pytest.mark.parametrize("optimiser", ["random", "ngopt", "tpe"])
+@pytest.mark.parametrize(
+    "optimiser",
+    ["random", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ngopt", "tpe"))],
+)
 def test_a_search_goes_on_from_its_log(
     optimiser: str, base: Path, adapters: list[Path], tmp_path: Path
 ):
@@ -271,6 +276,7 @@ def test_leaving_one_out(base: Path, adapters: list[Path]):
     assert str(LeftOut("c", 0.80, 0.75)).startswith("without c the others lose 5.0 points:")
 
 
+@pytest.mark.slow
 def test_adapters_that_go_together(base: Path, adapters: list[Path], tmp_path: Path):
     """x and 1.1 x go together; −x does not go with them."""
     x = load_adapter(adapters[0])
