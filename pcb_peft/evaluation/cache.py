@@ -95,13 +95,9 @@ def write_json(path: Path, content: Any) -> None:
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        write_file_atomically(path, lambda file: _write(file, text), overwrite="all")
+        write_file_atomically(path, lambda file: file.write_text(text, "utf-8"), overwrite="all")
     except OutputError as error:
         warnings.warn(f"nothing is kept for the next evaluation: {error}", stacklevel=3)
-
-
-def _write(file: Path, text: str) -> None:
-    file.write_text(text, "utf-8")
 
 
 class _Kept(msgspec.Struct):

@@ -94,8 +94,4 @@ def _front(text: str, card: Path) -> dict[str, Any]:
 
 
 def _replace(path: Path, text: str) -> None:
-    write_file_atomically(path, lambda part: _write(part, text), overwrite="all")
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    write_file_atomically(path, lambda part: part.write_text(text, "utf-8"), overwrite="all")

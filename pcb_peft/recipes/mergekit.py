@@ -21,6 +21,7 @@ from pcb_peft.errors import OptionError
 from pcb_peft.plugins.options import did_you_mean
 from pcb_peft.recipes.mergekit_file import check_file
 from pcb_peft.recipes.mergekit_methods import MEANINGS, OTHERS, Meaning
+from pcb_peft.recipes.weights import interpolated
 from pcb_peft.runtime.paths import expanded
 from pcb_peft.runtime.shown import quoted, shown
 
@@ -378,13 +379,7 @@ def _gradient(name: str, value: Any) -> Gradient:
 
 def _resampled(values: Gradient, knots: int) -> Gradient:
     """The same gradient with so many values."""
-    found: list[float] = []
-    for place in range(knots):
-        position = place / max(1, knots - 1) * (len(values) - 1)
-        below = min(int(position), len(values) - 1)
-        above = min(below + 1, len(values) - 1)
-        found.append(values[below] + (values[above] - values[below]) * (position - below))
-    return tuple(found)
+    return tuple(interpolated(values, place / max(1, knots - 1)) for place in range(knots))
 
 
 def _normalised(row: Sequence[float], meaning: Meaning) -> tuple[float, ...]:

@@ -88,10 +88,7 @@ def at_depth(weights: Sequence[Weight], module: str, layers: int) -> tuple[float
         layers: The number of layers in the model.
     """
     layer = layer_of(module)
-    depth = None if layer is None else layer / max(1, layers - 1)
-    return tuple(
-        _interpolated(weight, depth) if isinstance(weight, tuple) else weight for weight in weights
-    )
+    return _at(weights, None if layer is None else layer / max(1, layers - 1))
 
 
 def weights_by_module(
@@ -108,7 +105,7 @@ def weights_by_module(
         by_weight = [_by_module(weight, paths) for weight in weights]
         return lambda module: tuple([weight(module) for weight in by_weight])
     if any(isinstance(weight, tuple) for weight in weights) and of_image_model(paths):
-        return functools.partial(_at, weights, forward_depths(paths))
+        return functools.partial(_at_place, weights, forward_depths(paths))
     return functools.partial(at_depth, weights, layers=number_of_layers(paths))
 
 
@@ -120,15 +117,21 @@ def _by_module(weight: Weight, paths: Sequence[str]) -> Callable[[str], float]:
     return lambda module: alone(module)[0]
 
 
-def _at(weights: Sequence[Weight], depths: Mapping[str, float], module: str) -> tuple[float, ...]:
-    depth = depths.get(module)
+def _at_place(
+    weights: Sequence[Weight], depths: Mapping[str, float], module: str
+) -> tuple[float, ...]:
+    return _at(weights, depths.get(module))
+
+
+def _at(weights: Sequence[Weight], depth: float | None) -> tuple[float, ...]:
+    """Return the weights at a depth from 0 to 1."""
     return tuple(
-        _interpolated(weight, depth) if isinstance(weight, tuple) else weight for weight in weights
+        interpolated(weight, depth) if isinstance(weight, tuple) else weight for weight in weights
     )
 
 
-def _interpolated(values: tuple[float, ...], depth: float | None) -> float:
-    """The value of a gradient at a depth from 0 to 1; the mean of its ends for no depth."""
+def interpolated(values: tuple[float, ...], depth: float | None) -> float:
+    """Return the value of a gradient at a depth from 0 to 1; the mean of its ends for no depth."""
     if depth is None:
         return (values[0] + values[-1]) / 2
     position = depth * (len(values) - 1)

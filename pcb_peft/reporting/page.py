@@ -86,11 +86,12 @@ def write_report(
     sources = adapters or record.recipe.adapters
     loaded = load_adapters(sources, base_model=lazy_base(record.recipe.base_model))
     text = render(record, loaded, track)
-
-    def write(file: Path) -> None:
-        file.write_text(text, "utf-8")
-
-    write_file_atomically(Path(path), write, overwrite=overwrite, is_ours=is_report)
+    write_file_atomically(
+        Path(path),
+        lambda file: file.write_text(text, "utf-8"),
+        overwrite=overwrite,
+        is_ours=is_report,
+    )
 
 
 def is_report(path: Path) -> bool:

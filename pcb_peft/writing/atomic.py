@@ -108,7 +108,7 @@ def shared_directory(
 
 def write_file_atomically(
     target: Path,
-    write: Callable[[Path], None],
+    write: Callable[[Path], object],
     *,
     overwrite: Overwrite,
     is_ours: Callable[[Path], bool] = lambda _: True,

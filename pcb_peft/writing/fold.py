@@ -193,17 +193,11 @@ def _fold_file(
     if processes.is_main:
         write_file_atomically(
             output,
-            lambda place: _write_shard(base, HERE, place, checkpoint, track),
+            lambda place: _fold_shard(base, HERE, place, checkpoint, track),
             overwrite=overwrite,
             is_ours=_not_ours,
         )
     processes.barrier()
-
-
-def _write_shard(
-    base: BaseModel, file: str, target: Path, checkpoint: CheckpointEdit, track: Track
-) -> None:
-    _fold_shard(base, file, target, checkpoint, track)
 
 
 def _check_form(base: BaseModel, output: Path, *, resume: bool) -> None:
