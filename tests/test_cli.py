@@ -670,6 +670,22 @@ def test_help_version_and_errors_import_nothing_heavy_and_methods_no_torch(place
     assert methods == ["rich"]
 
 
+def test_a_directory_that_must_not_be_replaced_is_refused_before_anything_slow(place, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    words = f"-o {tmp_path}"
+    lines = [
+        f"merge math code {words}",
+        f"merge math code --fold --base-model base {words} --overwrite",
+        f"fold math base {words}",
+        f"head math code {words}",
+        f"export math --to portable {words}",
+        f"distill math math code --base-model base --data a.jsonl b.jsonl {words}",
+        f"extract tuned base {words}",
+    ]
+    assert imported(place, *lines) == [[]] * len(lines)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
 @pytest.mark.slow
 def test_a_merge_imports_neither_transformers_nor_peft(place, tmp_path):
     assert imported(place, f"merge math code -o {tmp_path}/out") == [["torch", "yaml"]]

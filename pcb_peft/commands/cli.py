@@ -14,7 +14,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pcb_peft.commands.arguments import add_common_arguments, is_quiet, is_verbose
+from pcb_peft.commands.arguments import (
+    add_common_arguments,
+    check_directory,
+    is_quiet,
+    is_verbose,
+)
 from pcb_peft.commands.command import Command
 from pcb_peft.commands.exit_codes import (
     FULL,
@@ -127,6 +132,7 @@ def _run(words: Sequence[str]) -> int:
         visible = processes.is_main and not is_quiet(parsed)
         warnings.showwarning = _shower(caught, visible=visible)
         with _silenced(processes), processes.together():
+            check_directory(parsed)
             answer = command.run(parsed)
         if processes.is_main:
             print_answer(answer, parsed, command.name, caught)
