@@ -125,8 +125,8 @@ def test_heads_that_are_kept_apart(workshop):
     merged = merge_adapters(workshop.adapters("bert", configs), "linear", progress=False)
     merged.save_pretrained(workshop.directory / "merged")
     checked = check(workshop.directory / "merged")
-    assert any("load one of them first" in note for note in checked.notes)
-    assert ("misreads", "the missing head; these are kept apart: adapter1, adapter2") in found(
+    assert any("choose one: pcb-peft head" in note for note in checked.notes)
+    assert ("ignores", "the heads beside the adapter: adapter1, adapter2") in found(
         workshop.directory / "merged", "peft"
     )
 

@@ -65,7 +65,7 @@ def test_verdicts():
     assert lost.kept == pytest.approx(39 / 55)
     assert lost.gain_kept == pytest.approx(2 / 18)
     no_better = task("spam", 86, 98, 87)
-    assert no_better.verdict == "LOST: no better than the base"
+    assert no_better.verdict == "LOST: not clearly better than the base"
     assert task("mr", 60, 82, 81).verdict == "kept"
     assert task("mr", 40, 90, 75).verdict == "kept in part"
     assert "unclear" in task("mr", 60, 61, 61).verdict

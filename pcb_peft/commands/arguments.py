@@ -21,7 +21,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what every command has: ``-q``, ``-v`` and ``--json``."""
     group = parser.add_argument_group("output of every command")
     for flags, words in (
-        (("-q", "--quiet"), "print errors only"),
+        (("-q", "--quiet"), "print errors only, and the answers of commands that write nothing"),
         (("-v", "--verbose"), "print more: details, times, tracebacks of unexpected errors"),
         (("--json",), "print the result as one JSON object"),
     ):

@@ -213,7 +213,7 @@ def _notes(files: OutputFiles) -> list[str]:
             ),
             (
                 features.heads_apart(files),
-                "load one of them first (pcb-peft head), or PEFT makes one up",
+                "the adapter itself has none; choose one: pcb-peft head",
             ),
         )
         if found

@@ -115,7 +115,7 @@ def saved_others(files: OutputFiles) -> str:
 
 def heads_apart(files: OutputFiles) -> str:
     """Name the heads that are kept beside the adapter."""
-    return _listed("the missing head; these are kept apart", files.heads)
+    return _listed("the heads beside the adapter", files.heads)
 
 
 def embedding_lora(files: OutputFiles) -> str:

@@ -82,8 +82,8 @@ CONSUMER = Consumer(
         ),
         Rule(
             features.heads_apart,
-            "misreads",
-            "makes a random one up unless one is loaded first (pcb-peft head)",
+            "ignores",
+            "loads none of them, and makes up a random one; choose one: pcb-peft head",
             "run with 0.21.2",
         ),
     ),

@@ -17,8 +17,8 @@ CONSUMER = Consumer(
         ),
         Rule(
             features.heads_apart,
-            "misreads",
-            "makes a random one up unless one is loaded first (pcb-peft head)",
+            "ignores",
+            "loads none of them, and makes up a random one; choose one: pcb-peft head",
             "run with 5.23.0 and PEFT 0.21.2",
         ),
         Rule(

@@ -136,7 +136,8 @@ def load_tokenizer(base_model: str | Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(base_model)
     except Exception as error:  # of the Rust library, too
         raise OptionError(
-            f"{base_model} has no tokenizer that can be loaded ({shown(error)}); give one: tokenizer=…"
+            f"{base_model} has no tokenizer that can be loaded ({shown(error)}); give a directory of the base "
+            "model that has one (--base-model), or in Python tokenizer=…"
         ) from error
     return with_padding(tokenizer)
 

@@ -109,7 +109,7 @@ class TaskScores:
         if self.lost:
             return f"LOST: {self._reason()}"
         if not self._better(self.adapter, self.base):
-            return "unclear: the adapter alone is no better than the base on these texts"
+            return "unclear: the adapter alone is not clearly better than the base on these texts"
         if not self._better(self.adapter, self.merged):
             return "kept"
         return "kept in part"
@@ -117,7 +117,7 @@ class TaskScores:
     def _reason(self) -> str:
         if self.kept is not None and self.kept < self.threshold:
             return f"keeps {self.kept:.0%}, less than {self.threshold:.0%}"
-        return "no better than the base"
+        return "not clearly better than the base"
 
     def _verdict_without_adapter(self) -> str:
         if self._better(self.merged, self.base):
