@@ -71,7 +71,8 @@ def search(  # noqa: PLR0913  (every choice of a search, by name)
         objective: "mean" or "worst" of what is kept of the tasks, or the share of the worst in a mixture of both.
         optimiser: "random"; with the extra `search`: "ngopt" or "cma" (nevergrad), "tpe" (Optuna). "auto": "ngopt" if
             it is installed, else "random".
-        trials: How many merges to try, those in the log included. Candidates that cannot be merged do not count.
+        trials: How many merges to try, those in the log included. Candidates that cannot be merged do not count. One,
+            where nothing may change but the common weight.
         budget: The time after which no trial is begun, such as "30m"; the time of the trials in the log is part of it.
         leave_one_out: Also measure what the other tasks gain if one adapter is left out.
         clusters: Also find which adapters go together, and the fewest merges that lose no task.
@@ -97,6 +98,7 @@ def search(  # noqa: PLR0913  (every choice of a search, by name)
     chosen, goal = _settings(settings), Objective.named(objective)
     recipe, adapters = _started(start, base_model)
     space = search_space(vary, recipe, adapters, layers)
+    trials = trials if space.knobs else min(trials, 1)  # nothing varies but the common weight
     name, notes = _optimiser(optimiser)
     optimiser_named(name, space.knobs, seed, trials)  # before anything is measured
     validation = prepare(recipe, adapters, data, test_data, chosen)
