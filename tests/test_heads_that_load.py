@@ -380,7 +380,8 @@ def test_the_accuracy_of_what_the_readme_loads_is_that_of_the_head(tmp_path, mon
     assert sum(correct) / len(correct) > 0.8  # a head that was made up gets about half of them
 
 
-def test_a_head_of_several_layers_is_put_into_a_model_that_peft_has_wrapped():
+def roberta():
+    """A classifier whose head has two layers."""
     config = transformers.RobertaConfig(
         vocab_size=32,
         hidden_size=16,
@@ -390,21 +391,71 @@ def test_a_head_of_several_layers_is_put_into_a_model_that_peft_has_wrapped():
         max_position_embeddings=16,
         num_labels=3,
     )
+    torch.manual_seed(0)
+    return transformers.RobertaForSequenceClassification(config)
 
-    def trained(seed):
-        torch.manual_seed(0)
-        base = transformers.RobertaForSequenceClassification(config)
-        torch.manual_seed(seed)
-        adapted = peft.get_peft_model(base, lora(modules_to_save=["classifier"]))
-        for name, parameter in adapted.named_parameters():
-            if "modules_to_save" in name:
-                torch.nn.init.normal_(parameter)
-        return adapted
 
-    other, model = trained(1), trained(2)
+def trained_roberta(seed):
+    adapted = peft.get_peft_model(roberta(), lora(modules_to_save=["classifier"]))
+    torch.manual_seed(seed)
+    for name, parameter in adapted.named_parameters():
+        if "modules_to_save" in name:
+            torch.nn.init.normal_(parameter)
+        elif "lora_B" in name:
+            torch.nn.init.ones_(parameter)  # the same for all seeds
+    return adapted
+
+
+def test_a_head_of_several_layers_is_put_into_a_model_that_peft_has_wrapped():
+    other, model = trained_roberta(1), trained_roberta(2)
     names = ["dense.weight", "dense.bias", "out_proj.weight", "out_proj.bias"]
     saved = peft.get_peft_model_state_dict(other)
     head = {f"classifier.{name}": saved[f"base_model.model.classifier.{name}"] for name in names}
     assert not torch.equal(logits(model), logits(other))
     put_head(model.get_base_model(), head)
     torch.testing.assert_close(logits(model), logits(other), rtol=0, atol=0)
+
+
+def test_a_head_of_several_layers_is_loaded_and_saved_as_one(tmp_path):
+    """PEFT wraps the whole classifier of a SEQ_CLS adapter, and fails where a layer inside it is named, too."""
+    for seed in (1, 2):
+        trained_roberta(seed).save_pretrained(tmp_path / f"a{seed}")
+    alone = peft.PeftModel.from_pretrained(roberta(), tmp_path / "a2")
+    merge_adapters([tmp_path / "a1", tmp_path / "a2"], "linear", [0, 1]).save_pretrained(
+        tmp_path / "merged"
+    )
+    loaded = load_merged(roberta(), tmp_path / "merged", head="a2")
+    torch.testing.assert_close(logits(loaded), logits(alone), rtol=0, atol=1e-6)
+    assert cli.main(["head", str(tmp_path / "merged"), "a2", "-o", str(tmp_path / "out")]) == 0
+    saved = peft.PeftModel.from_pretrained(roberta(), tmp_path / "out")
+    torch.testing.assert_close(logits(saved), logits(alone), rtol=0, atol=1e-6)
+
+
+def test_a_model_without_words_gets_a_head(tmp_path):
+    """CLIP's classifier of images has no embeddings of tokens."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2}
+    text, vision = {**sizes, "vocab_size": 32}, {**sizes, "image_size": 8, "patch_size": 4}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    config.num_labels = 3
+
+    def clip():
+        torch.manual_seed(0)
+        return transformers.CLIPForImageClassification(config)
+
+    pixels = torch.randn(1, 3, 8, 8)
+    target = {"target_modules": ["q_proj"], "modules_to_save": ["classifier"]}
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model = peft.get_peft_model(clip(), peft.LoraConfig(r=2, init_lora_weights=False, **target))
+        torch.nn.init.normal_(model.base_model.model.classifier.weight)
+        model.save_pretrained(tmp_path / f"a{seed}")
+    merge_adapters([tmp_path / "a1", tmp_path / "a2"], "linear", [0, 1]).save_pretrained(
+        tmp_path / "merged"
+    )
+    loaded = load_merged(clip(), tmp_path / "merged", head="a2").eval()
+    alone = peft.PeftModel.from_pretrained(clip(), tmp_path / "a2").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            loaded(pixel_values=pixels).logits, alone(pixel_values=pixels).logits, rtol=0, atol=1e-6
+        )

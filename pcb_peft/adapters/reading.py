@@ -27,7 +27,7 @@ from pcb_peft.formats import AdapterContents, Base, LazyDelta, format_of
 from pcb_peft.formats.checkpoint import CONFIG, ReadFinite, SafetensorsFile
 from pcb_peft.formats.config import AGAIN, checked_config
 from pcb_peft.formats.heads import without_copies
-from pcb_peft.formats.keys import PREFIX
+from pcb_peft.formats.keys import AUTOMATIC_HEADS, PREFIX
 from pcb_peft.formats.plain_names import with_plain_names, with_plain_patterns
 from pcb_peft.writing.model_card import CARD, read_card
 from pcb_peft.writing.targets import existing
@@ -165,7 +165,10 @@ def _kept_head(tensors: SafetensorsFile) -> Replacements:
         name: ReplacedParameter(tensors.shape(name), ReadFinite(tensors, name))
         for name in tensors.names()
     }
-    return Replacements(modules_to_save_keys(parameters, ()), parameters, task=_task_of(tensors))
+    task = _task_of(tensors)
+    # PEFT wraps these as a whole, and cannot wrap a layer inside them once more
+    automatic = AUTOMATIC_HEADS.get(str(task.task_type), ())
+    return Replacements(modules_to_save_keys(parameters, automatic), parameters, task=task)
 
 
 def _task_of(tensors: SafetensorsFile) -> Task:

@@ -118,6 +118,14 @@ def _quantised_error(source: str, error: Exception) -> BaseModelError:
     )
 
 
+def input_embeddings(model: Any) -> Any:
+    """Return the layer that turns tokens into vectors; None for models of images or sounds, which have none."""
+    try:
+        return model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
 def accepted_arguments(model: Any) -> frozenset[str]:
     """Return the names of the arguments that a model takes; PEFT's wrapper does not count."""
     plain = getattr(model, "get_base_model", lambda: model)()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pcb_peft.base.model import open_base_model
 from pcb_peft.data.batches import read_rows, spread
-from pcb_peft.data.models import load_base, load_tokenizer
+from pcb_peft.data.models import input_embeddings, load_base, load_tokenizer
 from pcb_peft.deltas.linalg import leading_svd
 from pcb_peft.deltas.metric import Moments
 from pcb_peft.errors import AdapterError, OptionError, UnsupportedError
@@ -121,8 +121,7 @@ def random_tokens(model: Any, seed: int = 0) -> dict[str, Tensor]:
     Raises:
         UnsupportedError: The model does not take tokens.
     """
-    embeddings = model.get_input_embeddings()
-    size = getattr(embeddings, "num_embeddings", None)
+    size = getattr(input_embeddings(model), "num_embeddings", None)
     if size is None:
         raise UnsupportedError(
             f"metric='random' draws tokens, and {type(model).__name__} takes none: leave metric out"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pcb_peft.base.canonical import AUTO_CLASSES
 from pcb_peft.data.live_heads import Head, put_head, with_head, wrapped_by_peft
-from pcb_peft.data.models import load_config, load_model, task_type_of
+from pcb_peft.data.models import input_embeddings, load_config, load_model, task_type_of
 from pcb_peft.runtime.paths import expanded
 
 
@@ -169,7 +169,7 @@ def _added_to_weights(model: Any) -> list[tuple[nn.Parameter, Tensor]]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     tuned: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
-    embeddings = model.get_input_embeddings()
+    embeddings = input_embeddings(model)
     shared = embeddings.weight if isinstance(embeddings, nn.Embedding) else None
     for layer in tuned:
         plain = type(layer) in (lora.Linear, ia3.Linear) and not getattr(layer, "lora_variant", {})

@@ -14,7 +14,7 @@ from pcb_peft.adapters.own_head import files_with_head
 from pcb_peft.adapters.source import Source
 from pcb_peft.base.canonical import AUTO_CLASSES
 from pcb_peft.data.live_heads import Head, with_head, wrapped_by_peft
-from pcb_peft.data.models import load_model
+from pcb_peft.data.models import input_embeddings, load_model
 from pcb_peft.deltas.replacements import Replacements
 from pcb_peft.errors import BaseModelError, OptionError
 from pcb_peft.formats.checkpoint import CONFIG
@@ -129,9 +129,9 @@ def _class_of(adapter: Adapter) -> str:
 
 def _fit_vocabulary(model: Any, head: Head) -> None:
     """Resize the embeddings of a model to those that an adapter brings."""
-    if not hasattr(model, "get_input_embeddings"):
+    embeddings = input_embeddings(model)
+    if embeddings is None:
         return
-    embeddings = model.get_input_embeddings()
     names = [name for name, layer in model.named_modules() if layer is embeddings]
     sizes = {len(head[f"{name}.weight"]) for name in names if f"{name}.weight" in head}
     if sizes and sizes != {len(embeddings.weight)}:
