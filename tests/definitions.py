@@ -239,23 +239,37 @@ def iso_c(x: Sequence[Matrix]) -> Matrix:
 
 
 def flat(x: Sequence[Matrix], response: float = 0.7) -> Matrix:
-    """Direction by direction; the scale is found from what the response must be."""
+    """All directions have room; the scale is found from what the response must be."""
+    triplets = [svd(matrix) for matrix in x]
+    u, v = (
+        polar(np.hstack([u for u, _, _ in triplets])),
+        polar(np.vstack([vh for *_, vh in triplets]).T),
+    )
+    merged = u @ np.diag(np.concatenate([s for _, s, _ in triplets]) ** 0.25) @ v.T
+    return at_response(merged, x, response)
+
+
+def flat_of_rank(x: Sequence[Matrix], rank: int, response: float = 0.7) -> Matrix:
+    """Direction by direction of the sum."""
     sizes = [np.linalg.norm(matrix) for matrix in x]
-    squares = sum(size**2 for size in sizes)
-    u, s, vh = svd(sum(x), np.sqrt(squares))
+    u, _, vh = svd(sum(x), np.linalg.norm(sizes))
     merged = np.zeros_like(x[0])
-    for left, right in zip(u.T, vh, strict=True):
+    for left, right in zip(u.T[:rank], vh[:rank], strict=True):
         shares = [
             (left @ matrix @ right / size) ** 2 for matrix, size in zip(x, sizes, strict=True)
         ]
         merged += np.sqrt(np.average(sizes, weights=shares)) * np.outer(left, right)
-    kept = np.linalg.norm(sum(x)) ** 2 / squares
-    alike = kept / len(x)
-    wanted = max(response, alike ** (1 / 6)) if len(s) > 1 else alike ** (1 / 3)
-    wanted *= min(1, 2 * kept)
+    return at_response(merged, x, response)
+
+
+def at_response(merged: Matrix, x: Sequence[Matrix], least: float) -> Matrix:
+    """Directions at the scale at which they keep the share of the adapters' response that `flat` wants."""
+    squares = [np.linalg.norm(matrix) ** 2 for matrix in x]
+    kept = np.linalg.norm(sum(x)) ** 2 / sum(squares)
+    wanted = max(least, (kept / len(x)) ** (1 / 6)) * min(1, 2 * kept)
     own = [np.sum(merged * matrix) for matrix in x]
-    mean = np.mean([each / size**2 for each, size in zip(own, sizes, strict=True)])
-    return merged * wanted / max(mean, sum(own) / squares)
+    mean = np.mean([each / square for each, square in zip(own, squares, strict=True)])
+    return merged * wanted / max(mean, sum(own) / sum(squares))
 
 
 def iso_cts(x: Sequence[Matrix], common: float = 0.8) -> Matrix:

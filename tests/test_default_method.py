@@ -51,7 +51,7 @@ def test_the_first_that_suits_the_rank_and_the_options(
     ("config", "name", "why"),
     [
         (lora(), FIRST, None),
-        (IA3, FIRST, None),
+        (IA3, OTHER, "has only one"),
         (lora(use_dora=True), OTHER, "full rank"),
         (peft.LoKrConfig(r=2, target_modules=["q_proj"]), OTHER, "full rank"),
     ],

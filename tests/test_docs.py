@@ -200,7 +200,7 @@ SHOWN = {  # a line of the README: its setting in the tables of measurements
     "you have the base model, too": "flat metric=random",
     "the result must have the rank of one adapter": "flat metric=random rank=16",
     "you have 64 texts of each task, without labels": "flat metric=random rank=16 distill=64",
-    "(IA)³ adapters": "flat",
+    "(IA)³ adapters": "pcb",
     "you want PCB-Merging": "pcb",
     "you want the exact weighted sum": "linear",
 }

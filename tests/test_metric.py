@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import definitions
 import numpy as np
 import peft
 import pytest
@@ -54,17 +55,8 @@ def merged(factors: list[Pair], method: str, file: str, **arguments) -> Matrix:
 
 def flat(tasks: list[Matrix], P: Matrix, inverse: Matrix, rank: int | None) -> Matrix:
     changed = [task @ P for task in tasks]
-    u, s, vh = np.linalg.svd(sum(changed), full_matrices=False)
-    rank = rank or int((s > 1e-6 * s[0]).sum())
-    sizes = [np.linalg.norm(x) for x in changed]
-    along = np.array(
-        [np.diag(u.T @ x @ vh.T)[:rank] / n for x, n in zip(changed, sizes, strict=True)]
-    )
-    strengths = (along**2 / (along**2).sum(0)).T @ sizes
-    directions = u[:, :rank] * np.sqrt(strengths) @ vh[:rank]
-    share = np.mean([(directions * x).sum() / (x * x).sum() for x in changed])
-    kept = (sum(changed) ** 2).sum() / sum((x * x).sum() for x in changed)
-    return max(0.7, (kept / len(tasks)) ** (1 / 6)) / share * directions @ inverse
+    plain = definitions.flat(changed) if rank is None else definitions.flat_of_rank(changed, rank)
+    return plain @ inverse
 
 
 @pytest.mark.parametrize("space", ["core", "knots", "dense"])

@@ -55,6 +55,15 @@ class AdapterSet:
             for entry in adapter.modules.entries.values()
         )
 
+    @property
+    def has_only_vectors(self) -> bool:
+        """True if all deltas are (IA)³ vectors."""
+        return all(
+            entry.kind.multiplies and not entry.kind.rescales
+            for adapter in self.adapters
+            for entry in adapter.modules.entries.values()
+        )
+
     def only(self, modules: Iterable[str]) -> "AdapterSet":
         """Return the same adapters, limited to some modules."""
         limited = copy.copy(self)

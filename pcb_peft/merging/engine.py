@@ -85,8 +85,8 @@ def merge_adapters(  # noqa: PLR0913  (every choice of a merge, by name)
     Args:
         adapters: Directories, hub ids, (PeftModel, adapter name) or loaded adapters; one or more.
         method: A name from `list_methods()`, one of PEFT's (`cat`, `svd`, `ties_svd` …), or a `MergeMethod`. "auto":
-            `flat`, which kept most on our benchmarks; `pcb` if some deltas have full rank (DoRA, full fine-tunes), or
-            if `rank` is a fraction of the energy or a budget.
+            `flat`, which kept most on our benchmarks; `pcb` for (IA)³ adapters, if some deltas have full rank (DoRA,
+            full fine-tunes), or if `rank` is a fraction of the energy or a budget.
         weights: The λ of the papers, one per adapter; default 1.0 each. A list of numbers instead of one is a gradient
             from the first layer to the last.
         space: The coordinates in which the adapters are merged: a name from `list_spaces()`; "auto": the method's own.

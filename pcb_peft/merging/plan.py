@@ -119,6 +119,7 @@ def unnamed_method(recipe: Recipe, adapter_set: AdapterSet) -> tuple[MergeMethod
     return default_method(
         {name for options in (recipe.options, *inherited) for name in options},
         full_rank=adapter_set.has_full_rank,
+        vectors=adapter_set.has_only_vectors,
         by_energy=isinstance(recipe.rank, EnergyFraction | RankBudget),
     )
 

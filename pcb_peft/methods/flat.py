@@ -1,11 +1,11 @@
-"""Directions of nearly equal strength, at the right scale: flat merging."""
+"""Orthonormal directions of nearly equal strength, at the right scale: flat merging."""
 
 from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from pcb_peft.deltas.linalg import significant
+from pcb_peft.deltas.linalg import Svd, cat_svds, orthonormalized, significant
 from pcb_peft.methods.ops import clamp_positive
 from pcb_peft.methods.registry import merge_method
 from pcb_peft.methods.spectral import leading, merge_matrices
@@ -20,15 +20,26 @@ def flat(
     response: Annotated[float, Range(0, 1, low_open=True)] = 0.7,
     rank: int | None = None,
 ) -> Merged:
-    """Keep the strongest directions of the sum, make them nearly equally strong, and scale them to the adapters.
+    """Make the adapters' directions orthonormal and nearly equally strong, and scale them to the adapters.
 
-    With the singular vectors u_k and v_k of the largest singular values of X = Σ_t X_t, where X_t = λ_t ΔW_t:
+    A direction is a pair of singular vectors: an output that is written where an input is seen. With X_t = λ_t ΔW_t:
+
+    **All directions have room** (no `rank`, or one that holds them). The directions are the adapters' own, X_t =
+    U_t Σ_t V_tᵀ, side by side: U = [U_1 … U_T], V = [V_1 … V_T], and
+
+        ΔW = σ U_⊥ diag(Σ_1 … Σ_T)^(1/4) V_⊥ᵀ
+
+    where U_⊥ is the matrix with orthonormal columns that is nearest to U.
+
+    **A smaller rank k.** The directions are the first k singular pairs u_k, v_k of the sum X = Σ_t X_t, and
 
         ΔW = σ Σ_k √n_k u_k v_kᵀ,    n_k = Σ_t p_tk ‖X_t‖,    p_tk ∝ (u_kᵀ X_t v_k / ‖X_t‖)²,    Σ_t p_tk = 1
 
-    n_k is the mean norm of the adapters, each counted by its share p_tk in the direction. Where all adapters have the
-    same norm, all directions are equally strong. Where norms differ, the root keeps a large adapter from being drowned
-    by small ones. The scale σ is such that the merge keeps the share c of the adapters' own response,
+    n_k is the mean norm of the adapters, each counted by its share p_tk in the direction.
+
+    Strong directions would drown weak ones, and directions of one strength would drown the adapters that need more: the
+    fourth root, and the root of n_k, stand between. The scale σ is such that the merge keeps the share c of the
+    adapters' own response,
 
         mean_t ⟨ΔW, X_t⟩ / ‖X_t‖² = c
 
@@ -44,31 +55,42 @@ def flat(
 
     Good at: many tasks with every weight at 1, at full rank and at the rank of one adapter.
 
-    Why so: six LoRA adapters of a text encoder, and four of a language model whose norms differ more, keep 92.8 and
-    78.1 % of their accuracies (worst task 73 and 45) with directions of one strength and c = 0.7; 92.0 and 82.0 % (70,
-    66) with √n_k; 91.3 and 86.1 % (67, 76) with this c, too. At rank 16 it is 91.8 and 81.0 % (78, 59), 90.7 and 83.9 %
-    (72, 76), 89.6 and 84.8 % (70, 74). n_k without the root, and c = 0.9, suit the four better, and the six worse.
-    This was chosen on these texts. On other texts of the same tasks it is 94.3 and 86.5 % (79, 49) with one strength
-    and c = 0.7, and 93.6 and 91.0 % (77, 63) as it is now.
+    Why so: see "How `flat` was chosen" in docs/methods.md.
 
-    Measured: LoRA 91.3 (66.9); (IA)³ 86.9 (63.4).
+    Measured: LoRA 93.0 (80.0); (IA)³ 86.9 (63.4).
 
-    Source: the directions are those of Iso-C, Marczak et al. 2025, which makes all of them equally strong; the
-    strengths, the scale, and choosing the rank first, are new.
+    Source: the adapters' own directions side by side are those of TSV-Merge, Gargiulo et al. 2025; those of the sum are
+    Iso-C's, Marczak et al. 2025, which makes all of them equally strong. The strengths, the scale, and choosing the
+    rank first, are new.
     """
     return merge_matrices(tasks, lambda x: _merge(x, response, rank))
 
 
 def _merge(x: Tensor, response: float, rank: int | None) -> Tensor:
     total, squares = x.sum(0), x.square().sum((1, 2))
-    u, s, vh = leading(significant(total, scale=squares.sum().sqrt()), rank)
+    own = cat_svds([significant(matrix) for matrix in x])
+    count = len(own[1])
+    if min(total.shape) > 1 and (rank is None or count <= rank):
+        directions = _side_by_side(own)
+    else:
+        svd = leading(significant(total, scale=squares.sum().sqrt()), rank)
+        directions, count = _of_the_sum(svd, x, squares), len(svd[1])
+    along = (directions * x).sum((1, 2))
+    share = torch.maximum((along / squares).mean(), along.sum() / squares.sum())  # the last is >= 0
+    kept = float(total.square().sum() / squares.sum())  # T / T_eff
+    least, power = (response, 1 / 6) if count > 1 else (0.0, 1 / 3)
+    c = max(least, (kept / len(x)) ** power) * min(1, 2 * kept)
+    return c / clamp_positive(share) * directions
+
+
+def _side_by_side(own: Svd) -> Tensor:
+    u, s, vh = own
+    return (orthonormalized(u) * s**0.25) @ orthonormalized(vh.T).T
+
+
+def _of_the_sum(svd: Svd, x: Tensor, squares: Tensor) -> Tensor:
+    u, _, vh = svd
     along = ((u.T @ x) * vh).sum(-1).square()  # (T, k)
     sizes = squares.sqrt()[:, None]
     norms = (along / sizes).sum(0) / (along / sizes.square()).sum(0)
-    directions = (u * norms.sqrt()) @ vh
-    own = (directions * x).sum((1, 2))
-    share = torch.maximum((own / squares).mean(), own.sum() / squares.sum())  # the last is >= 0
-    kept = float(total.square().sum() / squares.sum())  # T / T_eff
-    least, power = (response, 1 / 6) if len(s) > 1 else (0.0, 1 / 3)
-    c = max(least, (kept / len(x)) ** power) * min(1, 2 * kept)
-    return c / clamp_positive(share) * directions
+    return (u * norms.sqrt()) @ vh
