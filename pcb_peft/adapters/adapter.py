@@ -5,7 +5,7 @@ import functools
 import math
 from collections.abc import Callable, Container, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,6 +38,17 @@ from pcb_peft.writing.targets import Overwrite
 AnyAdapter = TypeVar("AnyAdapter", bound="Adapter")
 
 
+class FoldOptions(NamedTuple):
+    """The arguments of `Adapter.fold` beside the base model and the output."""
+
+    tied: Tied | None
+    overwrite: Overwrite
+    progress: bool | None
+    dequantize: bool
+    compare_base: str | Path | BaseModel | None
+    resume: bool
+
+
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Adapter(HasCard):
     """The change that one adapter makes to its base model.
@@ -62,7 +73,6 @@ class Adapter(HasCard):
         licences: Adapter that this was made from to the fields of its card that state its licence.
         base_gap: After a fold with `compare_base`: how far the two base models are from each other.
         image: What is known about a LoRA of an image or video model beside its deltas; None for an adapter of PEFT.
-        facts: Plain data by module that a fold collects from the deltas, and notes for a run that continues it.
     """
 
     name: str
@@ -86,7 +96,6 @@ class Adapter(HasCard):
     )
     base_gap: BaseGap | None = None
     image: ImageLora | None = None
-    facts: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
 
     def __repr__(self) -> str:
         kinds = {entry.kind.kind_name for entry in self.modules.entries.values()}
@@ -312,6 +321,18 @@ class Adapter(HasCard):
             >>> from pcb_peft import load_adapter
             >>> folded = load_adapter("math-lora").fold("base-model", "math-model-again")
         """
+        options = FoldOptions(tied, overwrite, progress, dequantize, compare_base, resume)
+        return self._folded(base_model, output, options, {})
+
+    def _folded(
+        self,
+        base_model: str | Path | BaseModel,
+        output: str | Path,
+        options: FoldOptions,
+        facts: dict[str, Any],
+    ) -> "Adapter":
+        """Do what `fold` does; `facts` are plain data by module that the deltas fill while they are read."""
+        tied, overwrite, progress, dequantize, compare_base, resume = options
         check_fold_target(Path(output), overwrite=overwrite, inputs=self.inputs)
         check_resumable(self.name, self.identity(), compare_base, resume=resume)
         base = opened_base(base_model, dequantize=dequantize)
@@ -334,8 +355,8 @@ class Adapter(HasCard):
                 self.name, self.companions, base, replaced, self.folded_card(base)
             )
             | self.companion_files(without=replaced.parameters),
-            files_at_end=lambda: self.files_at_end(None if other is None else deltas.gap()),
-            facts=self.facts,
+            files_at_end=lambda: self.files_at_end(facts, None if other is None else deltas.gap()),
+            facts=facts,
             overwrite=overwrite,
             progress=tracker(progress),
             identity=self.identity(),

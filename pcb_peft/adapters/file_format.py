@@ -1,7 +1,7 @@
 """The format in which an adapter is saved, and the library that loads it."""
 
 from collections.abc import Mapping, Sequence
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from pcb_peft.adapters.saving import PEFT, FileFormat
 from pcb_peft.images.names import ImageLora
@@ -68,9 +68,9 @@ class HasFormat:
         """Return the tags of the card."""
         return [peft_type.lower(), "transformers" if self.library == "peft" else self.library]
 
-    def files_at_end(self, gap: BaseGap | None) -> Mapping[str, bytes]:
+    def files_at_end(self, facts: dict[str, Any], gap: BaseGap | None) -> Mapping[str, bytes]:
         """Return the files of a fold that can be written only when all deltas have been read."""
-        del gap
+        del facts, gap
         return {}
 
     def noted(self: Same, notes: Sequence[str]) -> Same:

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.adapters.adapter import Adapter, FoldOptions
 from pcb_peft.adapters.delta_mapping import DeltaMapping
 from pcb_peft.adapters.saving import REPORT_FILE, FileFormat
 from pcb_peft.base.model import BaseModel
@@ -198,19 +198,11 @@ class MergedAdapter(Adapter):
             for name, one in self.pending.items()
         }
         modules = DeltaMapping(watched) if watched else self.modules
-        counting = dataclasses.replace(self, modules=modules, facts=facts)
-        gap = Adapter.fold(
-            counting,
-            base_model,
-            output,
-            tied=tied,
-            overwrite=overwrite,
-            progress=progress,
-            dequantize=self.recipe.dequantize if dequantize is None else dequantize,
-            compare_base=compare_base,
-            resume=resume,
-        ).base_gap
-        return self._after_fold(facts, gap)
+        quantised = self.recipe.dequantize if dequantize is None else dequantize
+        options = FoldOptions(tied, overwrite, progress, quantised, compare_base, resume)
+        counting = dataclasses.replace(self, modules=modules)
+        folded = counting._folded(base_model, output, options, facts)
+        return self._after_fold(facts, folded.base_gap)
 
     def _after_fold(self, facts: dict[str, Any], gap: BaseGap | None) -> "MergedAdapter":
         """Return the merge with a report that says what a fold has learned; all processes come here."""
@@ -220,8 +212,8 @@ class MergedAdapter(Adapter):
         lines = union(current().all_gather(facts))
         return done._with_lines({n: ModuleReport.from_plain(line) for n, line in lines.items()})
 
-    def files_at_end(self, gap: BaseGap | None) -> Mapping[str, bytes]:
-        return {REPORT_FILE: self._after_fold(self.facts, gap)._report_json().encode()}
+    def files_at_end(self, facts: dict[str, Any], gap: BaseGap | None) -> Mapping[str, bytes]:
+        return {REPORT_FILE: self._after_fold(facts, gap)._report_json().encode()}
 
     def _with_gap(self, gap: BaseGap) -> "MergedAdapter":
         """The same merge, with the distance between two base models in its report."""
