@@ -395,19 +395,20 @@ def roberta():
     return transformers.RobertaForSequenceClassification(config)
 
 
-def trained_roberta(seed):
-    adapted = peft.get_peft_model(roberta(), lora(modules_to_save=["classifier"]))
+def trained(base, seed, **options):
+    """A classifier with a LoRA that is the same for all seeds, and a head that is not."""
+    adapted = peft.get_peft_model(base, lora(modules_to_save=["classifier"], **options))
     torch.manual_seed(seed)
     for name, parameter in adapted.named_parameters():
         if "modules_to_save" in name:
             torch.nn.init.normal_(parameter)
         elif "lora_B" in name:
-            torch.nn.init.ones_(parameter)  # the same for all seeds
+            torch.nn.init.ones_(parameter)
     return adapted
 
 
 def test_a_head_of_several_layers_is_put_into_a_model_that_peft_has_wrapped():
-    other, model = trained_roberta(1), trained_roberta(2)
+    other, model = trained(roberta(), 1), trained(roberta(), 2)
     names = ["dense.weight", "dense.bias", "out_proj.weight", "out_proj.bias"]
     saved = peft.get_peft_model_state_dict(other)
     head = {f"classifier.{name}": saved[f"base_model.model.classifier.{name}"] for name in names}
@@ -419,7 +420,7 @@ def test_a_head_of_several_layers_is_put_into_a_model_that_peft_has_wrapped():
 def test_a_head_of_several_layers_is_loaded_and_saved_as_one(tmp_path):
     """PEFT wraps the whole classifier of a SEQ_CLS adapter, and fails where a layer inside it is named, too."""
     for seed in (1, 2):
-        trained_roberta(seed).save_pretrained(tmp_path / f"a{seed}")
+        trained(roberta(), seed).save_pretrained(tmp_path / f"a{seed}")
     alone = peft.PeftModel.from_pretrained(roberta(), tmp_path / "a2")
     merge_adapters([tmp_path / "a1", tmp_path / "a2"], "linear", [0, 1]).save_pretrained(
         tmp_path / "merged"
@@ -435,7 +436,10 @@ def test_a_model_without_words_gets_a_head(tmp_path):
     """CLIP's classifier of images has no embeddings of tokens."""
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     sizes |= {"num_attention_heads": 2}
-    text, vision = {**sizes, "vocab_size": 32}, {**sizes, "image_size": 8, "patch_size": 4}
+    text, vision = (
+        {**sizes, "vocab_size": 32, "eos_token_id": 2, "bos_token_id": 1},
+        {**sizes, "image_size": 8, "patch_size": 4},
+    )
     config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
     config.num_labels = 3
 
@@ -444,11 +448,8 @@ def test_a_model_without_words_gets_a_head(tmp_path):
         return transformers.CLIPForImageClassification(config)
 
     pixels = torch.randn(1, 3, 8, 8)
-    target = {"target_modules": ["q_proj"], "modules_to_save": ["classifier"]}
     for seed in (1, 2):
-        torch.manual_seed(seed)
-        model = peft.get_peft_model(clip(), peft.LoraConfig(r=2, init_lora_weights=False, **target))
-        torch.nn.init.normal_(model.base_model.model.classifier.weight)
+        model = trained(clip(), seed, target_modules=["q_proj"], task_type=None)
         model.save_pretrained(tmp_path / f"a{seed}")
     merge_adapters([tmp_path / "a1", tmp_path / "a2"], "linear", [0, 1]).save_pretrained(
         tmp_path / "merged"
