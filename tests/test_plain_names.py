@@ -174,6 +174,26 @@ def test_two_adapters_in_one_file_are_refused_by_name(tmp_path):
         load_adapter(tmp_path / "one")
 
 
+@pytest.mark.parametrize("with_base", [True, False])
+def test_tinker_s_name_of_the_output_layer_is_read(tmp_path, with_base):
+    base().save_pretrained(tmp_path / "base")
+    model = trained(LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    model.save_pretrained(tmp_path / "tinker", save_embedding_layers=False)
+    file = tmp_path / "tinker" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    file.unlink()
+    output, tinkers = "base_model.model.lm_head.", "base_model.model.model.unembed_tokens."
+    renamed = {name.replace(output, tinkers): values for name, values in tensors.items()}
+    assert renamed.keys() != tensors.keys()
+    save_file(renamed, file)
+    given = tmp_path / "base" if with_base else None
+    merged = merge_adapters([tmp_path / "tinker"], "linear", base_model=given)
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = PeftModel.from_pretrained(base(), tmp_path / "merged").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(TOKENS).logits, model(TOKENS).logits, rtol=0, atol=1e-5)
+
+
 def test_one_tensor_under_two_names_is_refused(tmp_path):
     trained(CONFIGS["LoRA"]).save_pretrained(tmp_path / "one")
     file = tmp_path / "one" / "adapter_model.safetensors"

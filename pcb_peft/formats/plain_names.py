@@ -6,6 +6,8 @@ of the adapter, which PEFT leaves out::
 
     _orig_mod.base_model.model.model.layers.0._checkpoint_wrapped_module.mlp.up_proj.lora_A.default.weight
               base_model.model.model.layers.0.mlp.up_proj.lora_A.weight
+
+Tinker calls the output layer ``model.unembed_tokens``, of whatever model: it is transformers' ``lm_head``.
 """
 
 import re
@@ -29,6 +31,7 @@ WRAPPERS = frozenset(
         "module",  # DistributedDataParallel, DeepSpeed
     }
 )
+_TINKERS_OUTPUT, _OUTPUT = f"{PREFIX}model.unembed_tokens.", f"{PREFIX}lm_head."
 _TUNER_PARTS = (
     r"(?:lora|ia3|hada|lokr|oft|boft|vera|pvera|hra|ln_tuning|c3a|miss|bone|delora|fourierft|waveft|randlora|road|"
     r"shira|vblora|hira|gralora|trainable_tokens)_\w+"
@@ -72,7 +75,10 @@ def with_plain_names(tensors: Tensors) -> Tensors:
     names = tensors.names()
     unwrapped = {name: without_wrappers(name) for name in names}
     adapter = _only_adapter(unwrapped.values(), tensors.where)
-    plain = {name: _without_adapter(unwrapped[name], adapter) for name in names}
+    plain = {
+        name: _without_adapter(unwrapped[name], adapter).replace(_TINKERS_OUTPUT, _OUTPUT)
+        for name in names
+    }
     if all(name == new for name, new in plain.items()):
         return tensors
     stored: dict[str, str] = {}
