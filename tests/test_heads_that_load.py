@@ -460,3 +460,18 @@ def test_a_model_without_words_gets_a_head(tmp_path):
         torch.testing.assert_close(
             loaded(pixel_values=pixels).logits, alone(pixel_values=pixels).logits, rtol=0, atol=1e-6
         )
+
+
+@pytest.mark.filterwarnings("ignore:.*newly initialized")
+def test_a_fold_of_a_head_for_other_classes_says_what_to_do(workshop, tmp_path):
+    bert(workshop, "SEQ_CLS", 2).save_pretrained(tmp_path / "two")
+    adapter = workshop.adapter(bert(workshop, "SEQ_CLS", 3), lora(), "three")
+    merged = merge_adapters([adapter], "linear", base_model=tmp_path / "two")
+    with pytest.raises(MismatchError, match=r"as many classes \(num_labels=…\), save it"):
+        merged.fold(tmp_path / "two", tmp_path / "folded")
+    assert not (tmp_path / "folded").exists()
+    bert(workshop, "SEQ_CLS", 3).save_pretrained(tmp_path / "same")
+    merged.fold(tmp_path / "same", tmp_path / "folded")
+    folded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "folded")
+    alone = peft.PeftModel.from_pretrained(bert(workshop, "SEQ_CLS", 3), adapter)
+    torch.testing.assert_close(logits(folded), logits(alone), rtol=0, atol=1e-5)

@@ -131,7 +131,13 @@ def vocab_resizes(checkpoint: CheckpointEdit, base: BaseModel) -> dict[int, int]
     for name, shape in checkpoint.shapes.items():
         source = checkpoint.added.get(name, name)
         old = base.tensors[source].shape
-        if (name not in embeddings and source not in embeddings) or shape[1:] != old[1:]:
+        if name not in embeddings and source not in embeddings:
+            raise MismatchError(
+                f"{name}: the adapter replaces it by {shape}, the base has {old}; give the base that the adapter was "
+                "trained on; if this is a head for other classes, load that base with as many classes (num_labels=…), "
+                "save it, and fold into what you saved"
+            )
+        if shape[1:] != old[1:]:
             raise _misfit(name, shape, old, "")
         sizes[old[0]] = shape[0]
         for other in [*embeddings, *checkpoint.added]:
