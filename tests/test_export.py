@@ -60,6 +60,7 @@ def test_portable_is_what_every_server_reads(workshop, tmp_path):
     shapes = {x.shape[0] for name, x in tensors_of(tmp_path / "out").items() if "lora_A" in name}
     assert shapes == {3}
     assert done.energy == 1
+    assert f" --enable-lora --lora-modules merged={tmp_path / 'out'}" in done.next_steps
     assert done.verification.passed
     assert done.verification.effect > 0.1
     servers = ["vllm==0.10", "sglang", "tensorrt-llm", "openvino", "peft==0.11"]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from pcb_peft.consumers.check import check
 from pcb_peft.consumers.vllm import RANKS
 from pcb_peft.deltas.delta import LowRank
 from pcb_peft.exporting.low_rank import without_spare_ranks
@@ -14,8 +15,14 @@ def _write_portable(request: Request) -> Sequence[str]:
     request.adapter.save_pretrained(
         request.output, dtype=request.dtype or torch.float32, overwrite=request.overwrite
     )
+    if request.adapter.task_type not in (
+        None,
+        "CAUSAL_LM",
+    ):  # what servers of language models do not take
+        return [_loaded(request)]
     name = request.adapter.base_model or "BASE_MODEL"
-    return [f"vllm serve {name} --lora-modules merged={request.output} …"]
+    flags = " ".join(check(request.output, "vllm").verdicts[0].flags)
+    return [f"vllm serve {name} {flags} --lora-modules merged={request.output}"]
 
 
 def _write_smallest(request: Request) -> Sequence[str]:
@@ -29,7 +36,15 @@ def _write_smallest(request: Request) -> Sequence[str]:
         rank_pattern=pattern,
         overwrite=request.overwrite,
     )
-    return [f'PeftModel.from_pretrained(base_model, "{request.output}")']
+    return [_loaded(request)]
+
+
+def _loaded(request: Request) -> str:
+    adapter = request.adapter
+    if adapter.heads:
+        base, head = adapter.base_model or "BASE_MODEL", next(iter(adapter.heads))
+        return f'load_merged("{base}", "{request.output}", head="{head}")'
+    return f'PeftModel.from_pretrained(base_model, "{request.output}")'
 
 
 PORTABLE = Profile(

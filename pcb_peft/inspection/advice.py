@@ -68,7 +68,7 @@ def _on_initialisation(comparison: Comparison, geometry: Geometry) -> list[str]:
     largest = float(geometry.initial.nan_to_num(0).triu(1).max())
     shown = some_of(pairs, between="; ")
     return [
-        f"{shown} were trained from the same lora_A (median cosine of their rows up to "
-        f"{largest:.2f}): methods that solve linear systems (regmean, wudi) need a "
+        f"{shown} have rows of lora_A in common, as if trained from the same one, or one merged from the other "
+        f"(median cosine up to {largest:.2f}): methods that solve linear systems (regmean, wudi) need a "
         "ridge there, sums and sparsifying methods do not care (Pathak et al. 2026)."
     ]
