@@ -107,8 +107,11 @@ def test_a_directory_that_is_not_there_is_named(workshop):
         load_adapter(workshop.directory / "both", subfolder="")
     with pytest.raises(AdapterError, match=r"both/math.*no such directory"):
         load_adapter(workshop.directory / "both", subfolder="math")
-    with pytest.raises(AdapterError, match="nowhere is neither a directory nor a hub repository"):
+    reached = "is neither a directory nor a hub repository that can be reached"
+    with pytest.raises(AdapterError, match=f"nowhere {reached}$"):
         load_adapter(workshop.directory / "nowhere")
+    with pytest.raises(AdapterError, match=f"cod {reached}; did you mean .*both/code\\?$"):
+        load_adapter(workshop.directory / "both" / "cod")
 
 
 @pytest.mark.parametrize("threads", [1, 2])

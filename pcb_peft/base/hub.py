@@ -32,6 +32,7 @@ def download(
         PcbPeftError: Of that type: there is no such repository, or it cannot be reached.
     """
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
 
     silent = not _answers(source, revision)
     try:
@@ -43,11 +44,13 @@ def download(
             local_files_only=silent,
         )
     except (OSError, ValueError) as error:
-        reason = f"the Hub did not answer within {SECONDS} s" if silent else shown(error)
+        reason = f": the Hub did not answer within {SECONDS} s" if silent else f": {shown(error)}"
+        if isinstance(error, HFValidationError):  # a path, which no repository can be called
+            reason = ""
         here = "" if Path(source).is_absolute() else f" (paths begin in {Path.cwd()})"
         raise error_type(
-            f"{source} is neither a directory nor a hub repository that can be reached{here}"
-            f"{similar_path(source)}: {reason}"
+            f"{source} is neither a directory nor a hub repository that can be reached{here}{reason}"
+            f"{similar_path(source)}"
         ) from error
     return Path(root)
 
