@@ -249,7 +249,7 @@ def test_the_base_model_is_left_as_it_was(workshop, words):
 def test_mistakes_are_named(workshop, words):
     paths, base = made(workshop, "classifier")
     merged = merge_adapters(paths, "flat", rank=2)
-    with pytest.raises(OptionError, match="2 adapters and 1 sets of texts"):
+    with pytest.raises(OptionError, match="2 adapters and texts for 1"):
         distill_merge(merged, paths, [texts(1)], base, tokenizer=words)
     with pytest.raises(OptionError, match="held_out is 1"):
         distill_merge(merged, paths, [texts(1), texts(2)], base, held_out=1, tokenizer=words)

@@ -207,6 +207,10 @@ def test_a_weak_merge_and_a_strong_one_are_pointed_out(workshop):
     paths = workshop.adapters("llama", [LORA, LORA])
     assert "the merge is weak" in str(merge_adapters(paths, "linear", [0.1, 0.1]).report)
     assert "the merge is strong" in str(merge_adapters(paths, "linear", [3.0, 3.0]).report)
+    scaled = merge_adapters(paths, "linear").scaled(5)
+    factor = re.search(r"try (\S+) times its scale", str(scaled.report))
+    assert factor
+    assert "the merge is" not in str(scaled.scaled(float(factor[1])).report)
     hint = str(merge_adapters(paths, "linear", [0.1, 0.1]).report)
     scale = float(re.search(r"--set scale=([\d.]+)", hint).group(1))
     better = merge_adapters(paths, "linear", [0.1, 0.1]).scaled(scale)

@@ -144,7 +144,7 @@ def _check(adapters: Sequence[Any], texts: Sequence[Any], held_out: float) -> No
     """Raises OptionError for what cannot be distilled."""
     if len(texts) != len(adapters) or not adapters:
         raise OptionError(
-            f"{len(adapters)} adapters and {len(texts)} sets of texts: give one file (or list) per adapter, in order"
+            f"{len(adapters)} adapters and texts for {len(texts)}: give one file (or list) per adapter, in order"
         )
     if not 0 <= held_out < 1:
         raise OptionError(f"held_out is {held_out!r}; it must be a fraction from 0, less than 1")

@@ -271,8 +271,8 @@ def _on_strength(report: Report) -> list[str]:
     word = "weak" if share < usual else "strong"
     return [
         f"the merge is {word}: it makes {share:.2f} of each adapter's own change, and merges of {count} keep most at "
-        f"about {usual:.2f}; try scale={usual / share:.2g} (--set scale={usual / share:.2g}) and measure both with "
-        "pcb-peft evaluate"
+        f"about {usual:.2f}; try {usual / share:.2g} times its scale (merged.scaled({usual / share:.2g}), or --set "
+        f"scale={usual / share:.2g} where the recipe has none) and measure both with pcb-peft evaluate"
     ]
 
 
