@@ -124,7 +124,7 @@ def test_flags_are_the_arguments_of_merge_adapters(run, tmp_path, flags):
 def test_a_report_ends_with_what_was_written_and_what_to_do_next(run, tmp_path):
     code, out, err = run("merge math code -o @out --method linear")
     assert (code, err) == (0, "")
-    first, *_, written, servers, following, load, fold = out.splitlines()
+    first, *_, written, servers, following, load, test, fold = out.splitlines()
     assert first.startswith("linear in ")
     size = sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
     assert written == f"written to {tmp_path / 'out'}: rank 6, {size / 1024:.2g} KiB"
@@ -134,6 +134,7 @@ def test_a_report_ends_with_what_was_written_and_what_to_do_next(run, tmp_path):
         "load",
         f'PeftModel.from_pretrained(base_model, "{tmp_path / "out"}")',
     ]
+    assert test.endswith(f"pcb-peft evaluate {tmp_path / 'out'} --data math.jsonl code.jsonl")
     assert f"pcb-peft fold {tmp_path / 'out'} " in fold
 
 

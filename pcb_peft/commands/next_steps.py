@@ -20,7 +20,7 @@ def where_written(output: Path, rank: int | None, size: int) -> str:
 
 
 def after_merge(merged: MergedAdapter, output: Path, rank: int | None) -> str:
-    """Say how to load, serve and fold a merged adapter that was saved."""
+    """Say how to load, serve, test and fold a merged adapter that was saved."""
     if merged.file_format != "peft":
         return (
             f'next:\n  load   pipeline.load_lora_weights("{output}") in diffusers, or your web UI'
@@ -32,6 +32,8 @@ def after_merge(merged: MergedAdapter, output: Path, rank: int | None) -> str:
         lines.append(
             f"  serve  vllm serve {base} --enable-lora --max-lora-rank {served} --lora-modules merged={output}"
         )
+    files = " ".join(f"{name}.jsonl" for name in merged.report.adapters)  # texts with answers
+    lines.append(f"  test   pcb-peft evaluate {output} --data {files}")
     lines.append(f"  fold   pcb-peft fold {output} {base} -o {output}-model")
     return "\n".join(["next:", *lines])
 
