@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
+MOST_SECONDS = 300  # for a hang: a busy machine may be ten times slower than an idle one
 
 
 class Ended(NamedTuple):
@@ -52,11 +53,11 @@ class Launcher:
         command: Sequence[object],
         *,
         threads: int = 1,
-        timeout: float = 120,
+        timeout: float = MOST_SECONDS,
         fresh: bool = False,
         **variables: str,
     ) -> Ended:
-        """Runs ``python *command`` in `count` processes until all have ended, or the time is over.
+        """Runs ``python *command`` in `count` processes until all have ended, or the time is over, which is an error.
 
         `variables` are added to the environment.
         """

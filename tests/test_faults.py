@@ -8,10 +8,11 @@ import faults
 import pytest
 
 from pcb_peft.commands import cli
-from pcb_peft.errors import OptionError, OutputError, ProcessError
+from pcb_peft.errors import NoSpaceError, OptionError, OutputError, ProcessError
 from pcb_peft.runtime.paths import cache_directory
 from pcb_peft.runtime.processes import joined
 from pcb_peft.runtime.scratch import private_directory
+from pcb_peft.writing.targets import resolved
 
 
 @pytest.mark.slow
@@ -51,6 +52,9 @@ def test_a_current_directory_that_is_gone_is_said(tmp_path, monkeypatch, capsys)
     (tmp_path / "gone").rmdir()
     assert cli.main(["inspect", "math"]) == 2
     assert "current directory has been removed" in capsys.readouterr().err
+    with pytest.raises(OutputError, match="whole path"):
+        resolved(Path("out"))
+    assert resolved(tmp_path / "out") == tmp_path.resolve() / "out"
     monkeypatch.chdir(tmp_path)
 
 
@@ -67,6 +71,19 @@ def test_without_a_home_the_variables_for_the_cache_are_named(monkeypatch):
 def test_without_a_place_for_temporary_files_the_variable_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     with pytest.raises(OutputError, match="TMPDIR"), private_directory():
+        pytest.fail("it was made")
+
+
+def test_a_full_place_for_temporary_files_is_named_with_its_variable(monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(NoSpaceError, match="TMPDIR"), private_directory() as place:
+        raise NoSpaceError(f"{place}/merged cannot be written")
+    with pytest.raises(NoSpaceError, match=r"^out cannot be written$"), private_directory():
+        raise NoSpaceError("out cannot be written")
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    with pytest.raises(NoSpaceError, match="TMPDIR"), private_directory():
         pytest.fail("it was made")
 
 

@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return _run(words)
         except PcbPeftError as error:
-            if _is_first():
+            if _prints(error):
                 print_error(error, words)
             return code_of(error)
         except (KeyboardInterrupt, SystemExit):
@@ -86,12 +86,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return INTERNAL
 
 
-def _is_first() -> bool:
-    """Return whether this process prints errors; it does where the launcher does not say which one it is."""
+def _prints(error: PcbPeftError) -> bool:
+    """Return whether this process prints an error: the first one does, and the second, if the first may be gone.
+
+    So does a process that the launcher does not tell its number.
+    """
     try:
-        return rank_and_size()[0] == 0
+        rank, _ = rank_and_size()
     except ProcessError:
         return True
+    return rank == 0 or (rank == 1 and isinstance(error, ProcessError))
 
 
 def _after_system_error(error: OSError, words: Sequence[str]) -> int:

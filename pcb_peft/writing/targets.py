@@ -137,6 +137,11 @@ def resolved(target: Path) -> Path:
     Raises:
         OutputError: It cannot be a path.
     """
+    if current_directory() is None and not expanded(target).is_absolute():
+        raise OutputError(
+            f"{target} lies in the current directory, which has been removed; go to another directory, or name the "
+            "output by its whole path"
+        )
     try:
         return expanded(target).resolve()
     except (OSError, RuntimeError, ValueError) as error:  # links in a circle; a zero byte
