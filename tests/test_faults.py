@@ -1,10 +1,13 @@
 """A sample of the faults of faults.py (``python tests/faults.py`` tries all), and systems that lack something."""
 
 import errno
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import faults
+import peft
 import pytest
 
 from pcb_peft.commands import cli
@@ -98,3 +101,27 @@ def test_a_number_of_processes_without_a_launcher_is_refused(monkeypatch):
             pytest.fail("it joined")
     finally:
         PartialState._reset_state()
+
+
+INTERRUPTED_IN_TORCH = """
+import os, signal, sys
+from pcb_peft.commands import cli
+def hook(event, details):
+    if event == "import" and details[0].startswith("numpy") and "torch" in sys.modules and not sent:
+        sent.append(os.kill(os.getpid(), signal.SIGINT))
+sent = []
+sys.addaudithook(hook)
+sys.exit(cli.main(["merge", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.slow
+def test_an_interruption_while_torch_is_imported_is_not_lost(tmp_path, workshop):
+    """The C code of torch imports numpy, and takes any exception for a numpy that is not there."""
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    words = [*workshop.adapters("llama", [config, config]), "-o", tmp_path / "out"]
+    command = [sys.executable, "-c", INTERRUPTED_IN_TORCH, *words]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    assert ended.returncode == 130, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "out").exists()

@@ -38,6 +38,10 @@ def raising_on_signals(on_first: Callable[[], None]) -> Generator[list[signal.Si
     def handle(number: int, frame: object) -> None:
         nonlocal first_at
         del frame
+        if _is_importing(
+            "torch"
+        ):  # its C code loses exceptions; nothing has been written before it is there
+            os._exit(128 + number)
         if received:
             if time.monotonic() - first_at > REPEAT_SECONDS:
                 os._exit(128 + number)
@@ -57,6 +61,12 @@ def raising_on_signals(on_first: Callable[[], None]) -> Generator[list[signal.Si
     finally:
         for number, handler in handlers_before.items():
             signal.signal(number, handler)
+
+
+def _is_importing(module: str) -> bool:
+    """Return whether a module is being imported at this moment."""
+    spec = getattr(sys.modules.get(module), "__spec__", None)
+    return getattr(spec, "_initializing", False)
 
 
 @contextlib.contextmanager
