@@ -111,8 +111,8 @@ def fold_adapter(  # noqa: PLR0913  (every choice, by name)
 
     Args:
         adapter: A directory, a hub id, (PeftModel, adapter name), or an adapter that is loaded.
-        base_model: Path or hub id of a transformers checkpoint in safetensors.
-        output: Directory to write.
+        base_model: Path or hub id, in safetensors: a model of transformers, a pipeline of diffusers, or one file.
+        output: Directory to write; a file, if the base model is one.
         tied: Policy for tied weights, as in `Adapter.fold`.
         overwrite: Replace a directory that is not empty: True, if this package wrote everything in it; "all", whatever
             it holds.

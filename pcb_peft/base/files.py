@@ -78,10 +78,10 @@ def read_index(directory: Path, file: str = INDEX_FILE) -> dict[str, str]:
         )
     content = read_json_file(path, BaseModelError, WAY_OUT)
     index = checked(content, _Index, str(path), BaseModelError, WAY_OUT).weight_map
-    for file in set(index.values()):
-        if Path(file).name != file or not is_file(directory / file):
+    for shard in set(index.values()):
+        if Path(shard).name != shard or not is_file(directory / shard):
             raise BaseModelError(
-                f"{path} names the file {quoted(file)}, which is not beside it; fetch the model again"
+                f"{path} names the file {quoted(shard)}, which is not beside it; fetch the model again"
             )
     if not index:
         raise BaseModelError(

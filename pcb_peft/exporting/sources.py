@@ -11,7 +11,7 @@ from pcb_peft.merging.result import MergedAdapter
 from pcb_peft.recipes.recipe import FILE_NAME, Recipe, read_recipe
 
 
-def sources_of(adapter: Adapter, base: Callable[[], BaseModel]) -> list[Adapter]:
+def weighted_sources(adapter: Adapter, base: Callable[[], BaseModel]) -> list[Adapter]:
     """Return the adapters that a merge was made of, each times its weight: their sum is the plain merge.
 
     Args:
@@ -19,7 +19,7 @@ def sources_of(adapter: Adapter, base: Callable[[], BaseModel]) -> list[Adapter]
         base: The base model.
 
     Returns:
-        Nothing for an adapter that is no merge, where the sources are no longer on this machine, and where weights
+        Nothing for an adapter that is no merge, where the sources are gone, changed or unreadable, and where weights
         differ between modules.
     """
     try:

@@ -21,7 +21,7 @@ from pcb_peft.data.live_heads import Head, put_head, with_head, wrapped_by_peft
 from pcb_peft.data.models import load_base, quiet_transformers
 from pcb_peft.errors import MismatchError, OptionError
 from pcb_peft.exporting.profile import Profile
-from pcb_peft.exporting.sources import sources_of
+from pcb_peft.exporting.sources import weighted_sources
 
 PROMPTS = (
     "The capital of France is",
@@ -114,7 +114,7 @@ def verify(
         return Verification(
             profile.name, skipped="run it with the base model in the program itself"
         )
-    directory, sources = base().directory, sources_of(adapter, base)
+    directory, sources = base().directory, weighted_sources(adapter, base)
     batches, name, error, effect, distance = _batches(directory), "", 0.0, 0.0, 0.0
     summed: list[Tensor] = []
     with quiet_transformers(), warnings.catch_warnings(), torch.no_grad():

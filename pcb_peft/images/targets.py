@@ -40,12 +40,9 @@ def names_in_file(modules: Shapes, image: ImageLora | None, target: str) -> dict
     """
     candidates = _candidates(modules, image)
     if image is None and not candidates:
-        raise UnsupportedError(
-            f"{next(iter(modules))} does not belong to a diffusion pipeline that is known: save it in PEFT's format "
-            f"(format='peft', --format peft), not as {target!r}"
-        )
+        raise _of_no_pipeline(next(iter(modules)), target)
     named = with_components(modules, image, target)
-    wholes = target != "diffusers"
+    wholes = target != DIFFUSERS
     names: dict[str, str] = {}
     for name in _regrouped(named, candidates if wholes else [], target):
         end = _end_of_whole(name, named.get(name, (0, 0)))
@@ -101,15 +98,12 @@ def _likely(candidates: list[Architecture]) -> list[Architecture]:
 
 
 def _with_component(name: str, candidates: list[Architecture], target: str) -> str:
-    """Return a module's name with its component, which PEFT's adapters of one model do not name."""
+    """Return the name of one module with its component; arguments and errors are those of `with_components`."""
     if stored_name(name).prefix:
         return name
     components = {one.component for one in candidates if one.canonical(name, ".") is not None}
     if len(components) != 1:
-        raise UnsupportedError(
-            f"{name} does not belong to a diffusion pipeline that is known: save it in PEFT's format (format='peft', "
-            f"--format peft), not as {target!r}"
-        )
+        raise _of_no_pipeline(name, target)
     return f"{components.pop()}.{name}"
 
 
@@ -222,3 +216,10 @@ def _text_encoder(component: str, path: str, image: ImageLora | None, modules: s
 
 def _no_name(name: str, target: str, way_out: str) -> UnsupportedError:
     return UnsupportedError(f"{name} is a name that {target} does not know: {way_out} (--format)")
+
+
+def _of_no_pipeline(name: str, target: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{name} does not belong to a diffusion pipeline that is known: save it in PEFT's format (format='peft', "
+        f"--format peft), not as {target!r}"
+    )
