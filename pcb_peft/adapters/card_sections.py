@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pcb_peft.base.canonical import AUTO_CLASSES
+from pcb_peft.base.canonical import AUTO_CLASSES, CLASSIFIERS
 from pcb_peft.deltas.replacements import Replacements
 from pcb_peft.writing.model_card import code, link, public_name
 
@@ -28,7 +28,6 @@ from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained("path/or/hub-id/of/this/model")
 """
 _COMMENT = re.compile(r"<!--.*?-->")  # marks around an evaluation
-_CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
 
 
 def loading_sections(
@@ -72,7 +71,7 @@ def use_section(
         return code("python", "\n".join(lines))
     mapped = (auto_mapping or {}).get("base_model_class")
     name = AUTO_CLASSES.get(str(task_type or head.task.task_type)) or mapped or "AutoModel"
-    options = _head_options(head) if task_type in _CLASSIFIERS else ""
+    options = _head_options(head) if task_type in CLASSIFIERS else ""
     lines = ["from peft import PeftModel", f"from transformers import {name}", ""]
     lines += [f'model = {name}.from_pretrained("{base}"{options})']
     lines += [f'model = PeftModel.from_pretrained(model, "{HERE}")']

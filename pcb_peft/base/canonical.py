@@ -42,6 +42,9 @@ AUTO_CLASSES = {
 }
 """PEFT's task types, and the class of transformers that does each."""
 
+CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
+"""Task types whose models have a head with a row per class."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ModelClass:

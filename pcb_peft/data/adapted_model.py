@@ -8,6 +8,7 @@ from typing import Any
 
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.source import Source
+from pcb_peft.base.canonical import CLASSIFIERS
 from pcb_peft.data.models import load_base
 from pcb_peft.errors import MismatchError
 from pcb_peft.runtime.paths import expanded
@@ -70,7 +71,7 @@ def _peft_arguments(source: Source) -> tuple[str, dict[str, Any]]:
 
 def _number_of_classes(adapter: Adapter) -> dict[str, Any]:
     """Return the number of classes of the adapter's head, as an argument of ``from_pretrained``."""
-    if adapter.task_type not in ("SEQ_CLS", "TOKEN_CLS"):
+    if adapter.task_type not in CLASSIFIERS:
         return {}
     sizes = [
         new.shape[0] for name, new in adapter.head.parameters.items() if name.endswith(".weight")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.base.canonical import CLASSIFIERS
 from pcb_peft.errors import MismatchError, UnsupportedError
 
 Head = dict[str, Tensor]
@@ -27,7 +28,7 @@ def head_of(adapter: Adapter, model: Any) -> Head:
         raise UnsupportedError(
             f"{adapter.name} replaces rows of an embedding, and distillation cannot switch these between texts"
         )
-    if adapter.task_type in ("SEQ_CLS", "TOKEN_CLS") and not adapter.head.parameters:
+    if adapter.task_type in CLASSIFIERS and not adapter.head.parameters:
         raise UnsupportedError(
             f"{adapter.name} is a classifier without a classification head in its files, so what it answers is not "
             "known; save it with its head (modules_to_save)"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.base.canonical import CLASSIFIERS
 from pcb_peft.base.model import BaseModel
 from pcb_peft.consumers.files import open_output
 from pcb_peft.consumers.mlx import hidden_rope_theta
@@ -29,7 +30,6 @@ PROMPTS = (
     "Once upon a time, in a small village by the sea,",
 )
 TOP = 10
-_CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
 DIFFERENCE = 10  # an effect on the base model of so many errors is one
 HALF_PRECISION = 0.05  # largest difference that rounding of 16-bit tensors may make
 
@@ -175,7 +175,7 @@ def _bare_model(directory: Path, adapter: Adapter, head: Head) -> Any:
         for name, values in adapter.head.read().items()
         if name not in present or present[name].shape != values.shape
     }
-    if missing and adapter.task_type in _CLASSIFIERS:
+    if missing and adapter.task_type in CLASSIFIERS:
         with_head(model, missing, adapter.name)
     if head:
         with_head(model, head, adapter.name)
