@@ -52,17 +52,18 @@ def report_json(report: Report, recipe: Recipe, paths: Iterable[str]) -> str:
     return json.dumps(_rounded(content), indent=1, ensure_ascii=False) + "\n"
 
 
-def read_report(place: Path) -> Report | None:
+def read_report(place: Path, recipe: Recipe | None = None) -> Report | None:
     """Read the report of a merge that was saved.
 
     Args:
         place: Its directory, or its file.
+        recipe: The recipe beside it, which must be of as many adapters.
 
     Returns:
         The report; None where there is none.
 
     Raises:
-        AdapterError: It is damaged.
+        AdapterError: It is damaged, or belongs to another merge than the recipe.
     """
     if place.is_file() and place.suffix == ".safetensors":
         text, where = SafetensorsFile(place).metadata().get(REPORT), f"{place} ({REPORT})"
@@ -74,6 +75,12 @@ def read_report(place: Path) -> Report | None:
         return None
     content = parse_json(text, where, AdapterError, _WAY_OUT)
     report = checked(content, Report, where, AdapterError, _WAY_OUT)
+    count = len(report.names or report.adapters)
+    if recipe is not None and count not in (0, len(recipe.adapters)):
+        raise AdapterError(
+            f"{where} is of {count} adapters, and the recipe beside it of {len(recipe.adapters)}: they belong to "
+            "different merges; merge again"
+        )
     for module, line in report.modules.items():
         if line.products and line.products.keys() != line.adapter_norms.keys():
             raise AdapterError(

@@ -84,7 +84,7 @@ def _described(headed: Adapter, opened: OpenedAdapter, head: str) -> dict[str, b
     if recipe.is_file():
         again = dataclasses.replace(read_recipe(recipe), head=head)
         files[FILE_NAME] = again.to_yaml().encode()
-        if (report := read_report(recipe.parent)) is not None:
+        if (report := read_report(recipe.parent, again)) is not None:
             notes = notes_with_head(report.notes, head, headed.head.modules)
             report = dataclasses.replace(report, notes=notes)
             files[REPORT_FILE] = report_json(report, again, headed.inputs).encode()

@@ -94,16 +94,12 @@ def record_of(merged: MergedAdapter | str | Path, evaluation: Any = None) -> Mer
     if isinstance(merged, MergedAdapter):
         return MergeRecord(merged.report, merged.recipe, merged.base_model, merged, measured)
     place = expanded(merged)
-    report = read_report(place) if place.is_dir() else None
-    if report is None or not (place / FILE_NAME).is_file():
+    known = place.is_dir() and (place / FILE_NAME).is_file()
+    recipe = read_recipe(place / FILE_NAME) if known else None
+    report = read_report(place, recipe) if known else None
+    if report is None or recipe is None:
         raise AdapterError(
             f"{merged} holds no {REPORT_FILE} and {FILE_NAME} of a merge: name a directory that pcb-peft merge wrote"
-        )
-    recipe = read_recipe(place / FILE_NAME)
-    if report.adapters and len(report.adapters) != len(recipe.adapters):
-        raise AdapterError(
-            f"{place}: {REPORT_FILE} is of {len(report.adapters)} adapters, and {FILE_NAME} of {len(recipe.adapters)}: "
-            "they belong to different merges; merge again"
         )
     if measured is None and (place / EVALUATION).is_file():
         content = read_json_file(place / EVALUATION, AdapterError, _WAY_OUT)
