@@ -50,6 +50,14 @@ def configuration(directory):
     return json.loads((directory / "adapter_config.json").read_text())
 
 
+def test_a_merge_of_classifiers_is_not_said_to_be_served_but_loaded_with_a_head(workshop, tmp_path):
+    configs = [lora("query", task_type="SEQ_CLS") for _ in range(2)]
+    merged = merge_adapters(workshop.adapters("bert", configs), "linear", progress=False)
+    done = exported(merged, "portable", tmp_path / "out")
+    assert f'load_merged("BASE_MODEL", "{tmp_path / "out"}", head="adapter1")' in done.next_steps
+    assert "vllm serve" not in done.next_steps
+
+
 def test_portable_is_what_every_server_reads(workshop, tmp_path):
     adapter = mixed(workshop)
     done = exported(adapter, "portable", tmp_path / "out", verified=True)
