@@ -1,5 +1,7 @@
 """Weights by block: the numbers that users of block-weight tools know, in the order in which diffusers' models run."""
 
+import pickle
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -177,3 +179,17 @@ def test_blocks_of_a_language_model_are_refused(workshop):
     adapter = workshop.adapter("mlp", peft.LoraConfig(target_modules=["mix"]))
     with pytest.raises(OptionError, match="no blocks that are known"):
         merge_adapters([adapter], "linear", [{"blocks": [1.0] * 17}])
+
+
+def test_a_merge_in_memory_is_pickled_with_its_weights_by_block(tmp_path):
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    factors = {
+        f"{name}.lora_A.weight": torch.randn(2, 8),
+        f"{name}.lora_B.weight": torch.randn(8, 2),
+    }
+    save_file(factors, tmp_path / "a.safetensors")
+    numbers = [3.0 if place == 13 else 0.0 for place in range(26)]  # M00
+    weights = [1, {"blocks": numbers}]
+    merged = merge_adapters([tmp_path / "a.safetensors"] * 2, "linear", weights, rank="full")
+    again = pickle.loads(pickle.dumps(merged)).delta(name)
+    assert torch.allclose(again, 4 * load_adapter(tmp_path / "a.safetensors").delta(name))

@@ -102,19 +102,20 @@ def weights_by_module(
     """
     paths = list(modules)
     if any(isinstance(weight, BlockWeights) for weight in weights):
-        by_weight = [_by_module(weight, paths) for weight in weights]
-        return lambda module: tuple([weight(module) for weight in by_weight])
+        columns = [_by_module(weight, paths) for weight in weights]
+        by_module = {module: tuple([column[module] for column in columns]) for module in paths}
+        return by_module.__getitem__
     if any(isinstance(weight, tuple) for weight in weights) and of_image_model(paths):
         return functools.partial(_at_place, weights, forward_depths(paths))
     return functools.partial(at_depth, weights, layers=number_of_layers(paths))
 
 
-def _by_module(weight: Weight, paths: Sequence[str]) -> Callable[[str], float]:
-    """Return a function from a module to its weight of one adapter."""
+def _by_module(weight: Weight, paths: Sequence[str]) -> dict[str, float]:
+    """Return the weight of one adapter in each module."""
     if isinstance(weight, BlockWeights):
-        return weights_in_blocks(weight, paths).__getitem__
+        return weights_in_blocks(weight, paths)
     alone = weights_by_module([weight], paths)
-    return lambda module: alone(module)[0]
+    return {module: alone(module)[0] for module in paths}
 
 
 def _at_place(
