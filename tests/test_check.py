@@ -126,6 +126,7 @@ def test_heads_that_are_kept_apart(workshop):
     merged.save_pretrained(workshop.directory / "merged")
     checked = check(workshop.directory / "merged")
     assert any("choose one: pcb-peft head" in note for note in checked.notes)
+    assert any(note.startswith("heads of tasks: servers are made") for note in checked.notes)
     assert ("ignores", "the heads beside the adapter: adapter1, adapter2") in found(
         workshop.directory / "merged", "peft"
     )

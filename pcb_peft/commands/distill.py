@@ -13,6 +13,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base-model", required=True, help="directory or hub id")
     parser.add_argument(
         "--texts",
+        "--data",
         nargs="+",
         type=Path,
         required=True,

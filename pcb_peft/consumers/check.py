@@ -208,6 +208,10 @@ def _notes(files: OutputFiles) -> list[str]:
                 "vLLM's build for the CPU may serve the bare base wrongly while it holds the adapter; fold it instead",
             ),
             (
+                features.other_task(files) if files.form == "peft" else "",
+                "servers are made for language models; whether one serves LoRAs of this base model is not known here",
+            ),
+            (
                 features.no_base_name(files) if files.form == "peft" else "",
                 "programs that load an adapter by its path alone cannot find the base model",
             ),

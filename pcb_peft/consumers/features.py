@@ -39,6 +39,14 @@ def dora(files: OutputFiles) -> str:
     return f"DoRA ({count} modules)" if count else ""
 
 
+def other_task(files: OutputFiles) -> str:
+    """Name a task other than writing text."""
+    task = files.config.get("task_type")
+    if task is None and files.heads:
+        return "heads of tasks"
+    return "" if task in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM") else f"task type {task}"
+
+
 def rslora(files: OutputFiles) -> str:
     """Say that the scaling is alpha/√r."""
     return "rsLoRA scaling" if files.config.get("use_rslora") and files.rank > 1 else ""
