@@ -105,6 +105,7 @@ def test_a_number_of_processes_without_a_launcher_is_refused(monkeypatch):
 
 INTERRUPTED_IN_TORCH = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the parent may ignore it
 from pcb_peft.commands import cli
 def hook(event, details):
     if event == "import" and details[0].startswith("numpy") and "torch" in sys.modules and not sent:

@@ -15,9 +15,8 @@ Svd: TypeAlias = tuple[Tensor, Tensor, Tensor]
 OVERSAMPLING = 16
 POWER_ITERATIONS = 3
 MAX_CONDITION_SQUARED = 1e8  # of a matrix for Cholesky QR; above it Householder QR is used
-RANK_TOLERANCE = (
-    1e-6  # a smaller part of the largest singular value is the rounding of float32 files
-)
+RANK_TOLERANCE = 1e-6
+"""A smaller part of the largest singular value is the rounding of float32 files."""
 GROUP = 4  # rows that a BLAS computes at once
 
 

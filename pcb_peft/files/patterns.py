@@ -13,9 +13,8 @@ from pcb_peft.errors import PcbPeftError
 from pcb_peft.runtime.shown import shown
 
 LONGEST = 20_000  # characters of an expression
-SECONDS = (
-    2.0  # of the processor, for all names that one expression, or one mapping of them, is tried on
-)
+SECONDS = 2.0
+"""Of the processor, for all names that one expression, or one mapping of them, is tried on."""
 _PLAIN = re.compile(r"[\w.-]+", re.ASCII)  # a name: all that is special in it is the dot
 
 

@@ -8,9 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Generator
 
-REPEAT_SECONDS = (
-    3.0  # launchers send each process, within this time, the signal that all of them got already
-)
+REPEAT_SECONDS = 3.0
+"""Launchers send each process, within this time, the signal that all of them got already."""
 ENDING = tuple(
     getattr(signal, name)
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")
@@ -38,9 +37,7 @@ def raising_on_signals(on_first: Callable[[], None]) -> Generator[list[signal.Si
     def handle(number: int, frame: object) -> None:
         nonlocal first_at
         del frame
-        if _is_importing(
-            "torch"
-        ):  # its C code loses exceptions; nothing has been written before it is there
+        if _is_importing("torch"):  # its C code loses exceptions; nothing is written before it
             os._exit(128 + number)
         if received:
             if time.monotonic() - first_at > REPEAT_SECONDS:

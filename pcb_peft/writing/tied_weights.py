@@ -11,9 +11,8 @@ from pcb_peft.errors import BaseModelError, MismatchError
 from pcb_peft.writing.edits import TensorEdit, Unchanged
 from pcb_peft.writing.shards import CheckpointEdit
 
-SAME_CHANGE = (
-    1e-5  # changes of tied weights that differ by less, relative to the larger, count as one
-)
+SAME_CHANGE = 1e-5
+"""Changes of tied weights that differ by less, relative to the larger, count as one."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
