@@ -21,7 +21,7 @@ CHECK_EVERY = 10  # steps between two looks at the held-out texts
 PATIENCE = 3  # looks without an improvement after which the training stops
 CHECK_BATCH = 32  # texts
 LEAST_SCALE = 0.1
-"""Of the mean scale: a task that hardly loses anything must not outweigh the others."""
+"""Part of the mean scale: a task that hardly loses anything must not outweigh the others."""
 
 Divergences = dict[str, float]
 """Task to the mean divergence of the merge from the task's own adapter; 0 is the same."""

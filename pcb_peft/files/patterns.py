@@ -14,7 +14,7 @@ from pcb_peft.runtime.shown import shown
 
 LONGEST = 20_000  # characters of an expression
 SECONDS = 2.0
-"""Of the processor, for all names that one expression, or one mapping of them, is tried on."""
+"""Seconds of the processor, for all names that one expression, or one mapping of them, is tried on."""
 _PLAIN = re.compile(r"[\w.-]+", re.ASCII)  # a name: all that is special in it is the dot
 
 

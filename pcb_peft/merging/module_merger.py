@@ -25,7 +25,7 @@ from pcb_peft.tasks.task_vectors import BlockCounts, Merged, TaskVectors
 Result = TypeVar("Result")
 
 FACTOR_BYTES = 12
-"""Per value of a module's factors: lora_A or lora_B in float32, and a basis in float64."""
+"""Bytes per value of a module's factors: lora_A or lora_B in float32, and a basis in float64."""
 CORE_BYTES = 8  # per value of its cores, in float64
 
 
