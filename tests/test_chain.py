@@ -11,9 +11,12 @@ from safetensors.torch import load_file
 from pcb_peft import BaseModelError, Recipe, load_adapter, merge, merge_adapters, read_recipe
 from pcb_peft.commands import cli
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*lora_bias=True", "ignore:Already found a `peft_config`", "ignore:.*invalid shape"
-)
+pytestmark = [
+    pytest.mark.filterwarnings(
+        "ignore:.*lora_bias=True", "ignore:Already found a `peft_config`", "ignore:.*invalid shape"
+    ),
+    pytest.mark.slow,
+]
 
 
 def ia3(**options):

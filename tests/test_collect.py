@@ -35,6 +35,9 @@ from pcb_peft.commands import cli
 from pcb_peft.data import statistics_file
 from pcb_peft.data.statistics_file import save_statistics
 
+pytestmark = pytest.mark.slow  # whole models: the parts are tested by themselves
+
+
 LAYERS = {
     "llama": ["q_proj", "down_proj", "v_proj"],
     "gpt2": ["c_attn", "c_proj"],  # Conv1D

@@ -14,7 +14,7 @@ from pcb_peft import extract_adapter, load_adapter, merge_adapters
 from pcb_peft.base.model import open_base_model
 
 P = "base_model.model."
-pytestmark = pytest.mark.filterwarnings("ignore:The following .*_pattern keys")
+pytestmark = [pytest.mark.filterwarnings("ignore:The following .*_pattern keys"), pytest.mark.slow]
 BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
 VISION_MIXTURE, NOMIC, QWEN = (
     "Qwen3VLMoeForConditionalGeneration",

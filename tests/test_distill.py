@@ -21,6 +21,9 @@ from pcb_peft.distillation.teacher import Reader
 from pcb_peft.distillation.texts import encoded
 from pcb_peft.errors import MismatchError, UnsupportedError
 
+pytestmark = pytest.mark.slow  # whole models: the parts are tested by themselves
+
+
 WORDS = [f"w{number}" for number in range(30)]
 OPTIONS = {"steps": 20, "batch_texts": 4, "progress": False}
 

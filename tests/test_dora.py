@@ -61,7 +61,10 @@ PAIRS = {  # the model, two adapters, and the most that their ranks can add up t
     "lora_bias": ("mlp", lora("up", "mix", lora_bias=True), dora("up", "mix"), 6),
 }
 every_pair = pytest.mark.parametrize("name", PAIRS)
-pytestmark = pytest.mark.filterwarnings("ignore:.*lora_bias=True", "ignore:.*invalid shape")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*lora_bias=True", "ignore:.*invalid shape"),
+    pytest.mark.slow,
+]
 
 
 @pytest.fixture

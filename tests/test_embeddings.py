@@ -24,6 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),
     pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`"),
     pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied"),
+    pytest.mark.slow,
 ]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LARGER = {"vocabulary": 40, "embeddings": True}

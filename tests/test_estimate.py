@@ -23,6 +23,9 @@ from pcb_peft.dry_run import probes
 from pcb_peft.formats.checkpoint import SafetensorsFile
 from pcb_peft.runtime.hashing import sha256_of_file
 
+pytestmark = pytest.mark.slow  # whole models: the parts are tested by themselves
+
+
 TARGETS = ["q_proj", "v_proj", "down_proj"]  # of two layers: (16, 16), (8, 16), (16, 24)
 SIZES = {
     "dense": 2 * (16 * 16 + 8 * 16 + 16 * 24),

@@ -30,6 +30,9 @@ from pcb_peft.evaluation.tables import markdown_table
 from pcb_peft.runtime.progress import tracker
 from pcb_peft.writing.manifest import foreign_file
 
+pytestmark = pytest.mark.slow  # whole models: the parts are tested by themselves
+
+
 TASKS = ("clinc_domain", "mr_sentiment", "snips_intent", "subj")
 TEXTS = 40
 LORA, DATA = examples_folder() / "lora", examples_folder() / "data"

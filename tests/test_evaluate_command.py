@@ -9,6 +9,9 @@ from pcb_peft import merge_adapters
 from pcb_peft.commands import cli
 from pcb_peft.commands.demo import base_model_folder, examples_folder
 
+pytestmark = pytest.mark.slow  # whole models: the parts are tested by themselves
+
+
 LORA, DATA = examples_folder() / "lora", examples_folder() / "data"
 Run = Callable[[str], tuple[int, str, str]]
 

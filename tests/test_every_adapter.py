@@ -14,11 +14,14 @@ from helpers import lora
 from pcb_peft import BaseModelError, load_adapter, merge_adapters
 
 WEIGHTS = (1.5, -0.7)
-pytestmark = pytest.mark.filterwarnings(
-    *("ignore:.*lora_bias=True", "ignore:.*invalid shape", "ignore:Specified to not"),
-    *("ignore:Failed to load the CUDA", "ignore:Setting boft", "ignore:Sparse invariant"),
-    "ignore:Unsupported layer type",
-)
+pytestmark = [
+    pytest.mark.filterwarnings(
+        *("ignore:.*lora_bias=True", "ignore:.*invalid shape", "ignore:Specified to not"),
+        *("ignore:Failed to load the CUDA", "ignore:Setting boft", "ignore:Sparse invariant"),
+        "ignore:Unsupported layer type",
+    ),
+    pytest.mark.slow,
+]
 
 
 @dataclasses.dataclass(frozen=True)

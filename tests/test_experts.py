@@ -13,7 +13,10 @@ from pcb_peft import BaseModelError, UnsupportedError, load_adapter, merge_adapt
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 RANK, EXPERTS = 2, 3
 P = "base_model.model."
-pytestmark = pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match"),
+    pytest.mark.slow,
+]
 
 
 def experts(parameters, **options):

@@ -24,6 +24,9 @@ from pcb_peft.commands import cli
 from pcb_peft.data.live_heads import put_head
 from pcb_peft.formats.keys import AUTOMATIC_HEADS
 
+pytestmark = pytest.mark.slow  # whole models: the parts are tested by themselves
+
+
 IDS = torch.tensor([[1, 5, 9, 3, 7, 2, 11, 4]])
 WEIGHTS = "adapter_model.safetensors"
 LABELS = ["bad", "fair", "good"]

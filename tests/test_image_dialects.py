@@ -14,6 +14,9 @@ from pcb_peft import UnsupportedError, load_adapter, merge_adapters
 from pcb_peft.images.rows import parts_of, shares_of
 from pcb_peft.images.tables import ARCHITECTURES
 
+pytestmark = pytest.mark.slow  # whole models: the parts are tested by themselves
+
+
 BY_NAME = {one.name: one for one in ARCHITECTURES}
 RANK = 2
 WIDTHS = {"Lumina-Image 2": 2304}  # by which it is told from Z-Image, whose names are the same

@@ -15,7 +15,7 @@ from pcb_peft.images.rows import parts_of
 from pcb_peft.images.tables import ARCHITECTURES
 
 diffusers = pytest.importorskip("diffusers")
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
 FILE = "pytorch_lora_weights.safetensors"
 UNET = {

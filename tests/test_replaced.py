@@ -28,6 +28,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
     pytest.mark.filterwarnings("ignore:PiSSA changes the base weights"),
+    pytest.mark.slow,
 ]
 WRAPPED_TWICE = (
     "base_layer.trainable_tokens_delta"  # PEFT's fault with a second adapter on tied ends

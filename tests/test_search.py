@@ -37,6 +37,9 @@ from pcb_peft.searching.space import SearchSpace, search_space
 from pcb_peft.searching.together import LeftOut
 from pcb_peft.searching.trials import Objective, Trial, TrialLog
 
+pytestmark = pytest.mark.slow  # whole models: the parts are tested by themselves
+
+
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz01"]
 LORA = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 
