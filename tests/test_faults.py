@@ -1,6 +1,7 @@
 """A sample of the faults of faults.py (``python tests/faults.py`` tries all), and systems that lack something."""
 
 import errno
+import os
 import subprocess
 import sys
 import tempfile
@@ -93,9 +94,10 @@ def test_a_full_place_for_temporary_files_is_named_with_its_variable(monkeypatch
 def test_a_number_of_processes_without_a_launcher_is_refused(monkeypatch):
     from accelerate import PartialState
 
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # accelerate writes into it
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+        os.environ.pop(name, None)
+    os.environ["WORLD_SIZE"] = "2"
     try:
         with pytest.raises(ProcessError, match="torchrun"), joined():
             pytest.fail("it joined")
