@@ -5,10 +5,10 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from pcb_peft.deltas.linalg import Svd, cat_svds, orthonormalized, significant
+from pcb_peft.deltas.linalg import Svd, cat_svds, significant
 from pcb_peft.methods.ops import clamp_positive
 from pcb_peft.methods.registry import merge_method
-from pcb_peft.methods.spectral import leading, merge_matrices
+from pcb_peft.methods.spectral import leading, merge_matrices, without_overlap
 from pcb_peft.plugins.options import Range
 from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
@@ -68,10 +68,10 @@ def flat(
 
 def _merge(x: Tensor, response: float, rank: int | None) -> Tensor:
     total, squares = x.sum(0), x.square().sum((1, 2))
-    own = cat_svds([significant(matrix) for matrix in x])
-    count = len(own[1])
+    u, s, vh = cat_svds([significant(matrix) for matrix in x])
+    count = len(s)
     if min(total.shape) > 1 and (rank is None or count <= rank):
-        directions = _side_by_side(own)
+        directions = without_overlap((u, s**0.25, vh))
     else:
         svd = leading(significant(total, scale=squares.sum().sqrt()), rank)
         directions, count = _of_the_sum(svd, x, squares), len(svd[1])
@@ -81,11 +81,6 @@ def _merge(x: Tensor, response: float, rank: int | None) -> Tensor:
     least, power = (response, 1 / 6) if count > 1 else (0.0, 1 / 3)
     c = max(least, (kept / len(x)) ** power) * min(1, 2 * kept)
     return c / clamp_positive(share) * directions
-
-
-def _side_by_side(own: Svd) -> Tensor:
-    u, s, vh = own
-    return (orthonormalized(u) * s**0.25) @ orthonormalized(vh.T).T
 
 
 def _of_the_sum(svd: Svd, x: Tensor, squares: Tensor) -> Tensor:

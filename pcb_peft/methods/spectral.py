@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from pcb_peft.deltas.linalg import Svd
+from pcb_peft.deltas.linalg import Svd, orthonormalized
 from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 
@@ -31,3 +31,9 @@ def leading(svd: Svd, count: int | None) -> Svd:
     """Return the first triplets of an SVD, those of the largest singular values; all if the count is None."""
     u, s, vh = svd
     return u[:, :count], s[:count], vh[:count]
+
+
+def without_overlap(svd: Svd) -> Tensor:
+    """Return U_⊥ Σ V_⊥ᵀ: triplets that may overlap, with the nearest vectors that are orthonormal."""
+    u, s, vh = svd
+    return (orthonormalized(u) * s) @ orthonormalized(vh.T).T

@@ -4,9 +4,9 @@ import math
 
 from torch import Tensor
 
-from pcb_peft.deltas.linalg import cat_svds, orthonormalized, significant
+from pcb_peft.deltas.linalg import cat_svds, significant
 from pcb_peft.methods.registry import merge_method
-from pcb_peft.methods.spectral import leading, merge_matrices
+from pcb_peft.methods.spectral import leading, merge_matrices, without_overlap
 from pcb_peft.plugins.options import Density
 from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
@@ -38,5 +38,6 @@ def tsv(tasks: TaskVectors, *, density: Density = 1.0) -> Merged:
 
 def _merge(x: Tensor, density: float) -> Tensor:
     svds = [significant(matrix) for matrix in x]
-    u, s, vh = cat_svds([leading(svd, math.ceil(density * len(svd[1]))) for svd in svds])
-    return (orthonormalized(u) * s) @ orthonormalized(vh.T).T
+    return without_overlap(
+        cat_svds([leading(svd, math.ceil(density * len(svd[1]))) for svd in svds])
+    )
