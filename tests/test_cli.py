@@ -478,7 +478,7 @@ def test_the_examples_of_merge_and_fold_do_what_they_say(place, monkeypatch, tmp
 
 
 ERRORS = {  # command to words of the one line
-    "merge nowhere code -o @out": "nowhere is neither a directory nor a hub repository",
+    "merge nowhere code -o @out": r"nowhere is neither a directory \(paths begin in",
     "merge bases code -o @out": r"bases holds no adapter_config\.json",
     "merge math code -o @out --weights 1": "2 adapters and 1 weights",
     "merge math code -o @out --method tise": "no merge method 'tise'; did you mean 'ties'",

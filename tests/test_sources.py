@@ -107,10 +107,12 @@ def test_a_directory_that_is_not_there_is_named(workshop):
         load_adapter(workshop.directory / "both", subfolder="")
     with pytest.raises(AdapterError, match=r"both/math.*no such directory"):
         load_adapter(workshop.directory / "both", subfolder="math")
-    reached = "is neither a directory nor a hub repository that can be reached"
-    with pytest.raises(AdapterError, match=f"nowhere {reached}$"):
+    reached = "nor a hub repository that can be reached$"
+    with pytest.raises(AdapterError, match=f"nowhere is neither a directory {reached}"):
         load_adapter(workshop.directory / "nowhere")
-    with pytest.raises(AdapterError, match=f"cod {reached}; did you mean .*both/code\\?$"):
+    with pytest.raises(
+        AdapterError, match=rf"cod is neither a directory \(did you mean .*both/code\?\) {reached}"
+    ):
         load_adapter(workshop.directory / "both" / "cod")
 
 
@@ -200,9 +202,7 @@ def test_what_the_hub_does_not_have_is_named_in_one_line(workshop, cache, monkey
 def test_a_hub_that_cannot_be_reached_is_said_in_one_line(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(
-        AdapterError, match=r"org/math is neither .* can be reached .*: .*$"
-    ) as raised:
+    with pytest.raises(AdapterError, match=r"org/math is neither .* can be reached: .*$") as raised:
         load_adapter("org/math")
     assert "\n" not in str(raised.value)
 

@@ -47,10 +47,10 @@ def download(
         reason = f": the Hub did not answer within {SECONDS} s" if silent else f": {shown(error)}"
         if isinstance(error, HFValidationError):  # a path, which no repository can be called
             reason = ""
-        here = "" if Path(source).is_absolute() else f" (paths begin in {Path.cwd()})"
+        begin = "" if Path(source).is_absolute() else f"paths begin in {Path.cwd()}"
+        hints = "; ".join(hint for hint in (begin, similar_path(source)) if hint)
         raise error_type(
-            f"{source} is neither a directory nor a hub repository that can be reached{here}{reason}"
-            f"{similar_path(source)}"
+            f"{source} is neither a directory{hints and f' ({hints})'} nor a hub repository that can be reached{reason}"
         ) from error
     return Path(root)
 

@@ -21,7 +21,7 @@ WRAPPED = re.compile(r"\.(original_module|modules_to_save\.default)(?=\.)")
 """PEFT's two copies of a module that it trains whole, in the names of their parameters."""
 
 
-def with_head(model: Any, head: Head, name: str = "the adapter") -> None:
+def give_head(model: Any, head: Head, name: str = "the adapter") -> None:
     """Give a model a head of these values, with as many classes.
 
     Args:

@@ -52,7 +52,7 @@ def call(model: Any, head: Head, batch: Mapping[str, Tensor], **options: Any) ->
 
 
 @contextlib.contextmanager
-def with_head(model: Any, head: Head) -> Generator[None]:
+def head_in_place(model: Any, head: Head) -> Generator[None]:
     """Put the parameters of a head into the model; afterwards they are what they were."""
     parameters = {name: model.get_parameter(name) for name in head}
     own = {name: parameter.data for name, parameter in parameters.items()}

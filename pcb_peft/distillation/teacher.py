@@ -10,7 +10,7 @@ from torch import Tensor
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.data.live_adapters import with_adapter
 from pcb_peft.data.models import WITH_LOGITS, accepted_arguments
-from pcb_peft.distillation.base import GENERATING, Head, call, with_head
+from pcb_peft.distillation.base import GENERATING, Head, call, head_in_place
 from pcb_peft.distillation.targets import States, Target, distribution
 
 Batch = dict[str, Tensor]
@@ -102,7 +102,7 @@ class Reader:
         """Return texts with the adapter's own greedy continuations, and the first tokens whose output counts."""
         writes = model.config.is_encoder_decoder
         given = moved(padded(texts, self.pad_token, "right" if writes else "left"), model)
-        with with_head(model, head):
+        with head_in_place(model, head):
             tokens = model.generate(
                 **given,
                 max_new_tokens=self.new_tokens,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pcb_peft.base.canonical import AUTO_CLASSES
-from pcb_peft.data.live_heads import Head, put_head, with_head, wrapped_by_peft
+from pcb_peft.data.live_heads import Head, give_head, put_head, wrapped_by_peft
 from pcb_peft.data.models import input_embeddings, load_config, load_model, task_type_of
 from pcb_peft.runtime.paths import expanded
 
@@ -107,7 +107,7 @@ class ModelHost:
         wanted = task_type, checkpoint or self.base_model, place
         if self._worn is not None and self._worn == wanted:
             if head:
-                with_head(self._model.get_base_model(), head, name)
+                give_head(self._model.get_base_model(), head, name)
         else:
             self._put_on(wanted, head or {}, name)
         yield self._model
@@ -118,7 +118,7 @@ class ModelHost:
         task_type, source, place = wanted
         model = self._plain(task_type, source)
         if head:
-            with_head(model, head, name)
+            give_head(model, head, name)
             self._heads |= {key.rpartition(".")[0] for key in head}
         if place is None:
             return

@@ -18,7 +18,7 @@ from pcb_peft.base.model import BaseModel
 from pcb_peft.consumers.files import open_output
 from pcb_peft.consumers.mlx import hidden_rope_theta
 from pcb_peft.data.live_adapters import with_adapter
-from pcb_peft.data.live_heads import Head, put_head, with_head, wrapped_by_peft
+from pcb_peft.data.live_heads import Head, give_head, put_head, wrapped_by_peft
 from pcb_peft.data.models import load_base, quiet_transformers
 from pcb_peft.errors import MismatchError, OptionError
 from pcb_peft.exporting.profile import Profile
@@ -176,9 +176,9 @@ def _bare_model(directory: Path, adapter: Adapter, head: Head) -> Any:
         if name not in present or present[name].shape != values.shape
     }
     if missing and adapter.task_type in CLASSIFIERS:
-        with_head(model, missing, adapter.name)
+        give_head(model, missing, adapter.name)
     if head:
-        with_head(model, head, adapter.name)
+        give_head(model, head, adapter.name)
     return model
 
 
@@ -262,7 +262,7 @@ def _in_transformers(run: _Run) -> _Found:
 
     model = load_base(run.output, run.adapter.task_type, torch.float32)
     if run.head:
-        with_head(model, run.head, str(run.output))
+        give_head(model, run.head, str(run.output))
     return f"transformers {transformers.__version__}", _answers(model, run.batches)
 
 

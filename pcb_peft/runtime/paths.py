@@ -20,7 +20,7 @@ def similar_path(path: str) -> str:
     """Suggest an existing path for one that does not exist.
 
     Returns:
-        ``; did you mean ./code-lora?``, or nothing if there is no similar name in the same directory.
+        ``did you mean ./code-lora?``, or nothing if there is no similar name in the same directory.
     """
     missing = expanded(path)
     try:
@@ -31,7 +31,7 @@ def similar_path(path: str) -> str:
     if not close or missing.exists():
         return ""
     found = missing.with_name(names[close[0]])
-    return f"; did you mean {found if missing.is_absolute() else f'./{found}'}?"
+    return f"did you mean {found if missing.is_absolute() else f'./{found}'}?"
 
 
 def cache_directory(name: str) -> Path:
