@@ -14,9 +14,18 @@ PcbPeftError
 Code written for PEFT, which raises ValueError and OSError, catches these too.
 """
 
+_MOST = 2500  # characters of a message
+_END = 500  # of which the last ones hold the way out
+
 
 class PcbPeftError(Exception):
-    """Base class of all errors of this package."""
+    """Base class of all errors of this package; the middle of a very long message is left out."""
+
+    def __str__(self) -> str:
+        message = super().__str__()
+        if len(message) <= _MOST:
+            return message
+        return f"{message[: _MOST - _END]} … {message[-_END:]}"
 
 
 class AdapterError(PcbPeftError):

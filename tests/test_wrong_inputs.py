@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from helpers import lora
+from peft import VeraConfig
 from safetensors.torch import load_file, save_file
 
 from pcb_peft import (
@@ -440,10 +441,30 @@ def test_a_home_that_there_is_not_is_no_path():
         check("~nouser/x")
 
 
-def test_a_weight_without_dimensions_is_none(workshop):
-    base, path = workshop.base("mlp"), workshop.adapter("mlp", lora(use_dora=True))
+@pytest.mark.parametrize("kind", ["DoRA", "VeRA"])
+def test_a_weight_without_dimensions_is_none(workshop, kind):
+    config = lora(use_dora=True) if kind == "DoRA" else VeraConfig(r=2, target_modules=["up"])
+    base, path = workshop.base("mlp"), workshop.adapter("mlp", config)
     tensors = load_file(base / "model.safetensors")
     tensors["up.weight"] = torch.ones(())
     save_file(tensors, base / "model.safetensors")
     with pytest.raises(PcbPeftError, match="up"):
         load_adapter(path, base_model=base).delta("up")
+
+
+def test_nor_does_such_a_bias_tell_how_a_layer_is_stored(workshop):
+    base, path = (
+        workshop.base("mlp"),
+        workshop.adapter("mlp", VeraConfig(r=2, target_modules=["mix"])),
+    )
+    tensors = load_file(base / "model.safetensors")
+    before = load_adapter(path, base_model=base).delta("blocks.0.mix")
+    save_file(tensors | {"up.bias": torch.ones(())}, base / "model.safetensors")
+    assert torch.equal(load_adapter(path, base_model=base).delta("blocks.0.mix"), before)
+
+
+def test_a_message_of_any_length_is_short_and_keeps_its_end():
+    message = str(OutputError(f"the labels {'x' * 9000} are unknown; rename them"))
+    assert message.startswith("the labels xx")
+    assert message.endswith("xx are unknown; rename them")
+    assert len(message) < 3000

@@ -322,9 +322,13 @@ class BaseModel:
 
         Raises:
             MismatchError: The base model has no such module.
-            BaseModelError: Both orientations are possible.
+            BaseModelError: Both orientations are possible, or the weight is one number.
         """
         weight = self.shape(module)
+        if not weight:
+            raise BaseModelError(
+                f"{self.source}: the weight of {module} is a single number; it must be a matrix: fetch the model again"
+            )
         if len(weight) != 2:
             return Layout(shape=weight)
         place = self._skeleton.place_in_stack(module)
@@ -359,7 +363,7 @@ class BaseModel:
         if bias is None or len(shape) != 2:
             return False
         rows, cols = shape
-        return rows != cols and cols == bias.shape[0]
+        return rows != cols and bias.shape == (cols,)
 
     def _not_found(self, module: str, kind: str) -> BaseModelError | MismatchError:
         tied = self.names.tied(f"{module}.{kind}")
@@ -376,12 +380,6 @@ class BaseModel:
             f"{module} is not in the base model {self.source} (nearest: {nearest}); "
             "give the base that the adapter was trained on"
         )
-
-
-def split_parameter_name(name: str) -> tuple[str, str]:
-    """Return the module and the kind of a parameter's name: ``("norm", "bias")`` for ``norm.bias``."""
-    module, _, kind = name.rpartition(".")
-    return module, kind
 
 
 def tied_error(source: str, module: str, tied: tuple[str, ...]) -> BaseModelError:

@@ -161,3 +161,9 @@ class ParameterNames:
             For each matrix of the stack, the names in the files of its rows, from top to bottom.
         """
         return self._stack_sources.get(self.skeleton.in_model(name) or "", [])
+
+
+def split_parameter_name(name: str) -> tuple[str, str]:
+    """Return the module and the kind of a parameter's name: ``("norm", "bias")`` for ``norm.bias``."""
+    module, _, kind = name.rpartition(".")
+    return module, kind

@@ -6,7 +6,8 @@ from collections.abc import Collection, Iterable
 
 import torch
 
-from pcb_peft.base.model import BaseModel, split_parameter_name
+from pcb_peft.base.model import BaseModel
+from pcb_peft.base.names import split_parameter_name
 from pcb_peft.deltas.replacements import ReplacedParameter
 from pcb_peft.merging.heads import MergedHeads
 

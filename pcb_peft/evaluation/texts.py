@@ -294,5 +294,6 @@ def _check_choices(name: str, rows: Sequence[Row], known: Sequence[str]) -> None
         choices = [str(choice) for choice in row.get("choices", known)]
         if answer not in choices:
             raise OptionError(
-                f"{name}: row {place} has the answer {quoted(answer)}, which is not one of its choices {choices}"
+                f"{name}: row {place} has the answer {quoted(answer)}, which is not one of its choices "
+                f"{quoted(choices)}; mend the row"
             )

@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 
 from pcb_peft.base.conversions import Conversion
-from pcb_peft.base.model import BaseModel, split_parameter_name
+from pcb_peft.base.model import BaseModel
+from pcb_peft.base.names import split_parameter_name
 from pcb_peft.base.places import WeightSlice
 from pcb_peft.deltas.delta import Delta
 from pcb_peft.deltas.replacements import Replacements
