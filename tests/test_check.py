@@ -74,8 +74,16 @@ def test_each_feature(workshop, options, expected):
         "llama", lora(*TARGETS, **{"r": 4, "lora_alpha": 4} | options), base=base
     )
     for consumer, effect in expected.items():
-        effects = {one for one, _ in found(adapter, consumer) if one}
-        assert effect in effects if effect else not effects, consumer
+        effects = {one for one, _ in found(adapter, consumer)}
+        assert effects == ({effect} if effect else set()), consumer
+
+
+def test_a_bias_beside_a_factor_is_no_factor_without_the_other(workshop):
+    adapter = workshop.adapter("llama", lora("q_proj", r=4, lora_alpha=4))
+    bias = {"base_model.model.model.layers.0.self_attn.q_proj.lora_B.bias": torch.ones(16)}
+    workshop.edit_tensors(adapter, lambda tensors: tensors | bias)
+    workshop.edit_config(adapter, lora_bias=True)
+    assert found(adapter, "openvino") == {("ignores", "biases beside the LoRA")}
 
 
 def test_another_kind_and_its_line(workshop):

@@ -235,7 +235,9 @@ def half_modules(files: OutputFiles) -> str:
         name
         for name in files.tensors
         for one, two in other.items()
-        if f".{one}" in name and name.replace(f".{one}", f".{two}") not in files.tensors
+        if f".{one}" in name
+        and not name.endswith(".bias")
+        and name.replace(f".{one}", f".{two}") not in files.tensors
     )
     return _listed("one factor without the other", missing)
 

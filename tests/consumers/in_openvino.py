@@ -22,8 +22,8 @@ def prepare(request: dict[str, Any]) -> Callable[[str], Sequence[Values]]:
     prompts = [openvino.Tensor(np.array([tokens])) for tokens in request["prompts"]]
 
     def compute(directory: str) -> list[Values]:
-        """Return the most likely token alone: its score is all that a pipeline tells."""
-        options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+        """Return the two most likely tokens: the scores of beams are all that a pipeline tells."""
+        options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
         if directory:
             adapter = openvino_genai.Adapter(str(Path(directory) / "adapter_model.safetensors"))
             options["adapters"] = openvino_genai.AdapterConfig(adapter)
