@@ -3,7 +3,6 @@
 import copy
 import json
 import shutil
-from pathlib import Path
 
 import models
 import peft
@@ -11,7 +10,7 @@ import pytest
 import torch
 import transformers
 from helpers import content, ia3, lora
-from safetensors import safe_open
+from quantised_models import GOLDEN, golden, plain, quantised
 from safetensors.torch import load_file, save_file
 
 from pcb_peft import (
@@ -25,54 +24,12 @@ from pcb_peft import (
 )
 from pcb_peft.base.model import open_base_model
 from pcb_peft.commands.cli import main
+from pcb_peft.data.models import load_base
 
-GOLDEN = Path(__file__).parent / "golden" / "quantised.safetensors"
 SCHEMES = ("nf4", "int8", "compressed")
 TARGETS = ("q_proj", "down_proj")
 TOKENS = torch.arange(12).reshape(2, 6)
 ROUNDING = 2**-8  # of bfloat16
-
-
-def golden(part):
-    """The tensors of a part of the golden file."""
-    names = load_file(GOLDEN)
-    return {name.removeprefix(part): x for name, x in names.items() if name.startswith(part)}
-
-
-def quantised(scheme, directory, shards=1):
-    """The golden model, quantised: a checkpoint as the library writes it."""
-    with safe_open(GOLDEN, framework="pt") as file:
-        metadata = file.metadata()
-    config = json.loads(metadata["config"])
-    config["quantization_config"] = json.loads(metadata["quantization"])[scheme]
-    stored = golden(f"{scheme}/stored/")
-    codes = {name.removesuffix("_packed") for name in stored}
-    plain = {name: x for name, x in golden("plain/").items() if name not in codes}
-    tensors = plain | stored
-    directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(config))
-    if shards == 1:
-        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-        return directory
-    index = {name: f"model-{i % shards}.safetensors" for i, name in enumerate(sorted(tensors))}
-    for file in set(index.values()):
-        part = {name: tensors[name] for name, there in index.items() if there == file}
-        save_file(part, directory / file, {"format": "pt"})
-    described = json.dumps({"metadata": {"total_size": 1}, "weight_map": index})
-    (directory / "model.safetensors.index.json").write_text(described)
-    return directory
-
-
-def plain(directory, scheme=None):
-    """The golden model without quantisation: as it was, or with the values that a library computes with."""
-    with safe_open(GOLDEN, framework="pt") as file:
-        config = file.metadata()["config"]
-    directory.mkdir()
-    (directory / "config.json").write_text(config)
-    values = golden(f"{scheme}/values/") if scheme else {}
-    tensors = golden("plain/") | values
-    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-    return directory
 
 
 def loaded(directory):
@@ -256,10 +213,13 @@ def test_stacked_experts_in_mxfp4(workshop, tmp_path):
     target = lora("q_proj", target_parameters=["mlp.experts.down_proj"])
     adapter = workshop.adapter(copy.deepcopy(model), target)
     fold_adapter(adapter, base, tmp_path / "folded", dequantize=True, progress=False)
+    plain_model, options = copy.deepcopy(model), {"dtype": torch.float32, "dequantize": True}
     expected = peft.PeftModel.from_pretrained(model, adapter)
     with torch.no_grad():
         wanted, found = expected(TOKENS).logits, loaded(tmp_path / "folded")(TOKENS).logits
+        bare, there = (m(TOKENS).logits for m in (plain_model, load_base(base, None, **options)))
     assert (found - wanted).norm() < 0.01 * wanted.norm()
+    torch.testing.assert_close(there, bare, rtol=1e-5, atol=1e-6)
 
 
 def test_an_open_quantised_base_can_be_pickled(tmp_path):

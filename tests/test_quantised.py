@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import transformers
+from quantised_models import AWQ_ORDER, packed
 from safetensors.torch import load_file, save_file
 
 from pcb_peft import BaseModelError
@@ -124,18 +125,6 @@ def test_mxfp4_as_transformers_reads_it(tmp_path):
     torch.testing.assert_close(found["up"].values(), expected, rtol=0, atol=0)
 
 
-def packed(codes, bits, order=None):
-    """Codes of each row in 32-bit words, written bit by bit: the lowest bit of the first code first."""
-    rows = []
-    for row in codes.tolist():
-        if order:
-            row = [row[8 * i + k] for i in range(len(row) // 8) for k in order]
-        stream = sum(code << (bits * i) for i, code in enumerate(row))
-        words = [(stream >> (32 * i)) & 0xFFFFFFFF for i in range(len(row) * bits // 32)]
-        rows.append([word - (1 << 32) if word >> 31 else word for word in words])
-    return torch.tensor(rows, dtype=torch.int32)
-
-
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
 @pytest.mark.parametrize("ordered", [True, False])
@@ -168,22 +157,12 @@ def test_awq(tmp_path):
     torch.manual_seed(0)
     codes, zeros = torch.randint(0, 16, (64, 16)), torch.randint(0, 16, (2, 16))
     scales = torch.rand(2, 16) + 0.1
-    order = (
-        0,
-        2,
-        4,
-        6,
-        1,
-        3,
-        5,
-        7,
-    )  # AWQ packs outputs 0, 2, 4, 6, 1, 3, 5, 7 from the lowest nibble up
     method = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
     found = written(
         tmp_path,
         method,
-        up__qweight=packed(codes, 4, order),
-        up__qzeros=packed(zeros, 4, order),
+        up__qweight=packed(codes, 4, AWQ_ORDER),
+        up__qzeros=packed(zeros, 4, AWQ_ORDER),
         up__scales=scales,
     )
     expected = torch.tensor(

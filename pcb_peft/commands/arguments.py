@@ -83,7 +83,7 @@ def add_saving_arguments(parser: argparse.ArgumentParser, *, required: bool = Tr
     )
 
 
-def add_dequantize(parser: argparse.ArgumentParser) -> None:
+def add_dequantize(parser: Any) -> None:
     """Add ``--dequantize``."""
     parser.add_argument("--dequantize", action="store_true", help=DEQUANTIZE)
 

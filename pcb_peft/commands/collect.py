@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from pcb_peft.commands.arguments import add_overwrite_arguments, progress_of
+from pcb_peft.commands.arguments import add_dequantize, add_overwrite_arguments, progress_of
 from pcb_peft.commands.command import Answer, Command
 from pcb_peft.commands.sources import constant, entries
 from pcb_peft.runtime.units import format_count, format_size
@@ -12,6 +12,7 @@ from pcb_peft.runtime.units import format_count, format_size
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", help="directory or hub id")
     parser.add_argument("--base-model", required=True, help="directory or hub id")
+    add_dequantize(parser)
     parser.add_argument(
         "--data",
         type=Path,
@@ -56,6 +57,7 @@ def _run(parsed: argparse.Namespace) -> Answer:
         parsed.kind,
         labels=parsed.labels,
         batch_size=parsed.batch_size,
+        dequantize=parsed.dequantize,
         max_length=parsed.max_length,
         limit=parsed.limit,
         max_memory=DEFAULT_MEMORY if parsed.max_memory is None else parsed.max_memory,

@@ -2,7 +2,7 @@
 
 import argparse
 
-from pcb_peft.commands.arguments import progress_of
+from pcb_peft.commands.arguments import add_dequantize, progress_of
 from pcb_peft.commands.command import Answer, Command
 
 
@@ -14,12 +14,18 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base-model",
         help="directory or hub id of the base model, for adapters that need W, and to look the modules up in it",
     )
+    add_dequantize(parser)
 
 
 def _run(parsed: argparse.Namespace) -> Answer:
     from pcb_peft.inspection.compare import compare_adapters
 
-    comparison = compare_adapters(parsed.adapters, parsed.base_model, progress=progress_of(parsed))
+    comparison = compare_adapters(
+        parsed.adapters,
+        parsed.base_model,
+        dequantize=parsed.dequantize,
+        progress=progress_of(parsed),
+    )
     return Answer(str(comparison), comparison.as_dict(), essential=True)
 
 

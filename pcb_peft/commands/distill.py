@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from pcb_peft.commands.arguments import add_saving_arguments, dtype_of, progress_of
+from pcb_peft.commands.arguments import add_dequantize, add_saving_arguments, dtype_of, progress_of
 from pcb_peft.commands.command import Answer, Command
 
 
@@ -11,6 +11,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("merged", help="directory of the merge to begin with; its rank stays")
     parser.add_argument("adapters", nargs="+", help="directories or hub ids of those it merges")
     parser.add_argument("--base-model", required=True, help="directory or hub id")
+    add_dequantize(parser)
     parser.add_argument(
         "--texts",
         "--data",
@@ -54,6 +55,7 @@ def _run(parsed: argparse.Namespace) -> Answer:
         batch_texts=parsed.batch_texts,
         held_out=parsed.held_out,
         new_tokens=parsed.new_tokens,
+        dequantize=parsed.dequantize,
         max_length=parsed.max_length,
         seed=parsed.seed,
         checkpoint=parsed.checkpoint,

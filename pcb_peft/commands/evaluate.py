@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pcb_peft.commands.arguments import DTYPES, dtype_of, progress_of
+from pcb_peft.commands.arguments import DTYPES, add_dequantize, dtype_of, progress_of
 from pcb_peft.commands.command import Answer, Command
 from pcb_peft.commands.exit_codes import BELOW, DONE
 from pcb_peft.commands.parser import UsageError
@@ -121,6 +121,7 @@ def add_running_arguments(group: Any, *, budget: bool = True) -> None:
         choices=DTYPES,
         help=f"data type of the model (default: {DTYPES[0]})",
     )
+    add_dequantize(group)
     group.add_argument("--device", help="where the model runs (default: a GPU if there is one)")
     group.add_argument(
         "--cache", metavar="DIRECTORY", help="where outcomes are kept (default: the user's cache)"
@@ -206,6 +207,7 @@ def running_of(parsed: argparse.Namespace) -> dict[str, Any]:
         "max_length": parsed.max_length,
         "dtype": dtype_of(parsed),
         "device": parsed.device,
+        "dequantize": parsed.dequantize,
         "cache": False if parsed.no_cache else parsed.cache or True,
     }
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from pcb_peft.commands.arguments import progress_of
+from pcb_peft.commands.arguments import add_dequantize, progress_of
 from pcb_peft.commands.command import Answer, Command
 
 
@@ -12,14 +12,16 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base-model",
         help="directory or hub id of the base model, to look the modules up in it",
     )
+    add_dequantize(parser)
 
 
 def _run(parsed: argparse.Namespace) -> Answer:
     from pcb_peft.inspection.inspect import inspect_adapter
 
+    quantised, progress = parsed.dequantize, progress_of(parsed)
     seen = [
-        inspect_adapter(adapter, parsed.base_model, progress=progress_of(parsed))
-        for adapter in parsed.adapters
+        inspect_adapter(one, parsed.base_model, dequantize=quantised, progress=progress)
+        for one in parsed.adapters
     ]
     data = {"adapters": [one.as_dict() for one in seen]}
     return Answer("\n\n\n".join(map(str, seen)), data, essential=True)

@@ -15,7 +15,9 @@ from pcb_peft.runtime.paths import expanded
 
 
 @contextlib.contextmanager
-def adapted_model(adapter: Adapter, source: Source, base_model: Any) -> Generator[Any]:
+def adapted_model(
+    adapter: Adapter, source: Source, base_model: Any, *, dequantize: bool = False
+) -> Generator[Any]:
     """Load the base model with the adapter, in evaluation mode.
 
     At the end the adapter is taken off a model that was given.
@@ -27,7 +29,8 @@ def adapted_model(adapter: Adapter, source: Source, base_model: Any) -> Generato
     from peft import PeftModel
 
     given = not isinstance(base_model, str | Path)
-    base = load_base(base_model, adapter.task_type, **_number_of_classes(adapter))
+    classes = _number_of_classes(adapter)
+    base = load_base(base_model, adapter.task_type, dequantize=dequantize, **classes)
     with warnings.catch_warnings():  # peft asks transformers for this under its old name
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
         directory, options = _peft_arguments(source)

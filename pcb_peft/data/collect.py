@@ -46,6 +46,7 @@ def collect_statistics(  # noqa: PLR0913  (every choice, by name)
     *,
     labels: Sequence[str] | None = None,
     tokenizer: Any = None,
+    dequantize: bool = False,
     batch_size: int = 8,
     max_length: int = 512,
     limit: int | None = None,
@@ -68,6 +69,7 @@ def collect_statistics(  # noqa: PLR0913  (every choice, by name)
             `labels`; a causal language model learns the text or, in rows with an `answer`, only that, after the text.
         labels: Names of the classes, in the order of the head's rows.
         tokenizer: A tokenizer, or where to load it from; default: the base model's.
+        dequantize: Compute the weights of a quantised base model from their codes.
         batch_size: Texts per batch.
         max_length: Tokens per text; longer texts are cut.
         limit: How many texts to take, evenly spread over the data; None: all.
@@ -103,7 +105,7 @@ def collect_statistics(  # noqa: PLR0913  (every choice, by name)
         )
     loaded, source = _measurable(load_adapter(adapter))
     accelerator = _accelerator()
-    with adapted_model(loaded, source, base_model) as model:
+    with adapted_model(loaded, source, base_model, dequantize=dequantize) as model:
         model.to(accelerator.device)
         batches = batches_of(
             data,

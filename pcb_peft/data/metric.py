@@ -63,12 +63,14 @@ class Subject:
 
     Attributes:
         base_model: Path or hub id, if one was given.
+        dequantize: Compute its weights from their codes, where it is quantised.
         task_type: PEFT's, of the adapters.
         shapes: From a module to (out, in).
         statistics: One per adapter, if they were given.
     """
 
     base_model: str | None
+    dequantize: bool
     task_type: str | None
     shapes: Mapping[str, tuple[int, int]]
     statistics: Sequence[TaskStatistics]
@@ -130,8 +132,14 @@ def _opened(source: Source, subject: Subject, device: torch.device, track: Track
                 "restore it, or take sha256 out of the recipe"
             )
         return file
-    base_model = str(subject.base_model)  # `check_source` has seen it
-    return measured_moments(base_model, source.path, subject.task_type, device, track)
+    return measured_moments(
+        str(subject.base_model),  # `check_source` has seen it
+        source.path,
+        subject.task_type,
+        device,
+        track,
+        dequantize=subject.dequantize,
+    )
 
 
 def _refuse_other_model(file: MomentsFile, shapes: Mapping[str, tuple[int, int]]) -> None:

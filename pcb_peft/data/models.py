@@ -10,6 +10,8 @@ import torch
 
 from pcb_peft.base.architecture import TRANSFORMERS_ERRORS, unreadable_config
 from pcb_peft.base.canonical import AUTO_CLASSES
+from pcb_peft.base.model import open_base_model
+from pcb_peft.data.dequantised_model import dequantised_model
 from pcb_peft.errors import BaseModelError, OptionError
 from pcb_peft.runtime.shown import shown
 
@@ -21,24 +23,32 @@ def load_base(
     base_model: str | Path | Any,
     task_type: str | None,
     dtype: torch.dtype | str = "auto",
+    *,
+    dequantize: bool = False,
     **options: Any,
 ) -> Any:
-    """Load a base model, in evaluation mode; a model in memory is used as it is.
+    """Load a base model whose weights are plain numbers, in evaluation mode; a model in memory is used as it is.
 
     Args:
         base_model: Path or hub id, or a model of transformers.
         task_type: PEFT's word for the model that an adapter needs; None, or another word than those of
             `AUTO_CLASSES`: the class that the checkpoint was saved from.
         dtype: Data type of the weights of a model that is loaded.
+        dequantize: Compute the weights of a quantised checkpoint from their codes.
         **options: Further arguments of its ``from_pretrained``.
 
     Raises:
-        BaseModelError: It cannot be loaded.
+        BaseModelError: It cannot be loaded, or its weights are codes of a quantisation.
     """
-    if not isinstance(base_model, str | Path):
-        return base_model.eval()
-    name = AUTO_CLASSES.get(str(task_type)) or _class_of(load_config(str(base_model)))
-    return load_model(str(base_model), name, dtype, **options)
+    if isinstance(base_model, str | Path):
+        name = AUTO_CLASSES.get(str(task_type)) or _class_of(load_config(str(base_model)))
+        model = load_model(str(base_model), name, dtype, dequantize=dequantize, **options)
+    else:
+        model = base_model.eval()
+    if _holds_codes(model):
+        shown_name = base_model if isinstance(base_model, str | Path) else "the model in memory"
+        raise _quantised_error(str(shown_name), "and its weights are needed as plain numbers")
+    return model
 
 
 def task_type_of(base_model: str | Path | Any) -> str:
@@ -83,7 +93,12 @@ def _class_of(config: Any) -> str:
 
 
 def load_model(
-    source: str, class_name: str, dtype: torch.dtype | str = "auto", **options: Any
+    source: str,
+    class_name: str,
+    dtype: torch.dtype | str = "auto",
+    *,
+    dequantize: bool = False,
+    **options: Any,
 ) -> Any:
     """Load a model of transformers in evaluation mode, without the report that its head is new.
 
@@ -91,6 +106,8 @@ def load_model(
         source: Path or hub id.
         class_name: The class of transformers.
         dtype: Data type of the weights.
+        dequantize: Compute the weights of a quantised checkpoint from their codes. Otherwise transformers loads it with
+            the library that made it.
         **options: Further arguments of its ``from_pretrained``.
 
     Raises:
@@ -98,23 +115,34 @@ def load_model(
     """
     import transformers
 
+    base = open_base_model(source, dequantize=True) if dequantize else None
     with quiet_transformers():
         try:
-            model_class = getattr(transformers, class_name)
-            model = model_class.from_pretrained(source, dtype=dtype, **options)
+            if base is not None and base.quantised:
+                model = dequantised_model(base, class_name, dtype, **options)
+            else:
+                model_class = getattr(transformers, class_name)
+                model = model_class.from_pretrained(source, dtype=dtype, **options)
         except (ImportError, *TRANSFORMERS_ERRORS) as error:
-            if getattr(load_config(source), "quantization_config", None):
-                raise _quantised_error(source, error) from error
+            if not dequantize and getattr(load_config(source), "quantization_config", None):
+                reason = f"and transformers cannot compute with it on this machine ({shown(error)})"
+                raise _quantised_error(source, reason) from error
             raise unreadable_config(source, error) from error
     return model.eval()
 
 
-def _quantised_error(source: str, error: Exception) -> BaseModelError:
-    reason = " ".join(str(error).split())
+def _holds_codes(model: Any) -> bool:
+    """True for a model in memory whose weights are codes of a quantisation."""
+    codes = (".qweight", ".weight_packed")
+    return any(
+        not values.is_floating_point() or values.element_size() < 2 for values in model.parameters()
+    ) or any(name.endswith(codes) for name, _ in model.named_buffers())
+
+
+def _quantised_error(source: str, reason: str) -> BaseModelError:
     return BaseModelError(
-        f"{source} is quantised, and transformers cannot compute with it on this machine ({reason}): give the model "
-        "that it was made from, in bfloat16, float16 or float32; or fold the adapters into it with dequantize=True "
-        "(--dequantize), which writes bfloat16, and use the folded models"
+        f"{source} is quantised, {reason}: give the model that it was made from, in bfloat16, float16 or float32; or "
+        "its directory or hub id with dequantize=True (--dequantize), which computes its weights from their codes"
     )
 
 

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from pcb_peft.base.model import open_base_model
+from pcb_peft.base.model import BaseModel, open_base_model
 from pcb_peft.data.batches import read_rows, spread
 from pcb_peft.data.models import input_embeddings, load_base, load_tokenizer
 from pcb_peft.deltas.linalg import leading_svd
@@ -87,7 +87,13 @@ class MomentsFile:
 
 
 def measured_moments(
-    base_model: str, data: str, task_type: str | None, device: torch.device, track: Track
+    base_model: str,
+    data: str,
+    task_type: str | None,
+    device: torch.device,
+    track: Track,
+    *,
+    dequantize: bool = False,
 ) -> MomentsFile:
     """Return the moments of a base model's layers, from the user's cache if they were measured before.
 
@@ -97,6 +103,7 @@ def measured_moments(
         task_type: PEFT's, of the adapters: it decides what layers are called.
         device: Where the model runs.
         track: Shows progress.
+        dequantize: Compute the weights of a quantised base model from their codes.
 
     Raises:
         BaseModelError: The base model cannot be loaded.
@@ -105,9 +112,10 @@ def measured_moments(
     """
 
     def measure(_: object) -> str:
-        path = cache_folder() / f"{_key(base_model, data, task_type)}.safetensors"
+        base = open_base_model(base_model, dequantize=dequantize)
+        path = cache_folder() / f"{_key(base, data, task_type)}.safetensors"
         if not path.is_file():
-            model = load_base(base_model, task_type).to(device)
+            model = load_base(base_model, task_type, dequantize=dequantize).to(device)
             batch = random_tokens(model) if data == "random" else _tokens_of(data, base_model)
             save_moments(measure_moments(model, batch, track), path)
         return str(path)
@@ -279,9 +287,8 @@ def _tokens_of(data: str, base_model: str) -> dict[str, Tensor]:
     return dict(tokenizer(*given, return_tensors="pt", **options))
 
 
-def _key(base_model: str, data: str, task_type: str | None) -> str:
+def _key(base: BaseModel, data: str, task_type: str | None) -> str:
     """Return a hash of all that the moments depend on."""
-    base = open_base_model(base_model)
     digest = hashlib.sha256(f"{FORMAT} {task_type} {KEPT} {SEQUENCES}x{LENGTH}".encode())
     if data == "random":
         digest.update(b"random")

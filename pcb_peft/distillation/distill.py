@@ -73,6 +73,7 @@ def distill_merge(  # noqa: PLR0913  (every choice, by name)
     new_tokens: int = 16,
     max_length: int = 256,
     tokenizer: Any = None,
+    dequantize: bool = False,
     seed: int = 0,
     checkpoint: str | Path | None = None,
     progress: bool | None = None,
@@ -98,6 +99,7 @@ def distill_merge(  # noqa: PLR0913  (every choice, by name)
         new_tokens: The most tokens by which a language model continues a text; 0: it answers the text's own tokens.
         max_length: In tokens; longer texts are cut.
         tokenizer: Default: the base model's.
+        dequantize: Compute the weights of a quantised base model from their codes.
         seed: Of the order of the texts.
         checkpoint: A file from which an interrupted run goes on, and which it writes.
         progress: Show a bar; default: on a terminal.
@@ -108,6 +110,7 @@ def distill_merge(  # noqa: PLR0913  (every choice, by name)
     Raises:
         OptionError: A value that is not allowed, or not one set of texts per adapter.
         UnsupportedError: A delta or a head that cannot be trained or switched.
+        BaseModelError: The base model cannot be loaded.
         MismatchError: An adapter does not fit the base model.
 
     Example:
@@ -116,7 +119,8 @@ def distill_merge(  # noqa: PLR0913  (every choice, by name)
         >>> better.save_pretrained("merged")
     """
     _check(adapters, texts, held_out)
-    base = lazy_base(base_model) if isinstance(base_model, str | Path) else None
+    given = base_model if isinstance(base_model, str | Path) else None
+    base = lazy_base(given, dequantize=dequantize)
     loaded = load_adapters(adapters, base_model=base)
     start = load_adapter(merged, base_model=base)
     rows = [read_texts(data, limit) for data in texts]
@@ -126,7 +130,8 @@ def distill_merge(  # noqa: PLR0913  (every choice, by name)
     recipe = _recipe(start, loaded, rows, dataclasses.asdict(schedule) | settings)
     task_type = _common_task_type(loaded) or task_type_of(base_model)
     accelerator, track = _accelerator(), tracker(progress)
-    model = load_base(base_model, task_type).to(accelerator.device).requires_grad_(False)
+    model = load_base(base_model, task_type, dequantize=dequantize)
+    model = model.to(accelerator.device).requires_grad_(False)
     words = tokenizer_for(tokenizer, base_model)
     reader = Reader(task_type, words.pad_token_id, new_tokens)
     student = Student(start, model).to(accelerator.device)

@@ -108,7 +108,7 @@ class Bench:
             "head": own and own.sha256,
             "task": job.texts.digest() if job.texts else [job.pair.harness_task, self.limit],
             "class": job.task_type,
-            "dtype": str(self.host.dtype),
+            "dtype": str(self.host.dtype) + " dequantised" * self.host.dequantize,
             "device": self.host.device.type,
             "max_length": self.runner.max_length,
             "versions": versions(),
@@ -233,7 +233,9 @@ def open_bench(base_model: str, settings: Settings) -> Bench:
     """
     cache = OutcomeCache(_directory(settings.cache))
     device = working_device(settings.device or default_device())
-    host = ModelHost(base_model, dtype=settings.dtype, device=device)
+    host = ModelHost(
+        base_model, dtype=settings.dtype, device=device, dequantize=settings.dequantize
+    )
     tokenizer, track = settings.tokenizer or load_tokenizer(base_model), tracker(settings.progress)
     positions = getattr(host.config(), "max_position_embeddings", None) or settings.max_length
     length = min(settings.max_length, positions, tokenizer.model_max_length)
@@ -266,7 +268,8 @@ def base_digest(base_model: str, cache: OutcomeCache) -> str | None:
 
     directory = expanded(base_model)
     try:
-        directory = directory if directory.is_dir() else open_base_model(base_model).directory
+        if not directory.is_dir():
+            directory = open_base_model(base_model, dequantize=True).directory
     except PcbPeftError:
         return None
     return cache.directory_digest(directory)

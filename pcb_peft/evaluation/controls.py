@@ -25,11 +25,18 @@ def random_adapter(like: Adapter, seed: int = 0) -> Adapter:
     )
 
 
-def uniform_soup(adapters: Sequence[Adapter], base_model: str) -> Adapter:
+def uniform_soup(
+    adapters: Sequence[Adapter], base_model: str, *, dequantize: bool = False
+) -> Adapter:
     """The plain average of the adapters."""
     weights = [1 / len(adapters)] * len(adapters)
     return merge_adapters(
-        adapters, "linear", weights=weights, base_model=base_model, progress=False
+        adapters,
+        "linear",
+        weights=weights,
+        base_model=base_model,
+        dequantize=dequantize,
+        progress=False,
     )
 
 

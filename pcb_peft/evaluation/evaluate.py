@@ -1,5 +1,6 @@
 """Measure what a merge kept of each of its tasks."""
 
+import dataclasses
 import datetime
 import json
 from collections.abc import Mapping, Sequence
@@ -56,6 +57,7 @@ def evaluate(  # noqa: PLR0913  (every choice of an evaluation, by name)
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
     tokenizer: Any = None,
+    dequantize: bool = False,
     cache: bool | str | Path = True,
     log: str | Path | None = None,
     write_to_card: bool = False,
@@ -93,6 +95,8 @@ def evaluate(  # noqa: PLR0913  (every choice of an evaluation, by name)
         dtype: Of the model in memory, such as ``torch.bfloat16``.
         device: Where the model runs; default: a GPU if there is one.
         tokenizer: Default: the base model's.
+        dequantize: Compute the weights of a quantised base model from their codes, as a merge's recipe may say, too.
+            Otherwise transformers runs it with the library that made it.
         cache: Keep outcomes by the hashes of the files and texts: True for the user's cache directory, a directory, or
             False.
         log: A file to which the result is appended as a line of JSON.
@@ -129,12 +133,12 @@ def evaluate(  # noqa: PLR0913  (every choice of an evaluation, by name)
         dtype=dtype,
         device=device,
         tokenizer=tokenizer,
+        dequantize=dequantize,
         cache=cache,
         progress=progress,
     )
-    loaded, base = _loaded(merged, adapters, base_model)
-    named = _with_harness(data, tasks, loaded)
-    result = _evaluated(merged, loaded, base, named, against, settings, controls=controls)
+    loaded, base, settings = _loaded(merged, adapters, base_model, settings)
+    result = _evaluated(merged, loaded, base, data, tasks, against, settings, controls=controls)
     _write(result, log, merged if write_to_card else None)
     return result
 
@@ -144,17 +148,18 @@ def _evaluated(
     adapters: Sequence[Adapter],
     base: str,
     data: Mapping[str, TaskData] | Sequence[TaskData] | TaskData,
+    tasks: Sequence[str],
     against: AdapterLike | None,
     settings: Settings,
     *,
     controls: bool,
 ) -> Evaluation:
     bench = open_bench(base, settings)
-    pairs, notes = pair(adapters, data)
+    pairs, notes = pair(adapters, _with_harness(data, tasks, adapters))
     kind = next((adapter.task_type for adapter in adapters if adapter.task_type), None)
     jobs = [job_of(one, bench.host, settings, kind) for one in pairs]
     with shared_directory() as scratch:
-        maker = SubjectMaker(base, scratch, bench.cache)
+        maker = SubjectMaker(base, settings.dequantize, scratch, bench.cache)
         subjects = _subjects(maker, merged, against, adapters if controls else ())
         jobs = _within_budget(bench, jobs, len(subjects), settings)
         scores = _scores(bench, jobs, subjects, maker, settings)
@@ -167,9 +172,12 @@ def _evaluated(
 
 
 def _loaded(
-    merged: AdapterLike, adapters: Sequence[AdapterLike] | None, base_model: str | Path | None
-) -> tuple[list[Adapter], str]:
-    """The adapters, by different names, and their base model.
+    merged: AdapterLike,
+    adapters: Sequence[AdapterLike] | None,
+    base_model: str | Path | None,
+    settings: Settings,
+) -> tuple[list[Adapter], str, Settings]:
+    """The adapters, by different names, their base model, and the settings with what the recipe says of it.
 
     Raises:
         OptionError: Nobody says which they are.
@@ -180,11 +188,14 @@ def _loaded(
     if recipe is not None:
         adapters = recipe.adapters if adapters is None else adapters
         base_model = base_model or recipe.base_model
-    loaded = named_apart(load_adapters(adapters or (), base_model=lazy_base(base_model)))
+        dequantize = settings.dequantize or recipe.dequantize
+        settings = dataclasses.replace(settings, dequantize=dequantize)
+    opened = lazy_base(base_model, dequantize=settings.dequantize)
+    loaded = named_apart(load_adapters(adapters or (), base_model=opened))
     base = base_model or next((a.base_model for a in loaded if a.base_model), None)
     if base is None:
         raise OptionError("the base model is not known: give base_model (--base-model)")
-    return loaded, str(base)
+    return loaded, str(base), settings
 
 
 def _recipe(merged: AdapterLike) -> Recipe | None:
@@ -226,7 +237,7 @@ def _subjects(
                 "controls need a merge that is an adapter: the norm of a folded model is not known"
             )
         subjects["random"] = maker.make(random_adapter(merge), "random")
-        soup = uniform_soup(controlled, maker.base_model)
+        soup = uniform_soup(controlled, maker.base_model, dequantize=maker.dequantize)
         subjects["soup"] = maker.make(soup, "soup")
     return subjects
 

@@ -52,8 +52,10 @@ class ModelHost:
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
+        dequantize: bool = False,
     ) -> None:
         self.base_model = base_model
+        self.dequantize = dequantize
         self.dtype = dtype or torch.float32
         self.device = device or torch.device("cpu")
         self._model: Any = None
@@ -153,7 +155,8 @@ class ModelHost:
         wanted = source, AUTO_CLASSES.get(task_type, AUTO_CLASSES["FEATURE_EXTRACTION"])
         if self._loaded != wanted:
             self._model = None  # before the next one is loaded
-            self._model = load_model(source, wanted[1], self.dtype).to(self.device)
+            model = load_model(source, wanted[1], self.dtype, dequantize=self.dequantize)
+            self._model = model.to(self.device)
             self._loaded = self._class = wanted
             self._sums, self._heads = _sums(self._model), set[str]()
         return self._model
@@ -187,6 +190,11 @@ def _added_to_weights(model: Any) -> list[tuple[nn.Parameter, Tensor]]:
 def _sums(model: nn.Module) -> dict[str, float]:
     """A number per parameter by which a change is noticed."""
     return {
-        name: float(values.detach().sum(dtype=torch.float64))
+        name: float(_addable(values.detach()).sum(dtype=torch.float64))
         for name, values in model.named_parameters()
     }
+
+
+def _addable(values: Tensor) -> Tensor:
+    """Return codes of eight bits as bytes: torch adds up no float8."""
+    return values.view(torch.uint8) if values.element_size() == 1 else values

@@ -30,6 +30,7 @@ class Settings:
         dtype: Of the model.
         device: Where the model runs; None: a GPU if there is one.
         tokenizer: None: the base model's.
+        dequantize: Compute the weights of a quantised base model from their codes.
         cache: Where outcomes are kept.
         progress: Whether bars are shown.
     """
@@ -49,6 +50,7 @@ class Settings:
     dtype: torch.dtype = torch.float32
     device: str | torch.device | None = None
     tokenizer: Any = None
+    dequantize: bool = False
     cache: bool | str | Path = True
     progress: bool | None = None
 

@@ -66,11 +66,13 @@ class SubjectMaker:
 
     Attributes:
         base_model: The base model.
+        dequantize: Compute its weights from their codes, where it is quantised.
         scratch: A directory for what has to be saved.
         cache: Knows the hashes of large files.
     """
 
     base_model: str
+    dequantize: bool
     scratch: Path
     cache: OutcomeCache
 
@@ -89,7 +91,7 @@ class SubjectMaker:
             digest = self.cache.directory_digest(directory)
             title = directory.resolve().name
             return Subject(name=name, title=title, digest=digest, checkpoint=str(directory))
-        adapter = load_adapter(given, base_model=self.base_model)
+        adapter = load_adapter(given, base_model=self.base_model, dequantize=self.dequantize)
         if adapter.source is None or adapter.source.sha256 is None:
             return self._saved(adapter, name)
         return _in_files(adapter, adapter.source, name)
@@ -97,7 +99,7 @@ class SubjectMaker:
     def _saved(self, adapter: Adapter, name: str) -> Subject:
         target = self.scratch / name
         if any(entry.kind is Dense for entry in adapter.modules.entries.values()):
-            adapter.fold(self.base_model, target, progress=False)
+            adapter.fold(self.base_model, target, dequantize=self.dequantize, progress=False)
             digest = self.cache.directory_digest(target)
             return Subject(
                 name=name,

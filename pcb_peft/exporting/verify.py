@@ -114,13 +114,14 @@ def verify(
         return Verification(
             profile.name, skipped="run it with the base model in the program itself"
         )
-    directory, sources = base().directory, weighted_sources(adapter, base)
+    model, sources = base(), weighted_sources(adapter, base)
+    directory = model.directory
     batches, name, error, effect, distance = _batches(directory), "", 0.0, 0.0, 0.0
     summed: list[Tensor] = []
     with quiet_transformers(), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # PEFT and transformers speak of heads that are loaded here
         for head in [one.read() for one in adapter.heads.values()] or [{}]:
-            bare = _bare_model(directory, adapter, head)
+            bare = _bare_model(model, adapter, head)
             plain, wanted = _answers(bare, batches), _wanted(adapter, bare, head, batches)
             summed = _summed(bare, sources, batches)
             name, found = run(_Run(adapter, head, directory, output, bare, batches))
@@ -163,12 +164,13 @@ def _batches(directory: Path) -> list[Tensor]:
     return [torch.arange(1, 9)[None], torch.arange(9, 1, -1)[None]]
 
 
-def _bare_model(directory: Path, adapter: Adapter, head: Head) -> Any:
+def _bare_model(base: BaseModel, adapter: Adapter, head: Head) -> Any:
     """Load the base model in float32, with a head that is kept beside the adapter.
 
     A classifier gets as many classes as the adapter's own head has, but not its values: these must be in the result.
     """
-    model = load_base(directory, adapter.task_type, torch.float32)
+    dequantize = bool(base.quantised)
+    model = load_base(base.directory, adapter.task_type, torch.float32, dequantize=dequantize)
     present = model.state_dict()
     missing = {
         name: torch.zeros_like(values)

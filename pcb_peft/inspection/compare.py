@@ -27,6 +27,7 @@ def compare_adapters(
     adapters: Sequence[str | Path | Source | tuple[Any, str] | Adapter],
     base_model: str | Path | None = None,
     *,
+    dequantize: bool = False,
     progress: bool | None = None,
 ) -> Comparison:
     """Compare adapters before they are merged: whether they fit, who dominates, what they share.
@@ -37,6 +38,7 @@ def compare_adapters(
     Args:
         adapters: Two or more: directories, hub ids, (PeftModel, adapter name), or loaded adapters.
         base_model: Path or hub id of the base model, for kinds that need W, and to look the modules up in it.
+        dequantize: Take a quantised base model; its weights are computed from their codes.
         progress: Show a bar; default: on a terminal.
 
     Returns:
@@ -53,10 +55,13 @@ def compare_adapters(
     """
     if len(adapters) < 2:
         raise OptionError("compare takes two or more adapters; pcb-peft inspect looks at one")
-    opened = named_apart(load_adapters(adapters, base_model=lazy_base(base_model)))
+    base = lazy_base(base_model, dequantize=dequantize)
+    opened = named_apart(load_adapters(adapters, base_model=base))
     names = tuple(adapter.name for adapter in opened)
     try:
-        recipe = Recipe.parse(adapters=sources_of(opened), base_model=base_model)
+        recipe = Recipe.parse(
+            adapters=sources_of(opened), base_model=base_model, dequantize=dequantize
+        )
         prepared = prepare(recipe, opened)
     except PcbPeftError as error:
         return Comparison(names, problems=(str(error),))

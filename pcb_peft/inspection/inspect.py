@@ -24,6 +24,7 @@ def inspect_adapter(
     adapter: str | Path | Source | tuple[Any, str] | Adapter,
     base_model: str | Path | None = None,
     *,
+    dequantize: bool = False,
     progress: bool | None = None,
 ) -> Inspection:
     """Look at one adapter: what it is, where and how strongly it changes its base model, and what looks wrong.
@@ -33,6 +34,7 @@ def inspect_adapter(
     Args:
         adapter: A directory, a hub id, (PeftModel, adapter name), or an adapter that is loaded.
         base_model: Path or hub id of the base model, for kinds that need W, and to look the modules up in it.
+        dequantize: Take a quantised base model; its weights are computed from their codes.
         progress: Show a bar; default: on a terminal.
 
     Returns:
@@ -48,7 +50,7 @@ def inspect_adapter(
         >>> inspect_adapter("math-lora").ranks
         {8: 2}
     """
-    base = lazy_base(base_model)
+    base = lazy_base(base_model, dequantize=dequantize)
     try:
         opened = load_adapter(adapter, base_model=base, hashed=False)
     except AdapterNotFoundError:

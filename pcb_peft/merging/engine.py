@@ -251,7 +251,7 @@ def _with_metric(
         return prepared, None
     shapes = {name: entry.shape for name, entry in adapter_set.modules.items()}
     task_type = adapter_set.adapters[0].task_type
-    subject = Subject(recipe.base_model, task_type, shapes, prepared.statistics)
+    subject = Subject(recipe.base_model, recipe.dequantize, task_type, shapes, prepared.statistics)
     metric = open_metric(recipe.metric, subject, machine.device, machine.track)
     if recipe.metric.sha256 not in (None, metric.sha256):
         report.note("the metric was measured anew, and differs in its last bits from the recipe's")

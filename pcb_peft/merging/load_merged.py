@@ -41,7 +41,8 @@ def load_merged(
         adapter: Directory or hub id of the merged adapter, or the merge itself.
         head: The adapter whose head is wanted: the name of a file in the folder ``heads``. None for an adapter that
             has a head of its own, or needs none.
-        **options: Arguments of ``from_pretrained`` of the base model, such as ``dtype`` or ``device_map``.
+        **options: Arguments of ``from_pretrained`` of the base model, such as ``dtype`` or ``device_map``; with
+            ``dequantize=True`` the weights of a quantised one are computed from their codes.
 
     Returns:
         The PeftModel, in evaluation mode. Its config has ``num_labels``, and ``id2label`` if the names are known.

@@ -35,7 +35,8 @@ def report_files(directory: Path) -> dict[str, bytes]:
     record = record_of(directory)
     try:
         recipe = record.recipe
-        adapters = load_adapters(recipe.adapters, base_model=lazy_base(recipe.base_model))
+        base = lazy_base(recipe.base_model, dequantize=recipe.dequantize)
+        adapters = load_adapters(recipe.adapters, base_model=base)
     except PcbPeftError:  # the merge was made elsewhere
         adapters = []
     public = record.public()

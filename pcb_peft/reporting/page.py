@@ -19,6 +19,7 @@ from pcb_peft.inspection.comparison import Comparison
 from pcb_peft.inspection.geometry import has_factors, singular_values
 from pcb_peft.merging.report import ModuleReport, Report, least_share, report_lines, title
 from pcb_peft.merging.result import MergedAdapter
+from pcb_peft.recipes.recipe import Recipe
 from pcb_peft.recipes.weights import plain
 from pcb_peft.reporting.charts import HEIGHT, HeatMap, curve
 from pcb_peft.reporting.merge_record import MergeRecord, record_of
@@ -84,7 +85,8 @@ def write_report(
     track = tracker(progress)
     record = record_of(merged, evaluation)
     sources = adapters or record.recipe.adapters
-    loaded = load_adapters(sources, base_model=lazy_base(record.recipe.base_model))
+    base = lazy_base(record.recipe.base_model, dequantize=record.recipe.dequantize)
+    loaded = load_adapters(sources, base_model=base)
     text = render(record, loaded, track)
     write_file_atomically(
         Path(path),
@@ -111,7 +113,7 @@ def render(record: MergeRecord, adapters: Sequence[Adapter], track: Track) -> st
         lstrip_blocks=True,
     )
     report = record.report
-    comparison = _comparison(adapters, record.recipe.base_model)
+    comparison = _comparison(adapters, record.recipe)
     spectrum = None if record.merged is None else spectrum_of(record.merged, track)
     return environment.get_template(TEMPLATE).render(
         title=title(report),
@@ -155,11 +157,13 @@ def spectrum_of(adapter: Adapter, track: Track) -> Spectrum | None:
     return Spectrum(energies, ranks)
 
 
-def _comparison(adapters: Sequence[Adapter], base_model: str | None) -> Comparison | None:
+def _comparison(adapters: Sequence[Adapter], recipe: Recipe) -> Comparison | None:
     """Return the adapters side by side; None where there is one only."""
     if len(adapters) < 2:
         return None
-    return compare_adapters(adapters, base_model, progress=False)
+    return compare_adapters(
+        adapters, recipe.base_model, dequantize=recipe.dequantize, progress=False
+    )
 
 
 def _adapters(record: MergeRecord) -> list[dict[str, Any]]:

@@ -96,15 +96,15 @@ def search(  # noqa: PLR0913  (every choice of a search, by name)
     """
     check_picture(plot)
     chosen, goal = _settings(settings), Objective.named(objective)
-    recipe, adapters = _started(start, base_model)
+    recipe, adapters = _started(start, base_model, dequantize=chosen.dequantize)
+    chosen = dataclasses.replace(chosen, dequantize=recipe.dequantize)
     space = search_space(vary, recipe, adapters, layers)
     trials = trials if space.knobs else min(trials, 1)  # nothing varies but the common weight
     name, notes = _optimiser(optimiser)
     optimiser_named(name, space.knobs, seed, trials)  # before anything is measured
     validation = prepare(recipe, adapters, data, test_data, chosen)
     trier = Trier(space=space, adapters=adapters, validation=validation, objective=goal)
-    own = dict(validation.own)
-    there = functools.partial(_trier, recipe, space, goal, data, test_data, chosen, own)
+    there = functools.partial(_trier, recipe, space, goal, data, test_data, chosen, validation.own)
     files = [a.source and (a.source.sha256, a.source.config_sha256) for a in adapters]
     facts = [recipe.to_yaml(), files, repr(space.knobs), validation.digest, goal.worst, name, seed]
     trial_log = TrialLog(None if log is None else Path(log), digest_of(facts), trials)
@@ -137,13 +137,16 @@ def _trier(
 ) -> Trier:
     """The trier of a process of its own."""
     quiet = dataclasses.replace(settings, progress=False)
-    _, adapters = _started(recipe, None)
+    _, adapters = _started(recipe, None, dequantize=recipe.dequantize)
     validation = prepare(recipe, adapters, data, test_data, quiet, own)
     return Trier(space=space, adapters=adapters, validation=validation, objective=objective)
 
 
 def _started(
-    start: Recipe | str | Path | Sequence[str | Path | Source], base_model: str | Path | None
+    start: Recipe | str | Path | Sequence[str | Path | Source],
+    base_model: str | Path | None,
+    *,
+    dequantize: bool,
 ) -> tuple[Recipe, list[Adapter]]:
     """The recipe that the search starts from, and its adapters by different names."""
     if isinstance(start, str | Path):
@@ -155,8 +158,13 @@ def _started(
     if not isinstance(start, Recipe):
         start = Recipe.parse(adapters=list(start))
     base = base_model or start.base_model
-    recipe = dataclasses.replace(start, base_model=None if base is None else str(base))
-    return recipe, named_apart(load_adapters(recipe.adapters, base_model=lazy_base(base)))
+    recipe = dataclasses.replace(
+        start,
+        base_model=None if base is None else str(base),
+        dequantize=dequantize or start.dequantize,
+    )
+    opened = lazy_base(base, dequantize=recipe.dequantize)
+    return recipe, named_apart(load_adapters(recipe.adapters, base_model=opened))
 
 
 def _settings(given: Mapping[str, Any]) -> Settings:

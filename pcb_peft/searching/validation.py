@@ -3,6 +3,7 @@
 import dataclasses
 import random
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -44,7 +45,7 @@ class Validation:
     def kept(self, merged: Adapter, names: Collection[str]) -> dict[str, float]:
         """Return what a merge keeps of some adapters' tasks, as a share of each adapter's own score."""
         with shared_directory() as scratch:
-            subject = SubjectMaker(self.base_model, scratch, self.bench.cache).make(merged, "merge")
+            subject = _maker(self.bench, self.base_model, scratch).make(merged, "merge")
             scores = {
                 job.name: self.bench.score(subject, job).value
                 for job in self.jobs
@@ -145,7 +146,7 @@ def _own(bench: Bench, base: str, jobs: Sequence[Job]) -> dict[str, float]:
     """The score of each task's own adapter."""
     own: dict[str, float] = {}
     with shared_directory() as scratch:
-        maker = SubjectMaker(base, scratch, bench.cache)
+        maker = _maker(bench, base, scratch)
         for job in jobs:
             if job.adapter is None:
                 raise OptionError(
@@ -155,3 +156,7 @@ def _own(bench: Bench, base: str, jobs: Sequence[Job]) -> dict[str, float]:
             if own[job.name] <= 0:
                 raise OptionError(f"{job.name}: the adapter alone scores 0 on its own texts")
     return own
+
+
+def _maker(bench: Bench, base_model: str, scratch: Path) -> SubjectMaker:
+    return SubjectMaker(base_model, bench.host.dequantize, scratch, bench.cache)
