@@ -10,9 +10,11 @@ import numpy as np
 import peft
 import pytest
 import torch
+import transformers
 from helpers import distance, ia3, lora
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_language import save_language_model, write_gguf
 
 from pcb_peft import (
     MismatchError,
@@ -126,8 +128,8 @@ def test_peft_gets_the_smallest_exact_form(workshop, tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", None])
 def test_transformers_gets_a_whole_model(workshop, tmp_path, dtype):
     adapter, base = mixed(workshop), workshop.base("llama")
-    done = exported(adapter, "transformers", tmp_path / "out", dtype=dtype, verified=dtype is None)
-    assert dtype or done.verification.passed
+    done = exported(adapter, "transformers", tmp_path / "out", dtype=dtype, verified=True)
+    assert (done.verification.error > 1e-4) == bool(dtype)  # rounded to 8 bits
     folded = load_file(tmp_path / "out" / "model.safetensors")
     assert {x.dtype for x in folded.values()} == {getattr(torch, dtype or "float32")}
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -363,6 +365,52 @@ def test_a_result_that_does_nothing_or_something_else_fails(workshop, tmp_path):
     nothing = dataclasses.replace(adapter.scaled(0))
     exported(nothing, "portable", tmp_path / "zero")
     assert not verify(nothing, tmp_path / "zero", PROFILES["portable"], base).passed
+
+
+def test_a_cut_is_verified_beside_the_adapter_of_lower_rank_and_its_loss_is_told(
+    workshop, tmp_path
+):
+    adapter, options = mixed(workshop), {"max_rank": 1, "verified": True}
+    done = exported(adapter, "portable", tmp_path / "out", **options).verification
+    assert done.error < 1e-4 < 0.01 < done.cut
+    assert "before the cut" in str(done)
+    worse = load_adapter(tmp_path / "out").scaled(1.1)
+    base = lazy_base(workshop.base("llama"))
+    verified = verify(
+        worse, tmp_path / "out", PROFILES["portable"], base, uncut=load_adapter(adapter)
+    )
+    assert not verified.passed
+
+
+def test_token_rows_and_a_cut(workshop, tmp_path):
+    base = workshop.base("llama")
+    config = lora("q_proj", trainable_token_indices=[1, 3])
+    adapter = workshop.adapter("llama", config, base=str(base))
+    done = exported(adapter, "peft", tmp_path / "out", max_rank=1, verified=True).verification
+    assert done.error < 1e-4 < done.cut
+
+
+@pytest.mark.slow
+def test_llama_cpp_verifies_with_the_base_model_in_its_own_format(workshop, tmp_path):
+    pytest.importorskip("xllamacpp")
+    pytest.importorskip("gguf")
+    base = save_language_model(tmp_path / "base")
+    auto = transformers.AutoModelForCausalLM
+    adapter = workshop.adapter(auto.from_pretrained(base), lora(*TARGETS), base=str(base))
+    done = exported(adapter, "gguf", tmp_path / "x.gguf", verified=True).verification
+    assert "it needs the base model as a GGUF file" in done.skipped
+    file = write_gguf(base, base / "model.gguf")
+    for output in ("out", "out.gguf"):
+        done = exported(adapter, "gguf", tmp_path / output, verified=True).verification
+        assert done.error < 5e-3 < 0.1 < done.effect
+    again, opened = load_adapter(adapter).scaled(2), lazy_base(base)
+    assert not verify(again, tmp_path / "out.gguf", PROFILES["gguf"], opened).passed
+    write_gguf(save_language_model(tmp_path / "untied", tied=False), file)
+    skipped = verify(again, tmp_path / "out.gguf", PROFILES["gguf"], opened).skipped
+    assert f"{file} alone computes something else" in skipped
+    file.write_bytes(b"GGUF")
+    with pytest.raises(MismatchError, match=r"llama.cpp does not load .*model.gguf"):
+        verify(again, tmp_path / "out.gguf", PROFILES["gguf"], opened)
 
 
 def test_a_merge_is_verified_in_memory_beside_the_weighted_sum_of_its_sources(workshop, tmp_path):

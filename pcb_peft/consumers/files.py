@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -48,7 +48,7 @@ class OutputFiles:
         path: The directory, or the file.
         form: The form that they have.
         config: ``adapter_config.json``, or a model's ``config.json``; empty where there is none.
-        tensors: Name to shape, of an adapter in safetensors.
+        tensors: Name to dtype and shape, of what is stored in safetensors.
         unreadable: Files that other users of the machine cannot read.
         heads: Names of the heads that are kept beside the adapter.
         base: ``config.json`` of the base model, if it is on this machine; else empty.
@@ -111,8 +111,9 @@ def open_output(path: str | Path) -> OutputFiles:
         return OutputFiles(path, "pipeline", {}, _header(path), _unreadable([path]))
     form = _form(path)
     config = _json(path / ("config.json" if form == "model" else CONFIG))
-    weights = path / {"peft": WEIGHTS, "mlx": MLX, "pipeline": PIPELINE}.get(form, WEIGHTS)
     files = [file for file in sorted(path.iterdir()) if file.is_file()]
+    names = {"peft": WEIGHTS, "mlx": MLX, "pipeline": PIPELINE}
+    weights = [file for file in files if file.name == names.get(form, file.name)]
     ggufs = [file for file in files if file.suffix == ".gguf"]
     if form == "gguf":
         return OutputFiles(ggufs[0], "gguf", {}, {}, _unreadable(ggufs))
@@ -120,7 +121,7 @@ def open_output(path: str | Path) -> OutputFiles:
         path,
         form,
         config,
-        _header(weights) if weights.is_file() else {},
+        _headers(file for file in weights if file.suffix == ".safetensors"),
         _unreadable(files),
         tuple(sorted(file.stem for file in path.glob("heads/*.safetensors"))),
         config_of_model(config.get("base_model_name_or_path")) if form == "peft" else {},
@@ -149,6 +150,10 @@ def _json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise AdapterError(f"{path} holds no object with names; {AGAIN}")
     return content  # pyright: ignore[reportUnknownVariableType]
+
+
+def _headers(paths: Iterable[Path]) -> dict[str, TensorShape]:
+    return {name: tensor for path in paths for name, tensor in _header(path).items()}
 
 
 def _header(path: Path) -> dict[str, TensorShape]:

@@ -147,7 +147,8 @@ def export(  # noqa: PLR0913  (every choice of an export, by name)
     usage = profile.write(dataclasses.replace(request, adapter=fitting))
     verification = None
     if verified:
-        verification = verify(original, Path(output), profile, base, exact=energy == 1)
+        written, uncut = (original, None) if energy == 1 else (fitting, original)
+        verification = verify(written, Path(output), profile, base, uncut=uncut)
         verification.demand()
     return Exported(Path(output), to, energy, tuple(usage), check(output), verification)
 

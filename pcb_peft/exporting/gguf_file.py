@@ -66,7 +66,7 @@ def _write(request: Request) -> Sequence[str]:
         def write(path: Path) -> None:
             _write_file(path, architecture, tensors, dtype, request)
 
-        write_file_atomically(file, write, overwrite=request.overwrite, is_ours=_is_adapter)
+        write_file_atomically(file, write, overwrite=request.overwrite, is_ours=is_adapter)
     else:
         file = request.output / FILE
         with replace_directory(
@@ -80,7 +80,7 @@ def _write(request: Request) -> Sequence[str]:
     ]
 
 
-def _is_adapter(path: Path) -> bool:
+def is_adapter(path: Path) -> bool:
     """Return whether a file is a GGUF adapter, which an export may replace."""
     with path.open("rb") as stream:
         return b"adapter.lora.alpha" in stream.read(1 << 12)
@@ -223,5 +223,5 @@ PROFILE = Profile(
     in_one_process(_write),
     tolerance=0.02,
     suffix=SUFFIX,
-    is_ours=_is_adapter,
+    is_ours=is_adapter,
 )

@@ -2,12 +2,10 @@
 
 import copy
 import dataclasses
-import importlib
-import json
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +14,12 @@ from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.base.canonical import CLASSIFIERS
 from pcb_peft.base.model import BaseModel
 from pcb_peft.consumers.files import open_output
-from pcb_peft.consumers.mlx import hidden_rope_theta
 from pcb_peft.data.live_adapters import with_adapter
 from pcb_peft.data.live_heads import Head, give_head, put_head, wrapped_by_peft
 from pcb_peft.data.models import load_base, quiet_transformers
 from pcb_peft.errors import MismatchError, OptionError
 from pcb_peft.exporting.profile import Profile
+from pcb_peft.exporting.programs import PROGRAMS, Run, answers
 from pcb_peft.exporting.sources import weighted_sources
 
 PROMPTS = (
@@ -31,7 +29,7 @@ PROMPTS = (
 )
 TOP = 10
 DIFFERENCE = 10  # an effect on the base model of so many errors is one
-HALF_PRECISION = 0.05  # largest difference that rounding of 16-bit tensors may make
+ROUNDING = {"F16": 0.05, "BF16": 0.2}  # largest difference that rounding of 16-bit tensors may make
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -42,7 +40,9 @@ class Verification:
         consumer: The program that computed them.
         error: Largest difference to the adapter, over its ten most likely tokens.
         effect: Largest difference to the bare base model.
-        limit: Largest error that rounding explains; None where the rank was cut.
+        limit: Largest error that rounding explains.
+        cut: Largest difference to the adapter before its rank was cut; None where it was not. The other numbers are
+            then those of the adapter at the lower rank.
         sources: Largest difference to the weighted sum of the adapters that a merge was made of; None for other
             adapters, and where the sources are gone or have weights that differ between modules. Only a merge that is
             a sum is meant to compute the same.
@@ -52,27 +52,29 @@ class Verification:
     consumer: str
     error: float = 0.0
     effect: float = 0.0
-    limit: float | None = None
+    limit: float = 0.0
+    cut: float | None = None
     sources: float | None = None
     skipped: str = ""
 
     @property
     def passed(self) -> bool:
         """True if the result computes what the adapter does, and not what the bare base model does."""
-        if self.skipped:
-            return True
-        if self.limit is None:
-            return self.error < self.effect
-        return self.error <= self.limit and self.effect > DIFFERENCE * self.error
+        right = self.error <= self.limit and self.effect > DIFFERENCE * self.error
+        return bool(self.skipped) or right
 
     def __str__(self) -> str:
         if self.skipped:
             return f"not verified in {self.consumer}: {self.skipped}"
         words = "as the adapter" if self.passed else "NOT as the adapter"
+        if self.cut is not None:
+            words += " that was cut to the lower rank"
         parts = [
             f"by {self.error:.2g} from the adapter's",
             f"by {self.effect:.2g} from the bare base model's",
         ]
+        if self.cut is not None:
+            parts.append(f"by {self.cut:.2g} from those of the adapter before the cut")
         if self.sources is not None:
             parts.append(f"by {self.sources:.2g} from those of the weighted sum of its sources")
         return f"verified in {self.consumer}: computes {words} (log-probabilities differ {', '.join(parts)})"
@@ -92,16 +94,16 @@ def verify(
     profile: Profile,
     base: Callable[[], BaseModel] | None,
     *,
-    exact: bool = True,
+    uncut: Adapter | None = None,
 ) -> Verification:
     """Load what was written, and compare it with the adapter that it was made from.
 
     Args:
-        adapter: The adapter before the export; a merge may be in memory.
+        adapter: The adapter that was written; a merge may be in memory.
         output: What was written.
         profile: As what.
         base: The base model.
-        exact: False where a rank was cut: then the result must be nearer to the adapter than the base model is.
+        uncut: The adapter before its rank was cut, where it was; the distance to it is measured, and limits nothing.
 
     Raises:
         OptionError: There is no base model to load.
@@ -109,35 +111,36 @@ def verify(
     """
     if base is None:
         raise OptionError("a result is verified on the base model: give base_model (--base-model)")
-    run = _RUNNERS.get(profile.name)
+    run = PROGRAMS.get(profile.name)
     if run is None:
         return Verification(
             profile.name, skipped="run it with the base model in the program itself"
         )
-    model, sources = base(), weighted_sources(adapter, base)
+    model, sources = base(), weighted_sources(uncut or adapter, base)
     directory = model.directory
-    batches, name, error, effect, distance = _batches(directory), "", 0.0, 0.0, 0.0
-    summed: list[Tensor] = []
+    batches, name, largest = _batches(directory), "", dict[str, Any]()
     with quiet_transformers(), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # PEFT and transformers speak of heads that are loaded here
         for head in [one.read() for one in adapter.heads.values()] or [{}]:
             bare = _bare_model(model, adapter, head)
-            plain, wanted = _answers(bare, batches), _wanted(adapter, bare, head, batches)
-            summed = _summed(bare, sources, batches)
-            name, found = run(_Run(adapter, head, directory, output, bare, batches))
+            wanted = _wanted(adapter, bare, head, batches)
+            others = {"error": wanted, "effect": answers(bare, batches)}
+            if uncut is not None:
+                others["cut"] = _wanted(uncut, bare, head, batches)
+            if summed := _summed(bare, sources, batches):
+                others["sources"] = summed
+            name, found = run(Run(adapter, head, directory, output, bare, batches))
             if isinstance(found, str):
                 return Verification(name, skipped=found)
             top = [values.topk(min(TOP, values.shape[-1])).indices for values in wanted]
-            error = max(error, _largest(found, wanted, top))
-            effect = max(effect, _largest(found, plain, top))
-            distance = max(distance, _largest(found, summed or wanted, top))
-    limit = _limit(output, profile) if exact else None
-    return Verification(name, error, effect, limit, distance if summed else None)
+            for key, values in others.items():
+                largest[key] = max(largest.get(key, 0.0), _largest(found, values, top))
+    return Verification(name, limit=_limit(output, profile), **largest)
 
 
 def _limit(output: Path, profile: Profile) -> float:
     dtypes = {tensor.dtype for tensor in open_output(output).tensors.values()}
-    return max(profile.tolerance, HALF_PRECISION if dtypes & {"BF16", "F16"} else 0.0)
+    return max([profile.tolerance, *(ROUNDING.get(dtype, 0.0) for dtype in dtypes)])
 
 
 def _largest(found: Sequence[Tensor], wanted: Sequence[Tensor], top: Sequence[Tensor]) -> float:
@@ -190,22 +193,20 @@ def _wanted(adapter: Adapter, bare: Any, head: Head, batches: Sequence[Tensor]) 
     PEFT loads the adapter's files. One that is in memory only is put into the weights.
 
     Raises:
-        OptionError: It is in memory only, and replaces rows of an embedding.
+        OptionError: It is in memory only, and has stacked experts.
     """
     source = adapter.source
     if source is not None and (Path(source.directory) / "adapter_config.json").is_file():
         place = {"model_id": source.directory}
-        return _answers(wrapped_by_peft(copy.deepcopy(bare), place, adapter.name, head), batches)
-    if adapter.head.rows:
-        raise OptionError(
-            f"{adapter.name} replaces rows of an embedding, and is verified from its files: save it, and export what "
-            "was saved"
-        )
+        return answers(wrapped_by_peft(copy.deepcopy(bare), place, adapter.name, head), batches)
     model = copy.deepcopy(bare)
     put_head(model, adapter.head.read(), adapter.name)
+    for module, rows in adapter.head.within(lambda name: name in model.state_dict()).rows.items():
+        weight = model.get_parameter(f"{module}.weight")
+        weight.data = rows.put_into(weight.data)
     try:
         with with_adapter(model, adapter):
-            return _answers(model, batches)
+            return answers(model, batches)
     except MismatchError as error:
         raise OptionError(
             f"{error}; a merge of stacked experts is verified from its files: save it, and export what was saved"
@@ -218,79 +219,6 @@ def _summed(bare: Any, sources: Sequence[Adapter], batches: Sequence[Tensor]) ->
         return []
     try:
         with with_adapter(bare, *sources):
-            return _answers(bare, batches)
+            return answers(bare, batches)
     except MismatchError:
         return []
-
-
-def _answers(model: Any, batches: Sequence[Tensor]) -> list[Tensor]:
-    """Return log-probabilities of the next token, or of the labels; an encoder's last states count as such."""
-    model.eval()
-    found: list[Tensor] = []
-    for ids in batches:
-        encodes = getattr(model.config, "is_encoder_decoder", False)
-        start = {"decoder_input_ids": ids[:, :1]} if encodes else {}
-        output = model(ids, **start)
-        logits = output.logits if "logits" in output else output.last_hidden_state
-        last = logits[:, -1] if logits.ndim == 3 else logits
-        found.append(last.float().log_softmax(-1))
-    return found
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Run:
-    """The parts of a computation: the adapter and its head, the base model's files, the result, the base model."""
-
-    adapter: Adapter
-    head: Head
-    directory: Path
-    output: Path
-    bare: Any
-    batches: Sequence[Tensor]
-
-
-_Found: TypeAlias = tuple[str, "list[Tensor] | str"]
-
-
-def _in_peft(run: _Run) -> _Found:
-    import peft
-
-    model = wrapped_by_peft(run.bare, {"model_id": str(run.output)}, str(run.output), run.head)
-    return f"PEFT {peft.__version__}", _answers(model, run.batches)
-
-
-def _in_transformers(run: _Run) -> _Found:
-    import transformers
-
-    model = load_base(run.output, run.adapter.task_type, torch.float32)
-    if run.head:
-        give_head(model, run.head, str(run.output))
-    return f"transformers {transformers.__version__}", _answers(model, run.batches)
-
-
-def _in_mlx(run: _Run) -> _Found:
-    try:
-        mx: Any = importlib.import_module("mlx.core")
-        loading: Any = importlib.import_module("mlx_lm.utils")
-        tuning: Any = importlib.import_module("mlx_lm.tuner.utils")
-    except ImportError:
-        return "mlx-lm", "it is not installed (pip install 'mlx[cpu]' mlx-lm)"
-    config = json.loads((run.directory / "config.json").read_text(encoding="utf-8"))
-    theta = hidden_rope_theta(config)  # what a user has to add to the base model is added here
-    changes = {} if theta is None else {"rope_theta": theta}
-    model, _ = loading.load_model(run.directory, model_config=changes)
-    model = tuning.load_adapters(model, str(run.output))
-    model.set_dtype(mx.float32)
-    found: list[Tensor] = []
-    for ids in run.batches:
-        logits: Any = model(mx.array(ids.tolist()))[:, -1]
-        found.append(torch.tensor(logits.astype(mx.float32).tolist()).log_softmax(-1))
-    return "mlx-lm", found
-
-
-_RUNNERS: dict[str, Callable[[_Run], _Found]] = {
-    "portable": _in_peft,
-    "peft": _in_peft,
-    "transformers": _in_transformers,
-    "mlx": _in_mlx,
-}
