@@ -137,9 +137,7 @@ def export(  # noqa: PLR0913  (every choice of an export, by name)
         track,
     )
     if not profile.cut and any((max_rank, pad_to_rank, like_adapter, dense)):
-        raise OptionError(
-            f"the profile {to} has no ranks: leave out max_rank, dense, padding and like"
-        )
+        raise OptionError(f"{to} has no ranks: leave out max_rank, dense, padding and like")
     profile.check_output(request.output, overwrite=overwrite, inputs=original.inputs)
     fitting, energy = _fitting(request, profile, max_rank)
     fitting = _shaped(fitting, request.config, dense=dense, rank=pad_to_rank, other=like_adapter)
