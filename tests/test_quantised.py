@@ -217,7 +217,9 @@ def test_a_model_that_must_run_is_refused_with_both_ways_out(workshop, method):
 
 def test_what_is_not_known_is_refused_by_name(tmp_path):
     with pytest.raises(BaseModelError, match=r"base is quantised \(hqq\).*known are bitsandbytes"):
-        written(tmp_path, {"quant_method": "hqq"}, up__weight=torch.zeros(2, 2))
+        written(tmp_path, {"quant_method": "hqq"}, up__W_q=torch.zeros(2, 2, dtype=torch.uint8))
+    with pytest.raises(BaseModelError, match=r"files hold plain weights.*take quantization_config"):
+        written(tmp_path, {"quant_method": "bitsandbytes"}, up__weight=torch.zeros(2, 2))
     with pytest.raises(BaseModelError, match=r"up\.qweight, for one, cannot"):
         written(tmp_path, {"quant_method": "exotic"}, up__qweight=torch.zeros(2, 2))
     method = {"quant_method": "awq", "bits": 4, "version": "gemv"}

@@ -1,11 +1,16 @@
 """What runs a quantised base model computes what it computes with the same values as plain numbers."""
 
+import copy
+import json
+
 import peft
 import pytest
 import torch
 import transformers
 from helpers import lora
+from models import gpt2, save
 from quantised_models import plain, quantised, two_forms
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from pcb_peft import (
@@ -15,6 +20,7 @@ from pcb_peft import (
     distill_merge,
     evaluate,
     export,
+    fold_adapter,
     inspect_adapter,
     load_merged,
     merge_adapters,
@@ -98,6 +104,31 @@ def test_a_model_of_another_class_and_its_configuration_of_generation(codes):
     model = load_base(codes, "SEQ_CLS", dequantize=True, num_labels=5)
     assert (model.score.out_features, model.dtype) == (5, torch.bfloat16)
     assert load_base(codes, "CAUSAL_LM", dequantize=True).generation_config.max_new_tokens == 7
+
+
+def test_layers_of_gpt2_are_quantised_as_linear_layers(workshop, tmp_path):
+    """bitsandbytes has (out, in) where Conv1D has (in, out); one of these layers is square."""
+    model = gpt2()
+    base = save(model, tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    for name in [name for name in tensors if name.endswith((".c_attn.weight", ".c_proj.weight"))]:
+        rows = tensors.pop(name).T.contiguous()
+        largest = rows.abs().amax(1)
+        codes = (127 * rows / largest[:, None]).round().to(torch.int8)
+        tensors |= {name: codes, name.replace(".weight", ".SCB"): largest}
+        values = (codes * largest[:, None] / 127).T
+        model.get_parameter(name).data = values.contiguous()
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (base / "config.json").write_text(json.dumps(config))
+    adapter = workshop.adapter(copy.deepcopy(model), lora("c_attn", "c_proj", fan_in_fan_out=True))
+    found = load_base(base, "CAUSAL_LM", torch.float32, dequantize=True)
+    torch.testing.assert_close(logits(found), logits(model.eval()), rtol=1e-5, atol=1e-6)
+    fold_adapter(adapter, base, tmp_path / "folded", dequantize=True, progress=False)
+    folded = load_base(tmp_path / "folded", "CAUSAL_LM", torch.float32)
+    wanted = logits(peft.PeftModel.from_pretrained(model, adapter))
+    assert torch.dist(logits(folded), wanted) < 0.01 * wanted.norm()
 
 
 @pytest.mark.slow

@@ -1,13 +1,15 @@
 """A quantised checkpoint, described as the checkpoint that it would be without quantisation."""
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from safetensors import safe_open
 from torch import Tensor
 
+from pcb_peft.base.architecture import build_skeleton
 from pcb_peft.base.files import TensorInfo
 from pcb_peft.base.quantised import (
     QuantisedWeight,
@@ -15,6 +17,7 @@ from pcb_peft.base.quantised import (
     quantised_weights,
     without_quantisation,
 )
+from pcb_peft.deltas.layout import CONV1D, layout_of
 
 DTYPE, BYTES = "BF16", 2
 QUANTISATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
@@ -45,7 +48,8 @@ def plain_checkpoint(
     def read(name: str) -> Tensor:
         return values_in(directory / stored[name].file, name)
 
-    quantised = quantised_weights(config, stored, read, source)
+    found = quantised_weights(config, stored, read, source)
+    quantised = _as_layers_have_them(found, directory)
     dropped = of_no_use_without(quantised, stored)
     tensors = {name: info for name, info in stored.items() if name not in dropped}
     for name, weight in quantised.items():
@@ -53,6 +57,29 @@ def plain_checkpoint(
         end = codes.begin + BYTES * math.prod(weight.shape)
         tensors[name] = TensorInfo(codes.file, codes.begin, end, weight.shape, DTYPE)
     return without_quantisation(config, "bfloat16"), tensors, quantised
+
+
+def _as_layers_have_them(
+    found: Mapping[str, QuantisedWeight], directory: Path
+) -> dict[str, QuantisedWeight]:
+    """Transpose the weights of Conv1D layers, in whose place a quantised model has linear layers."""
+    skeleton = build_skeleton(directory)
+
+    def is_transposed(name: str) -> bool:
+        layer = skeleton.layer(skeleton.in_memory(name).removesuffix(".weight"))
+        return layer is not None and layout_of(layer) == CONV1D
+
+    return {
+        name: _transposed(weight) if is_transposed(name) else weight
+        for name, weight in found.items()
+    }
+
+
+def _transposed(weight: QuantisedWeight) -> QuantisedWeight:
+    values: Callable[[], Tensor] = weight.values
+    return dataclasses.replace(
+        weight, shape=weight.shape[::-1], values=lambda: values().T.contiguous()
+    )
 
 
 def values_in(path: Path, name: str) -> Tensor:

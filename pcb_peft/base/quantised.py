@@ -20,6 +20,7 @@ Read: TypeAlias = Callable[[str], Tensor]
 """Read a tensor of the checkpoint by its name."""
 
 _QUANT_STATE = re.compile(r"(.+\.weight)\.quant_state\.bitsandbytes__(nf4|fp4)$")
+_PLAIN = ("F64", "F32", "F16", "BF16")
 _FP8 = ("F8_E4M3", "F8_E5M2")
 _LEFTOVERS = re.compile(
     r"\.(qweight|qzeros|SCB|weight_packed|weight_scale(_inv)?|weight\.(absmax|quant_map))$|_(blocks|scales)$"
@@ -87,6 +88,11 @@ def _all_weights(
     known = {part for weight in found.values() for part in weight.parts}
     unknown = [name for name in tensors if _LEFTOVERS.search(name) and name not in known]
     method = described.get("quant_method")
+    if method and not (found or unknown) and all(info.dtype in _PLAIN for info in tensors.values()):
+        raise BaseModelError(
+            f"{source}: config.json describes a quantisation ({method}), and the files hold plain weights: take "
+            "quantization_config out of config.json"
+        )
     if unknown or (method and not found):
         what = f"{unknown[0]}, for one," if unknown else "what its config.json describes"
         raise BaseModelError(
