@@ -378,6 +378,8 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match=r"file cannot be written"):
         write(tmp_path / "file" / "out")
+    with pytest.raises(OutputError, match=r"proc/out cannot be written"):
+        write(Path("/proc/out"))  # where mkdir finds no place, again and again
 
 
 def test_a_symbolic_link_stays_and_what_it_points_to_is_replaced(tmp_path):
@@ -523,5 +525,8 @@ def test_a_full_disk_is_said_in_words(tmp_path):
 def test_a_file_cannot_take_the_place_of_a_directory_or_lie_nowhere(tmp_path):
     with pytest.raises(OutputError, match="is a directory"):
         write_file(tmp_path, overwrite=True)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OutputError, match="a device or a pipe"):
+        write_file(tmp_path / "pipe", overwrite="all")
     with pytest.raises(OutputError, match="nowhere, which does not exist"):
         write_file(tmp_path / "nowhere" / "out")

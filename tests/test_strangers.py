@@ -20,8 +20,8 @@ from pcb_peft.commands.cli import main
 from pcb_peft.data.batches import read_rows
 from pcb_peft.deltas.replacements import ReplacedParameter, Replacements, head_files
 from pcb_peft.errors import AdapterError, OptionError, PcbPeftError
+from pcb_peft.files.adapter_config import AdapterConfig
 from pcb_peft.files.schema import checked
-from pcb_peft.formats.config import AdapterConfig
 from pcb_peft.runtime.paths import portable_names
 from pcb_peft.runtime.shown import visible
 

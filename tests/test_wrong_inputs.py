@@ -42,6 +42,13 @@ from pcb_peft.writing.model_card import read_card
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
+
+def header(content):
+    """The bytes of a safetensors file with this header, and four more."""
+    text = json.dumps(content).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(4)
+
+
 # ------------------------------------------------------------------------------------- JSON and YAML
 
 DOUBTFUL = {
@@ -361,6 +368,7 @@ def test_moments_whose_tensors_are_missing_or_of_other_shapes_are_refused(tmp_pa
     good = {"0.values": torch.ones(2), "0.vectors": torch.ones(4, 2), "0.rest": torch.ones(())}
     changes = [{"0.values": torch.ones(3)}, {"0.rest": torch.ones(2)}, {"0.vectors": None}]
     changes += [{"0.vectors": torch.ones(())}, {"0.values": -torch.ones(2)}]
+    changes += [{"0.rest": torch.ones(0)}, {"0.values": torch.ones(0)}]
     for change in changes:
         tensors = {name: values for name, values in (good | change).items() if values is not None}
         save_file(tensors, tmp_path / "m.safetensors", texts)
@@ -388,7 +396,7 @@ def test_a_base_model_that_holds_nan_makes_no_adapter(workshop):
     tensors = load_file(broken / "model.safetensors")
     tensors["head.weight"][0, 0] = float("nan")
     save_file(tensors, broken / "model.safetensors")
-    with pytest.raises(BaseModelError, match=r"head\.weight has values that are NaN"):
+    with pytest.raises(BaseModelError, match=r"head\.weight holds NaN"):
         extract_adapter(broken, base, rank=1)
 
 
@@ -441,15 +449,16 @@ def test_a_home_that_there_is_not_is_no_path():
         check("~nouser/x")
 
 
-@pytest.mark.parametrize("kind", ["DoRA", "VeRA"])
-def test_a_weight_without_dimensions_is_none(workshop, kind):
-    config = lora(use_dora=True) if kind == "DoRA" else VeraConfig(r=2, target_modules=["up"])
-    base, path = workshop.base("mlp"), workshop.adapter("mlp", config)
+@pytest.mark.parametrize("weight", [torch.ones(()), torch.ones(0), torch.full((10, 6), torch.nan)])
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA", "VeRA", "PiSSA"])
+def test_a_weight_without_dimensions_or_values_is_none(workshop, kind, weight):
+    configs = {"DoRA": lora(use_dora=True), "VeRA": VeraConfig(r=2, target_modules=["up"])}
+    configs |= {"LoRA": lora(), "PiSSA": lora(init_lora_weights="pissa")}
+    base, path = workshop.base("mlp"), workshop.adapter("mlp", configs[kind])
     tensors = load_file(base / "model.safetensors")
-    tensors["up.weight"] = torch.ones(())
-    save_file(tensors, base / "model.safetensors")
+    save_file(tensors | {"up.weight": weight}, base / "model.safetensors")
     with pytest.raises(PcbPeftError, match="up"):
-        load_adapter(path, base_model=base).delta("up")
+        load_adapter(path, base_model=base).fold(base, workshop.directory / "out")
 
 
 def test_nor_does_such_a_bias_tell_how_a_layer_is_stored(workshop):
@@ -468,3 +477,31 @@ def test_a_message_of_any_length_is_short_and_keeps_its_end():
     assert message.startswith("the labels xx")
     assert message.endswith("xx are unknown; rename them")
     assert len(message) < 3000
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        (CONFIG, b'{"r": [4], "target_parameters": 3}'),
+        (TENSORS, header({"a": {"shape": [1], "data_offsets": [0, 4]}})),
+        (TENSORS, header({"a": "x"})),
+        (TENSORS, header([])),
+        (TENSORS, header({"a\n": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}})),
+        (TENSORS, (1 << 30).to_bytes(8, "little")),
+    ],
+)
+def test_a_damaged_adapter_is_not_checked(workshop, file, content):
+    path = workshop.adapter("mlp", lora())
+    (path / file).write_bytes(content)
+    with pytest.raises(AdapterError, match=rf"{file}.*(save|write) the (adapter|file) again"):
+        check(path)
+
+
+def test_a_kept_head_that_holds_no_tensors_is_refused(workshop):
+    config = lora("query", task_type="SEQ_CLS", modules_to_save=["classifier"])
+    pair = [workshop.adapter("bert", config, name, seed=seed) for seed, name in enumerate("ab")]
+    merged = workshop.directory / "merged"
+    merge_adapters(pair, "linear", progress=False).save_pretrained(merged)
+    save_file({}, merged / "heads" / "a.safetensors")
+    with pytest.raises(AdapterError, match=r"heads.a\.safetensors"):
+        load_adapter(merged).with_head("a")

@@ -149,7 +149,8 @@ def _head_options(head: Replacements) -> str:
     labels = head.task.labels
     if labels:
         return f", num_labels={len(labels)}, id2label={dict(enumerate(labels))!r}"
-    sizes = [new.shape[0] for name, new in head.parameters.items() if name.endswith(".weight")]
+    matrices = (new for name, new in head.parameters.items() if name.endswith(".weight"))
+    sizes = [new.shape[0] for new in matrices if new.shape]
     return f", num_labels={sizes[-1]}" if sizes else ""
 
 

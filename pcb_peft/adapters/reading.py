@@ -20,12 +20,12 @@ from pcb_peft.deltas.replacements import (
     modules_to_save_keys,
 )
 from pcb_peft.errors import AdapterError, MismatchError, PcbPeftError, UnsupportedError
+from pcb_peft.files.adapter_config import AGAIN, checked_config
 from pcb_peft.files.json_text import parse_json
 from pcb_peft.files.schema import checked
 from pcb_peft.files.tensors import refuse_empty, refuse_other_numbers
 from pcb_peft.formats import AdapterContents, Base, LazyDelta, format_of
 from pcb_peft.formats.checkpoint import CONFIG, ReadFinite, SafetensorsFile
-from pcb_peft.formats.config import AGAIN, checked_config
 from pcb_peft.formats.heads import without_copies
 from pcb_peft.formats.keys import AUTOMATIC_HEADS, PREFIX
 from pcb_peft.formats.plain_names import with_plain_names, with_plain_patterns
@@ -159,6 +159,8 @@ def _refuse_replaced_targets(contents: AdapterContents, names: set[str], where: 
 
 def _kept_head(tensors: SafetensorsFile) -> Replacements:
     """Return the head of one source of a merged adapter, from its file beside the adapter."""
+    if not tensors.names():
+        raise AdapterError(f"{tensors.where} holds no head; {AGAIN}")
     refuse_other_numbers(tensors)
     refuse_empty(tensors)
     parameters = {

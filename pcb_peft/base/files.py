@@ -9,11 +9,10 @@ from safetensors import SafetensorError, safe_open
 
 from pcb_peft.base.config import WAY_OUT
 from pcb_peft.errors import BaseModelError
-from pcb_peft.files.header import read_header
+from pcb_peft.files.header import Entry, read_header
 from pcb_peft.files.json_text import read_json_file
 from pcb_peft.files.links import warn_of_links
-from pcb_peft.files.schema import Count, checked
-from pcb_peft.files.tensors import check_name
+from pcb_peft.files.schema import checked
 from pcb_peft.runtime.paths import is_file, why_unreadable
 from pcb_peft.runtime.shown import quoted
 
@@ -30,14 +29,6 @@ class _Index(msgspec.Struct):
     """The index of a checkpoint in several files: tensor to file."""
 
     weight_map: dict[str, str]
-
-
-class _Entry(msgspec.Struct):
-    """A tensor in the header of a safetensors file."""
-
-    dtype: str
-    shape: tuple[Count, ...]
-    data_offsets: tuple[Count, Count]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -113,18 +104,14 @@ def _tensors_in(directory: Path, file: str) -> dict[str, TensorInfo]:
     try:
         with safe_open(path, framework="pt"):  # checks header and length
             pass
-        header, start = read_header(path)
     except (OSError, ValueError, RuntimeError, MemoryError, SafetensorError) as error:
         raise BaseModelError(
             f"{path} cannot be read ({why_unreadable(path, error)}); fetch the model again"
         ) from error
-    header.pop("__metadata__", None)
-    entries = checked(header, dict[str, _Entry], str(path), BaseModelError, WAY_OUT)
-    for name in entries:
-        check_name(name, path, BaseModelError)
+    entries, start = read_header(path, BaseModelError, WAY_OUT)
     return {name: _info(file, start, entry) for name, entry in entries.items()}
 
 
-def _info(file: str, start: int, entry: _Entry) -> TensorInfo:
+def _info(file: str, start: int, entry: Entry) -> TensorInfo:
     begin, end = entry.data_offsets
     return TensorInfo(file, start + begin, start + end, entry.shape, entry.dtype)

@@ -238,14 +238,20 @@ class BaseModel:
         return places or (WeightSlice(self.parameter(module)),)
 
     def shape(self, module: str) -> tuple[int, ...]:
-        """Return the shape of a module's weight, as it is stored; errors are those of `parameter`."""
+        """Return the shape of a module's weight, as it is stored.
+
+        Raises:
+            BaseModelError: It holds no values, or has no dimensions; the other errors are those of `parameter`.
+        """
         last = self.slices(module)[-1]
-        shape = (
-            self._skeleton.shape(last.parameter)
-            if last.converted
-            else self.tensors[last.parameter].shape
+        in_memory, in_files = self._skeleton.shape, self.tensors
+        whole = in_memory(last.parameter) if last.converted else in_files[last.parameter].shape
+        shape = last.shape_in(whole)
+        if shape and 0 not in shape:
+            return shape
+        raise BaseModelError(
+            f"{self.source}: the weight of {module} has the shape {shape}, so it is no matrix; fetch the model again"
         )
-        return last.shape_in(shape)
 
     def own_parameters(self, module: str) -> dict[str, ParameterForm]:
         """Return the parameters that a module holds itself, in their order.
@@ -322,13 +328,9 @@ class BaseModel:
 
         Raises:
             MismatchError: The base model has no such module.
-            BaseModelError: Both orientations are possible, or the weight is one number.
+            BaseModelError: Both orientations are possible.
         """
         weight = self.shape(module)
-        if not weight:
-            raise BaseModelError(
-                f"{self.source}: the weight of {module} is a single number; it must be a matrix: fetch the model again"
-            )
         if len(weight) != 2:
             return Layout(shape=weight)
         place = self._skeleton.place_in_stack(module)

@@ -17,7 +17,10 @@ from pcb_peft.base.quantised import (
     quantised_weights,
     without_quantisation,
 )
+from pcb_peft.deltas.dtypes import SAFETENSORS_FLOATS
 from pcb_peft.deltas.layout import CONV1D, layout_of
+from pcb_peft.deltas.linalg import all_finite
+from pcb_peft.errors import BaseModelError
 
 DTYPE, BYTES = "BF16", 2
 QUANTISATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
@@ -83,6 +86,13 @@ def _transposed(weight: QuantisedWeight) -> QuantisedWeight:
 
 
 def values_in(path: Path, name: str) -> Tensor:
-    """Read a tensor of a safetensors file."""
+    """Read a tensor of a safetensors file.
+
+    Raises:
+        BaseModelError: It holds NaN or infinite values.
+    """
     with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name)
+        values = file.get_tensor(name)
+    if values.dtype in SAFETENSORS_FLOATS.values() and not all_finite(values):
+        raise BaseModelError(f"{path}: {name} holds NaN or infinite values; fetch the model again")
+    return values

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 
 from pcb_peft.base.hub import configuration_directory
 from pcb_peft.errors import AdapterError, AdapterNotFoundError
+from pcb_peft.files.adapter_config import checked_config
 from pcb_peft.files.header import read_header
 from pcb_peft.files.json_text import read_json_file
 from pcb_peft.runtime.paths import expanded
@@ -111,6 +112,8 @@ def open_output(path: str | Path) -> OutputFiles:
         return OutputFiles(path, "pipeline", {}, _header(path), _unreadable([path]))
     form = _form(path)
     config = _json(path / ("config.json" if form == "model" else CONFIG))
+    if form == "peft":
+        checked_config({"peft_type": "LORA"} | config, str(path / CONFIG))
     files = [file for file in sorted(path.iterdir()) if file.is_file()]
     names = {"peft": WEIGHTS, "mlx": MLX, "pipeline": PIPELINE}
     weights = [file for file in files if file.name == names.get(form, file.name)]
@@ -158,15 +161,8 @@ def _headers(paths: Iterable[Path]) -> dict[str, TensorShape]:
 
 def _header(path: Path) -> dict[str, TensorShape]:
     """Return names and shapes of a safetensors file."""
-    try:
-        header, _ = read_header(path)
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} is damaged: {error}; {AGAIN}") from error
-    return {
-        name: TensorShape(entry["dtype"], tuple(entry["shape"]))
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
+    entries, _ = read_header(path, AdapterError, AGAIN)
+    return {name: TensorShape(entry.dtype, entry.shape) for name, entry in entries.items()}
 
 
 def _unreadable(files: list[Path]) -> tuple[str, ...]:

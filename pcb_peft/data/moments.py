@@ -67,10 +67,8 @@ class MomentsFile:
         name = self.layers[layer]
         values, vectors, rest = (self._read(f"{name}.{part}") for part in PARTS)
         fitting = vectors.shape[1:] == values.shape and vectors.ndim == 2 and rest.numel() == 1
-        within = all(
-            float(part.min()) >= 0 and float(part.max()) < _LARGEST for part in (values, rest)
-        )
-        if not (fitting and within and float(vectors.abs().max()) < _UNIT):
+        within = fitting and all(((part >= 0) & (part < _LARGEST)).all() for part in (values, rest))
+        if not (within and (vectors.abs() < _UNIT).all()):
             raise AdapterError(
                 f"{self.tensors.where}: the moments of {layer} are damaged: their shapes are {tuple(values.shape)}, "
                 f"{tuple(vectors.shape)} and {tuple(rest.shape)}, or their values are none; {AGAIN}"

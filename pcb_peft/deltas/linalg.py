@@ -29,9 +29,9 @@ def row_slices(shape: Sequence[int], at_most: int) -> list[slice]:
     """Return slices of rows, of about `at_most` values each, in which a product of that shape is the same bit for bit.
 
     A BLAS rounds rows that do not fill a group in another way. So each slice starts where a group does, and no slice
-    has fewer rows than a group, unless the matrix has.
+    has fewer rows than a group, unless the matrix has. A single number is one row.
     """
-    rows = shape[0]
+    rows = shape[0] if shape else 1
     if rows == 0:
         return []
     height = at_most // max(1, math.prod(shape[1:]))

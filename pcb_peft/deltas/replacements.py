@@ -116,7 +116,7 @@ class Replacements:
             {**self.parameters, **other.parameters},
             {**self.rows, **other.rows},
             {**self.copies, **other.copies},
-            tasks[0] if len(tasks) == 1 or tasks[1:] == tasks[:1] else Task(),
+            tasks[0] if tasks and tasks[1:] in ([], tasks[:1]) else Task(),
         )
 
     def only(self, names: Container[str]) -> "Replacements":

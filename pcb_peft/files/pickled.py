@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from pcb_peft.errors import AdapterError
-from pcb_peft.files.tensors import TensorsInMemory, check_name
+from pcb_peft.files.header import check_name
+from pcb_peft.files.tensors import TensorsInMemory
 from pcb_peft.runtime.shown import shown
 
 MOST_TIMES = 4  # the size of the file: for all tensors together

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from pcb_peft.deltas.dtypes import WEIGHT_DTYPES
 from pcb_peft.deltas.linalg import all_finite
-from pcb_peft.errors import AdapterError, PcbPeftError
+from pcb_peft.errors import AdapterError
+from pcb_peft.files.header import check_name
 from pcb_peft.runtime.paths import why_unreadable
-from pcb_peft.runtime.shown import quoted, shown
+from pcb_peft.runtime.shown import shown
 from pcb_peft.runtime.threads import one_thread
 
-LONGEST_NAME = 1000  # characters; those of real models have some 150
 INTEGERS = (".alpha", "indices", ".num_batches_tracked")
 """Ends of the names of tensors that may hold integers: they are read as numbers, not as weights."""
 
@@ -106,18 +106,6 @@ class TensorsInMemory:
 
     def read(self, name: str) -> Tensor:
         return self._tensors[name].detach().cpu()
-
-
-def check_name(name: str, where: str | Path, error_type: type[PcbPeftError]) -> None:
-    """Raise an error of that type where the name of a tensor is too long, or holds control characters.
-
-    It ends up in messages, in reports and in other files.
-    """
-    if len(name) > LONGEST_NAME or not name.isprintable():
-        raise error_type(
-            f"{where}: {quoted(name)} cannot be the name of a tensor: it must have {LONGEST_NAME} characters at most, "
-            "and none that cannot be printed; save the file again"
-        )
 
 
 def refuse_other_numbers(tensors: Tensors) -> None:

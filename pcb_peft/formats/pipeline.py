@@ -10,9 +10,9 @@ from typing import Any
 
 from pcb_peft.deltas.delta import Dense
 from pcb_peft.errors import AdapterError, UnsupportedError
+from pcb_peft.files.adapter_config import PipelineConfig, checked_config
 from pcb_peft.formats.base_weights import Base
 from pcb_peft.formats.checkpoint import PIPELINE_TYPE, Tensors
-from pcb_peft.formats.config import PipelineConfig, checked_config
 from pcb_peft.formats.fused import split_entry
 from pcb_peft.formats.lazy_delta import AdapterContents, Config, LazyDelta
 from pcb_peft.formats.pipeline_changes import as_dora, bias_change, weight_change, with_kernel

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from pcb_peft.errors import AdapterError, UnsupportedError
+from pcb_peft.files.adapter_config import PATTERNS
 from pcb_peft.formats.checkpoint import Tensors
-from pcb_peft.formats.config import PATTERNS
 from pcb_peft.formats.keys import PREFIX
 
 WRAPPERS = frozenset(

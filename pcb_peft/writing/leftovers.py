@@ -115,9 +115,10 @@ def _made(target: Path, mode: int) -> tuple[Path, int | None]:
         path = target.with_name(f"{_prefix(target)}{uuid.uuid4().hex}{TEMPORARY}")
         try:
             path.mkdir(mode=mode)
-            return path, _lock(path)
-        except (BlockingIOError, FileNotFoundError):  # a run that cleans up was quicker
-            continue
+            try:
+                return path, _lock(path)
+            except (BlockingIOError, FileNotFoundError):  # a run that cleans up was quicker
+                continue
         except BaseException:
             remove(path)
             raise

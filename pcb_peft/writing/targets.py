@@ -84,6 +84,8 @@ def check_file_target(
         refuse_inputs(resolved(target), inputs)
         if target.is_dir():
             raise OutputError(f"{target} is a directory; name a file in it")
+        if target.exists() and not target.is_file():
+            raise OutputError(f"{target} is a device or a pipe; name a file")
         folder = resolved(target).parent
         if not folder.is_dir():
             raise OutputError(f"{target} lies in {folder}, which does not exist; make it first")

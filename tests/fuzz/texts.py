@@ -22,11 +22,11 @@ from fuzz.values import Steps, damaged, json_bytes, mutated
 from pcb_peft.base.files import SINGLE_FILE, read_tensor_infos
 from pcb_peft.data.batches import read_rows
 from pcb_peft.errors import AdapterError, PcbPeftError
+from pcb_peft.files.adapter_config import checked_config
 from pcb_peft.files.patterns import Expression, Patterns
 from pcb_peft.files.pickled import open_pickled
 from pcb_peft.files.tensors import SafetensorsFile, read_finite, refuse_empty, refuse_other_numbers
 from pcb_peft.formats.checkpoint import PICKLE, read_config
-from pcb_peft.formats.config import checked_config
 from pcb_peft.recipes.recipe import read_recipe
 from pcb_peft.writing.model_card import read_card
 
