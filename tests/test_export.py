@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import models
 import numpy as np
 import peft
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from helpers import distance, ia3, lora
@@ -141,6 +143,24 @@ def test_transformers_gets_a_whole_model(workshop, tmp_path, dtype):
         else:
             workshop.assert_close(folded[name], values, 1e-6, name)
     assert base.exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*newly initialized")
+def test_a_head_without_a_place_in_the_base_model_lies_beside_it_and_is_verified(
+    workshop, tmp_path
+):
+    base, auto = workshop.base("llama"), transformers.AutoModelForSequenceClassification
+    fresh = functools.partial(auto.from_pretrained, base, num_labels=3, pad_token_id=0)
+    adapter = workshop.adapter(fresh(), lora("q_proj", task_type="SEQ_CLS"), base=str(base))
+    done = exported(adapter, "transformers", tmp_path / "out", verified=True)
+    assert done.verification.error < 1e-4 < done.verification.effect
+    assert "not for transformers, which ignores the heads beside the model" in done.check.line
+    found: dict = {"safetensors": safetensors, "auto": auto}
+    for line in done.usage:
+        exec(line.replace(auto.__name__, "auto"), found)
+    wanted = peft.PeftModel.from_pretrained(fresh(), adapter).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(found["model"].eval()(IDS).logits, wanted(IDS).logits)
 
 
 def test_an_unchanged_copy_of_a_layer_is_no_obstacle(workshop, tmp_path):

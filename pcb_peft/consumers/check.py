@@ -199,6 +199,11 @@ def _verdict(files: OutputFiles, consumer: Consumer, version: Version) -> Verdic
 
 def _notes(files: OutputFiles) -> list[str]:
     """Return what holds for every consumer."""
+    head_words = (
+        "the model itself has none; load one: model.load_state_dict(load_file(…), strict=False)"
+        if files.form == "model"
+        else "the adapter itself has none; choose one: pcb-peft head"
+    )
     notes = [
         f"{found}: {words}"
         for found, words in (
@@ -217,7 +222,7 @@ def _notes(files: OutputFiles) -> list[str]:
             ),
             (
                 features.heads_apart(files),
-                "the adapter itself has none; choose one: pcb-peft head",
+                head_words,
             ),
         )
         if found

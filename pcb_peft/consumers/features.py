@@ -122,8 +122,9 @@ def saved_others(files: OutputFiles) -> str:
 
 
 def heads_apart(files: OutputFiles) -> str:
-    """Name the heads that are kept beside the adapter."""
-    return _listed("the heads beside the adapter", files.heads)
+    """Name the heads that are kept beside the adapter, or beside a folded model."""
+    thing = "model" if files.form == "model" else "adapter"
+    return _listed(f"the heads beside the {thing}", files.heads)
 
 
 def embedding_lora(files: OutputFiles) -> str:

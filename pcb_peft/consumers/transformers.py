@@ -22,6 +22,13 @@ CONSUMER = Consumer(
             "run with 5.23.0 and PEFT 0.21.2",
         ),
         Rule(
+            features.heads_apart,
+            "ignores",
+            "makes up a random one for a classifier; load one after from_pretrained",
+            "run with 5.23.0",
+            form="model",
+        ),
+        Rule(
             features.fused_experts,
             "ignores",
             "has most experts one by one (not of Llama 4, GPT-OSS, Qwen3-VL), and PEFT drops these",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.base.canonical import AUTO_CLASSES, CLASSIFIERS
 from pcb_peft.base.casting import cast_model
 from pcb_peft.base.model import BaseModel
 from pcb_peft.errors import OptionError
@@ -19,7 +20,23 @@ def _write(request: Request) -> Sequence[str]:
     adapter = without_unchanged(request.adapter, base)
     target = base if request.dtype is None else cast_model(base, request.dtype)
     adapter.fold(target, request.output, tied=request.tied, overwrite=request.overwrite)
-    return [f'AutoModelForCausalLM.from_pretrained("{request.output}"), or the class of your task']
+    return _loading(request)
+
+
+def _loading(request: Request) -> list[str]:
+    """Return the lines that load a folded model; a head that the base model has no place for lies beside it."""
+    output, task = request.output, request.adapter.task_type
+    auto = AUTO_CLASSES.get(task or "", "AutoModelForCausalLM")
+    heads = sorted((output / "heads").glob("*.safetensors"))
+    if not heads:
+        return [f'{auto}.from_pretrained("{output}")' + (", or your class" if task is None else "")]
+    kept = {request.adapter.name: request.adapter.head, **request.adapter.heads}[heads[0].stem]
+    rows = [parameter.shape[0] for parameter in kept.parameters.values()]
+    classes = f", num_labels={rows[-1]}" if task in CLASSIFIERS else ""
+    return [
+        f'model = {auto}.from_pretrained("{output}"{classes})',
+        f'model.load_state_dict(safetensors.torch.load_file("{heads[0]}"), strict=False)  # the head',
+    ]
 
 
 def without_unchanged(adapter: Adapter, base: BaseModel) -> Adapter:
