@@ -134,6 +134,22 @@ def test_what_was_trained_is_extracted_in_full_or_as_a_lora_of_each_expert(
         workshop.assert_close(values, wanted[parameter], 1e-5, parameter)
 
 
+def test_a_layer_without_experts_is_extracted_beside_stacks(workshop, tmp_path):
+    """PEFT takes its ``gate_proj`` and ``up_proj`` for those of experts, and doubles the rank of their stack."""
+    model = model_of("Glm4MoeForCausalLM")
+    base, tuned = saved(model, tmp_path / "base"), tmp_path / "tuned"
+    with torch.no_grad():
+        for name, values in model.named_parameters():
+            if "mlp" in name and "_proj" in name:
+                values += random(*values.shape[:-1], 1) @ random(1, values.shape[-1])
+    saved(model, tuned)
+    extract_adapter(tuned, base, rank=1).save_pretrained(tmp_path / "lora")
+    loaded = type(model).from_pretrained(base)
+    found = peft.PeftModel.from_pretrained(loaded, tmp_path / "lora").merge_and_unload()
+    for parameter, values in found.state_dict().items():
+        workshop.assert_close(values, model.state_dict()[parameter], 1e-5, parameter)
+
+
 def test_a_fine_tuned_mixture_may_be_stored_in_another_arrangement(workshop, tmp_path):
     model = model_of(VISION_MIXTURE)
     base = saved(model, tmp_path / "base")

@@ -59,7 +59,7 @@ def finetuned(workshop, kind, change):
 def test_in_full_it_folds_back_into_the_fine_tuned_model(workshop, kind):
     tuned = finetuned(workshop, kind, but("transformer.wte.weight", noise))  # it is tied
     base = workshop.base(kind)
-    extract_adapter(tuned, base).fold(base, workshop.directory / "again")
+    extract_adapter(tuned, base, "full").fold(base, workshop.directory / "again")
     wanted = load_file(tuned / FILE)
     found = load_file(workshop.directory / "again" / FILE)
     assert found.keys() == wanted.keys()

@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 from pcb_peft.errors import AdapterError, UnsupportedError
 from pcb_peft.files.json_text import read_bytes, read_json_file
-from pcb_peft.formats.checkpoint import CONFIG, PICKLE, PIPELINE, SAFETENSORS
+from pcb_peft.formats.checkpoint import PICKLE, PIPELINE, SAFETENSORS
 
 TOKENIZER, TEMPLATE = "tokenizer", "chat template"
 
@@ -102,6 +102,6 @@ def refuse_trained_files(directory: Path) -> None:
             continue
         raise UnsupportedError(
             f"{path} holds weights that were trained with the adapter, and PEFT does not load them with it: merging "
-            f"{CONFIG} alone would lose them. Save the adapter again with these modules in modules_to_save; or, if it "
-            "is whole without them, move the file out of the directory"
+            "the adapter alone would lose them. Save it again with these modules in modules_to_save; or, if it is "
+            "whole without them, move the file out of the directory"
         )

@@ -152,15 +152,29 @@ def looked_up(files: AdapterFiles, model_class: ModelClass) -> Found:
         model_class: The class that it is loaded on.
     """
     layers = model_class.skeleton.layers
-    modules = map(_module_of, _deltas(files))
+    modules = set(map(_module_of, _deltas(files)))
     files = with_parameter_targets(files, {m for m in modules if _is_no_layer(layers.get(m))})
     found = _load(files, model_class)
-    if found.lost:
-        found = _load(with_parameter_targets(files, found.lost), model_class)
+    taken = _named_like_experts(modules, model_class) if found.error else found.lost
+    if taken:
+        found = _load(with_parameter_targets(files, taken), model_class)
     if found.unfilled and not found.lost:
         exact = _load(_with_whole_paths(found.files), model_class)
         found = exact if exact.is_exact else found
     return found
+
+
+def _named_like_experts(modules: Collection[str], model_class: ModelClass) -> set[str]:
+    """Return layers with the names of experts' parts: if PEFT takes them for those, it doubles the experts' rank."""
+    rules = filter(stacks_experts, model_class.skeleton.conversions)
+    parts = {
+        pattern.removesuffix(".weight").rpartition(".")[2]
+        for rule in rules
+        for pattern in rule.source_patterns
+    }
+    return {
+        m for m in modules if m.rpartition(".")[2] in parts and m in model_class.skeleton.layers
+    }
 
 
 def _with_whole_paths(files: AdapterFiles) -> AdapterFiles:

@@ -15,7 +15,7 @@ from pcb_peft.base.model import BaseModel, opened_base
 from pcb_peft.deltas.delta import Dense, LowRank
 from pcb_peft.deltas.layout import Layout
 from pcb_peft.deltas.rank import truncate
-from pcb_peft.deltas.rank_choice import EnergyFraction, FixedRank, Lossless, parse_rank
+from pcb_peft.deltas.rank_choice import EnergyFraction, FixedRank, Full, Lossless, parse_rank
 from pcb_peft.deltas.replacements import ReplacedParameter, Replacements
 from pcb_peft.errors import OptionError, UnsupportedError
 from pcb_peft.extraction.comparison import Comparison, compare_checkpoints, stack_of
@@ -54,7 +54,7 @@ class ExtractedAdapter(Adapter):
 def extract_adapter(
     finetuned: str | Path | BaseModel,
     base_model: str | Path | BaseModel,
-    rank: int | float | None = None,
+    rank: int | float | str | None = None,
     *,
     leave_out: Sequence[str] = (),
     progress: bool | None = None,
@@ -68,9 +68,9 @@ def extract_adapter(
     Args:
         finetuned: Path or hub id of a transformers checkpoint in safetensors.
         base_model: Path or hub id of the checkpoint that it was trained from.
-        rank: None: every change in full. An integer, or a fraction in (0, 1) of each module's energy to keep: a LoRA
-            of the matrices and of the biases beside them; other modules that changed, such as norms, are stored whole
-            (PEFT's modules_to_save).
+        rank: None or "full": every change in full. An integer, or a fraction in (0, 1) of each module's energy to keep:
+            a LoRA of the matrices and of the biases beside them; other modules that changed, such as norms, are stored
+            whole (PEFT's modules_to_save).
         leave_out: Globs of parameters whose changes are not wanted, such as ``*.bias`` or ``*norm*``.
         progress: Show a bar; default: on a terminal.
         dequantize: Take quantised checkpoints; their weights are computed from their codes.
@@ -90,8 +90,8 @@ def extract_adapter(
         >>> saved = extracted.save_pretrained("extracted-lora")
     """
     choice = parse_rank(rank)
-    if not isinstance(choice, Lossless | FixedRank | EnergyFraction):
-        raise OptionError(f"rank is {rank!r}; extraction takes an integer, a fraction, or None")
+    if not isinstance(choice, Lossless | Full | FixedRank | EnergyFraction):
+        raise OptionError(f"rank is {rank!r}; extraction takes an integer, a fraction, or 'full'")
     started = time.perf_counter()
     tuned = opened_base(finetuned, dequantize=dequantize)
     base = opened_base(base_model, dequantize=dequantize)
@@ -102,7 +102,7 @@ def extract_adapter(
     }
     saved = {name.rpartition(".")[0] for name in comparison.added}
     biases: dict[str, Callable[[], Tensor]] = {}
-    if not isinstance(choice, Lossless):
+    if isinstance(choice, FixedRank | EnergyFraction):
         lora = _as_lora(entries, choice, base, report)
         vectors = [name for name in comparison.changed if len(comparison.shape(name)) == 1]
         bias_names, owners = _beside_lora(vectors, lora)
