@@ -1,4 +1,5 @@
 import errno
+import filecmp
 import os
 import shutil
 import signal
@@ -12,7 +13,7 @@ import pytest
 
 from pcb_peft.errors import OutputError
 from pcb_peft.writing import atomic, growing_file
-from pcb_peft.writing.atomic import replace_directory, write_file_atomically
+from pcb_peft.writing.atomic import copy_file, replace_directory, write_file_atomically
 from pcb_peft.writing.growing_file import GrowingFile
 from pcb_peft.writing.manifest import MANIFEST
 
@@ -530,3 +531,19 @@ def test_a_file_cannot_take_the_place_of_a_directory_or_lie_nowhere(tmp_path):
         write_file(tmp_path / "pipe", overwrite="all")
     with pytest.raises(OutputError, match="nowhere, which does not exist"):
         write_file(tmp_path / "nowhere" / "out")
+
+
+def test_a_copy_takes_no_more_place_than_the_original(tmp_path):
+    source, target = tmp_path / "sparse", tmp_path / "copy"
+    with source.open("wb") as file:
+        for place in (0, 1 << 20, (1 << 28) - 9):
+            file.seek(place)
+            file.write(b"content")
+        file.truncate(1 << 28)
+    copy_file(source, target)
+    assert target.stat().st_size == 1 << 28
+    assert target.stat().st_blocks <= source.stat().st_blocks
+    assert filecmp.cmp(source, target, shallow=False)
+    (tmp_path / "empty").touch()
+    copy_file(tmp_path / "empty", target)
+    assert target.read_bytes() == b""

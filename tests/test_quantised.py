@@ -249,3 +249,105 @@ def test_the_configuration_forgets_the_quantisation():
 def test_codes_that_cross_words():
     codes = torch.arange(64).reshape(2, 32) % 8
     assert torch.equal(dequantise.unpack(packed(codes, 3), 3, 32), codes)
+
+
+I32, I8, U8, FP8 = torch.int32, torch.int8, torch.uint8, torch.float8_e4m3fn
+STATE = torch.tensor(list(b'{"shape": [8, 16], "blocksize": 64}'), dtype=U8)
+NF4 = {
+    "up.weight": torch.ones(64, 1, dtype=U8),
+    "up.weight.quant_state.bitsandbytes__nf4": STATE,
+    "up.weight.absmax": torch.ones(2),
+    "up.weight.quant_map": torch.ones(16),
+}
+GPTQ = {
+    "up.qweight": torch.ones(2, 8, dtype=I32),
+    "up.qzeros": torch.ones(1, 1, dtype=I32),
+    "up.scales": torch.ones(1, 8),
+    "up.g_idx": torch.zeros(16, dtype=I32),
+}
+INTEGERS = {
+    "up.weight_packed": torch.ones(8, 2, dtype=I32),
+    "up.weight_scale": torch.ones(8, 2),
+    "up.weight_shape": torch.tensor([8, 16]),
+    "up.weight_zero_point": torch.zeros(8, 2, dtype=I8),
+}
+DAMAGED = {  # scheme: configuration, parts that fit each other, and others that torch would take for all rows
+    "bitsandbytes": (
+        {},
+        NF4,
+        [
+            {"up.weight.absmax": torch.ones(1)},
+            {"up.weight.absmax": torch.ones(2, dtype=U8)},
+            {"up.weight.quant_map": torch.ones(1)},
+            {"up.weight.quant_map": torch.full((16,), torch.inf)},
+        ],
+    ),
+    "int8": (
+        {},
+        {"up.weight": torch.ones(8, 4, dtype=I8), "up.SCB": torch.ones(8)},
+        [{"up.SCB": torch.ones(1)}, {"up.SCB": torch.ones(8, 1)}],
+    ),
+    "gptq": (
+        {"bits": 4, "group_size": 16},
+        GPTQ,
+        [
+            {"up.scales": torch.ones(1, 1)},
+            {"up.qzeros": torch.ones(2, 1, dtype=I32)},
+            {"up.g_idx": -torch.ones(16, dtype=I32)},
+            {"up.g_idx": torch.ones(16, dtype=I32)},
+        ],
+    ),
+    "awq": (
+        {"bits": 4},
+        {
+            "up.qweight": torch.ones(16, 1, dtype=I32),
+            "up.qzeros": torch.ones(2, 1, dtype=I32),
+            "up.scales": torch.ones(2, 8),
+        },
+        [{"up.scales": torch.ones(2, 1)}, {"up.qzeros": torch.ones(1, 1, dtype=I32)}],
+    ),
+    "compressed-tensors": (
+        {"config_groups": {"group_0": {"weights": {"num_bits": 4}}}},
+        INTEGERS,
+        [
+            {"up.weight_scale": torch.ones(1, 2)},
+            {"up.weight_zero_point": torch.zeros(1, 2, dtype=I8)},
+            {"up.weight_packed": torch.ones(1, 2, dtype=I32)},
+            {"up.weight_shape": torch.tensor([1 << 40, 1 << 40])},
+        ],
+    ),
+    "mxfp4": (
+        {},
+        {
+            "up_blocks": torch.ones(3, 8, 2, 16, dtype=U8),
+            "up_scales": torch.ones(3, 8, 2, dtype=U8),
+        },
+        [
+            {"up_scales": torch.ones(3, 8, 1, dtype=U8)},
+            {"up_blocks": torch.ones(3, 8, 2, 1, dtype=U8)},
+        ],
+    ),
+    "fp8": (
+        {"weight_block_size": [4, 4]},
+        {"up.weight": torch.ones(8, 8).to(FP8), "up.weight_scale_inv": torch.ones(2, 2)},
+        [{"up.weight_scale_inv": torch.ones(1, 2)}, {"up.weight_scale_inv": torch.ones(3, 2)}],
+    ),
+}
+
+
+@pytest.mark.parametrize("scheme", DAMAGED)
+def test_parts_that_do_not_fit_each_other_are_refused(tmp_path, scheme):
+    described, parts, damages = DAMAGED[scheme]
+    method = {"quant_method": "bitsandbytes" if scheme == "int8" else scheme, **described}
+
+    def read(tensors):
+        save_file(tensors, tmp_path / "model.safetensors")
+        (weight,) = weights_in(tmp_path, {"quantization_config": method}).values()
+        return weight.values()
+
+    assert read(parts).isfinite().all()
+    for damage in damages:
+        with pytest.raises(
+            BaseModelError, match=r"base: (up.* has|its quantised weights have) other"
+        ):
+            read(parts | damage)

@@ -5,6 +5,7 @@ quantisation would hold it. A value is its code times a scale; schemes differ in
 part of the weight a scale reaches (a block, a group of inputs, a row).
 """
 
+import math
 from collections.abc import Mapping
 from typing import Annotated
 
@@ -34,11 +35,13 @@ def bitsandbytes_4bit(packed: Tensor, absmax: Tensor, state: "QuantState") -> Te
         absmax: One scale per block; codes of scales where these are quantised, too ("double quantisation").
         state: What bitsandbytes writes beside the weight.
     """
+    count = math.prod(state.shape)
+    _refuse_other("codes", packed.numel(), -(-count // 2))
+    _refuse_other("absmax", absmax.numel(), -(-count // state.block_size))
+    _refuse_other("quant_map", state.quant_map.shape, (16,))
     codes = torch.stack([packed.flatten() >> 4, packed.flatten() & 0xF], dim=1).flatten().long()
-    scales = state.scales(absmax.flatten())
-    count = torch.Size(state.shape).numel()
-    values = state.quant_map.float()[codes[:count]]
-    return (values * scales.repeat_interleave(state.block_size)[:count]).reshape(state.shape)
+    scales = state.scales(absmax.flatten()).repeat_interleave(min(state.block_size, count))
+    return (state.quant_map.float()[codes[:count]] * scales[:count]).reshape(state.shape)
 
 
 class _Stated(msgspec.Struct):
@@ -73,16 +76,18 @@ class QuantState:
     def scales(self, absmax: Tensor) -> Tensor:
         """Scales of the blocks, float32."""
         if "nested_absmax" not in self._tensors:
+            _refuse_other("absmax", absmax.is_floating_point(), True)  # codes need what is missing
             return absmax.float()
         values = self._tensors["nested_quant_map"].float()[absmax.long()]
         outer = self._tensors["nested_absmax"].float().flatten()
-        return values * outer.repeat_interleave(self._nested_block_size)[: len(values)] + (
-            self._nested_offset
-        )
+        size = min(self._nested_block_size, len(values))
+        _refuse_other("nested_absmax", len(outer), -(-len(values) // size))
+        return values * outer.repeat_interleave(size)[: len(values)] + self._nested_offset
 
 
 def bitsandbytes_8bit(codes: Tensor, row_maxima: Tensor) -> Tensor:
     """Dequantise LLM.int8() weights: int8 codes (out, in), and the largest absolute value of each row (out,)."""
+    _refuse_other("SCB", row_maxima.shape, codes.shape[:1])
     return codes.float() * (row_maxima.float() / 127)[:, None]
 
 
@@ -102,6 +107,9 @@ def gptq(
     Returns:
         (out, in).
     """
+    _refuse_other("scales", scales.shape[1:], qweight.shape[1:])
+    _refuse_other("qzeros", qzeros.shape[0], scales.shape[0])
+    _refuse_other("groups from 0 on", int(groups.min()) >= 0, True)
     codes = unpack(qweight.T.contiguous(), bits, len(groups)).T
     zeros = (unpack(qzeros, bits, scales.shape[1]) + zero_offset) & ((1 << bits) - 1)
     place = groups.long()
@@ -120,6 +128,8 @@ def awq(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Tensor:
         (out, in).
     """
     codes, zeros = (_in_awq_order(packed) for packed in (qweight, qzeros))
+    _refuse_other("scales", scales.shape, zeros.shape)
+    _refuse_other("groups of inputs", len(codes) % len(zeros), 0)
     size = len(codes) // len(zeros)
     zeros, scales = zeros.repeat_interleave(size, 0), scales.float().repeat_interleave(size, 0)
     return ((codes - zeros).float() * scales).T.contiguous()
@@ -164,6 +174,8 @@ def scaled_blocks(codes: Tensor, scales: Tensor, block: tuple[int, int] | None =
         return codes.float() * scales.reshape(-1, 1)
     rows, cols = codes.shape[-2:]
     height, width = block or (-(-rows // scales.shape[-2]), -(-cols // scales.shape[-1]))
+    height, width = min(height, rows), min(width, cols)
+    _refuse_other("scales", scales.shape[-2:], (-(-rows // height), -(-cols // width)))
     spread = scales.repeat_interleave(height, -2)[..., :rows, :]
     return codes.float() * spread.repeat_interleave(width, -1)[..., :cols]
 
@@ -189,6 +201,7 @@ def mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     Returns:
         (…, out, in).
     """
+    _refuse_other("blocks", blocks.shape, (*scales.shape, 16))
     return (fp4_pairs(blocks) * exponents(scales)[..., None]).flatten(-2)
 
 
@@ -221,14 +234,23 @@ def packed_integers(
         zeros: (out, groups), as they are; or int32 (⌈out · bits / 32⌉, groups), packed downwards like the codes.
         groups: The group of each input (in,); None: all groups are as long as each other, in order.
     """
+    _refuse_other("weight_packed", packed.shape, (shape[0], -(-shape[1] // (32 // bits))))
+    _refuse_other("weight_scale", scales.shape[:-1], shape[:1])
     codes = _unpack_whole(packed, bits, shape[1])
     if groups is None:
         groups = torch.arange(shape[1]) // -(-shape[1] // scales.shape[1])
     if zeros is not None:
         if zeros.dtype == torch.int32:
             zeros = _unpack_whole(zeros.T.contiguous(), bits, shape[0]).T
+        _refuse_other("weight_zero_point", zeros.shape, scales.shape)
         codes = codes - zeros.long()[:, groups.long()]
     return codes.float() * scales.float()[:, groups.long()]
+
+
+def _refuse_other(what: str, found: object, wanted: object) -> None:
+    """Raise ValueError where something is not as it must be: torch would repeat one value for all."""
+    if found != wanted:
+        raise ValueError(f"{what}: found {found}, wanted {wanted}")
 
 
 def _unpack_whole(words: Tensor, bits: int, count: int) -> Tensor:

@@ -1,9 +1,10 @@
 """Quantised weights of a checkpoint: which tensors belong to a weight, and how its values are computed from them."""
 
+import contextlib
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import msgspec
@@ -12,6 +13,7 @@ from torch import Tensor
 from pcb_peft.base import dequantise
 from pcb_peft.base.config import WAY_OUT
 from pcb_peft.base.files import TensorInfo
+from pcb_peft.deltas.linalg import all_finite
 from pcb_peft.errors import BaseModelError
 from pcb_peft.files.schema import Count, checked
 from pcb_peft.runtime.shown import quoted, shown
@@ -67,13 +69,39 @@ def quantised_weights(
     """
     described = _described(config)
     checked(described, _Quantisation, f"{source}: quantization_config", BaseModelError, WAY_OUT)
+    with _as_described(f"{source}: its quantised weights have"):
+        found = _all_weights(described, tensors, read, source)
+    return {
+        name: dataclasses.replace(weight, values=functools.partial(_values, weight, name, source))
+        for name, weight in found.items()
+    }
+
+
+@contextlib.contextmanager
+def _as_described(what: str) -> Generator[None]:
+    """Raise BaseModelError where the parts of a weight do not fit each other, or what is said of them."""
     try:
-        return _all_weights(described, tensors, read, source)
+        yield
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise BaseModelError(
-            f"{source}: its quantised weights have other shapes, or say other things of themselves, than its "
-            f"config.json says ({type(error).__name__}: {shown(error)}); {WAY_OUT}"
+            f"{what} other shapes, or other parts, than config.json and the weights themselves say "
+            f"({type(error).__name__}: {shown(error)}); {WAY_OUT}"
         ) from error
+
+
+def _values(weight: "QuantisedWeight", name: str, source: str) -> Tensor:
+    """Compute a weight.
+
+    Raises:
+        BaseModelError: Its parts do not fit each other, or give no numbers.
+    """
+    with _as_described(f"{source}: {name} ({weight.scheme}) has"):
+        values = weight.values()
+        if values.shape != weight.shape or not all_finite(values):
+            raise ValueError(
+                f"they give {tuple(values.shape)}, or infinite values, for {weight.shape}"
+            )
+        return values
 
 
 def _all_weights(
@@ -167,7 +195,8 @@ def _bitsandbytes_4bit(
 ) -> _Found:
     del source
     for name in tensors:
-        if match := _QUANT_STATE.fullmatch(name):
+        match = _QUANT_STATE.fullmatch(name)
+        if match and match[1] in tensors:
             weight, kind = match.groups()
             beside = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
             parts = {part: f"{weight}.{part}" for part in beside if f"{weight}.{part}" in tensors}

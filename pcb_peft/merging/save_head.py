@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 
 import safetensors.torch
@@ -20,7 +19,7 @@ from pcb_peft.merging.card import RECIPE, recipe_section
 from pcb_peft.merging.heads import notes_with_head
 from pcb_peft.merging.report_file import read_report, report_json
 from pcb_peft.recipes.recipe import FILE_NAME, read_recipe
-from pcb_peft.writing.atomic import replace_directory, write_files
+from pcb_peft.writing.atomic import copy_file, replace_directory, write_files
 from pcb_peft.writing.manifest import MANIFEST
 from pcb_peft.writing.model_card import CARD, model_card
 from pcb_peft.writing.targets import Overwrite
@@ -66,7 +65,7 @@ def save_with_head(
     with replaced as target:
         for path in sorted(opened.directory.iterdir()):
             if path.is_file() and path.name not in _REPLACED:
-                shutil.copyfile(path, target / path.name)
+                copy_file(path, target / path.name)
         write_files(target, headed.companion_files())
         safetensors.torch.save_file(
             content.tensors, target / content.file, metadata={"format": "pt"}

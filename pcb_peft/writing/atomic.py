@@ -6,11 +6,11 @@ is set aside first, and the next run finishes what a killed one began: see `pcb_
 """
 
 import contextlib
+import errno
 import os
-import shutil
 import stat
 import warnings
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 
 from pcb_peft.errors import OutputError
@@ -29,6 +29,7 @@ from pcb_peft.writing.targets import (
 )
 
 _OWNER_ONLY = 0o700
+_AT_ONCE = 1 << 24  # bytes
 
 
 @contextlib.contextmanager
@@ -157,14 +158,36 @@ def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy the content of a file.
+    """Copy the content of a file; what has no place on the disk (a hole) gets none in the copy.
 
     Raises:
         OutputError: The disk is full, or broken.
     """
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
+        with source.open("rb") as old, target.open("wb") as new:
+            for start, end in _parts_with_data(old.fileno(), source.stat().st_size):
+                old.seek(start)
+                new.seek(start)
+                while start < end and (content := old.read(min(_AT_ONCE, end - start))):
+                    start += new.write(content)
+            new.truncate(source.stat().st_size)
+
+
+def _parts_with_data(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield the first and the last byte of each part of a file that is no hole."""
+    end = 0
+    while end < size:
+        try:
+            start = os.lseek(descriptor, end, os.SEEK_DATA)
+            end = os.lseek(descriptor, start, os.SEEK_HOLE)
+        except AttributeError:  # no such thing on Windows
+            start, end = 0, size
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # the rest is a hole
+                return
+            raise
+        yield start, end
 
 
 def _take_owner(path: Path, like: os.stat_result, mode: int) -> None:

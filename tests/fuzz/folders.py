@@ -72,6 +72,6 @@ def spoil(directory: Path, rng: Random, steps: Steps) -> None:
         os.mkfifo(path)
     elif what == "sparse":
         with path.open("wb") as file:
-            file.truncate(1 << 40)
+            file.truncate(1 << 28)
     elif what != "missing":
         path.symlink_to(what)

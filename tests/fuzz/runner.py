@@ -22,12 +22,14 @@ from fuzz.surfaces import SURFACES
 
 HANG = 30.0  # seconds after which a case is ended
 ROOM = 3 << 30  # bytes of address space that a case may take
+LARGEST_FILE = 1 << 28  # bytes of a file that a case may write
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the fuzzer; the exit status is 1 if anything was found."""
     parsed = _parser().parse_args(arguments)
     names = parsed.surface or sorted(SURFACES)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))
     total: list[dict[str, Any]] = []
     try:
         for name in names:
