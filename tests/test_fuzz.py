@@ -72,8 +72,12 @@ def spin():
         pass
 
 
+class LongError(PcbPeftError):
+    __str__ = Exception.__str__  # not cut
+
+
 def long_message():
-    raise OptionError("x" * 10_000)
+    raise LongError("x" * 10_000)
 
 
 FAULTS = {
