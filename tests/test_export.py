@@ -24,6 +24,7 @@ from pcb_peft import (
     UnsupportedError,
     check,
     export,
+    inspect_adapter,
     load_adapter,
     merge_adapters,
 )
@@ -526,6 +527,9 @@ def test_one_file_as_output(workshop, tmp_path, capsys):
     first = file.read_bytes()
     assert main(words) == 2
     assert f"{file} exists" in capsys.readouterr().err
+    made = inspect_adapter(file).made
+    assert made is not None
+    assert made.method == "linear"
     assert main([*words, "--overwrite"]) == 0
     assert file.read_bytes() == first
     file.write_text("no adapter")

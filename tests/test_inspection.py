@@ -9,7 +9,15 @@ import torch
 from helpers import adapter, dense, ia3, lora, low_rank, regauged
 from safetensors.torch import load_file, save_file
 
-from pcb_peft import OptionError, PcbPeftError, compare_adapters, inspect_adapter, merge_adapters
+from pcb_peft import (
+    AdapterError,
+    OptionError,
+    PcbPeftError,
+    compare_adapters,
+    export,
+    inspect_adapter,
+    merge_adapters,
+)
 from pcb_peft.commands import cli
 from pcb_peft.commands.demo import examples_folder
 from pcb_peft.deltas.linalg import RANK_TOLERANCE
@@ -332,3 +340,33 @@ def test_the_commands_print_text_and_json(workshop, monkeypatch, capsys, line):
     assert "x" in capsys.readouterr().out
     assert cli.main([*shlex.split(line), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["command"] == line.split()[0]
+
+
+@pytest.mark.parametrize("profile", ["gguf", "mlx"])
+def test_a_lora_for_another_program_has_the_same_norms_and_the_report_of_its_merge(
+    workshop, tmp_path, profile
+):
+    pytest.importorskip("gguf")
+    base = workshop.base("llama")
+    configs = [lora("q_proj", "down_proj"), lora("q_proj", use_rslora=True)]
+    merged = merge_adapters(workshop.adapters("llama", configs), "linear", progress=False)
+    wanted = inspect_adapter(merged)
+    export(merged, profile, tmp_path / "out", base_model=base, progress=False)
+    assert (tmp_path / "out" / "merge_report.json").is_file()
+    found = inspect_adapter(tmp_path / "out")
+    for fact in ("norm", "effective_rank"):
+        here, there = (
+            sorted(getattr(m, fact) for m in one.modules.values()) for one in (found, wanted)
+        )
+        assert here == pytest.approx(there)
+    assert found.by_layer == pytest.approx(wanted.by_layer)
+    assert "made by this merge:\nlinear" in str(found)
+
+
+def test_a_file_that_is_no_gguf_is_refused(tmp_path):
+    pytest.importorskip("gguf")
+    file = tmp_path / "x.gguf"
+    for content, words in ((b"text", "its first four bytes"), (b"GGUF" + bytes(40), "is damaged")):
+        file.write_bytes(content)
+        with pytest.raises(AdapterError, match=words):
+            inspect_adapter(file)

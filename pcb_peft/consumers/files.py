@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 from pcb_peft.base.hub import configuration_directory
 from pcb_peft.errors import AdapterError, AdapterNotFoundError
 from pcb_peft.files.adapter_config import checked_config
+from pcb_peft.files.gguf import is_gguf
 from pcb_peft.files.header import read_header
 from pcb_peft.files.json_text import read_json_file
 from pcb_peft.runtime.paths import expanded
@@ -105,8 +106,9 @@ def open_output(path: str | Path) -> OutputFiles:
     """
     path = expanded(path)
     if path.suffix == ".gguf" and path.is_file():
-        return OutputFiles(path, "gguf", {}, {}, _unreadable([path]))
-    if path.is_file() and path.name in (CONFIG, WEIGHTS):
+        return _gguf([path])
+    mlx = path.name == MLX and path.with_name(CONFIG).is_file()
+    if path.is_file() and (mlx or path.name in (CONFIG, WEIGHTS)):
         path = path.parent
     if path.is_file() and path.suffix == ".safetensors":
         return OutputFiles(path, "pipeline", {}, _header(path), _unreadable([path]))
@@ -119,7 +121,7 @@ def open_output(path: str | Path) -> OutputFiles:
     weights = [file for file in files if file.name == names.get(form, file.name)]
     ggufs = [file for file in files if file.suffix == ".gguf"]
     if form == "gguf":
-        return OutputFiles(ggufs[0], "gguf", {}, {}, _unreadable(ggufs))
+        return _gguf(ggufs)
     return OutputFiles(
         path,
         form,
@@ -129,6 +131,13 @@ def open_output(path: str | Path) -> OutputFiles:
         tuple(sorted(file.stem for file in path.glob("heads/*.safetensors"))),
         config_of_model(config.get("base_model_name_or_path")) if form == "peft" else {},
     )
+
+
+def _gguf(files: list[Path]) -> OutputFiles:
+    for file in files:
+        if not is_gguf(file):
+            raise AdapterError(f"{file} is no GGUF file: its first four bytes say so; {AGAIN}")
+    return OutputFiles(files[0], "gguf", {}, {}, _unreadable(files))
 
 
 def _form(path: Path) -> Form:

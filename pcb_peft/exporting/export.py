@@ -146,8 +146,7 @@ def export(  # noqa: PLR0913  (every choice of an export, by name)
     verification = None
     if verified:
         written, uncut = (original, None) if energy == 1 else (fitting, original)
-        verification = verify(written, Path(output), profile, base, uncut=uncut)
-        verification.demand()
+        verification = verify(written, Path(output), profile, base, uncut=uncut).demand()
     return Exported(Path(output), to, energy, tuple(usage), check(output), verification)
 
 

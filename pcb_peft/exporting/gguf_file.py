@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pcb_peft.adapters.saving import RECIPE, RECIPE_FILE, REPORT, REPORT_FILE
 from pcb_peft.deltas.delta import LowRank
 from pcb_peft.errors import MismatchError, OptionError, UnsupportedError
 from pcb_peft.exporting.profile import Profile, Request, in_one_process
+from pcb_peft.files.gguf import gguf_library
 from pcb_peft.formats.lazy_delta import LazyDelta
 from pcb_peft.writing.atomic import replace_directory, write_file_atomically, write_files
 from pcb_peft.writing.model_card import public_name
@@ -64,7 +66,7 @@ def _write(request: Request) -> Sequence[str]:
         file = request.output
 
         def write(path: Path) -> None:
-            _write_file(path, architecture, tensors, dtype, request)
+            _write_file(path, architecture, tensors, dtype, request, _report(request))
 
         write_file_atomically(file, write, overwrite=request.overwrite, is_ours=is_adapter)
     else:
@@ -73,11 +75,18 @@ def _write(request: Request) -> Sequence[str]:
             request.output, overwrite=request.overwrite, inputs=request.adapter.inputs
         ) as directory:
             _write_file(directory / FILE, architecture, tensors, dtype, request)
-            write_files(directory, {"Modelfile": f"FROM ./model.gguf\nADAPTER ./{FILE}\n".encode()})
+            modelfile = f"FROM ./model.gguf\nADAPTER ./{FILE}\n".encode()
+            write_files(directory, request.beside() | {"Modelfile": modelfile})
     return [
         f"llama-server -m model.gguf --lora {file}",
         f"Ollama, in a Modelfile beside FROM: ADAPTER {file}",
     ]
+
+
+def _report(request: Request) -> dict[str, str]:
+    """Return a merge's recipe and report for the header of a single file, by their names there."""
+    names = {RECIPE_FILE: RECIPE, REPORT_FILE: REPORT}
+    return {names[name]: content.decode() for name, content in request.beside().items()}
 
 
 def is_adapter(path: Path) -> bool:
@@ -146,19 +155,9 @@ def _tensors(request: Request, architecture: Architecture) -> dict[str, Tensor]:
 
 
 def _names(config: Mapping[str, Any], architecture: Architecture) -> Any:
-    gguf = _library()
+    gguf = gguf_library()
     number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
     return gguf.get_tensor_name_map(number, int(config["num_hidden_layers"]))
-
-
-def _library() -> Any:
-    try:
-        import gguf
-    except ImportError as error:
-        raise OptionError(
-            "writing GGUF needs the package gguf: pip install 'pcb-peft[gguf]'"
-        ) from error
-    return gguf
 
 
 def _text_name(module: str) -> str:
@@ -183,8 +182,9 @@ def _write_file(
     tensors: Mapping[str, Tensor],
     dtype: torch.dtype,
     request: Request,
+    texts: Mapping[str, str] | None = None,
 ) -> None:
-    gguf = _library()
+    gguf = gguf_library()
     kinds = {
         torch.float32: gguf.GGMLQuantizationType.F32,
         torch.float16: gguf.GGMLQuantizationType.F16,
@@ -200,6 +200,8 @@ def _write_file(
         writer.add_base_model_count(1)
         writer.add_base_model_name(0, base.rpartition("/")[2])
         writer.add_base_model_repo_url(0, f"https://huggingface.co/{base}")
+    for name, text in (texts or {}).items():
+        writer.add_string(name, text)
     for name, values in tensors.items():
         stored = values.to(dtype).contiguous()
         if dtype == torch.bfloat16:

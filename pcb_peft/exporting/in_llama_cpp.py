@@ -45,7 +45,12 @@ def next_tokens(
         MismatchError: llama.cpp does not load the files.
     """
     file = next(adapter.glob("*.gguf")) if adapter is not None and adapter.is_dir() else adapter
-    request = {"base": str(base), "adapter": file and str(file), "prompts": prompts}
+    request = {
+        "base": str(base),
+        "adapter": None if file is None else str(file),
+        "prompts": prompts,
+        "threads": torch.get_num_threads(),
+    }
     done = subprocess.run(
         [sys.executable, "-m", __spec__.name],
         input=json.dumps(request),
@@ -75,6 +80,7 @@ def _answer(request: dict[str, Any]) -> list[dict[int, float]]:
     settings.model.path = request["base"]
     settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     settings.n_ctx, settings.n_parallel, settings.warmup = 256, 1, False
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = request["threads"]
     if request["adapter"]:
         adapter = xllamacpp.CommonAdapterLoraInfo()
         adapter.path, adapter.scale = request["adapter"], 1.0

@@ -10,7 +10,6 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from pcb_peft.adapters.saving import RECIPE_FILE, REPORT_FILE
 from pcb_peft.consumers.mlx import hidden_rope_theta
 from pcb_peft.deltas.delta import LowRank, Rescaled
 from pcb_peft.errors import OptionError, UnsupportedError
@@ -53,10 +52,8 @@ def _write(request: Request) -> Sequence[str]:
         request.output, overwrite=request.overwrite, inputs=request.adapter.inputs
     ) as directory:
         safetensors.torch.save_file(tensors, directory / FILE, metadata={"format": "mlx"})
-        made = request.adapter.companion_files()
-        beside = {name: made[name] for name in (RECIPE_FILE, REPORT_FILE) if name in made}
-        beside[CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
-        write_files(directory, beside)
+        stated = (json.dumps(config, indent=2) + "\n").encode()
+        write_files(directory, request.beside() | {CONFIG: stated})
     name = request.adapter.base_model or "MODEL"
     lines = [f"mlx_lm.generate --model {name} --adapter-path {request.output} --prompt …"]
     if theta := hidden_rope_theta(request.config):

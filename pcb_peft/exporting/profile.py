@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import torch
 
 from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.adapters.saving import RECIPE_FILE, REPORT_FILE
 from pcb_peft.base.model import BaseModel
 from pcb_peft.deltas.replacements import Tied
 from pcb_peft.errors import OptionError
@@ -42,6 +43,11 @@ class Request:
     dequantize: bool
     overwrite: Overwrite
     track: Track
+
+    def beside(self) -> dict[str, bytes]:
+        """Return the recipe and the report of a merge, by their file names."""
+        made = self.adapter.companion_files()
+        return {name: made[name] for name in (RECIPE_FILE, REPORT_FILE) if name in made}
 
 
 FILES = (".gguf", ".safetensors")

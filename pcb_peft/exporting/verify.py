@@ -79,13 +79,14 @@ class Verification:
             parts.append(f"by {self.sources:.2g} from those of the weighted sum of its sources")
         return f"verified in {self.consumer}: computes {words} (log-probabilities differ {', '.join(parts)})"
 
-    def demand(self) -> None:
-        """Raise MismatchError where the result does not compute what the adapter does."""
+    def demand(self) -> "Verification":
+        """Return it, or raise MismatchError where the result does not compute what the adapter does."""
         if not self.passed:
             raise MismatchError(
                 f"{self}; the output is left where it is, for a look: is base_model the model that the adapter was "
                 "trained on?"
             )
+        return self
 
 
 def verify(

@@ -12,6 +12,7 @@ from pcb_peft.adapters.source import Source
 from pcb_peft.base.model import lazy_base
 from pcb_peft.errors import AdapterNotFoundError, PcbPeftError
 from pcb_peft.inspection.concerns import concerns
+from pcb_peft.inspection.converted import inspect_converted
 from pcb_peft.inspection.facts import FOLDED, Inspection, ModuleFacts
 from pcb_peft.inspection.geometry import effective_rank, has_factors, singular_values
 from pcb_peft.merging.one_name import under_one_name
@@ -51,6 +52,8 @@ def inspect_adapter(
         {8: 2}
     """
     base = lazy_base(base_model, dequantize=dequantize)
+    if (converted := inspect_converted(adapter)) is not None:
+        return dataclasses.replace(converted, warnings=tuple(concerns(converted)))
     try:
         opened = load_adapter(adapter, base_model=base, hashed=False)
     except AdapterNotFoundError:

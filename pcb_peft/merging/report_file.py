@@ -9,6 +9,7 @@ from typing import Any
 
 from pcb_peft.adapters.saving import REPORT, REPORT_FILE
 from pcb_peft.errors import AdapterError
+from pcb_peft.files.gguf import GgufFile
 from pcb_peft.files.json_text import parse_json, read_text
 from pcb_peft.files.schema import checked
 from pcb_peft.files.tensors import SafetensorsFile
@@ -65,8 +66,11 @@ def read_report(place: Path, recipe: Recipe | None = None) -> Report | None:
     Raises:
         AdapterError: It is damaged, or belongs to another merge than the recipe.
     """
-    if place.is_file() and place.suffix == ".safetensors":
-        text, where = SafetensorsFile(place).metadata().get(REPORT), f"{place} ({REPORT})"
+    text: Any = None
+    if place.is_file() and place.suffix in (".safetensors", ".gguf"):
+        gguf = place.suffix == ".gguf"
+        stated = GgufFile(place).fields if gguf else SafetensorsFile(place).metadata()
+        text, where = stated.get(REPORT), f"{place} ({REPORT})"
     else:
         file = place / REPORT_FILE
         text = read_text(file, AdapterError, _WAY_OUT) if file.is_file() else None
