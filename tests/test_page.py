@@ -17,6 +17,7 @@ from pcb_peft import (
     OutputError,
     UnsupportedError,
     compare_adapters,
+    inspect_adapter,
     merge_adapters,
     write_report,
 )
@@ -196,6 +197,11 @@ def test_the_page_of_a_saved_merge_has_the_evaluation_that_was_written_beside_it
     card = (out / "README.md").read_text("utf-8")
     assert "| 50.0 (" in card
     assert json.loads((out / "evaluation.json").read_text())["tasks"][0]["merged"] == 0.5
+    seen = inspect_adapter(out)
+    assert seen.as_dict()["evaluation"]["tasks"][0]["kept"] == 0.5
+    table = str(seen).split("evaluation")[1].splitlines()
+    assert table[0].split() == ["base", "adapter", "merge", "kept", "verdict"]
+    assert "0.0 %  100.0 %  50.0 %  50.0%  LOST" in table[1]
     write_report(out, tmp_path / "given.html", evaluation=evaluated())
     assert (tmp_path / "given.html").read_bytes() == (tmp_path / "after.html").read_bytes()
 

@@ -38,6 +38,7 @@ FORMATS = ("peft", "diffusers", "kohya", "comfyui")
 PEFT: FileFormat = "peft"
 RECIPE_FILE = "merge_recipe.yaml"
 REPORT_FILE = "merge_report.json"
+EVALUATION_FILE = "evaluation.json"
 RECIPE, REPORT = "pcb_peft.recipe", "pcb_peft.report"
 """Keys of the metadata of a single file that hold the recipe and the report."""
 

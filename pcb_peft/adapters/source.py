@@ -16,6 +16,7 @@ from pcb_peft.adapters.companions import (
     refuse_trained_files,
 )
 from pcb_peft.adapters.other_files import how_to_get_an_adapter, refuse_file
+from pcb_peft.adapters.saving import EVALUATION_FILE, RECIPE_FILE, REPORT_FILE
 from pcb_peft.base.hub import download, listed
 from pcb_peft.deltas.replacements import HEADS, NAME
 from pcb_peft.errors import AdapterError, AdapterNotFoundError
@@ -240,7 +241,8 @@ def _downloaded(source: Source) -> Path:
     prefix = f"{source.subfolder}/" if source.subfolder else ""
     adapter = (CONFIG, SAFETENSORS, PICKLE, PIPELINE, OLD_PIPELINE, f"{HEADS}/*.safetensors")
     companions = [name for patterns in GROUPS.values() for name in patterns]
-    names = (*adapter, *STATING_LABELS, *companions, *TRAINED, CARD)
+    of_merges = (RECIPE_FILE, REPORT_FILE, EVALUATION_FILE)
+    names = (*adapter, *STATING_LABELS, *companions, *TRAINED, CARD, *of_merges)
     root = download(
         source.path,
         source.revision,

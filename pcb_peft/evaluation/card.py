@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from pcb_peft.adapters.saving import EVALUATION_FILE
 from pcb_peft.errors import OutputError
 from pcb_peft.evaluation.evaluation import Evaluation
 from pcb_peft.evaluation.tables import markdown_table
@@ -15,7 +16,7 @@ from pcb_peft.runtime.shown import quoted, shown
 from pcb_peft.writing.atomic import write_file_atomically
 from pcb_peft.writing.manifest import foreign_file, update_manifest
 
-CARD, FILE = "README.md", "evaluation.json"
+CARD, FILE = "README.md", EVALUATION_FILE
 _CORRECT = "correct them, or take the card away"
 BEGIN, END = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"
 

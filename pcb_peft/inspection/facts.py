@@ -6,7 +6,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from pcb_peft.base.paths import layer_of, target_of
+from pcb_peft.merging.evaluation_file import Measured
 from pcb_peft.merging.report import Report
 from pcb_peft.runtime.shown import some_of
 from pcb_peft.runtime.tables import bars, table
@@ -62,6 +65,7 @@ class Inspection:
         companions: Files of a tokenizer and the like beside it.
         bytes: Size of its files; None for an adapter in memory.
         made: The report of the merge that made it, if it is one.
+        evaluation: What `evaluate` wrote beside it, if it did.
         warnings: What looks wrong, in words.
     """
 
@@ -82,6 +86,7 @@ class Inspection:
     companions: tuple[str, ...] = ()
     bytes: int | None = None
     made: Report | None = None
+    evaluation: Measured | None = None
     warnings: tuple[str, ...] = ()
 
     @property
@@ -124,8 +129,9 @@ class Inspection:
         """Return plain data, for JSON."""
         totals = {name: getattr(self, name) for name in ("norm", "ranks", "by_layer")}
         made = self.made and self.made.as_dict()
-        facts = dataclasses.asdict(dataclasses.replace(self, made=None))
-        return {**facts, **totals, "made": made}
+        evaluation = msgspec.to_builtins(self.evaluation)
+        facts = dataclasses.asdict(dataclasses.replace(self, made=None, evaluation=None))
+        return {**facts, **totals, "made": made, "evaluation": evaluation}
 
     def __str__(self) -> str:
         return inspection_text(self)
@@ -143,9 +149,26 @@ def inspection_text(facts: Inspection) -> str:
     """Return the screen: what the adapter is, where it changes its base model, what looks wrong."""
     adapter = [_identity(facts), _targets(facts), _depth(facts)] if facts.modules else []
     made = "" if facts.made is None else f"made by this merge:\n{facts.made}"
-    blocks = [_title(facts), *adapter, _beside(facts), made]
+    blocks = [_title(facts), *adapter, _beside(facts), made, _evaluated(facts)]
     warnings = "\n".join(f"! {warning}" for warning in facts.warnings)
     return "\n\n".join(block for block in [*blocks, warnings] if block)
+
+
+def _evaluated(facts: Inspection) -> str:
+    """Return the table of the evaluation, lost tasks first."""
+    if facts.evaluation is None:
+        return ""
+    rows = [
+        (
+            line.task,
+            *(line.shown(value) for value in (line.base, line.adapter, line.merged)),
+            "–" if line.kept is None else f"{line.kept:.1%}",
+            line.verdict,
+        )
+        for line in sorted(facts.evaluation.tasks, key=lambda line: not line.lost)
+    ]
+    header = ("evaluation", "base", "adapter", "merge", "kept", "verdict")
+    return table(header, rows, words_last=True)
 
 
 def _title(facts: Inspection) -> str:

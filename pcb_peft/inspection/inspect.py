@@ -15,6 +15,7 @@ from pcb_peft.inspection.concerns import concerns
 from pcb_peft.inspection.converted import inspect_converted
 from pcb_peft.inspection.facts import FOLDED, Inspection, ModuleFacts
 from pcb_peft.inspection.geometry import effective_rank, has_factors, singular_values
+from pcb_peft.merging.evaluation_file import read_evaluation
 from pcb_peft.merging.one_name import under_one_name
 from pcb_peft.merging.report_file import read_report
 from pcb_peft.runtime.paths import expanded, size_on_disk
@@ -83,6 +84,7 @@ def inspect_adapter(
         companions=tuple(name for files in opened.companions.values() for name in files),
         bytes=size_on_disk(path) if path is not None and path.exists() else None,
         made=read_report(directory) if directory is not None else None,
+        evaluation=read_evaluation(directory) if directory is not None else None,
     )
     found = [*concerns(inspection), *_name_concerns(opened, base)]
     return dataclasses.replace(inspection, warnings=tuple(found))
@@ -101,6 +103,7 @@ def _folded(source: object) -> Inspection | None:
         bytes=size_on_disk(place),
         companions=tuple(name for files in companions_beside(place).values() for name in files),
         made=report,
+        evaluation=read_evaluation(place),
     )
 
 

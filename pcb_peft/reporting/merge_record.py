@@ -3,57 +3,18 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
-
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.loading import load_adapter
 from pcb_peft.adapters.saving import REPORT_FILE
 from pcb_peft.errors import AdapterError, AdapterNotFoundError
-from pcb_peft.evaluation.card import FILE as EVALUATION
-from pcb_peft.files.json_text import read_json_file
-from pcb_peft.files.schema import Number, checked
 from pcb_peft.merging.card import public_recipe
+from pcb_peft.merging.evaluation_file import Measured, checked_evaluation, read_evaluation
 from pcb_peft.merging.report import Report
 from pcb_peft.merging.report_file import read_report
 from pcb_peft.merging.result import MergedAdapter
 from pcb_peft.recipes.recipe import FILE_NAME, Recipe, read_recipe
 from pcb_peft.runtime.paths import expanded
 from pcb_peft.writing.model_card import public_name
-
-_WAY_OUT = "take it away, or evaluate again"
-
-
-class TaskLine(msgspec.Struct, kw_only=True):
-    """One task of an evaluation, as its JSON has it: see `TaskScores.as_dict`."""
-
-    task: str
-    metric: str
-    texts: int
-    merged: Number
-    verdict: str
-    lost: bool = False
-    base: Number | None = None
-    adapter: Number | None = None
-    against: Number | None = None
-    interval: tuple[Number, Number] | None = None
-    kept: Number | None = None
-
-    def shown(self, value: float | None) -> str:
-        """Return a score: percent of accuracies and the like, other numbers as they are."""
-        if value is None:
-            return "–"
-        percent = self.metric in ("accuracy", "exact match", "1/perplexity")
-        return f"{100 * value:.1f} %" if percent else f"{value:.4g}"
-
-
-class Measured(msgspec.Struct):
-    """An evaluation, as its JSON has it: see `Evaluation.as_dict`."""
-
-    tasks: list[TaskLine]
-    notes: list[str] = []
-    lost: list[str] = []
-    mean_kept: Number | None = None
-    worst_kept: Number | None = None
 
 
 class MergeRecord(NamedTuple):
@@ -90,7 +51,9 @@ def record_of(merged: MergedAdapter | str | Path, evaluation: Any = None) -> Mer
         AdapterError: There is no report in the directory, or one of the files is damaged.
         OptionError: Its recipe is damaged.
     """
-    measured = None if evaluation is None else _measured(evaluation.as_dict(), "the evaluation")
+    measured = (
+        None if evaluation is None else checked_evaluation(evaluation.as_dict(), "the evaluation")
+    )
     if isinstance(merged, MergedAdapter):
         return MergeRecord(merged.report, merged.recipe, merged.base_model, merged, measured)
     place = expanded(merged)
@@ -101,16 +64,10 @@ def record_of(merged: MergedAdapter | str | Path, evaluation: Any = None) -> Mer
         raise AdapterError(
             f"{merged} holds no {REPORT_FILE} and {FILE_NAME} of a merge: name a directory that pcb-peft merge wrote"
         )
-    if measured is None and (place / EVALUATION).is_file():
-        content = read_json_file(place / EVALUATION, AdapterError, _WAY_OUT)
-        measured = _measured(content, str(place / EVALUATION))
+    measured = measured or read_evaluation(place)
     try:
         adapter = load_adapter(place, hashed=False)
     except AdapterNotFoundError:  # folded
         return MergeRecord(report, recipe, recipe.base_model, None, measured)
     base = adapter.base_model or recipe.base_model
     return MergeRecord(report, recipe, base, adapter, measured)
-
-
-def _measured(content: Any, where: str) -> Measured:
-    return checked(content, Measured, where, AdapterError, _WAY_OUT)
