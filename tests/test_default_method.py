@@ -2,10 +2,12 @@
 
 import peft
 import pytest
+import torch
 from conftest import Workshop
-from helpers import adapters, low_rank
+from helpers import adapters, distance, low_rank
 
 from pcb_peft import OptionError, Recipe, merge, merge_adapters
+from pcb_peft.dry_run.estimate import estimate_merge
 from pcb_peft.merging.prepare import prepare
 from pcb_peft.methods.default import DEFAULT_METHODS
 
@@ -65,6 +67,58 @@ def test_the_first_that_suits_the_adapters(
     prepared = prepare(Recipe.parse(adapters=paths, base_model=base), headers_only=True)
     assert prepared.recipe.method == name
     assert why is None or any(why in note for note in prepared.notes)
+
+
+TEXTS = lora(task_type="CAUSAL_LM")
+MEASURED = "what its layers see of random tokens"
+
+
+def test_with_a_base_model_adapters_are_compared_by_what_its_layers_see(workshop: Workshop):
+    paths, base = workshop.adapters("llama", [TEXTS, TEXTS]), workshop.base("llama")
+    merged = merge_adapters(paths, base_model=base)
+    named = merge_adapters(paths, FIRST, base_model=base, metric="random")
+    plain = merge_adapters(paths, FIRST, base_model=base)
+    (module,) = {module for module in merged.modules if "layers.0" in module}
+    assert torch.equal(merged.delta(module), named.delta(module))
+    assert distance(merged.delta(module), plain.delta(module)) > 1e-3
+    assert any(MEASURED in note for note in merged.report.notes)
+    assert merge(merged.recipe).recipe.metric == merged.recipe.metric
+    assert MEASURED in estimate_merge(Recipe.parse(adapters=paths, base_model=base)).warning
+
+
+@pytest.mark.parametrize(
+    ("config", "given", "why"),
+    [
+        (lora(), {}, "do not name their task type"),
+        (TEXTS, {"method": "flat"}, None),
+        (TEXTS, {"density": 0.3}, None),
+        (TEXTS, {"base_model": "org/not-here"}, "not on this machine"),
+        (
+            peft.LoraConfig(r=2, target_modules=["embed_tokens"], task_type="CAUSAL_LM"),
+            {},
+            "linear",
+        ),
+    ],
+)
+def test_a_base_model_that_tells_nothing_is_not_run(
+    workshop: Workshop, config: peft.PeftConfig, given: dict[str, object], why: str | None
+):
+    paths = workshop.adapters("llama", [config, config])
+    merged = merge_adapters(paths, **{"base_model": workshop.base("llama"), **given})
+    notes = [note for note in merged.report.notes if "metric='random'" in note]
+    assert merged.recipe.metric is None
+    assert len(notes) == (why is not None)
+    assert why is None or why in notes[0]
+
+
+def test_a_large_base_model_is_run_only_on_demand(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("pcb_peft.merging.default_metric.MOST_BYTES", 1000)
+    paths, base = workshop.adapters("llama", [TEXTS, TEXTS]), workshop.base("llama")
+    prepared = prepare(Recipe.parse(adapters=paths, base_model=base), headers_only=True)
+    assert prepared.recipe.metric is None
+    assert any("only if you ask for that metric" in note for note in prepared.notes)
 
 
 def test_a_recipe_that_names_none_names_one_when_it_is_complete():

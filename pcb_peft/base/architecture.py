@@ -67,6 +67,7 @@ class Skeleton:
         conversions: Transformers' own rules from names and tensors of files to those in memory (transformers 5).
         input_embeddings: Name of the input embeddings; None if the model has none.
         embeddings: Parameters of the input embeddings and of the output layer.
+        reads_tokens: True if the model's main input is a sequence of tokens.
     """
 
     parameters: frozenset[str]
@@ -77,6 +78,7 @@ class Skeleton:
     input_embeddings: str | None = None
     embeddings: frozenset[str] = frozenset()
     tie_sources: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
+    reads_tokens: bool = False
 
     def in_model(self, name: str) -> str | None:
         """Return a name as this model has it: as it is, without the prefix, or with it; None if it has none of them."""
@@ -261,6 +263,7 @@ def skeleton_of(model: "PreTrainedModel") -> Skeleton:
         tie_sources=dict(getattr(model, "all_tied_weights_keys", {})),
         prefix=model.base_model_prefix,
         conversions=conversion_rules(model),
+        reads_tokens=model.main_input_name == "input_ids",
     )
 
 

@@ -1,7 +1,7 @@
 """The files of a base model, and the place of each tensor in them."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -50,6 +50,11 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: str
     name: str | None = None
+
+
+def bytes_of(tensors: Mapping[str, TensorInfo]) -> int:
+    """Return how many bytes some tensors take in their files."""
+    return sum(tensor.end - tensor.begin for tensor in tensors.values())
 
 
 def read_index(directory: Path, file: str = INDEX_FILE) -> dict[str, str]:

@@ -124,7 +124,7 @@ def _model_fields() -> Iterator[Field]:
         "metric",
         "compare adapters, and set the rank, by the directions that the base model's layers see: random (measured on "
         "random tokens, once) or a .jsonl file of texts, both with --base-model; statistics (of kind gram, given with "
-        "--statistics) (default: all directions count alike)",
+        "--statistics) (default: all directions count alike; random if there is a base model and no method is named)",
         _text,
         "METRIC",
     )

@@ -76,6 +76,11 @@ class Subject:
     statistics: Sequence[TaskStatistics]
 
 
+def is_measured(given: str) -> bool:
+    """Return whether a metric is measured on the base model."""
+    return given == RANDOM or given.endswith(".jsonl")
+
+
 def check_source(source: Source, base_model: str | None, statistic: str | None) -> None:
     """Check that a metric can be had, before anything is read.
 
@@ -87,7 +92,7 @@ def check_source(source: Source, base_model: str | None, statistic: str | None) 
     Raises:
         OptionError: It cannot.
     """
-    measured = source.path == RANDOM or source.path.endswith(".jsonl")
+    measured = is_measured(source.path)
     if not (measured or source.path == STATISTICS or source.path.endswith(".safetensors")):
         raise OptionError(f"metric is {source.path!r}; it must be {ALLOWED}")
     if measured and base_model is None:

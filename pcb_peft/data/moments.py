@@ -149,7 +149,7 @@ def measure_moments(model: Any, batch: Mapping[str, Tensor], track: Track) -> di
     inputs = {name: values.to(device) for name, values in batch.items()}
     if getattr(model.config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = inputs["input_ids"]
-    layers = {name: layer for name, layer in model.named_modules() if _is_linear(layer)}
+    layers = {name: layer for name, layer in model.named_modules() if is_linear(layer)}
     seen = _Seen(inputs["attention_mask"].bool(), {}, iter(track(layers, "measure the base model")))
     handles = [layer.register_forward_hook(seen.hook(name)) for name, layer in layers.items()]
     try:
@@ -162,7 +162,7 @@ def measure_moments(model: Any, batch: Mapping[str, Tensor], track: Track) -> di
     return seen.moments
 
 
-def _is_linear(layer: torch.nn.Module) -> bool:
+def is_linear(layer: object) -> bool:
     """True for a linear layer, quantised or not; Conv1D of transformers is one, too."""
     return isinstance(layer, torch.nn.Linear) or type(layer).__name__ == "Conv1D"
 

@@ -13,7 +13,9 @@ import torch
 
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.loading import load_adapters
+from pcb_peft.base.files import bytes_of
 from pcb_peft.base.model import lazy_base
+from pcb_peft.data.metric import is_measured
 from pcb_peft.deltas.dtypes import parse_dtype
 from pcb_peft.deltas.rank_choice import Full
 from pcb_peft.dry_run.module_cost import ModuleCost, module_costs, modules_at_once
@@ -113,23 +115,34 @@ def estimate_merge(
     kept, passes = sum(cost.kept for cost in costs), max((cost.passes for cost in costs), default=0)
     again = max(0.0, 1 - memory / kept) * (2 * passes) if kept else 0.0
     written = _written_bytes(prepared, costs, file_dtype, rank_pattern, fold)
+    memory_of_merge = (
+        PROCESS_BYTES
+        + stored
+        + min(memory, kept)
+        + max((cost.working for cost in costs), default=0)
+        + _result_bytes(prepared, costs, file_dtype, rank_pattern, fold)
+        + max((_statistics_bytes(*some) for some in by_setting), default=0)
+    )
     return Estimate(
         modules=len(prepared.adapter_set.modules),
         values=sum(cost.values for cost in costs),
         passes=passes,
         read=int(stored * (READS + again)),
         written=written,
-        memory=PROCESS_BYTES
-        + stored
-        + min(memory, kept)
-        + max((cost.working for cost in costs), default=0)
-        + _result_bytes(prepared, costs, file_dtype, rank_pattern, fold)
-        + max((_statistics_bytes(*some) for some in by_setting), default=0),
+        memory=max(memory_of_merge, PROCESS_BYTES + _base_bytes(prepared)),
         seconds=sum(cost.seconds + again * cost.encode for cost in costs)
         + stored * _seconds_per_byte_hashed(),
         rank=max((cost.output.rank for cost in costs if cost.output.rank), default=None),
-        warning=full_rank_warning(prepared),
+        warning="\n".join(filter(None, [full_rank_warning(prepared), *prepared.plan.notes])),
     )
+
+
+def _base_bytes(prepared: Prepared) -> int:
+    """Bytes of the base model, which a metric that is measured on it loads once; 0 without one."""
+    metric = prepared.recipe.metric
+    if metric is None or prepared.base is None or not is_measured(metric.path):
+        return 0
+    return bytes_of(prepared.base().tensors)
 
 
 def _written_bytes(

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.base.files import bytes_of
 from pcb_peft.base.model import BaseModel
 from pcb_peft.errors import UnsupportedError
 from pcb_peft.exporting.contents import BECOMES_LORA, Content
@@ -63,7 +64,7 @@ def _fold(adapter: Adapter, base: Callable[[], BaseModel] | None) -> str:
     name, size = adapter.base_model or "MODEL", ""
     path = adapter.name if adapter.source is None else adapter.source.path
     if base is not None:
-        size = format_size(sum(place.end - place.begin for place in base().tensors.values()))
+        size = format_size(bytes_of(base().tensors))
         size = f", {size}"
     return (
         f"a fold, which is exact: to='transformers' (pcb-peft export {path} --to transformers --base-model "

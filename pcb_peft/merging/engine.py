@@ -85,8 +85,8 @@ def merge_adapters(  # noqa: PLR0913  (every choice of a merge, by name)
     Args:
         adapters: Directories, hub ids, (PeftModel, adapter name) or loaded adapters; one or more.
         method: A name from `list_methods()`, one of PEFT's (`cat`, `svd`, `ties_svd` …), or a `MergeMethod`. "auto":
-            `flat`, which kept most on our benchmarks; `pcb` for (IA)³ adapters, if some deltas have full rank (DoRA,
-            full fine-tunes), or if `rank` is a fraction of the energy or a budget.
+            `flat`, with `metric="random"` if `base_model` is given; `pcb` for (IA)³ adapters, if some deltas have full
+            rank (DoRA, full fine-tunes), or if `rank` is a fraction of the energy or a budget.
         weights: The λ of the papers, one per adapter; default 1.0 each. A list of numbers instead of one is a gradient
             from the first layer to the last.
         space: The coordinates in which the adapters are merged: a name from `list_spaces()`; "auto": the method's own.
@@ -117,7 +117,7 @@ def merge_adapters(  # noqa: PLR0913  (every choice of a merge, by name)
         statistics: For methods that need data: one file per adapter, from `collect_statistics` or `pcb-peft collect`.
         metric: The directions of a module's inputs that count when adapters are compared, and when the rank is set:
             "random" (those of random tokens in `base_model`, measured once), a ``.jsonl`` file of texts, a file of
-            moments, or "statistics" (the mean of `statistics` of kind gram). None: all inputs count alike.
+            moments, or "statistics" (the mean of `statistics` of kind gram). None: all inputs count alike; see method.
         dequantize: Take a quantised base model (NF4, INT8, GPTQ, AWQ, FP8 …); W is computed from its codes.
         format: Format of the saved result: "peft", "diffusers", "kohya" or "comfyui"; None: as the adapters came.
         **options: Options of the method and the space, such as `density` of `pcb`.

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from pcb_peft.base.model import BaseModel
 from pcb_peft.calibrations import Calibration, bound
 from pcb_peft.data.metric import STATISTICS, check_source
 from pcb_peft.deltas.delta import Delta, Diagonal, Rescaled
@@ -17,6 +18,7 @@ from pcb_peft.deltas.rank_choice import (
 )
 from pcb_peft.errors import OptionError, UnsupportedError
 from pcb_peft.merging.compatibility import AdapterSet
+from pcb_peft.merging.default_metric import with_default_metric
 from pcb_peft.methods import MergeMethod, get_method, list_methods
 from pcb_peft.methods.default import AUTO, default_method
 from pcb_peft.plugins.options import RANK, bind, did_you_mean
@@ -129,6 +131,7 @@ def plan(
     method: MergeMethod | None,
     adapter_set: AdapterSet,
     statistic: str | None = None,
+    base: Callable[[], BaseModel] | None = None,
 ) -> Plan:
     """Decide how each module is merged.
 
@@ -137,6 +140,7 @@ def plan(
         method: Its method; None if it names none.
         adapter_set: Its adapters.
         statistic: The kind of the statistics that are given, if there are any.
+        base: The base model, if one was given.
 
     Raises:
         OptionError: A value is not allowed; an override matches nothing; a rank is given for what has none.
@@ -144,6 +148,8 @@ def plan(
     notes: Sequence[str] = ()
     if method is None:
         method, notes = unnamed_method(recipe, adapter_set)
+        if not notes:  # it is the first of the default ones
+            recipe, notes = with_default_metric(recipe, adapter_set, base)
     main = _setting(method, recipe.space, recipe.scope, recipe.options, recipe.weights, adapter_set)
     if all(kind.multiplies for kind in main.space.accepts) and recipe.rank != LOSSLESS:
         raise OptionError(

@@ -97,16 +97,12 @@ def prepare(
     opened = _opened_statistics(statistics, recipe, fitting, hashed=not headers_only)
     image = checked_image(recipe.format, fitting)
     adapter_set, common = AdapterSet(fitting), common_base(fitting, recipe.base_model)
-    planned = plan(
-        dataclasses.replace(
-            resolve_peft_alias(recipe, fitting),
-            adapters=sources_of(fitting),
-            statistics=sources_of(opened),
-        ),
-        chosen,
-        adapter_set,
-        opened[0].kind if opened else None,
+    complete = dataclasses.replace(
+        resolve_peft_alias(recipe, fitting),
+        adapters=sources_of(fitting),
+        statistics=sources_of(opened),
     )
+    planned = plan(complete, chosen, adapter_set, opened[0].kind if opened else None, base)
     heads = _heads(fitting, planned.recipe, headers_only=headers_only)
     companions, companion_notes = merge_companions(fitting, recipe.companions)
     return Prepared(

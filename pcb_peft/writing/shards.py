@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from pcb_peft.base.config import WAY_OUT
-from pcb_peft.base.files import INDEX_FILE
+from pcb_peft.base.files import INDEX_FILE, bytes_of
 from pcb_peft.base.model import BaseModel
 from pcb_peft.errors import BaseModelError
 from pcb_peft.files.json_text import read_json_file
@@ -97,7 +97,7 @@ def index_of(base: BaseModel, checkpoint: CheckpointEdit) -> dict[str, bytes]:
     index: dict[str, Any] = read_json_file(path, BaseModelError, WAY_OUT)
     checked(index, _Index, str(path), BaseModelError, WAY_OUT)
     if base.quantised:
-        total = sum(tensor.end - tensor.begin for tensor in base.tensors.values())
+        total = bytes_of(base.tensors)
         files = {name: tensor.file for name, tensor in sorted(base.tensors.items())}
         index = dict[str, Any](metadata={"total_size": total}, weight_map=files)
     index["weight_map"] |= {new: base.tensors[old].file for new, old in checkpoint.added.items()}
