@@ -183,6 +183,17 @@ class Workshop:
             self.assert_close(found, delta, tolerance, module)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n`, all tests of a file run in one process: what they share is made once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = (
+        False  # files of few tests may be the slowest: they do not come last
+    )
+    return LoadFileScheduling(config, log)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def offline() -> Iterator[None]:
     """No test asks the Hub, neither here nor in a process that it starts."""

@@ -14,9 +14,13 @@ from pcb_peft.tasks.limits import DEFAULT_LIMITS, Limits
 from pcb_peft.tasks.task_vectors import TaskVectors
 
 CPU = torch.device("cpu")
-COMPILES = pytest.mark.skipif(
-    compiling.why_not_compiled(CPU) is not None, reason="no compiler works here"
-)
+
+
+@pytest.fixture
+def compiler() -> None:
+    """Whether one works is found by compiling, which takes a second."""
+    if reason := compiling.why_not_compiled(CPU):
+        pytest.skip(reason)
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +61,7 @@ CASES: list[tuple[str, dict[str, object]]] = [
 ]
 
 
-@COMPILES
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_compiled_values_are_those_of_plain_torch(name, options):
@@ -69,7 +73,7 @@ def test_compiled_values_are_those_of_plain_torch(name, options):
     torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-6 * float(plain.abs().max()))
 
 
-@COMPILES
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.slow
 def test_compiled_values_do_not_depend_on_tiles_and_threads():
     expected = merged("pcb", density=0.3)
@@ -79,7 +83,7 @@ def test_compiled_values_do_not_depend_on_tiles_and_threads():
         assert merged("pcb", limits, density=0.3).equal(expected)
 
 
-@COMPILES
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.slow
 def test_what_is_compiled_is_compiled_once(launch):
     """Whatever the lengths of tiles, and the threads that meet it for the first time."""

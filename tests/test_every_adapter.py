@@ -1,9 +1,11 @@
 """Every adapter that PEFT saves: read, merged, saved and folded, it is what PEFT's own merge_and_unload makes of it."""
 
 import dataclasses
+import functools
 import importlib.util
 import pickle
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import peft
@@ -30,7 +32,7 @@ class Case:
 
     Attributes:
         kind: The model that it is made on.
-        config: How PEFT makes it.
+        made: How PEFT makes it: a configuration, or a function that returns one.
         needs_base: Whether its change depends on the model.
         saves: Whether its merge leaves as one adapter.
         dtype: In which PEFT can load it.
@@ -38,21 +40,27 @@ class Case:
     """
 
     kind: str
-    config: peft.PeftConfig
+    made: peft.PeftConfig | Callable[[], peft.PeftConfig]
     needs_base: bool = False
     saves: bool = True
     dtype: torch.dtype = torch.float64
     flattened: bool = False
+
+    @functools.cached_property
+    def config(self) -> peft.PeftConfig:
+        if isinstance(self.made, peft.PeftConfig):
+            return self.made
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT would rather have projections saved
+            return self.made()
 
 
 def other(tuner: type[peft.PeftConfig], *targets: str, kind: str = "mlp", **options: Any) -> Case:
     """An adapter of one of the tuners that are not LoRA; most of them are read beside the base model."""
     names = ("needs_base", "saves", "dtype", "flattened")
     case = {name: options.pop(name) for name in names if name in options}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT would rather have projections saved
-        config = tuner(target_modules=list(targets or ("up", "mix")), **options)
-    return Case(kind, config, **{"needs_base": True} | case)
+    made = functools.partial(tuner, target_modules=list(targets or ("up", "mix")), **options)
+    return Case(kind, made, **{"needs_base": True} | case)
 
 
 LYCORIS_PATTERNS = {"rank_pattern": {"mix": 2}, "alpha_pattern": {"blocks.0.mix": 3}}

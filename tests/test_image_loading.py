@@ -14,7 +14,6 @@ from pcb_peft import UnsupportedError, merge_adapters
 from pcb_peft.images.rows import parts_of
 from pcb_peft.images.tables import ARCHITECTURES
 
-diffusers = pytest.importorskip("diffusers")
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -139,7 +138,14 @@ class Pipeline:
         setattr(self, component, model)
 
 
+@pytest.fixture(autouse=True)
+def _diffusers():
+    pytest.importorskip("diffusers")
+
+
 def model_of(name):
+    import diffusers
+
     _, kind, config, *_ = MODELS[name]
     with torch.device("meta"):
         model = getattr(diffusers, kind)(**config)
@@ -269,6 +275,8 @@ COUNTS = {
 @pytest.mark.parametrize("name", [name for name in MODELS if "unet" not in MODELS[name]])
 def test_the_usual_numbers_of_blocks_are_those_of_diffusers(name):
     from inspect import signature
+
+    import diffusers
 
     if name == "SD3":
         pytest.skip("no model that was published has diffusers' 18 blocks")
