@@ -53,9 +53,7 @@ def test_every_block_is_pasted_by_a_test():
 
 def obeys_the_laws(cases, monkeypatch):
     for case in cases:
-        for law, (measure, tolerance) in test_laws.LAWS.items():
-            if not test_laws.exceptions(law, case):
-                assert measure(case) <= tolerance, (law, case)
+        test_laws.test_the_laws_are_obeyed(case)
         with monkeypatch.context() as patch:
             test_laws.test_another_call_gives_the_same_bytes_whatever_tiles_threads_and_memory(
                 case, patch
@@ -68,7 +66,7 @@ def obeys_the_laws(cases, monkeypatch):
 def test_the_method_obeys_the_laws_and_agrees_with_its_definition(paste, monkeypatch):
     paste("pcb_peft/methods/trimmed_mean.py")
     cases = [case for case in test_laws.cases() if case.method == "trimmed_mean"]
-    assert len(cases) == 3
+    assert len(cases) == 2
     obeys_the_laws(cases, monkeypatch)
     for case in cases:
         test_laws.test_at_a_density_of_one_every_method_leaves_an_adapter_as_it_is(case)
@@ -96,7 +94,7 @@ def test_the_space_obeys_the_laws_and_loses_nothing(paste, monkeypatch):
     paste("pcb_peft/spaces/right.py")
     monkeypatch.setitem(LOW_RANK, "right", list_spaces()["right"])
     cases = [case for case in test_laws.cases() if case.space == "right"]
-    assert len(cases) == 2 * len(test_laws.IN_EVERY_SPACE)
+    assert {case.method for case in cases} == {*test_laws.IN_EVERY_SPACE}
     obeys_the_laws(cases, monkeypatch)
     for scope in ("global", "module"):
         test_laws.test_linear_is_the_weighted_sum_in_every_space_that_loses_nothing("right", scope)
