@@ -34,7 +34,7 @@ pytestmark = pytest.mark.slow  # whole models: the parts are tested by themselve
 
 
 TASKS = ("clinc_domain", "mr_sentiment", "snips_intent", "subj")
-TEXTS = 40
+TEXTS = 16
 LORA, DATA = examples_folder() / "lora", examples_folder() / "data"
 ADAPTERS = [LORA / task for task in TASKS]
 FILES = [DATA / f"{task}.jsonl" for task in TASKS]

@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from conftest import Workshop
+from launching import Launcher
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from pcb_peft import (
@@ -184,25 +185,26 @@ def test_a_search_goes_on_from_its_log(
 
 @pytest.mark.slow
 def test_a_killed_search_goes_on(
-    base: Path, adapters: list[Path], texts: list[Path], tmp_path: Path
+    launch: Launcher, base: Path, adapters: list[Path], texts: list[Path], tmp_path: Path
 ):
-    words = ["search", *map(str, adapters), "--data", *map(str, texts), "--base-model", str(base)]
-    words += ["--trials", "200", "--no-cache", "--log", str(tmp_path / "log")]
-    process = subprocess.Popen([sys.executable, "-m", "pcb_peft", *words], cwd=tmp_path)
-    log, deadline = tmp_path / "log", time.monotonic() + 240
-    while not (log.exists() and len(log.read_text().splitlines()) > 2):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    before = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
-    count = len(before) + 1
-    words[words.index("--trials") + 1] = str(count)
-    command = [sys.executable, "-m", "pcb_peft", *words, "-o", str(tmp_path / "best.yaml")]
-    subprocess.run(command, cwd=tmp_path, check=True, timeout=300)
-    after = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
-    assert after[: len(before)] == before
-    assert [trial["number"] for trial in after[1:]] == list(range(count))
+    log = tmp_path / "log"
+    words = ["search", *adapters, "--data", *texts, "--base-model", base, "--no-cache"]
+    words += ["--log", log, "-o", tmp_path / "best.yaml", "--trials"]
+    code = (
+        "import os; from pcb_peft.commands import cli; from pcb_peft.searching.trials import TrialLog\n"
+        "append = TrialLog.append\n"
+        "def killed(log, trials):\n"
+        "    append(log, trials)\n"
+        f"    if trials[-1].number == 1: os.kill(os.getpid(), {signal.SIGKILL:d})\n"
+        "TrialLog.append = killed; cli.main()"
+    )
+    assert launch(1, ["-c", code, *words, 200]).codes == [-signal.SIGKILL]
+    before = [json.loads(line) for line in log.read_text().splitlines()]
+    (code,), _, errors = launch(1, ["-m", "pcb_peft", *words, 3])
+    assert code == 0, errors
+    after = [json.loads(line) for line in log.read_text().splitlines()]
+    assert after[1:3] == before[1:]
+    assert [trial["number"] for trial in after[1:]] == [0, 1, 2]
     assert read_recipe(tmp_path / "best.yaml").method == "flat"
 
 
