@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import lora
 
-from pcb_peft import BaseModelError, load_adapter, merge_adapters
+from pcb_peft import BaseModelError, UnsupportedError, load_adapter, merge_adapters
 
 WEIGHTS = (1.5, -0.7)
 pytestmark = [
@@ -270,30 +270,23 @@ def whole(deltas):
 
 
 @every_case
-def test_it_is_read_as_peft_merges_it(shared_workshop, name, pair):
+def test_it_is_read_as_peft_merges_it_and_goes_through_a_pickle(shared_workshop, name, pair):
     case = CASES[name]
     base = shared_workshop.base(case.kind)
     given = base if case.needs_base else None
     adapter = load_adapter(pair[0], base_model=given)
     wanted = changes_of(shared_workshop, case, pair[0])
-    found = whole({m: adapter.delta(m, base_model=base) for m in adapter.modules})
+    deltas = {m: adapter.delta(m, base_model=base) for m in adapter.modules}
+    found = whole(deltas)
     multiplied = {name for name in wanted if name not in found}  # the biases of an (IA)³
     assert multiplied == {n for n in wanted if n.endswith(".bias")} - found.keys()
     assert not found.keys() - wanted.keys()
     for parameter, delta in found.items():
         shared_workshop.assert_close(delta, wanted[parameter], 1e-5, parameter)
-
-
-@every_case
-def test_it_goes_through_a_pickle(shared_workshop, name, pair):
-    case = CASES[name]
-    base = shared_workshop.base(case.kind)
-    adapter = load_adapter(pair[0], base_model=base if case.needs_base else None)
     twin = pickle.loads(pickle.dumps(adapter))
     assert twin.modules.entries.keys() == adapter.modules.entries.keys()
-    for module in adapter.modules:
-        wanted = adapter.delta(module, base_model=base)
-        assert torch.equal(twin.delta(module, base_model=base), wanted)
+    for module, delta in deltas.items():
+        assert torch.equal(twin.delta(module, base_model=base), delta)
 
 
 @every_case
@@ -308,45 +301,33 @@ def test_without_the_base_it_says_that_it_needs_it(name, pair):
         merge_adapters(pair, "linear")
 
 
-@pytest.mark.slow
 @every_case
-def test_a_weighted_sum_is_that_of_peft_s_deltas(shared_workshop, name, pair):
+def test_a_weighted_sum_is_that_of_peft_s_deltas_in_memory_saved_and_folded(
+    shared_workshop, name, pair, tmp_path
+):
     case = CASES[name]
     base = shared_workshop.base(case.kind)
-    merged = merge_adapters(pair, "linear", WEIGHTS, base_model=base if case.needs_base else None)
+    given = base if case.needs_base else None
     wanted = combined(shared_workshop, case, pair)
+
+    merged = merge_adapters(pair, "linear", WEIGHTS, base_model=given)
     found = whole({m: merged.delta(m, base_model=base) for m in merged.modules})
     assert found
     for parameter, delta in found.items():
         shared_workshop.assert_close(delta, wanted[parameter], 1e-5, parameter)
 
+    if case.saves:
+        merged.save_pretrained(tmp_path / "saved")
+        found = changes_of(shared_workshop, case, tmp_path / "saved")
+        assert found.keys() == wanted.keys()
+        for parameter, change in wanted.items():
+            shared_workshop.assert_close(found[parameter], change, 1e-5, parameter)
+    else:
+        with pytest.raises(UnsupportedError, match="fold"):
+            merged.save_pretrained(tmp_path / "saved")
 
-@pytest.mark.slow
-@every_case
-def test_peft_loads_the_merge(shared_workshop, name, pair, tmp_path):
-    case = CASES[name]
-    base = shared_workshop.base(case.kind) if case.needs_base else None
-    merged = merge_adapters(pair, "linear", WEIGHTS, base_model=base)
-    if not case.saves:
-        with pytest.raises(Exception, match="fold"):
-            merged.save_pretrained(tmp_path / "out")
-        return
-    merged.save_pretrained(tmp_path / "out")
-    found = changes_of(shared_workshop, case, tmp_path / "out")
-    wanted = combined(shared_workshop, case, pair)
-    assert found.keys() == wanted.keys()
-    for parameter, change in wanted.items():
-        shared_workshop.assert_close(found[parameter], change, 1e-5, parameter)
-
-
-@pytest.mark.slow
-@every_case
-def test_it_folds_into_the_base(shared_workshop, name, pair, tmp_path):
-    case = CASES[name]
-    base = shared_workshop.base(case.kind)
-    merge_adapters(pair, "linear", WEIGHTS, base_model=base).fold(base, tmp_path / "out")
-    before, after = shared_workshop.state(base), shared_workshop.state(tmp_path / "out")
-    wanted = combined(shared_workshop, case, pair)
+    merged.fold(base, tmp_path / "folded")
+    before, after = shared_workshop.state(base), shared_workshop.state(tmp_path / "folded")
     assert before.keys() == after.keys()
     for parameter, values in before.items():
         change = wanted.get(parameter, torch.zeros_like(values))
