@@ -1,7 +1,10 @@
 """What adapters replace (modules_to_save) when they are folded."""
 
+import json
+
 import peft
 import pytest
+import transformers
 from safetensors.torch import load_file
 
 from pcb_peft import MismatchError, UnsupportedError, fold_adapter, load_adapter, merge_adapters
@@ -24,10 +27,37 @@ def test_a_fold_replaces_what_the_adapter_replaces(workshop, tmp_path, kind, con
     assert not (tmp_path / "out" / "heads").exists()
 
 
-def test_a_head_that_the_base_does_not_hold_is_written_beside_it(workshop, tmp_path):
+@pytest.mark.parametrize("shard", ["1GB", "10KB"])
+@pytest.mark.parametrize("labels", [None, ["bad", "fair", "good"]])
+def test_a_head_that_the_base_does_not_hold_is_a_part_of_the_folded_model(
+    workshop, tmp_path, shard, labels
+):
+    """As in PEFT's model: its class is the classifier's, and its classes have their names."""
     adapter = workshop.adapter("bert", CLASSIFIER)
+    if labels:
+        (adapter / "task.json").write_text(json.dumps({"labels": labels}))
+    encoder, model_class = tmp_path / "encoder", transformers.BertForSequenceClassification
+    workshop.model("bert").bert.save_pretrained(encoder, max_shard_size=shard)
+    load_adapter(adapter).fold(encoder, tmp_path / "out")
+    folded, info = model_class.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    fresh = model_class.from_pretrained(encoder, num_labels=3)
+    wanted = peft.PeftModel.from_pretrained(fresh, adapter).merge_and_unload().state_dict()
+    for name, values in folded.state_dict().items():
+        workshop.assert_close(values, wanted[name], 1e-6, name)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["BertForSequenceClassification"]
+    names = labels or ["LABEL_0", "LABEL_1", "LABEL_2"]
+    assert [config["id2label"][str(number)] for number in range(3)] == names
+    assert not (tmp_path / "out" / "heads").exists()
+
+
+def test_a_head_of_an_unknown_class_is_written_beside_the_fold_and_said_aloud(workshop, tmp_path):
+    adapter = workshop.adapter("bert", CLASSIFIER)
+    workshop.edit_config(adapter, task_type="FEATURE_EXTRACTION")
     workshop.model("bert").bert.save_pretrained(tmp_path / "encoder")
-    load_adapter(adapter).fold(tmp_path / "encoder", tmp_path / "out")
+    with pytest.warns(UserWarning, match=r"has no classifier.+ in heads/adapter\.safetensors"):
+        load_adapter(adapter).fold(tmp_path / "encoder", tmp_path / "out")
     head = load_file(tmp_path / "out" / "heads" / "adapter.safetensors")
     saved = load_file(adapter / "adapter_model.safetensors")
     assert set(head) == {"classifier.weight", "classifier.bias"}

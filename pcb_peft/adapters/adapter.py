@@ -15,7 +15,7 @@ from pcb_peft.adapters.chosen_head import chosen_head
 from pcb_peft.adapters.companions import Companions, bytes_of
 from pcb_peft.adapters.delta_mapping import DeltaMapping
 from pcb_peft.adapters.expert_stacks import without_fused_layers
-from pcb_peft.adapters.folded_files import folded_files
+from pcb_peft.adapters.folded_files import added_head, folded_files
 from pcb_peft.adapters.has_card import HasCard
 from pcb_peft.adapters.saving import FileFormat, save_adapter
 from pcb_peft.adapters.source import OpenedAdapter, Source
@@ -291,8 +291,8 @@ class Adapter(HasCard):
     ) -> "Adapter":
         """Write the base model with W + ΔW in the place of W, shard by shard.
 
-        Parameters that the adapter replaces (its head) are written too: in their place or, where the base model has
-        none, into a file in the folder ``heads``.
+        Parameters that the adapter replaces (its head) are written too. Where the base model has no place for a
+        classifier, the folded model has one: its class is the classifier's.
 
         Args:
             base_model: Path or hub id, in safetensors: a model of transformers, a pipeline of diffusers, or one file.
@@ -344,17 +344,20 @@ class Adapter(HasCard):
         adapter = adapter.split_as(base.names.skeleton)
         adapter = adapter.renamed(names_in_checkpoint(base, adapter.modules))
         replaced = adapter.head.within(base.names.stores)
+        rest = adapter.head.without(replaced.parameters)
+        added = added_head(self.name, rest, base, self.task_type, self.auto_mapping)
         deltas = MeasuredDeltas(adapter.modules, base, other)
         fold_deltas(
             deltas,
             base,
             output,
             replaced=replaced,
+            added=added,
             tied=policy,
             extra_files=folded_files(
                 self.name, self.companions, base, replaced, self.folded_card(base)
             )
-            | self.companion_files(without=replaced.parameters),
+            | self.companion_files(without={*replaced.parameters, *added.parameters}),
             files_at_end=lambda: self.files_at_end(facts, None if other is None else deltas.gap()),
             facts=facts,
             overwrite=overwrite,

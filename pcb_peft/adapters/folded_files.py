@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pcb_peft.adapters.companions import (
     TEMPLATE,
@@ -11,10 +12,15 @@ from pcb_peft.adapters.companions import (
     companion,
     companions_beside,
 )
+from pcb_peft.base.canonical import AUTO_CLASSES
 from pcb_peft.base.model import BaseModel
-from pcb_peft.deltas.replacements import Replacements
+from pcb_peft.deltas.replacements import HEADS, Replacements
 from pcb_peft.formats.checkpoint import CONFIG
 from pcb_peft.writing.model_card import CARD
+from pcb_peft.writing.new_head import NewHead, new_head
+
+CLASSES_WITH_HEADS = {task: AUTO_CLASSES[task] for task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")}
+"""Task types whose models have a head that other models lack, and the class of transformers for each."""
 
 BASE_CARD = "BASE_README.md"
 
@@ -46,6 +52,37 @@ def folded_files(
     if (sizes := _sizes(base, replaced)) is not None:
         files |= _tokenizer(name, companions, base.directory, sizes)
     return files
+
+
+def added_head(
+    name: str,
+    head: Replacements,
+    base: BaseModel,
+    task_type: str | None,
+    auto_mapping: Mapping[str, Any] | None,
+) -> NewHead:
+    """Return a head that a folded model gets, though its base model has none.
+
+    A warning says so where that is not possible: such a head is written into a file beside the model.
+
+    Args:
+        name: The adapter's name.
+        head: The parameters that the base model has no place for.
+        base: The base model.
+        task_type: PEFT's task type.
+        auto_mapping: The model's class, as PEFT states it for an adapter without a task type.
+    """
+    task = task_type or head.task.task_type
+    mapped = (auto_mapping or {}).get("base_model_class") if task is None else None
+    added = new_head(base, head, CLASSES_WITH_HEADS.get(str(task)) or mapped)
+    if head.parameters and not added.parameters:
+        warnings.warn(
+            f"{base.source} has no {', '.join(head.modules)}, and the folded model has none either: what {name} has "
+            f"learnt of it is in {HEADS}/{name}.safetensors, and has to be put into the model when it is loaded; or "
+            "fold into a base model that has one",
+            stacklevel=4,
+        )
+    return added
 
 
 def _sizes(base: BaseModel, replaced: Replacements) -> tuple[int, int] | None:

@@ -43,6 +43,7 @@ from pcb_peft.writing.chunks import (
 from pcb_peft.writing.edits import TensorEdit, Unchanged
 from pcb_peft.writing.fold_plan import plan_fold
 from pcb_peft.writing.growing_file import GrowingFile
+from pcb_peft.writing.new_head import NewHead
 from pcb_peft.writing.resume import Resumable, key_of
 from pcb_peft.writing.shards import CheckpointEdit, config_of, header_of, index_of
 from pcb_peft.writing.targets import (
@@ -66,6 +67,7 @@ def fold_deltas(  # noqa: PLR0913  (every choice, by name)
     output: Path | str,
     *,
     replaced: Replacements | None = None,
+    added: NewHead | None = None,
     tied: str = "refuse",
     extra_files: Mapping[str, bytes | None] | None = None,
     files_at_end: Callable[[], Mapping[str, bytes]] = dict[str, bytes],
@@ -88,6 +90,7 @@ def fold_deltas(  # noqa: PLR0913  (every choice, by name)
         base: The base model.
         output: Directory to write, or file, if the base model is one. It appears whole or not at all.
         replaced: Parameters and rows that take the place of the base model's, before a delta is added.
+        added: A head that the base model has no place for.
         tied: Policy for tied weights that do not change alike: "refuse", "untie", "both".
         extra_files: Path to content of files to write beside the weights, in place of the base model's; None leaves a
             file of the base model out.
@@ -107,11 +110,10 @@ def fold_deltas(  # noqa: PLR0913  (every choice, by name)
     check_fold_target(output, overwrite=overwrite, inputs=inputs)
     _check_form(base, output, resume=resume)
     checkpoint = resolve_tied_edits(plan_fold(deltas, base, replaced), base, tied)
-    resized, untied = vocab_resizes(checkpoint, base), tuple(checkpoint.added)
+    untied = tuple(checkpoint.added)
+    descriptions = _descriptions(base, checkpoint, added or NewHead())
     beside = dict(extra_files or {})
-    descriptions = index_of(base, checkpoint) | config_of(base, resized, untied=bool(untied))
-    track = progress or tracker(progress=False)
-    processes = current()
+    track, processes = progress or tracker(progress=False), current()
     if base.directory.is_file():
         _fold_file(base, output, checkpoint, track, overwrite=overwrite)
         return
@@ -138,6 +140,14 @@ def fold_deltas(  # noqa: PLR0913  (every choice, by name)
         write_files(directory, written)
         if untied:
             check_untied(directory, untied)
+
+
+def _descriptions(base: BaseModel, checkpoint: CheckpointEdit, added: NewHead) -> dict[str, bytes]:
+    """Add a new head to the edits, and return the index and the configuration where they change."""
+    resized, untied = vocab_resizes(checkpoint, base), bool(checkpoint.added)
+    added.add_to(checkpoint, base)
+    changed = config_of(base, resized, added.config, untied=untied)
+    return index_of(base, checkpoint) | changed
 
 
 def _shards_to_fold(

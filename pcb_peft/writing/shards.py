@@ -113,15 +113,18 @@ def index_of(base: BaseModel, checkpoint: CheckpointEdit) -> dict[str, bytes]:
     return {INDEX_FILE: _text(index)}
 
 
-def config_of(base: BaseModel, vocab_sizes: Mapping[int, int], *, untied: bool) -> dict[str, bytes]:
+def config_of(
+    base: BaseModel, vocab_sizes: Mapping[int, int], fields: Mapping[str, Any], *, untied: bool
+) -> dict[str, bytes]:
     """Return ``config.json``, by its file name, if it changes.
 
     Args:
         base: The base model.
         vocab_sizes: Size of the vocabulary before the fold to its size after it; empty if it stays.
+        fields: Fields that get another value.
         untied: True if the output layer has got weights of its own.
     """
-    if not (vocab_sizes or untied or base.quantised):
+    if not (vocab_sizes or fields or untied or base.quantised):
         return {}
     config: dict[str, Any] = json.loads(json.dumps(dict(base.config)))
     nested = [part for part in config.values() if isinstance(part, dict)]
@@ -130,7 +133,7 @@ def config_of(base: BaseModel, vocab_sizes: Mapping[int, int], *, untied: bool) 
             part["vocab_size"] = vocab_sizes[part["vocab_size"]]
         if untied and (part is config or "tie_word_embeddings" in part):
             part["tie_word_embeddings"] = False
-    return {"config.json": _text(config)}
+    return {"config.json": _text(config | dict(fields))}
 
 
 def _size(base: BaseModel, checkpoint: CheckpointEdit, parameter: str) -> int:
