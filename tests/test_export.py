@@ -33,7 +33,7 @@ from pcb_peft.commands.cli import main
 from pcb_peft.data.live_adapters import with_adapter
 from pcb_peft.data.models import load_base
 from pcb_peft.exporting.profiles import PROFILES
-from pcb_peft.exporting.verify import verify
+from pcb_peft.exporting.verify import Verification, verify
 
 TARGETS = ("q_proj", "k_proj", "down_proj")
 GOLDEN = Path(__file__).parent / "golden" / "gguf.safetensors"
@@ -385,7 +385,24 @@ def test_a_result_that_does_nothing_or_something_else_fails(workshop, tmp_path):
             found.demand()
     nothing = dataclasses.replace(adapter.scaled(0))
     exported(nothing, "portable", tmp_path / "zero")
-    assert not verify(nothing, tmp_path / "zero", PROFILES["portable"], base).passed
+    found = verify(nothing, tmp_path / "zero", PROFILES["portable"], base)
+    assert not found.passed
+    assert "cannot be told from the bare base model" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("limit", "error", "effect", "passed"),
+    [
+        (1e-3, 5e-4, 4e-3, False),  # as large as an effect that rounding makes
+        (1e-3, 5e-4, 6e-3, True),
+        (0.02, 8e-3, 0.05, True),  # llama.cpp's rounding, and a weak adapter
+        (0.2, 0.02, 0.16, True),  # bfloat16's
+        (0.2, 0.1, 0.16, False),
+        (0.2, 0.3, 3, False),
+    ],
+)
+def test_an_effect_is_as_large_as_the_rounding_asks_for(limit, error, effect, passed):
+    assert Verification("PEFT", error, effect, limit).passed == passed
 
 
 def test_a_cut_is_verified_beside_the_adapter_of_lower_rank_and_its_loss_is_told(

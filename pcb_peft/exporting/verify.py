@@ -29,6 +29,10 @@ PROMPTS = (
 )
 TOP = 10
 DIFFERENCE = 10  # an effect on the base model of so many errors is one
+NOISY, NOISY_DIFFERENCE = (
+    0.02,
+    2,
+)  # the same where the limit is so large: there rounding is most of an error
 ROUNDING = {"F16": 0.05, "BF16": 0.2}  # largest difference that rounding of 16-bit tensors may make
 
 
@@ -60,13 +64,16 @@ class Verification:
     @property
     def passed(self) -> bool:
         """True if the result computes what the adapter does, and not what the bare base model does."""
-        right = self.error <= self.limit and self.effect > DIFFERENCE * self.error
+        times = NOISY_DIFFERENCE if self.limit >= NOISY else DIFFERENCE
+        right = self.error <= self.limit and self.effect > times * self.error
         return bool(self.skipped) or right
 
     def __str__(self) -> str:
         if self.skipped:
             return f"not verified in {self.consumer}: {self.skipped}"
-        words = "as the adapter" if self.passed else "NOT as the adapter"
+        words = "computes as the adapter" if self.passed else "computes NOT as the adapter"
+        if not self.passed and self.error <= self.limit:
+            words = "cannot be told from the bare base model"
         if self.cut is not None:
             words += " that was cut to the lower rank"
         parts = [
@@ -77,7 +84,7 @@ class Verification:
             parts.append(f"by {self.cut:.2g} from those of the adapter before the cut")
         if self.sources is not None:
             parts.append(f"by {self.sources:.2g} from those of the weighted sum of its sources")
-        return f"verified in {self.consumer}: computes {words} (log-probabilities differ {', '.join(parts)})"
+        return f"verified in {self.consumer}: {words} (log-probabilities differ {', '.join(parts)})"
 
     def demand(self) -> "Verification":
         """Return it, or raise MismatchError where the result does not compute what the adapter does."""
