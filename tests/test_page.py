@@ -190,6 +190,7 @@ def test_the_page_of_a_saved_merge_has_the_evaluation_that_was_written_beside_it
     assert row[6:] == ["50.0 %", "LOST: keeps 50%, less than 80%"]
     assert ["plain (my score)", "–", "0.1", "–", "3", "–", "–", "better than the base"] in page.rows
     assert "few <texts>" in page.text
+    assert str(tmp_path) not in (tmp_path / "after.html").read_text("utf-8")
     assert "Lost: </table><script>." in page.text
     assert "keeps 50.0 % of its adapters' scores on average" in page.text
     assert "Run texts" not in page.text

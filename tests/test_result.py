@@ -14,7 +14,7 @@ import torch
 
 from pcb_peft import MergedAdapter, Report, load_adapter, merge_adapters, responses
 from pcb_peft.deltas.delta import Diagonal
-from pcb_peft.merging.report import ModuleReport
+from pcb_peft.merging.report import ModuleReport, least_share
 
 LORA = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
 DORA = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], use_dora=True)
@@ -101,6 +101,21 @@ def test_the_report_does_not_change(workshop):
     with pytest.raises(dataclasses.FrozenInstanceError):
         report.seconds = 0.0  # type: ignore[misc]
     assert isinstance(report.notes, tuple)
+
+
+def test_a_layer_that_an_adapter_leaves_alone_has_no_share_of_it(workshop):
+    paths = workshop.adapters("llama", [LORA, LORA])
+    workshop.edit_tensors(
+        paths[0],
+        lambda tensors: {
+            name: x * (0 if "layers.1" in name and "lora_B" in name else 1)
+            for name, x in tensors.items()
+        },
+    )
+    report = merge_adapters(paths, "linear").report
+    first, second = report.adapters.values()
+    assert (set(first.by_layer), set(second.by_layer)) == ({0}, {0, 1})
+    assert "layer" not in least_share(first)
 
 
 def test_a_dense_merge_says_what_is_pending_until_it_is_folded(workshop):

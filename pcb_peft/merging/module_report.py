@@ -3,9 +3,12 @@
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from pcb_peft.base.paths import layer_of, target_of
+
+Group = TypeVar("Group", str, int)
+"""A target, or the number of a layer."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -91,10 +94,19 @@ def adapter_report(
     return AdapterReport(
         norm=math.sqrt(math.fsum(line.adapter_norms[name] ** 2 for line in lines.values())),
         share=_share(lines.values(), name) if known else None,
-        by_target={target: _share(some, name) for target, some in sorted(targets.items())},
-        by_layer={layer: _share(some, name) for layer, some in sorted(layers.items())},
+        by_target=_shares(targets, name),
+        by_layer=_shares(layers, name),
         kept=kept,
     )
+
+
+def _shares(groups: Mapping[Group, Sequence[ModuleReport]], name: str) -> dict[Group, float]:
+    """Return one adapter's share in each group of modules where it changes anything."""
+    return {
+        group: _share(lines, name)
+        for group, lines in sorted(groups.items())
+        if any(line.adapter_norms[name] for line in lines)
+    }
 
 
 def mean_conflicts(lines: Sequence[ModuleReport]) -> float:

@@ -244,8 +244,9 @@ def report_lines(report: Report) -> list[str]:
     """Return sentences on signs, kept entries, energy and strength, and the notes."""
     lines: list[str] = []
     if report.modules and len(report.adapters) > 1:
+        where = f" in {report.space} space" if report.space else ""
         lines.append(
-            f"signs differ at {report.conflicts:.1%} of the entries; of random signs it would be "
+            f"signs differ at {report.conflicts:.1%} of the entries{where}; of random signs it would be "
             f"{report.conflicts_chance:.1%}"
         )
     if len(kept := {f"{fraction:.1%}" for fraction in report.kept.values()}) == 1:

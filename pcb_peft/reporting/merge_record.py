@@ -1,5 +1,6 @@
 """All that a page tells of a merge: from the merge in memory, or from the files that were saved with it."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from pcb_peft.errors import AdapterError, AdapterNotFoundError
 from pcb_peft.merging.card import public_recipe
 from pcb_peft.merging.evaluation_file import Measured, checked_evaluation, read_evaluation
 from pcb_peft.merging.report import Report
-from pcb_peft.merging.report_file import read_report
+from pcb_peft.merging.report_file import read_report, without_paths
 from pcb_peft.merging.result import MergedAdapter
 from pcb_peft.recipes.recipe import FILE_NAME, Recipe, read_recipe
 from pcb_peft.runtime.paths import expanded
@@ -36,8 +37,18 @@ class MergeRecord(NamedTuple):
 
     def public(self) -> "MergeRecord":
         """Return what others may see: no local path."""
-        recipe, base = public_recipe(self.recipe), public_name(self.base_model)
-        return self._replace(recipe=recipe, base_model=base)
+        named = (
+            *(one.path for one in self.recipe.adapters),
+            self.recipe.base_model,
+            self.base_model,
+        )
+        local = {path for path in named if path and not public_name(path)}
+        notes = tuple(without_paths(note, local) for note in self.report.notes)
+        return self._replace(
+            report=dataclasses.replace(self.report, notes=notes),
+            recipe=public_recipe(self.recipe),
+            base_model=public_name(self.base_model),
+        )
 
 
 def record_of(merged: MergedAdapter | str | Path, evaluation: Any = None) -> MergeRecord:

@@ -64,7 +64,7 @@ def write_report(
     """Write the report of a merge as one HTML page that needs no network.
 
     It shows, per layer and target, the share of each adapter and the sign conflicts; how much the adapters have in
-    common; the energy of the merge by rank; the recipe; and an evaluation, if there is one.
+    common; the energy of the merge by rank; the recipe, without local paths; and an evaluation, if there is one.
 
     Args:
         merged: The merge, or the directory in which it was saved, or folded into its base model.
@@ -87,7 +87,7 @@ def write_report(
     sources = adapters or record.recipe.adapters
     base = lazy_base(record.recipe.base_model, dequantize=record.recipe.dequantize)
     loaded = load_adapters(sources, base_model=base)
-    text = render(record, loaded, track)
+    text = render(record.public(), loaded, track)
     write_file_atomically(
         Path(path),
         lambda file: file.write_text(text, "utf-8"),
@@ -199,10 +199,12 @@ def _share_maps(report: Report) -> list[HeatMap]:
 def _other_maps(report: Report) -> list[HeatMap]:
     """Return the agreement of signs, the strength of the merge, and the energy that its rank leaves."""
     modules = report.modules
+    where = f" in {report.space} space" if report.space else ""
     maps = [
         HeatMap.of(
             "Agreement of signs",
-            "How much less often signs differ than random ones do. 0 is chance; a stronger colour is more agreement.",
+            f"How much less often signs differ{where} than random ones do. 0 is chance; a stronger colour is more "
+            "agreement.",
             _cells(modules, _agreement_terms),
             (0.0, 0.25),
         )
@@ -244,9 +246,9 @@ def _energy_terms(line: ModuleReport) -> tuple[float, float] | None:
 
 
 def _cells(modules: Mapping[str, ModuleReport], terms: Terms) -> dict[tuple[str, str], float]:
-    """Σ numerator / Σ denominator over the modules of each target and layer."""
+    """Σ numerator / Σ denominator over the modules of each target and layer, where anything changes."""
     sums = _sums(modules, terms)
-    return {place: above / below if below else 0.0 for place, (above, below) in sums.items()}
+    return {place: above / below for place, (above, below) in sums.items() if below}
 
 
 def _sums(
