@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from helpers import adapter, lora, low_rank
 
@@ -104,6 +105,25 @@ def test_the_tables_hold_the_numbers_of_the_report(page):
         assert ["q_proj", *shares[:2], ""] in rows  # a column for each layer
     cosine = float(geometry_of(adapters, silent).cosines[0, 1])
     assert [f"2 {adapters[1].name}", f"{cosine:.2f}"] in rows
+
+
+@pytest.mark.parametrize(("times", "row"), [(1, 0), (4, 0), (1, 1)])
+def test_three_sentences_say_who_is_strong_what_is_common_and_where_to_look(tmp_path, times, row):
+    """Adapter b is the change of a, times a number, or lies in another row; in the merge it counts half."""
+    columns, rows = np.eye(16), np.eye(12)
+    a, b = (columns[:, :1], rows[:1]), (times * columns[:, [row]], rows[[row]])
+    adapters = [adapter("a", {"m": a}), adapter("b", {"m": b})]
+    merged = merge_adapters(adapters, "linear", [1, 0.5])
+    write_report(merged, tmp_path / "report.html", adapters)
+    words = " ".join(Page((tmp_path / "report.html").read_text("utf-8")).text.split())
+    strong = "b is the strongest: its norm is 4, 4.0 times that of a."
+    assert (strong if times > 1 else "All adapters are about equally strong") in words
+    common = "Most in common have a and b, with a cosine of 1.00"
+    assert (
+        common if row == 0 else "The changes have almost nothing in common; nearest are a"
+    ) in words
+    look = min("ab", key=lambda name: merged.report.adapters[name].share)
+    assert f"Look at {look} first: the merge makes" in words
 
 
 def test_every_table_and_figure_can_be_reached_and_named(page):

@@ -22,6 +22,7 @@ from pcb_peft.merging.result import MergedAdapter
 from pcb_peft.recipes.recipe import Recipe
 from pcb_peft.recipes.weights import plain
 from pcb_peft.reporting.charts import HEIGHT, HeatMap, curve
+from pcb_peft.reporting.in_short import in_short
 from pcb_peft.reporting.merge_record import MergeRecord, record_of
 from pcb_peft.runtime.progress import Track, tracker
 from pcb_peft.runtime.units import format_duration
@@ -118,6 +119,7 @@ def render(record: MergeRecord, adapters: Sequence[Adapter], track: Track) -> st
     return environment.get_template(TEMPLATE).render(
         title=title(report),
         base_model=record.base_model,
+        in_short=in_short(report, comparison, evaluated=record.evaluation is not None),
         lines=report_lines(report),
         seconds=format_duration(report.seconds) if report.seconds else "",
         adapters=_adapters(record),
