@@ -3,7 +3,10 @@
 from pcb_peft.consumers import features
 from pcb_peft.consumers.consumer import Consumer, Rule
 
-_SOURCE = "lorax_server/adapters/lora.py, commit a7394ba3; the same in TGI, commit db931fcf"
+_SOURCE = (
+    "https://github.com/predibase/lorax/blob/a7394ba3/server/lorax_server/adapters/lora.py; the same in TGI, commit "
+    "db931fcf (read, not run)"
+)
 
 CONSUMER = Consumer(
     "lorax",

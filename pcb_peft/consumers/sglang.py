@@ -6,7 +6,8 @@ from pcb_peft.consumers import features
 from pcb_peft.consumers.consumer import Consumer, Rule, Version
 from pcb_peft.consumers.files import OutputFiles
 
-_LORA, _POOL = "sglang/srt/lora/lora.py, 0.5.23", "sglang/srt/lora/mem_pool.py, 0.5.23"
+_FOLDER = "https://github.com/sgl-project/sglang/blob/v0.5.23/python/sglang/srt/lora"
+_LORA, _POOL = f"{_FOLDER}/lora.py (read, not run)", f"{_FOLDER}/mem_pool.py (read, not run)"
 
 
 def _flags(files: OutputFiles, version: Version) -> Sequence[str]:

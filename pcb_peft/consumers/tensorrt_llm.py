@@ -7,7 +7,7 @@ from pcb_peft.consumers.consumer import Consumer, Rule, Version
 from pcb_peft.consumers.files import OutputFiles
 
 DEFAULT_RANK = 64
-_SOURCE = "tensorrt_llm/lora_manager.py, commit 007e181b"
+_SOURCE = "https://github.com/NVIDIA/TensorRT-LLM/blob/007e181b/tensorrt_llm/lora_manager.py (read, not run)"
 
 
 def _flags(files: OutputFiles, version: Version) -> Sequence[str]:
