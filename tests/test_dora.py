@@ -165,8 +165,13 @@ def test_a_fold_is_peft_s_own_of_what_was_saved(shared_workshop, name, pair, tmp
 
 
 @pytest.mark.slow
-@every_pair
-@pytest.mark.parametrize("space", LOW_RANK_OUTPUT)
+@pytest.mark.parametrize(
+    ("name", "space"),
+    [
+        *((name, "core") for name in PAIRS),
+        *(("mixed ranks", space) for space in LOW_RANK_OUTPUT if space != "core"),
+    ],
+)
 def test_one_adapter_comes_back_as_it_was(shared_workshop, name, pair, space, tmp_path):
     kind = PAIRS[name][0]
     path = pair[0] if PAIRS[name][1].use_dora else pair[1]
