@@ -95,6 +95,7 @@ KEYS = NAMES | st.sampled_from(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.lists(KEYS, max_size=5), st.lists(NAMES, min_size=1, max_size=5))
 def test_a_pattern_is_looked_up_as_peft_does(keys, modules):

@@ -56,6 +56,7 @@ def modules(model_class, config):
     return {name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [llava, gemma3])
 def test_every_module_of_the_text_classes_is_one_of_the_whole_model(tmp_path, family):
     model_class, config = family()

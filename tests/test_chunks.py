@@ -73,15 +73,15 @@ def test_neither_pieces_nor_threads_change_a_byte(tmp_path, threads, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("rows", [1, 3, 4, 7, 70, 403])
 @pytest.mark.parametrize(("rank", "cols"), [(1, 900), (8, 7), (16, 900), (100, 65)])
-def test_a_product_by_slices_of_its_rows_is_the_product(rows, rank, cols, dtype):
-    torch.manual_seed(0)
-    left, right = torch.randn(rows, rank, dtype=dtype), torch.randn(rank, cols, dtype=dtype)
-    for height in (1, 5, 17, 64, rows):
-        slices = row_slices((rows, cols), height * cols)
-        assert torch.equal(torch.cat([left[part] @ right for part in slices]), left @ right)
-        assert len(slices) <= max(1, rows // 4)
+def test_a_product_by_slices_of_its_rows_is_the_product(rank, cols, dtype):
+    for rows in (1, 3, 4, 7, 70, 403):
+        torch.manual_seed(0)
+        left, right = torch.randn(rows, rank, dtype=dtype), torch.randn(rank, cols, dtype=dtype)
+        for height in (1, 5, 17, 64, rows):
+            slices = row_slices((rows, cols), height * cols)
+            assert torch.equal(torch.cat([left[part] @ right for part in slices]), left @ right)
+            assert len(slices) <= max(1, rows // 4)
 
 
 @pytest.mark.usefixtures("small_pieces", "threads")

@@ -49,9 +49,13 @@ TOTAL = 9
     ("beta", "iterations"),
     [(0.0, 0), (0.25, 0), (1.0, 0), (0.0, 1), (0.25, 1), (1.0, 1), (0.25, 500)],
 )
-@pytest.mark.parametrize("rank", [1, 2, 4, 6])
-def test_projected_sum(rank: int, beta: float, iterations: int):
+def test_projected_sum(beta: float, iterations: int):
     """U Uᵀ Σ λ_t ΔW_t V Vᵀ."""
+    for rank in (2,) if iterations == 500 else (1, 2, 4, 6):
+        assert_projected_sum(rank, beta, iterations)
+
+
+def assert_projected_sum(rank: int, beta: float, iterations: int) -> None:
     found = merged(PAIRS, basis_rank=rank, beta=beta, iterations=iterations)
     u, v = tucker(dense(PAIRS), rank, beta, 3000 if iterations == 500 else iterations)
     wanted = u @ u.T @ sum(dense(PAIRS)) @ v @ v.T
@@ -77,15 +81,15 @@ def test_iterating_retains_more():
     assert retained(0) < retained(1) < retained(50)
 
 
-@pytest.mark.parametrize("basis_rank", [1, 3, 5])
 @pytest.mark.parametrize(
     "method", [m.name for m in list_methods().values() if not m.needs_statistic]
 )
-def test_every_method_leaves_an_adapter_of_that_rank(method: str, basis_rank: int):
-    some = adapters(PAIRS[: list_methods()[method].arity])
-    found = merge_adapters(some, method=method, space="ctm", basis_rank=basis_rank)
-    assert found.modules["m"].rank <= basis_rank
-    assert np.isfinite(found.delta("m").numpy()).all()
+def test_every_method_leaves_an_adapter_of_that_rank(method: str):
+    for basis_rank in (1, 3, 5):
+        some = adapters(PAIRS[: list_methods()[method].arity])
+        found = merge_adapters(some, method=method, space="ctm", basis_rank=basis_rank)
+        assert found.modules["m"].rank <= basis_rank
+        assert np.isfinite(found.delta("m").numpy()).all()
 
 
 def test_the_default_is_the_largest_rank_of_an_adapter():

@@ -45,6 +45,7 @@ def adapter_on(workshop, model, config=None, name="adapter"):
     return workshop.adapter(model, config or lora(*TARGETS), name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_fold_computes_what_the_adapter_was_trained_on(workshop, tmp_path, scheme):
     base, dequantised = quantised(scheme, tmp_path / "q"), plain(tmp_path / "d", scheme)
@@ -103,6 +104,7 @@ def test_a_quantised_base_is_refused_with_both_ways_out(workshop, tmp_path, caps
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_distance_between_the_bases(workshop, tmp_path, capsys):
     base, original = quantised("nf4", tmp_path / "q"), plain(tmp_path / "p")
     adapter = adapter_on(workshop, loaded(original))
@@ -143,6 +145,7 @@ def test_the_distance_between_the_bases(workshop, tmp_path, capsys):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["nf4", "int8"])
 def test_changes_that_depend_on_the_weight(workshop, tmp_path, scheme):
     base, dequantised = quantised(scheme, tmp_path / "q"), plain(tmp_path / "d", scheme)

@@ -133,6 +133,7 @@ def here(named, tmp_path, monkeypatch):
 RUNNABLE = [page for page in TEXTS if blocks(page, "python") and page != "CONTRIBUTING.md"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the merged adapter retains:UserWarning")
 @pytest.mark.parametrize("page", RUNNABLE)
 def test_python_runs(page, here):
@@ -152,6 +153,7 @@ def test_python_runs(page, here):
     assert {path for path in written if (here / path).is_file()} == expected
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_the_head_is_the_one_of_the_task():
     """What concepts.md says of heads: the classifier is the task's, and so are the names of its classes."""

@@ -15,6 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from pcb_peft import OptionError, evaluate, merge_adapters
 
+pytestmark = pytest.mark.slow  # whole models
+
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz01"]
 LORA = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 ROWS = [

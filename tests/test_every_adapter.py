@@ -5,7 +5,6 @@ import functools
 import importlib.util
 import pickle
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import peft
@@ -32,7 +31,7 @@ class Case:
 
     Attributes:
         kind: The model that it is made on.
-        made: How PEFT makes it: a configuration, or a function that returns one.
+        made: How PEFT makes it: a configuration, or a call that returns one.
         needs_base: Whether its change depends on the model.
         saves: Whether its merge leaves as one adapter.
         dtype: In which PEFT can load it.
@@ -40,11 +39,15 @@ class Case:
     """
 
     kind: str
-    made: peft.PeftConfig | Callable[[], peft.PeftConfig]
+    made: peft.PeftConfig | functools.partial[peft.PeftConfig]
     needs_base: bool = False
     saves: bool = True
     dtype: torch.dtype = torch.float64
     flattened: bool = False
+
+    @property
+    def tuner(self) -> type[peft.PeftConfig]:
+        return self.made.func if isinstance(self.made, functools.partial) else type(self.made)
 
     @functools.cached_property
     def config(self) -> peft.PeftConfig:

@@ -25,6 +25,7 @@ def in_a_folder_of_adapters(workshop, monkeypatch):
     monkeypatch.chdir(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_a_folder_of_adapters")
 def test_the_examples_of_loading_folding_and_extracting_run():
     names = {name: getattr(pcb_peft, name) for name in pcb_peft.__all__}

@@ -226,6 +226,7 @@ def test_what_a_profile_cannot_hold_is_refused_by_name(workshop, tmp_path, confi
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_price_of_a_lora_is_measured(workshop, tmp_path):
     base = str(workshop.base("llama"))
     adapter = workshop.adapter("llama", ia3("q_proj", "v_proj"), base=base)
@@ -451,6 +452,7 @@ def test_llama_cpp_verifies_with_the_base_model_in_its_own_format(workshop, tmp_
         verify(again, tmp_path / "out.gguf", PROFILES["gguf"], opened)
 
 
+@pytest.mark.slow
 def test_a_merge_is_verified_in_memory_beside_the_weighted_sum_of_its_sources(workshop, tmp_path):
     base = workshop.base("llama")
     configs = [lora(*TARGETS), lora("q_proj", "lm_head", use_rslora=True), ia3("k_proj")]
@@ -480,6 +482,7 @@ def test_a_tied_weight_changes_at_one_end_as_in_peft(workshop, tmp_path):
     assert changed.lm_head.weight is changed.model.embed_tokens.weight
 
 
+@pytest.mark.slow
 def test_stacked_experts_are_verified_from_files(workshop, tmp_path):
     stacks = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
     config, options = lora("q_proj", **stacks), {"base_model": workshop.base("mixtral")}
@@ -511,6 +514,7 @@ def test_classifiers_are_verified_with_each_head(workshop, tmp_path):
     assert one.verification.effect > 1e-3
 
 
+@pytest.mark.slow
 def test_the_command_and_a_merge_for_a_profile(workshop, tmp_path, capsys):
     adapter, out = mixed(workshop), tmp_path / "out"
     words = ["export", str(adapter), "--to", "portable", "-o", str(out), "--max-rank", "2"]

@@ -163,6 +163,7 @@ def six_of_rank(_module, rank):
     return 6 / rank
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard", ["1GB", "40KB"])
 @pytest.mark.parametrize("lora", LORAS)
 def test_a_lora_on_llama_folds_as_peft_folds_it(tmp_path, lora, shard):
@@ -252,6 +253,7 @@ ENCODER_ADAPTERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ENCODER_ADAPTERS)
 def test_a_base_saved_without_its_prefix_is_found(tmp_path, kind):
     config, read = ENCODER_ADAPTERS[kind]

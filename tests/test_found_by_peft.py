@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from pcb_peft import MismatchError, merge_adapters
 from pcb_peft.commands.cli import main
 
+pytestmark = pytest.mark.slow  # whole models
+
 P = "base_model.model."
 SIZES = {
     "vocab_size": 32,

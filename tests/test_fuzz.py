@@ -33,6 +33,7 @@ def without_findings(name, directory, count):
     assert not [one for one in found if "seconds" not in one.kind]  # machines differ
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(TEXTS))
 def test_texts_that_are_damaged_are_read_or_refused(name, tmp_path):
     without_findings(name, tmp_path, 150)

@@ -67,6 +67,7 @@ ORDERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ORDERS)
 def test_blocks_and_depths_follow_the_forward_pass(name):
@@ -84,6 +85,7 @@ def test_blocks_and_depths_follow_the_forward_pass(name):
     assert ordered == sorted(ordered)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "length"), [("Stable Diffusion 1", 17), ("SDXL", 12)])
 @pytest.mark.filterwarnings("ignore")
 def test_the_short_lists_are_the_blocks_with_attention(name, length):

@@ -114,6 +114,7 @@ def test_a_pipeline_is_folded_component_by_component(tmp_path, pipeline):
     assert "load_lora_weights" not in card
 
 
+@pytest.mark.slow
 def test_the_only_variant_is_folded_under_its_name(tmp_path, pipeline):
     for path in (tmp_path / "base").rglob("*.safetensors*"):
         if "fp16" not in path.name:
@@ -135,6 +136,7 @@ def original(model, architecture, prefix):
     return names
 
 
+@pytest.mark.slow
 def test_a_checkpoint_in_one_file_is_folded(tmp_path, pipeline, capsys):
     import diffusers
 

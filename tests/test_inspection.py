@@ -312,6 +312,7 @@ def test_labels_of_a_head_are_named():
     assert "labels      auto and commute, banking" in text
 
 
+@pytest.mark.slow
 def test_an_adapter_fits_on_one_screen(workshop):
     config = lora("q_proj", "v_proj", modules_to_save=["lm_head"], task_type="CAUSAL_LM")
     path = workshop.adapter("llama", config, base="meta/llama")

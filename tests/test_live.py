@@ -74,6 +74,7 @@ def test_a_weighted_adapter_is_the_weighted_sum_of_what_peft_merges(
         workshop.assert_close(change, wanted, 1e-5, name)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the merged adapter retains")
 @pytest.mark.parametrize(
     "combination_type", ["svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "pcb"]

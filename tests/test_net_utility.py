@@ -35,7 +35,9 @@ def scored(deltas):
     return sorted(found, key=lambda entry: -entry[0])
 
 
-@pytest.mark.parametrize("total", [1, 20, 60])
+@pytest.mark.parametrize(
+    "total", [20, *(pytest.param(total, marks=pytest.mark.slow) for total in (1, 60))]
+)
 def test_the_directions_of_the_highest_net_utility_are_merged(workshop, total):
     paths = workshop.adapters("llama", [LORA, LORA, LORA])
     deltas = [

@@ -151,6 +151,7 @@ def texts(figure):
     return [text.get_text() for text in axes.texts]
 
 
+@pytest.mark.slow
 def test_figures_have_the_numbers_of_the_report_and_of_the_comparison():
     pytest.importorskip("matplotlib")
     adapters = in_memory()
@@ -163,6 +164,7 @@ def test_figures_have_the_numbers_of_the_report_and_of_the_comparison():
     assert texts(compare_adapters(adapters).plot_cosines()) == ["1.00", cosine, cosine, "1.00"]
 
 
+@pytest.mark.slow
 def test_a_figure_of_a_deep_model_is_small_and_any_name_is_text():
     pytest.importorskip("matplotlib")
     names = ("$x_{", "costs 5$")

@@ -142,6 +142,7 @@ def test_without_an_alpha_the_scaling_is_1(workshop):
     workshop.assert_deltas(load_adapter(saved(workshop, bare, "bare")), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["kohya", "diffusers"])
 def test_files_of_both_are_merged_and_written_as_either(workshop, form, capsys):
     (one, first), (two, second) = made(workshop, "one"), made(workshop, "two", seed=2)

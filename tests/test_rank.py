@@ -244,28 +244,28 @@ def test_balanced_factors_do_not_depend_on_the_gauge(seed):
         assert_allclose(one, two, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("count", [1, 2, 4, 100])
 @deltas
-def test_truncation_to_a_rank_is_optimal(delta, count):
-    found, energy = truncate(delta, FixedRank(count))
-    wanted, wanted_energy = best(dense_of(delta), count)
-    assert distance(dense_of(found), wanted) < 3e-6
-    assert energy == pytest.approx(wanted_energy, abs=1e-6)
-    assert energy <= 1
-    assert found.rank <= count
-    assert {found.lora_A.dtype, found.lora_B.dtype} == {torch.float32}
-    assert found.scaling == 1
+def test_truncation_to_a_rank_is_optimal(delta):
+    for count in (1, 2, 4, 100):
+        found, energy = truncate(delta, FixedRank(count))
+        wanted, wanted_energy = best(dense_of(delta), count)
+        assert distance(dense_of(found), wanted) < 3e-6
+        assert energy == pytest.approx(wanted_energy, abs=1e-6)
+        assert energy <= 1
+        assert found.rank <= count
+        assert {found.lora_A.dtype, found.lora_B.dtype} == {torch.float32}
+        assert found.scaling == 1
 
 
-@pytest.mark.parametrize("part", [0.01, 0.5, 0.9, 0.999])
 @deltas
-def test_truncation_to_an_energy_keeps_the_fewest_directions_that_hold_it(delta, part):
-    found, energy = truncate(delta, EnergyFraction(part))
-    s = np.linalg.svd(dense_of(delta), compute_uv=False)
-    energies = (s**2).cumsum() / (s**2).sum()
-    assert found.rank == 1 + (energies < part).sum()
-    assert energy == pytest.approx(energies[found.rank - 1], abs=1e-6)
-    assert energy >= part
+def test_truncation_to_an_energy_keeps_the_fewest_directions_that_hold_it(delta):
+    for part in (0.01, 0.5, 0.9, 0.999):
+        found, energy = truncate(delta, EnergyFraction(part))
+        s = np.linalg.svd(dense_of(delta), compute_uv=False)
+        energies = (s**2).cumsum() / (s**2).sum()
+        assert found.rank == 1 + (energies < part).sum()
+        assert energy == pytest.approx(energies[found.rank - 1], abs=1e-6)
+        assert energy >= part
 
 
 @deltas

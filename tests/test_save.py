@@ -105,8 +105,13 @@ MERGES = {  # id: model, configurations, weights
 }
 
 
-@pytest.mark.parametrize("rank_pattern", [False, True], ids=["padded", "rank_pattern"])
-@pytest.mark.parametrize("case", MERGES)
+@pytest.mark.parametrize(
+    ("case", "rank_pattern"),
+    [
+        *((case, False) for case in MERGES),
+        *((case, True) for case in ("mixed ranks", "patterns", "Conv1D")),
+    ],
+)
 def test_a_saved_merge_does_in_peft_what_the_sources_do_together(workshop, case, rank_pattern):
     kind, configs, weights = MERGES[case]
     directories = workshop.adapters(kind, configs)
@@ -213,6 +218,7 @@ def test_a_lower_rank_is_the_best_there_is_and_is_what_peft_loads(workshop):
         workshop.assert_close(saved[module], s[0] * u[:, :1] @ vh[:1], 1e-5, module)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mlp", "gpt2", "llama"])
 def test_a_folded_merge_is_the_base_plus_what_the_sources_do_together(workshop, kind):
     config = {"mlp": lora(), "gpt2": conv1d(), "llama": lora(target_modules="all-linear")}[kind]

@@ -60,21 +60,21 @@ def test_pcb_of_a_merge_with_its_parents_does_not_hang_on_the_last_bits():
     assert float((first - second).norm() / first.norm()) < 1e-4
 
 
-@pytest.mark.parametrize("drift", [0.3, 0.1, 0.03, 0.003])
 @pytest.mark.parametrize(
     "method",
     [name for name, m in list_methods().items() if m.needs_statistic is None and m.arity is None],
 )
-def test_no_method_blows_up_adapters_that_were_trained_from_one_lora_a(method: str, drift: float):
+def test_no_method_blows_up_adapters_that_were_trained_from_one_lora_a(method: str):
     """The norm of the merge stays below that of all adapters end to end."""
-    rng = np.random.default_rng(0)
-    start = rng.normal(size=(RANK, IN))
-    factors = [
-        (rng.normal(size=(OUT, RANK)), start + drift * rng.normal(size=(RANK, IN)))
-        for _ in range(4)
-    ]
-    merged = merge_adapters(adapters(factors), method).delta("m").norm()
-    assert float(merged) < 1.01 * sum(np.linalg.norm(b @ a) for b, a in factors)
+    for drift in (0.3, 0.1, 0.03, 0.003):
+        rng = np.random.default_rng(0)
+        start = rng.normal(size=(RANK, IN))
+        factors = [
+            (rng.normal(size=(OUT, RANK)), start + drift * rng.normal(size=(RANK, IN)))
+            for _ in range(4)
+        ]
+        merged = merge_adapters(adapters(factors), method).delta("m").norm()
+        assert float(merged) < 1.01 * sum(np.linalg.norm(b @ a) for b, a in factors)
 
 
 CONTINUOUS = [
@@ -84,10 +84,12 @@ CONTINUOUS = [
 ]
 
 
-@pytest.mark.parametrize("condition", [1e1, 1e3])
 @pytest.mark.parametrize("method", CONTINUOUS)
-def test_other_factors_of_an_adapter_merge_as_the_adapter_does(method: str, condition: float):
+def test_other_factors_of_an_adapter_merge_as_the_adapter_does(method: str):
     """(BG, G⁻¹A), written to float32, is the same adapter up to rounding, which grows with the condition of G."""
-    plain, other = ([A, B, copy] for copy in (A, regauged(A, condition)))
-    first, second = (merge_adapters(adapters(x), method).delta("m").numpy() for x in (plain, other))
-    assert np.linalg.norm(first - second) < 1e-6 * condition * np.linalg.norm(first)
+    for condition in (1e1, 1e3):
+        plain, other = ([A, B, copy] for copy in (A, regauged(A, condition)))
+        first, second = (
+            merge_adapters(adapters(x), method).delta("m").numpy() for x in (plain, other)
+        )
+        assert np.linalg.norm(first - second) < 1e-6 * condition * np.linalg.norm(first)

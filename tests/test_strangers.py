@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from helpers import content, lora
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import safe_open
@@ -100,6 +100,7 @@ def test_what_peft_writes_fits_the_schema_in_a_file_and_in_memory(tmp_path, conf
 OTHERS = {t for t in PEFT_TYPE_TO_CONFIG_MAPPING if t.value not in ("ADALORA", "CPT", "XLORA")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("peft_type", sorted(OTHERS))
 def test_what_peft_writes_by_default_fits_the_schema(peft_type):
     """Also what it leaves null."""
@@ -183,6 +184,7 @@ def is_portable(name):
     )
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.sampled_from(NAMES) | st.text(max_size=5), unique=True, max_size=8))
 def test_names_become_different_files_on_every_system(names):
     files = portable_names(names)

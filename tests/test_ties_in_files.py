@@ -51,6 +51,7 @@ def two_matrices(request, tmp_path):
     return base, type(model), inputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("two_matrices", [qwen, t5], indirect=True)
 @pytest.mark.parametrize("policy", ["refuse", "untie", "both"])
 def test_two_matrices_are_two_weights_whatever_the_flag_says(
@@ -108,6 +109,7 @@ def test_a_copy_of_the_head_is_nothing_to_extract(workshop, tmp_path, rank):
     workshop.assert_close(found, logits(adapted, inputs), 1e-5)
 
 
+@pytest.mark.slow
 def test_embeddings_that_only_one_of_two_tied_models_has_a_copy_of(workshop, tmp_path):
     model, _ = qwen()
     base, tuned = tmp_path / "base", tmp_path / "tuned"
