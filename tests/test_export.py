@@ -147,21 +147,37 @@ def test_transformers_gets_a_whole_model(workshop, tmp_path, dtype):
 
 
 @pytest.mark.filterwarnings("ignore:.*newly initialized")
-def test_a_head_without_a_place_in_the_base_model_lies_beside_it_and_is_verified(
-    workshop, tmp_path
-):
+def test_the_line_that_loads_a_classifier_loads_it_with_its_head(workshop, tmp_path):
     base, auto = workshop.base("llama"), transformers.AutoModelForSequenceClassification
     fresh = functools.partial(auto.from_pretrained, base, num_labels=3, pad_token_id=0)
     adapter = workshop.adapter(fresh(), lora("q_proj", task_type="SEQ_CLS"), base=str(base))
     done = exported(adapter, "transformers", tmp_path / "out", verified=True)
     assert done.verification.error < 1e-4 < done.verification.effect
+    assert "not for transformers" not in done.check.line
+    model = eval(done.usage[0], {auto.__name__: auto})
+    wanted = peft.PeftModel.from_pretrained(fresh(), adapter).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(IDS).logits, wanted(IDS).logits)
+
+
+def test_the_lines_that_load_a_merge_of_classifiers_load_it_with_a_head(workshop, tmp_path):
+    base, auto = workshop.base("llama"), transformers.AutoModelForSequenceClassification
+    first, second = (
+        workshop.adapter(
+            auto.from_pretrained(base, num_labels=classes),
+            lora("q_proj", task_type="SEQ_CLS"),
+            name,
+        )
+        for name, classes in (("first", 3), ("second", 4))
+    )
+    merge_adapters([first, second], "linear").save_pretrained(tmp_path / "merged")
+    done = exported(tmp_path / "merged", "transformers", tmp_path / "out", base_model=base)
     assert "not for transformers, which ignores the heads beside the model" in done.check.line
     found: dict = {"safetensors": safetensors, "auto": auto}
     for line in done.usage:
         exec(line.replace(auto.__name__, "auto"), found)
-    wanted = peft.PeftModel.from_pretrained(fresh(), adapter).eval()
-    with torch.no_grad():
-        torch.testing.assert_close(found["model"].eval()(IDS).logits, wanted(IDS).logits)
+    (head,) = (v for k, v in tensors_of(first).items() if "lora_" not in k)
+    torch.testing.assert_close(found["model"].score.weight, head, check_dtype=False)
 
 
 def test_an_unchanged_copy_of_a_layer_is_no_obstacle(workshop, tmp_path):

@@ -24,13 +24,14 @@ def _write(request: Request) -> Sequence[str]:
 
 
 def _loading(request: Request) -> list[str]:
-    """Return the lines that load a folded model; a head that the base model has no place for lies beside it."""
-    output, task = request.output, request.adapter.task_type
-    auto = AUTO_CLASSES.get(task or "", "AutoModelForCausalLM")
+    """Return the lines that load a folded model; of several heads beside it, the first one."""
+    output, adapter = request.output, request.adapter
     heads = sorted((output / "heads").glob("*.safetensors"))
+    kept = {adapter.name: adapter.head, **adapter.heads}[heads[0].stem] if heads else adapter.head
+    task = adapter.task_type or kept.task.task_type
+    auto = AUTO_CLASSES.get(task or "", "AutoModelForCausalLM")
     if not heads:
         return [f'{auto}.from_pretrained("{output}")' + (", or your class" if task is None else "")]
-    kept = {request.adapter.name: request.adapter.head, **request.adapter.heads}[heads[0].stem]
     rows = [parameter.shape[0] for parameter in kept.parameters.values()]
     classes = f", num_labels={rows[-1]}" if task in CLASSIFIERS else ""
     return [

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from pcb_peft.adapters.adapter import Adapter
@@ -62,10 +61,8 @@ def _in_transformers(run: Run) -> Found:
     import transformers
 
     model = load_base(run.output, run.adapter.task_type, torch.float32)
-    beside = run.output / "heads" / f"{run.adapter.name}.safetensors"
-    head = load_file(beside) if not run.head and beside.is_file() else run.head
-    if head:
-        give_head(model, head, str(run.output))
+    if run.head:
+        give_head(model, run.head, str(run.output))
     return f"transformers {transformers.__version__}", answers(model, run.batches)
 
 
