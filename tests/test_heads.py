@@ -52,6 +52,19 @@ def test_a_head_that_the_base_does_not_hold_is_a_part_of_the_folded_model(
     assert not (tmp_path / "out" / "heads").exists()
 
 
+def test_a_class_that_calls_its_model_by_another_name(workshop, tmp_path):
+    """``transformer.layers.0`` of LlamaForQuestionAnswering is ``layers.0`` in the files of a LlamaModel."""
+    model_class, base = transformers.LlamaForQuestionAnswering, tmp_path / "base"
+    workshop.model("llama").model.save_pretrained(base)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="QUESTION_ANS")
+    adapter = workshop.adapter(model_class.from_pretrained(base), config)
+    fold_adapter(adapter, base, tmp_path / "out")
+    folded = model_class.from_pretrained(tmp_path / "out").state_dict()
+    loaded = peft.PeftModel.from_pretrained(model_class.from_pretrained(base), adapter)
+    for name, values in loaded.merge_and_unload().state_dict().items():
+        workshop.assert_close(folded[name], values, 1e-6, name)
+
+
 def test_a_head_of_an_unknown_class_is_written_beside_the_fold_and_said_aloud(workshop, tmp_path):
     adapter = workshop.adapter("bert", CLASSIFIER)
     workshop.edit_config(adapter, task_type="FEATURE_EXTRACTION")

@@ -281,6 +281,6 @@ def names_in_checkpoint(base: BaseModel, modules: Collection[str]) -> dict[str, 
     """
     unknown = [module for module in modules if not base.names.stores(f"{module}.weight")]
     unknown = [module for module in unknown if not base.names.stores(module)]
-    names = canonical_names(base.directory) if unknown else CanonicalNames([])
+    names = canonical_names(base.directory, [*AUTO_CLASSES]) if unknown else CanonicalNames([])
     found = {module: names.find(module) for module in unknown}
     return {old: new for old, new in found.items() if new is not None and new != old}

@@ -51,10 +51,19 @@ def new_head(base: BaseModel, head: Replacements, class_name: str | None) -> New
         return NewHead()
     for classes in dict.fromkeys(new.shape[0] for new in head.parameters.values()):
         model = _built(base, class_name, classes)
-        shapes = {} if model is None else {n: tuple(v.shape) for n, v in model.state_dict().items()}
+        if model is None or not _finds(model, base):
+            break
+        shapes = {name: tuple(values.shape) for name, values in model.state_dict().items()}
         if all(shapes.get(name) == new.shape for name, new in head.parameters.items()):
             return NewHead(head.parameters, _fields(model, base, head.task.labels))
     return NewHead()
+
+
+def _finds(model: Any, base: BaseModel) -> bool:
+    """Return whether a class finds the base model's weights: in files without a prefix, or with its own."""
+    prefix = base.names.skeleton.prefix
+    bare = not any(name.startswith(f"{prefix}.") for name in base.tensors)
+    return bare or model.base_model_prefix == prefix
 
 
 def _built(base: BaseModel, class_name: str, classes: int) -> Any:
