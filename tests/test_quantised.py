@@ -205,6 +205,33 @@ def test_compressed_tensors(tmp_path, bits, symmetric):
     torch.testing.assert_close(found["up.weight"].values(), expected.float(), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_nvfp4_of_compressed_tensors(tmp_path):
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    torch.manual_seed(0)
+    arguments = QuantizationArgs(
+        num_bits=4, type="float", strategy="tensor_group", group_size=16, symmetric=True
+    )
+    scheme = QuantizationScheme(targets=["Linear"], weights=arguments)
+    weight = torch.randn(32, 64)
+    whole = 448 * 6 / weight.abs().max()
+    scales = whole * weight.reshape(32, 4, 16).abs().amax(-1) / 6
+    state = {"weight": weight, "weight_scale": scales, "weight_global_scale": whole[None]}
+    compressor = BaseCompressor.get_value_from_registry("nvfp4-pack-quantized")
+    stored = compressor.compress(state, scheme)
+    expected = compressor.decompress(dict(stored), scheme)["weight"]
+    found = written(
+        tmp_path,
+        {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
+        **{f"up__{name}": values for name, values in stored.items()},
+    )
+    values = found["up.weight"].values().to(expected.dtype)
+    torch.testing.assert_close(values, expected, rtol=2**-7, atol=0)  # both rounded to bfloat16
+
+
 @pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq"])
 def test_a_model_that_must_run_is_refused_with_both_ways_out(workshop, method):
     base = workshop.base("llama")
