@@ -101,6 +101,18 @@ def test_what_peft_would_not_load_is_not_written(llama, tmp_path, module, shape,
     assert not (tmp_path / "out").exists()
 
 
+def test_vectors_of_layers_that_the_model_has_fused_are_refused_by_name(tmp_path):
+    hf.Phi3ForCausalLM(hf.Phi3Config(**SIZES, pad_token_id=0)).save_pretrained(tmp_path / "base")
+    split = hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES))
+    config = peft.IA3Config(
+        target_modules=["v_proj", "down_proj"], feedforward_modules=["down_proj"]
+    )
+    peft.get_peft_model(split, config).save_pretrained(tmp_path / "a")
+    merged = merge_adapters([tmp_path / "a"], "linear", base_model=tmp_path / "base")
+    with pytest.raises(MismatchError, match=r"not find model\.layers\.0\.self_attn\.v_proj.+ fold"):
+        merged.save_pretrained(tmp_path / "out")
+
+
 def test_without_the_configuration_nothing_is_looked_up(tmp_path):
     adapter = written(tmp_path / "a", {"model.layers.7.mlp.up_proj": (24, 16)}, "nobody/nothing")
     saved = merge_adapters([adapter, adapter], "linear").save_pretrained(tmp_path / "out")

@@ -61,7 +61,7 @@ def with_parameter_targets(files: AdapterFiles, modules: Collection[str]) -> Ada
     config = dict(files.config)
     targets: list[str] = config.get("target_modules") or []
     moved = {target: f"{target}.weight" for target in targets if target in modules}
-    if not moved:
+    if not moved or config.get("peft_type", "LORA") != "LORA":  # no other kind targets parameters
         return files
     config["target_modules"] = [target for target in targets if target not in moved]
     config["target_parameters"] = sorted([*config.get("target_parameters", []), *moved.values()])
