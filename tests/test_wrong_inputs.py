@@ -369,6 +369,7 @@ def test_moments_whose_tensors_are_missing_or_of_other_shapes_are_refused(tmp_pa
     changes = [{"0.values": torch.ones(3)}, {"0.rest": torch.ones(2)}, {"0.vectors": None}]
     changes += [{"0.vectors": torch.ones(())}, {"0.values": -torch.ones(2)}]
     changes += [{"0.rest": torch.ones(0)}, {"0.values": torch.ones(0)}]
+    changes += [{"0.vectors": torch.full((4, 2), 4).to(torch.float8_e4m3fn)}]
     for change in changes:
         tensors = {name: values for name, values in (good | change).items() if values is not None}
         save_file(tensors, tmp_path / "m.safetensors", texts)
@@ -485,6 +486,11 @@ def test_a_message_of_any_length_is_short_and_keeps_its_end():
         (CONFIG, b'{"r": [4], "target_parameters": 3}'),
         (TENSORS, header({"a": {"shape": [1], "data_offsets": [0, 4]}})),
         (TENSORS, header({"a": "x"})),
+        (TENSORS, header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}})),
+        (TENSORS, header({"a": {"dtype": "F16", "shape": [1], "data_offsets": [0, 2]}})),
+        (TENSORS, header({"a": {"dtype": "F16", "shape": [1], "data_offsets": [2, 4]}})),
+        (TENSORS, header({"__metadata__": [1]})),
+        (TENSORS, header(None).replace(b"null", b'{"a":{},"a":3}')),
         (TENSORS, header([])),
         (TENSORS, header({"a\n": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}})),
         (TENSORS, (1 << 30).to_bytes(8, "little")),
@@ -497,6 +503,13 @@ def test_a_damaged_adapter_is_not_checked(workshop, file, content):
         check(path)
 
 
+def test_an_adapter_without_tensors_is_not_checked(workshop):
+    path = workshop.adapter("mlp", lora())
+    (path / TENSORS).unlink()
+    with pytest.raises(AdapterError, match=f"has no {TENSORS}"):
+        check(path)
+
+
 def test_a_kept_head_that_holds_no_tensors_is_refused(workshop):
     config = lora("query", task_type="SEQ_CLS", modules_to_save=["classifier"])
     pair = [workshop.adapter("bert", config, name, seed=seed) for seed, name in enumerate("ab")]
@@ -505,3 +518,13 @@ def test_a_kept_head_that_holds_no_tensors_is_refused(workshop):
     save_file({}, merged / "heads" / "a.safetensors")
     with pytest.raises(AdapterError, match=r"heads.a\.safetensors"):
         load_adapter(merged).with_head("a")
+
+
+@pytest.mark.parametrize("width", [(13, 17), (12, 16, 1), ()])
+def test_experts_whose_parts_make_no_matrix_are_refused(workshop, width):
+    base = workshop.base("mixtral")
+    tensors = load_file(base / "model.safetensors")
+    name = next(name for name in sorted(tensors) if name.endswith("experts.1.w1.weight"))
+    save_file(tensors | {name: torch.ones(width)}, base / "model.safetensors")
+    with pytest.raises(BaseModelError, match="are parts of one matrix, and have the shapes"):
+        extract_adapter(base, base, rank=1, progress=False)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from pcb_peft.base.names import ParameterNames
+from pcb_peft.errors import BaseModelError
 from pcb_peft.images.rows import parts_of, rows_of_parts
 
 
@@ -108,10 +109,20 @@ def places_in_whole(module: str, names: ParameterNames) -> tuple[WeightSlice, ..
 def _one_below_the_other(
     parameters: Sequence[str], names: ParameterNames
 ) -> tuple[WeightSlice, ...]:
-    """Return the places of a weight whose rows are those of some parameters; none if the files lack one of them."""
+    """Return the places of a weight whose rows are those of some parameters; none if the files lack one of them.
+
+    Raises:
+        BaseModelError: They are no matrices of the same width.
+    """
     if not all(parameters):
         return ()
-    heights = [names.tensors[name].shape[0] for name in parameters]
+    shapes = [names.tensors[name].shape for name in parameters]
+    if {len(shape) for shape in shapes} - {2} or len({shape[1] for shape in shapes}) > 1:
+        raise BaseModelError(
+            f"the base model's {', '.join(parameters)} are parts of one matrix, and have the shapes "
+            f"{', '.join(map(str, shapes))}; fetch the model again"
+        )
+    heights = [shape[0] for shape in shapes]
     ends = itertools.accumulate(heights)
     return tuple(
         WeightSlice(name, rows=(end - height, end))

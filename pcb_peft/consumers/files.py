@@ -20,6 +20,7 @@ Form: TypeAlias = Literal["peft", "pipeline", "mlx", "gguf", "model"]
 """PEFT's directory, a LoRA of an image pipeline, mlx-lm's directory, a GGUF file, or a whole model."""
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
 PIPELINE, MLX = "pytorch_lora_weights.safetensors", "adapters.safetensors"
 FORM_NAMES: dict[Form, str] = {
     "peft": "a PEFT adapter",
@@ -120,6 +121,8 @@ def open_output(path: str | Path) -> OutputFiles:
     names = {"peft": WEIGHTS, "mlx": MLX, "pipeline": PIPELINE}
     weights = [file for file in files if file.name == names.get(form, file.name)]
     ggufs = [file for file in files if file.suffix == ".gguf"]
+    if form in ("peft", "mlx") and not weights and not (path / PICKLE).is_file():
+        raise AdapterNotFoundError(f"{path} has no {names[form]}; {AGAIN}")
     if form == "gguf":
         return _gguf(ggufs)
     return OutputFiles(
@@ -147,7 +150,7 @@ def _form(path: Path) -> Form:
         return "model"
     if (path / PIPELINE).is_file():
         return "pipeline"
-    if path.is_dir() and any(path.glob("*.gguf")):
+    if path.is_dir() and any(file.is_file() for file in path.glob("*.gguf")):
         return "gguf"
     raise AdapterNotFoundError(
         f"{path} holds neither an adapter ({CONFIG}, {PIPELINE}, *.gguf) nor a model (config.json); give the directory "

@@ -17,6 +17,9 @@ from pcb_peft.runtime.paths import expanded
 from pcb_peft.runtime.shown import quoted
 
 MOST_BYTES = 1 << 32  # of a file of texts
+MOST_AT_ONCE = 1_000_000_000
+"""The largest number of texts, or of tokens, that a caller may ask for."""
+
 IGNORED = -100
 """The label of a token that the loss leaves out: torch's and transformers' convention."""
 
@@ -85,10 +88,12 @@ def _are_texts(values: Any) -> bool:
 
 
 def _check_counts(**given: object) -> None:
-    """Raise OptionError where one of some numbers is not an integer from 1."""
+    """Raise OptionError where one of some numbers is not an integer from 1 to a billion."""
     for name, value in given.items():
-        if value is not None and (type(value) is not int or value < 1):
-            raise OptionError(f"{name} is {quoted(value)}; it must be an integer from 1")
+        if value is not None and (type(value) is not int or not 1 <= value <= MOST_AT_ONCE):
+            raise OptionError(
+                f"{name} is {quoted(value)}; it must be an integer from 1 to {MOST_AT_ONCE:,}"
+            )
 
 
 def read_rows(data: str | Path | Sequence[Any], keys: Sequence[str] = ("text",)) -> list[Row]:

@@ -23,7 +23,7 @@ from pcb_peft.deltas.metric import Moments
 from pcb_peft.errors import AdapterError, OptionError, UnsupportedError
 from pcb_peft.files.json_text import parse_json
 from pcb_peft.files.schema import checked
-from pcb_peft.files.tensors import SafetensorsFile, check_finite
+from pcb_peft.files.tensors import SafetensorsFile, read_finite
 from pcb_peft.runtime.hashing import sha256_of_file
 from pcb_peft.runtime.paths import cache_directory
 from pcb_peft.runtime.processes import current
@@ -78,10 +78,7 @@ class MomentsFile:
     def _read(self, name: str) -> Tensor:
         if name not in self.tensors.names():
             raise AdapterError(f"{self.tensors.where} has no {shown(name)}; {AGAIN}")
-        self.tensors.dtype(name)
-        values = self.tensors.read(name)
-        check_finite(values, self.tensors, name)
-        return values
+        return read_finite(self.tensors, name)
 
 
 def measured_moments(

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from pcb_peft.data.batches import MOST_AT_ONCE
 from pcb_peft.errors import OptionError
 from pcb_peft.evaluation.budget import parse_budget
 from pcb_peft.evaluation.texts import MEASURES
+from pcb_peft.runtime.shown import quoted
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,8 +68,10 @@ class Settings:
             )
         for name in ("limit", "batch_size", "max_length"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise OptionError(f"{name} is {value!r}; it must be 1 or more")
+            if value is not None and not 1 <= value <= MOST_AT_ONCE:
+                raise OptionError(
+                    f"{name} is {quoted(value)}; it must be from 1 to {MOST_AT_ONCE:,}"
+                )
         if not 0 <= self.threshold <= 1:
             raise OptionError(f"threshold is {self.threshold!r}; it must be from 0 to 1")
         if not 0 < self.confidence < 1:

@@ -1,12 +1,12 @@
 """Strangers' GGUF files: what they state of themselves, and their tensors."""
 
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from pcb_peft.errors import AdapterError, OptionError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAGIC = b"GGUF"
 
@@ -54,7 +54,9 @@ class GgufFile:
         """Return the names of its tensors."""
         return list(self._tensors)
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str) -> "Tensor":
         """Return the values of a tensor, float32."""
+        import torch
+
         tensor = self._tensors[name]
         return torch.tensor(self._gguf.dequantize(tensor.data, tensor.tensor_type)).float()

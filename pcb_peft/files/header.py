@@ -1,16 +1,24 @@
 """The header of a safetensors file: names, dtypes and shapes of its tensors, read without a tensor library."""
 
-import json
+import math
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from pcb_peft.errors import PcbPeftError
+from pcb_peft.files.json_text import parse_json
 from pcb_peft.files.schema import Count, checked
 from pcb_peft.runtime.shown import quoted, shown
 
 LONGEST_NAME = 1000  # characters; those of real models have some 150
 _MOST_BYTES = 100_000_000  # of a header; the library of safetensors reads no larger one
+_BITS = {  # of a value; newer dtypes are left to the library
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}
 
 
 class Entry(msgspec.Struct):
@@ -40,14 +48,28 @@ def read_header(
             start = 8 + int.from_bytes(stream.read(8), "little")
             if start > min(size, _MOST_BYTES):
                 raise error_type(f"{path} is damaged: its header is cut, or too long; {way_out}")
-            header = json.loads(stream.read(start - 8))
-    except (OSError, ValueError, RecursionError) as error:
+            text = stream.read(start - 8).decode("utf-8")
+    except (OSError, ValueError) as error:
         raise error_type(f"{path} is damaged: {shown(error)}; {way_out}") from error
-    if isinstance(header, dict):
-        header.pop("__metadata__", None)  # pyright: ignore[reportUnknownMemberType]
+    header: Any = parse_json(text, f"{path}: its header", error_type, way_out)
+    texts = header.pop("__metadata__", {}) if isinstance(header, dict) else {}
+    checked(texts, dict[str, str], f"{path}: __metadata__", error_type, way_out)
     entries = checked(header, dict[str, Entry], str(path), error_type, way_out)
-    for name in entries:
+    place = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
         check_name(name, path, error_type)
+        begin, end = entry.data_offsets
+        bits = _BITS.get(entry.dtype, 0) * math.prod(entry.shape)
+        if begin != place or end < begin or (entry.dtype in _BITS and 8 * (end - begin) != bits):
+            raise error_type(
+                f"{path} is damaged: the bytes of {name} are {begin} to {end}, which do not follow those before it, or "
+                f"hold no {entry.dtype} of the shape {entry.shape}; {way_out}"
+            )
+        place = end
+    if place != size - start:
+        raise error_type(
+            f"{path} is damaged: its tensors have {place} bytes, and {size - start} are there; {way_out}"
+        )
     return entries, start
 
 
