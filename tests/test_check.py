@@ -10,7 +10,15 @@ import torch
 from helpers import ia3, lora
 from safetensors.torch import load_file, save_file
 
-from pcb_peft import AdapterNotFoundError, OptionError, check, load_adapter, merge_adapters
+from pcb_peft import (
+    AdapterNotFoundError,
+    OptionError,
+    UnsupportedError,
+    check,
+    export,
+    load_adapter,
+    merge_adapters,
+)
 from pcb_peft.commands import export as export_command
 from pcb_peft.commands.cli import main
 from pcb_peft.consumers.consumer import parse_version
@@ -73,6 +81,13 @@ def test_each_feature(workshop, options, expected):
     adapter = workshop.adapter(
         "llama", lora(*TARGETS, **{"r": 4, "lora_alpha": 4} | options), base=base
     )
+    for profile, consumer in (("gguf", "llama.cpp"), ("mlx", "mlx")):
+        (way,) = (verdict.way for verdict in check(adapter, consumer).verdicts)
+        try:
+            export(adapter, profile, workshop.directory / profile, base_model=base, progress=False)
+            assert f"--to {profile}" in way
+        except UnsupportedError:
+            assert "in its weights" in way
     for consumer, effect in expected.items():
         effects = {one for one, _ in found(adapter, consumer)}
         assert effects == ({effect} if effect else set()), consumer

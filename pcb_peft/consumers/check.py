@@ -181,9 +181,7 @@ def _concerned(files: OutputFiles) -> list[str]:
 def _verdict(files: OutputFiles, consumer: Consumer, version: Version) -> Verdict:
     text = ".".join(map(str, version))
     if files.form not in consumer.forms:
-        way = consumer.way if files.form == "peft" else ""
-        way = way.format(path=files.path) or f"it does not load {FORM_NAMES[files.form]}"
-        return Verdict(consumer.name, consumer.title, text, way=way)
+        return Verdict(consumer.name, consumer.title, text, way=_way(files, consumer))
     findings = [
         Finding(found, rule.effect, rule.words, rule.source)
         for rule in consumer.rules
@@ -195,6 +193,16 @@ def _verdict(files: OutputFiles, consumer: Consumer, version: Version) -> Verdic
     adapter = files.form in ("peft", "mlx")
     flags = tuple(consumer.flags(files, version)) if adapter else ()
     return Verdict(consumer.name, consumer.title, text, flags, tuple(findings))
+
+
+def _way(files: OutputFiles, consumer: Consumer) -> str:
+    """Return what to write for a consumer that does not load files of this form."""
+    if files.form != "peft" or not consumer.way:
+        return f"it does not load {FORM_NAMES[files.form]}"
+    if found := [words for feature in consumer.way_lacks if (words := feature(files))]:
+        fold = f"pcb-peft export {files.path} --to transformers -o model"
+        return f"a model with {enumerated(found)} in its weights: {fold}"
+    return consumer.way.format(path=files.path)
 
 
 def _notes(files: OutputFiles) -> list[str]:

@@ -61,6 +61,7 @@ class Consumer:
         newest: The newest version that the rules were read in.
         forms: The forms that it loads.
         way: What to write for it, where it does not load a PEFT adapter.
+        way_lacks: Features that this cannot hold; with them a folded model is the way.
         rules: Rules for PEFT adapters.
         flags: What its command line, or its loader, needs for an adapter.
         max_rank: The highest rank that it takes; None where there is no limit.
@@ -72,6 +73,7 @@ class Consumer:
     forms: tuple[Form, ...]
     rules: tuple[Rule, ...] = ()
     way: str = ""
+    way_lacks: tuple[Feature, ...] = ()
     flags: Callable[[OutputFiles, Version], Sequence[str]] = _no_flags
     max_rank: int | None = None
 

@@ -143,6 +143,11 @@ def output_lora(files: OutputFiles) -> str:
     return _listed("a LoRA on the output layer", (m for m in files.ranks if m.endswith("lm_head")))
 
 
+def tied_output_lora(files: OutputFiles) -> str:
+    """Name an output layer that has a LoRA, and is tied to the embeddings."""
+    return output_lora(files) if files.base.get("tie_word_embeddings") else ""
+
+
 def resized_vocabulary(files: OutputFiles) -> str:
     """Say that a LoRA on embeddings has another number of rows than the base model."""
     rows = {
@@ -165,6 +170,12 @@ def biases(files: OutputFiles) -> str:
     if files.config.get("lora_bias"):
         return "biases beside the LoRA (lora_bias)"
     return f"trained biases (bias = {bias!r})" if bias != "none" else ""
+
+
+def stored_biases(files: OutputFiles) -> str:
+    """Count the biases that are stored, which may be none although the configuration says that they were trained."""
+    count = sum(name.endswith(".bias") for name in files.tensors)
+    return f"trained biases ({count})" if count else ""
 
 
 def changed_base(files: OutputFiles) -> str:
@@ -268,3 +279,10 @@ def unreadable(files: OutputFiles) -> str:
 def empty(files: OutputFiles) -> str:
     """Say that there is no tensor in safetensors."""
     return "" if files.tensors else "no tensors in adapter_model.safetensors"
+
+
+BEYOND_LORA: tuple[Feature, ...] = (
+    *(other_kind, classifier, saved_ends, saved_norms, saved_others, token_rows, variants),
+    *(stored_biases, embedding_lora, tied_output_lora, fused_experts),
+)
+"""Features that neither a LoRA in GGUF nor one for mlx-lm can hold."""

@@ -1,5 +1,6 @@
 """llama.cpp, and Ollama, which starts it: they take GGUF files."""
 
+from pcb_peft.consumers import features
 from pcb_peft.consumers.consumer import Consumer
 
 LLAMA_CPP = Consumer(
@@ -8,6 +9,7 @@ LLAMA_CPP = Consumer(
     "2026.10",
     ("gguf",),
     way="pcb-peft export {path} --to gguf -o adapter-gguf",
+    way_lacks=(features.dora, *features.BEYOND_LORA),
 )
 OLLAMA = Consumer(
     "ollama",
@@ -15,4 +17,5 @@ OLLAMA = Consumer(
     "0.30",
     ("gguf",),
     way="pcb-peft export {path} --to gguf -o adapter-gguf, then ADAPTER in a Modelfile",
+    way_lacks=(features.dora, *features.BEYOND_LORA),
 )

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from pcb_peft.consumers import features
 from pcb_peft.consumers.consumer import Consumer, Rule
 from pcb_peft.consumers.files import OutputFiles
 
@@ -37,5 +38,6 @@ CONSUMER = Consumer(
         ),
     ),
     way="pcb-peft export {path} --to mlx -o adapter-mlx",
+    way_lacks=features.BEYOND_LORA,
     flags=lambda files, _: ["--adapter-path"] if files.form == "mlx" else [],
 )
