@@ -362,6 +362,8 @@ def test_gguf_in_a_directory_and_other_dtypes(workshop, tmp_path, dtype):
         values = gguf.dequantize(one.data, one.tensor_type)
         assert np.allclose(values, other.data, rtol=2**-7, atol=1e-3)
     assert "ADAPTER ./adapter.gguf" in (tmp_path / "out" / "Modelfile").read_text()
+    flags = [one.flags for one in check(tmp_path / "out").verdicts]
+    assert flags == [("--lora",), ("ADAPTER in its Modelfile",)]
 
 
 @pytest.mark.slow

@@ -190,8 +190,8 @@ def _verdict(files: OutputFiles, consumer: Consumer, version: Version) -> Verdic
     if consumer.max_rank is not None and files.rank > consumer.max_rank:
         words = f"takes rank {consumer.max_rank} at most"
         findings.append(Finding(f"rank {files.rank}", "refuses", words, "its configuration"))
-    adapter = files.form in ("peft", "mlx")
-    flags = tuple(consumer.flags(files, version)) if adapter else ()
+    takes_flags = files.form in ("peft", "mlx", "gguf")
+    flags = tuple(consumer.flags(files, version)) if takes_flags else ()
     return Verdict(consumer.name, consumer.title, text, flags, tuple(findings))
 
 

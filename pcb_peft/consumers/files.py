@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 from pcb_peft.base.hub import configuration_directory
 from pcb_peft.errors import AdapterError, AdapterNotFoundError
 from pcb_peft.files.adapter_config import checked_config
-from pcb_peft.files.gguf import is_gguf
+from pcb_peft.files.gguf import is_adapter, is_gguf
 from pcb_peft.files.header import read_header
 from pcb_peft.files.json_text import read_json_file
 from pcb_peft.runtime.paths import expanded
@@ -50,7 +50,7 @@ class OutputFiles:
     Attributes:
         path: The directory, or the file.
         form: The form that they have.
-        config: ``adapter_config.json``, or a model's ``config.json``; empty where there is none.
+        config: ``adapter_config.json``, or a model's ``config.json``; of a GGUF file, whether it is an adapter.
         tensors: Name to dtype and shape, of what is stored in safetensors.
         unreadable: Files that other users of the machine cannot read.
         heads: Names of the heads that are kept beside the adapter.
@@ -140,7 +140,8 @@ def _gguf(files: list[Path]) -> OutputFiles:
     for file in files:
         if not is_gguf(file):
             raise AdapterError(f"{file} is no GGUF file: its first four bytes say so; {AGAIN}")
-    return OutputFiles(files[0], "gguf", {}, {}, _unreadable(files))
+    config = {"adapter": is_adapter(files[0])}
+    return OutputFiles(files[0], "gguf", config, {}, _unreadable(files))
 
 
 def _form(path: Path) -> Form:

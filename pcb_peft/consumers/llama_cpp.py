@@ -10,6 +10,7 @@ LLAMA_CPP = Consumer(
     ("gguf",),
     way="pcb-peft export {path} --to gguf -o adapter-gguf",
     way_lacks=(features.dora, *features.BEYOND_LORA),
+    flags=lambda files, _: ["--lora" if files.config["adapter"] else "--model"],
 )
 OLLAMA = Consumer(
     "ollama",
@@ -18,4 +19,5 @@ OLLAMA = Consumer(
     ("gguf",),
     way="pcb-peft export {path} --to gguf -o adapter-gguf, then ADAPTER in a Modelfile",
     way_lacks=(features.dora, *features.BEYOND_LORA),
+    flags=lambda files, _: [f"{'ADAPTER' if files.config['adapter'] else 'FROM'} in its Modelfile"],
 )

@@ -17,7 +17,7 @@ from pcb_peft.adapters.saving import RECIPE, RECIPE_FILE, REPORT, REPORT_FILE
 from pcb_peft.deltas.delta import LowRank
 from pcb_peft.errors import MismatchError, OptionError, UnsupportedError
 from pcb_peft.exporting.profile import Profile, Request, in_one_process
-from pcb_peft.files.gguf import gguf_library
+from pcb_peft.files.gguf import gguf_library, is_adapter
 from pcb_peft.formats.lazy_delta import LazyDelta
 from pcb_peft.writing.atomic import replace_directory, write_file_atomically, write_files
 from pcb_peft.writing.model_card import public_name
@@ -87,12 +87,6 @@ def _report(request: Request) -> dict[str, str]:
     """Return a merge's recipe and report for the header of a single file, by their names there."""
     names = {RECIPE_FILE: RECIPE, REPORT_FILE: REPORT}
     return {names[name]: content.decode() for name, content in request.beside().items()}
-
-
-def is_adapter(path: Path) -> bool:
-    """Return whether a file is a GGUF adapter, which an export may replace."""
-    with path.open("rb") as stream:
-        return b"adapter.lora.alpha" in stream.read(1 << 12)
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pcb_peft.errors import MismatchError
-from pcb_peft.exporting.gguf_file import is_adapter
+from pcb_peft.files.gguf import is_adapter
 
 ANSWERED = 200  # tokens whose log-probabilities are asked for
 

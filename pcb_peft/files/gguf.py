@@ -30,6 +30,12 @@ def is_gguf(path: Path) -> bool:
         return stream.read(len(MAGIC)) == MAGIC
 
 
+def is_adapter(path: Path) -> bool:
+    """Return whether a GGUF file is a LoRA, and no whole model."""
+    with path.open("rb") as stream:
+        return b"adapter.lora.alpha" in stream.read(1 << 12)
+
+
 class GgufFile:
     """A GGUF file; tensors are read one by one, quantised ones as plain numbers."""
 
