@@ -220,6 +220,8 @@ def test_the_page_of_a_saved_merge_has_the_evaluation_that_was_written_beside_it
     card = (out / "README.md").read_text("utf-8")
     assert "| 50.0 (" in card
     assert json.loads((out / "evaluation.json").read_text())["tasks"][0]["merged"] == 0.5
+    (paths[0] / "evaluation.json").write_text("another program's")
+    assert inspect_adapter(paths[0]).evaluation is None
     seen = inspect_adapter(out)
     assert seen.as_dict()["evaluation"]["tasks"][0]["kept"] == 0.5
     table = str(seen).split("evaluation")[1].splitlines()

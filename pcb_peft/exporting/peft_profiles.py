@@ -1,4 +1,4 @@
-"""PEFT's own format: the portable form that every server reads alike, and the smallest exact form for PEFT itself."""
+"""PEFT's own format: the portable form, which servers read alike, and the smallest exact form for PEFT itself."""
 
 from collections.abc import Sequence
 

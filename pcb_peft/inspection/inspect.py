@@ -68,6 +68,7 @@ def inspect_adapter(
     }
     path = None if opened.source is None else expanded(opened.source.path)
     directory = path if opened.files is None else opened.files.directory or path
+    made = None if directory is None else read_report(directory)
     inspection = Inspection(
         name=opened.name,
         path=None if opened.source is None else opened.source.path,
@@ -83,8 +84,8 @@ def inspect_adapter(
         heads=tuple(opened.heads),
         companions=tuple(name for files in opened.companions.values() for name in files),
         bytes=size_on_disk(path) if path is not None and path.exists() else None,
-        made=read_report(directory) if directory is not None else None,
-        evaluation=read_evaluation(directory) if directory is not None else None,
+        made=made,
+        evaluation=None if directory is None or made is None else read_evaluation(directory),
     )
     found = [*concerns(inspection), *_name_concerns(opened, base)]
     return dataclasses.replace(inspection, warnings=tuple(found))
