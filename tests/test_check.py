@@ -216,6 +216,7 @@ def test_the_command(workshop, capsys):
     assert answer["verdicts"][0]["loads"] is False
 
 
+@pytest.mark.slow
 def test_a_check_imports_no_torch(workshop):
     adapter = workshop.adapter("llama", lora(*TARGETS))
     code = (

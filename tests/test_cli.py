@@ -655,6 +655,7 @@ def imported(place, *lines):
     return [line.removeprefix(command).split() for line, command in zip(said, lines, strict=True)]
 
 
+@pytest.mark.slow
 def test_help_version_and_errors_import_nothing_heavy_and_methods_no_torch(place):
     light = [
         "",
@@ -671,6 +672,7 @@ def test_help_version_and_errors_import_nothing_heavy_and_methods_no_torch(place
     assert methods == ["rich"]
 
 
+@pytest.mark.slow
 def test_a_directory_that_must_not_be_replaced_is_refused_before_anything_slow(place, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     words = f"-o {tmp_path}"

@@ -79,6 +79,7 @@ def unet():
     )
 
 
+@pytest.mark.slow
 def test_a_component_of_diffusers_is_saved_as_diffusers_saves_it(tmp_path):
     model = unet()
     for name, config in (("a", LORA), ("b", RSLORA)):
