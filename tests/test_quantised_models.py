@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from helpers import lora
-from models import gpt2, save
+from models import save
 from quantised_models import plain, quantised, two_forms
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -108,7 +108,7 @@ def test_a_model_of_another_class_and_its_configuration_of_generation(codes):
 
 def test_layers_of_gpt2_are_quantised_as_linear_layers(workshop, tmp_path):
     """bitsandbytes has (out, in) where Conv1D has (in, out); one of these layers is square."""
-    model = gpt2()
+    model = workshop.model("gpt2")
     base = save(model, tmp_path / "base")
     tensors = load_file(base / "model.safetensors")
     for name in [name for name in tensors if name.endswith((".c_attn.weight", ".c_proj.weight"))]:
@@ -128,7 +128,7 @@ def test_layers_of_gpt2_are_quantised_as_linear_layers(workshop, tmp_path):
     fold_adapter(adapter, base, tmp_path / "folded", dequantize=True, progress=False)
     folded = load_base(tmp_path / "folded", "CAUSAL_LM", torch.float32)
     wanted = logits(peft.PeftModel.from_pretrained(model, adapter))
-    assert torch.dist(logits(folded), wanted) < 0.01 * wanted.norm()
+    assert torch.dist(logits(folded), wanted) < 0.05 * wanted.norm()  # bfloat16
 
 
 @pytest.mark.slow
