@@ -60,10 +60,17 @@ def new_head(base: BaseModel, head: Replacements, class_name: str | None) -> New
 
 
 def _finds(model: Any, base: BaseModel) -> bool:
-    """Return whether a class finds the base model's weights: in files without a prefix, or with its own."""
+    """Return whether a class finds the base model's weights: in files without a prefix, or with its own.
+
+    Transformers 4 reads no files in which the head alone has its whole name.
+    """
+    import transformers
+
     prefix = base.names.skeleton.prefix
     bare = not any(name.startswith(f"{prefix}.") for name in base.tensors)
-    return bare or model.base_model_prefix == prefix
+    if bare:
+        return not transformers.__version__.startswith("4.")
+    return model.base_model_prefix == prefix
 
 
 def _built(base: BaseModel, class_name: str, classes: int) -> Any:
