@@ -307,7 +307,7 @@ def write_content(directory: Path, files: Mapping[str, bytes | None]) -> None:
 
 
 def cases(directory: Path) -> Iterator[Case]:
-    """Yield commands that write a merge, a fold, and a single file, over nothing and over an older one."""
+    """Yield commands that write directories and single files, over nothing and over an older output."""
     one, two = (lora(directory / name, seed) for seed, name in enumerate(("one", "two")))
     base = directory / "base"
     models.save(models.original("llama"), base, shard="8KB")
@@ -325,6 +325,11 @@ def cases(directory: Path) -> Iterator[Case]:
     yield Case("fold over an old one", directory, ["fold", one, base], ["fold", two, base])
     full = ["merge", one, two, "--base-model", base, "--rank", "full", "--fold"]
     yield Case("merge and fold, whole", directory, full)
+    export = ["export", one, "--to", "portable"]
+    yield Case("export", directory, export)
+    yield Case("export over an old one", directory, export, ["export", two, "--to", "portable"])
+    gguf = ["export", one, "--to", "gguf", "--base-model", base]
+    yield Case("export to GGUF", directory, gguf, output="out.gguf")
     kohya = [kohya_lora(directory / f"{name}.safetensors", seed) for seed, name in enumerate("ab")]
     yield Case("file", directory, ["merge", *kohya], output="out.safetensors")
     yield Case(

@@ -547,3 +547,18 @@ def test_a_copy_takes_no_more_place_than_the_original(tmp_path):
     (tmp_path / "empty").touch()
     copy_file(tmp_path / "empty", target)
     assert target.read_bytes() == b""
+
+
+def test_a_directory_that_cannot_be_listed_is_not_taken_for_an_empty_one(tmp_path, monkeypatch):
+    write(tmp_path / "out", "old")
+    scan = os.scandir
+
+    def broken(path):
+        if ".tmp" in str(path) and not isinstance(path, int):
+            raise OSError(errno.EIO, "Input/output error", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", broken)
+    with pytest.raises(OutputError, match="Input/output error"):
+        write(tmp_path / "out", overwrite=True)
+    assert content(tmp_path / "out") == "old"

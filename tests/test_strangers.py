@@ -275,9 +275,20 @@ def test_a_terminal_of_ascii_shows_what_it_can():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("value", ["x", "-1", "9" * 50])
-def test_a_launcher_that_sets_no_numbers_is_named(value):
-    ran = run("methods", WORLD_SIZE=value)
+@pytest.mark.parametrize("streams", [">&-", "2>&-", ">&- 2>&- <&-"])
+def test_a_stream_that_the_caller_has_closed_is_no_error(workshop, streams):
+    one, other = (workshop.adapter("mlp", lora(), name) for name in ("one", "other"))
+    command = f"{sys.executable} -m pcb_peft merge {one} {other} -o {one.parent}/out {streams}"
+    subprocess.run(["sh", "-c", command], check=True)
+    assert load_adapter(one.parent / "out").modules
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("value", "rank"), [("x", "0"), ("-1", "0"), ("9" * 50, "0"), ("2", "5"), ("0", "0")]
+)
+def test_a_launcher_that_sets_no_numbers_is_named(value, rank):
+    ran = run("methods", WORLD_SIZE=value, RANK=rank)
     assert ran.returncode == 2
     assert b"WORLD_SIZE is" in ran.stderr
     assert b"Traceback" not in ran.stderr

@@ -19,6 +19,7 @@ from pcb_peft import (
     open_statistics,
     read_recipe,
 )
+from pcb_peft.adapters.source import Source
 from pcb_peft.base.architecture import Skeleton, build_skeleton
 from pcb_peft.data.batches import read_rows
 from pcb_peft.data.moments import open_moments
@@ -528,3 +529,9 @@ def test_experts_whose_parts_make_no_matrix_are_refused(workshop, width):
     save_file(tensors | {name: torch.ones(width)}, base / "model.safetensors")
     with pytest.raises(BaseModelError, match="are parts of one matrix, and have the shapes"):
         extract_adapter(base, base, rank=1, progress=False)
+
+
+def test_a_subfolder_that_no_file_can_have_is_refused(workshop):
+    source = Source(str(workshop.adapter("mlp", lora())), subfolder="x" * 5000)
+    with pytest.raises(PcbPeftError, match="cannot be a path"):
+        load_adapter(source)

@@ -225,7 +225,7 @@ def _local(source: Source) -> Path | None:
         return directory
     if not directory.is_dir():
         return None
-    return directory / source.subfolder if source.subfolder else directory
+    return expanded(directory / source.subfolder) if source.subfolder else directory
 
 
 def _downloaded(source: Source) -> Path:

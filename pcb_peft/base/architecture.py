@@ -269,6 +269,7 @@ def skeleton_of(model: "PreTrainedModel") -> Skeleton:
 
 TRANSFORMERS_ERRORS = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError),
+    AssertionError,
     getattr(huggingface_hub.errors, "StrictDataclassError", ValueError),  # older versions lack it
 )
 """What transformers raises for a configuration that it cannot make sense of."""

@@ -32,6 +32,7 @@ from pcb_peft.commands.exit_codes import (
     code_of,
 )
 from pcb_peft.commands.output import (
+    open_closed_streams,
     print_answer,
     print_error,
     print_interrupted,
@@ -64,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: see `pcb_peft.commands.exit_codes`.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    open_closed_streams()
     print_what_the_terminal_cannot_show()
     with warnings.catch_warnings(), stoppable() as came:
         try:

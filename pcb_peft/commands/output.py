@@ -21,6 +21,17 @@ RED, YELLOW, CYAN = 31, 33, 36  # ANSI colours
 LIBRARIES = ("torch", "peft", "transformers", "safetensors")
 
 
+def open_closed_streams() -> None:
+    """Lead the standard streams that the caller has closed to nowhere: a file would get their numbers, and the text."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "r" if name == "stdin" else "w", closefd=False))  # noqa: SIM115
+
+
 def print_what_the_terminal_cannot_show() -> None:
     """Let characters that standard output cannot show be spelled out, instead of ending the command."""
     for stream in (sys.stdout, sys.stderr):

@@ -273,10 +273,11 @@ def rank_and_size() -> tuple[int, int]:
         ProcessError: The launcher's variables hold something else.
     """
     rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
-    if not all(re.fullmatch("[0-9]{0,9}", number) for number in (rank, size)):
+    numbers = all(re.fullmatch("[0-9]{0,9}", number) for number in (rank, size))
+    if not numbers or (size and int(rank or 0) >= int(size)):
         raise ProcessError(
-            f"RANK is {quoted(rank)} and WORLD_SIZE is {quoted(size)}; a launcher sets them to whole numbers: start "
-            "the command with accelerate launch or torchrun, or take both out of the environment"
+            f"RANK is {quoted(rank)} and WORLD_SIZE is {quoted(size)}; a launcher sets them to whole numbers, and RANK "
+            "to the smaller one: start the command with accelerate launch or torchrun, or take both away"
         )
     return int(rank or 0), int(size or 1)
 

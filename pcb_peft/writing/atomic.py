@@ -16,7 +16,7 @@ from pathlib import Path
 from pcb_peft.errors import OutputError
 from pcb_peft.runtime.processes import Processes
 from pcb_peft.writing.leftovers import aside, never, remove, repair, temporary_directory
-from pcb_peft.writing.manifest import write_manifest
+from pcb_peft.writing.manifest import walk, write_manifest
 from pcb_peft.writing.rename import exchange, move_to_free_place
 from pcb_peft.writing.resume import Resumable, forget_shards
 from pcb_peft.writing.targets import (
@@ -210,7 +210,7 @@ def _umask_mode(directory: Path) -> int:
 def _chmod_and_sync(directory: Path) -> None:
     """Give all files in a directory the mode that the umask gives, and sync them."""
     mode = _umask_mode(directory)
-    for folder, _, files in os.walk(directory, topdown=False):
+    for folder, _, files in walk(directory, topdown=False):
         for name in files:
             path = Path(folder, name)
             path.chmod(mode)

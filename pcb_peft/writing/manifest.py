@@ -52,7 +52,7 @@ def foreign_file(directory: Path) -> str | None:
     """
     listed = _listed(directory)
     folders = {folder.as_posix() for name in listed for folder in Path(name).parents}
-    for folder, subfolders, files in os.walk(directory):
+    for folder, subfolders, files in walk(directory):
         place = Path(folder).relative_to(directory)
         for name in sorted(subfolders):
             path = (place / name).as_posix()
@@ -66,8 +66,21 @@ def foreign_file(directory: Path) -> str | None:
     return None
 
 
+def walk(directory: Path, *, topdown: bool = True) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Yield the folders in a directory, each with its folders and files, as `os.walk` does.
+
+    Raises:
+        OSError: One of them cannot be read; `os.walk` passes over it in silence.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    return os.walk(directory, topdown=topdown, onerror=refuse)
+
+
 def _files(directory: Path) -> Iterator[str]:
-    for folder, _, files in os.walk(directory):
+    for folder, _, files in walk(directory):
         for name in files:
             path = Path(folder, name).relative_to(directory).as_posix()
             if path not in (MANIFEST, _NEXT):
