@@ -512,6 +512,9 @@ def test_stacked_experts_are_verified_from_files(workshop, tmp_path):
     done = exported(tmp_path / "merged", "portable", tmp_path / "y", verified=True, **options)
     assert done.verification.passed
     assert done.verification.sources is None
+    options |= {"max_rank": 1, "verified": True}
+    done = exported(tmp_path / "merged", "portable", tmp_path / "z", **options)
+    assert "stacked experts that were cut" in str(done)
 
 
 @pytest.mark.slow
@@ -526,6 +529,8 @@ def test_classifiers_are_verified_with_each_head(workshop, tmp_path):
             done = exported(one, profile, tmp_path / f"{profile}{number}", **options)
             assert done.verification.passed
             assert done.verification.sources < 1e-5 < done.verification.effect
+        assert "not for transformers, which ignores the heads beside the model" in done.check.line
+        assert "strict=False)  # the head" in done.next_steps
     one = exported(
         adapters[0], "peft", tmp_path / "one", base_model=workshop.base("bert"), verified=True
     )

@@ -119,11 +119,9 @@ def verify(
     """
     if base is None:
         raise OptionError("a result is verified on the base model: give base_model (--base-model)")
-    run = PROGRAMS.get(profile.name)
-    if run is None:
-        return Verification(
-            profile.name, skipped="run it with the base model in the program itself"
-        )
+    if reason := _why_not(adapter, profile, uncut):
+        return Verification(profile.name, skipped=reason)
+    run = PROGRAMS[profile.name]
     model, sources = base(), weighted_sources(uncut or adapter, base)
     directory = model.directory
     batches, name, largest = _batches(directory), "", dict[str, Any]()
@@ -144,6 +142,16 @@ def verify(
             for key, values in others.items():
                 largest[key] = max(largest.get(key, 0.0), _largest(found, values, top))
     return Verification(name, limit=_limit(output, profile), **largest)
+
+
+def _why_not(adapter: Adapter, profile: Profile, uncut: Adapter | None) -> str:
+    """Return why a result cannot be verified; empty where it can."""
+    if profile.name not in PROGRAMS:
+        return "run it with the base model in the program itself"
+    stacked = any(entry.stacked for entry in adapter.modules.entries.values())
+    if uncut is not None and stacked:
+        return "stacked experts that were cut are in no file beside it; export without max_rank is verified"
+    return ""
 
 
 def _limit(output: Path, profile: Profile) -> float:
