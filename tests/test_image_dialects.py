@@ -26,6 +26,13 @@ ROWS = (  # architecture, end of a name, and how many times as many rows as colu
     ("Flux.1", "net.0.proj", 4),
     ("Flux.2", "to_qkv_mlp_proj", 9),
     ("Flux.2", "ff.linear_in", 6),
+    ("Flux.2", "ff_context.linear_in", 6),
+)
+COLUMNS = (  # and how many times as many columns as rows
+    ("Flux.1", "net.2", 4),
+    ("Flux.1", "0.proj_out", 5),
+    ("Flux.2", "linear_out", 3),
+    ("Flux.2", "attn.to_out", 4),
 )
 
 
@@ -36,11 +43,14 @@ def shape_of(name, architecture):
     if "{" in name:
         shares = shares_of(name)
         return (7 if len(shares) == 4 else sum(shares)) * width // max(shares), width
-    times = (t for one, end, t in ROWS if one == architecture and name.endswith(end))
-    return next(times, 1) * width, width
+    times, wide = (
+        next((t for one, end, t in table if one == architecture and name.endswith(end)), 1)
+        for table in (ROWS, COLUMNS)
+    )
+    return times * width, wide * width
 
 
-def factors(architecture, leave_out="(?!)", width=None):
+def factors(architecture, leave_out="(?!)"):
     """Two factors of every module of an architecture, by diffusers' names; `leave_out` matches names to do without."""
     made = {}
     for seed, template in enumerate(BY_NAME[architecture].rows.names):
@@ -48,8 +58,6 @@ def factors(architecture, leave_out="(?!)", width=None):
         if re.search(leave_out, name):
             continue
         rows, columns = shape_of(name, architecture)
-        if width:
-            rows, columns = rows // columns * width, width
         generator = torch.Generator().manual_seed(seed)
         down = torch.randn(RANK, columns, generator=generator)
         made[name] = down, torch.randn(rows, RANK, generator=generator)
@@ -65,6 +73,10 @@ def in_parts(deltas):
         sizes = [len(delta) * share // sum(shares) for share in shares]
         split |= dict(zip(parts_of(name), delta.split(sizes), strict=True))
     return split
+
+
+def rand(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
 def file_of(path, named, ends=("lora_A", "lora_B"), *, alpha=False):
@@ -176,21 +188,25 @@ def test_all_dialects_of_a_model_merge_on_the_same_weights(tmp_path, architectur
         assert (merged.delta(name) - whole).norm() <= 1e-5 * whole.norm(), name
 
 
-LEAVE_OUT = r"norm_q|norm_k|norm_added|norm[123]$|scale_shift_table|patch_embedding"
-CONVERTERS = {  # converter of diffusers: architecture, dialect, modules that it does not take, width if it wants one
-    "kohya_flux": ("Flux.1", "kohya", r"\{to_q,to_k,to_v}$|distilled|embedder|^proj_out", 3072),
-    "hunyuan_video": ("HunyuanVideo", "ai-toolkit", r"proj_mlp|refiner_blocks.*to_q", None),
-    "non_diffusers_lumina2": ("Lumina-Image 2", "ai-toolkit", "^x_embed|time_cap|norm_out", None),
-    "non_diffusers_wan": ("Wan", "ai-toolkit", LEAVE_OUT, None),
-    "musubi_wan": ("Wan", "kohya", f"{LEAVE_OUT}|embed|time|^proj", None),
-    "non_diffusers_hidream": ("HiDream", "ai-toolkit", "(?!)", None),
-    "non_diffusers_ltxv": ("LTX-Video", "ai-toolkit", "audio|time_embed|^proj_in", None),
-    "non_diffusers_ltx2": ("LTX-Video", "ai-toolkit", "(?!)", None),
-    "non_diffusers_qwen": ("Qwen-Image", "kohya", "(?!)", None),
-    "non_diffusers_anima": ("Anima", "ai-toolkit", "(?!)", None),
-    "non_diffusers_flux2": ("Flux.2", "ai-toolkit", "(?!)", None),
-    "kohya_flux2": ("Flux.2", "kohya", "guidance_embedder|_modulation", None),
-    "non_diffusers_z_image": ("Z-Image", "kohya", "all_|embedder", None),
+LEAVE_OUT = r"vace|norm_q|norm_k|norm_added|norm[123]$|scale_shift_table|patch_embedding"
+CONVERTERS = {  # converter of diffusers: architecture, dialect, modules that it does not take
+    "kohya_flux": ("Flux.1", "kohya", r"\{to_q,to_k,to_v}$|distilled|embedder|^proj_out"),
+    "hunyuan_video": ("HunyuanVideo", "ai-toolkit", r"proj_mlp|refiner_blocks.*to_q"),
+    "non_diffusers_lumina2": ("Lumina-Image 2", "ai-toolkit", "^x_embed|time_cap|norm_out"),
+    "non_diffusers_wan": ("Wan", "ai-toolkit", LEAVE_OUT),
+    "musubi_wan": ("Wan", "kohya", f"{LEAVE_OUT}|embed|time|^proj"),
+    "non_diffusers_hidream": ("HiDream", "ai-toolkit", "(?!)"),
+    "non_diffusers_ltxv": (
+        "LTX-Video",
+        "ai-toolkit",
+        "audio|time_embed|^proj_in|cross_attn|^prompt_adaln|gate_logits",
+    ),
+    "non_diffusers_ltx2": ("LTX-Video", "ai-toolkit", "(?!)"),
+    "non_diffusers_qwen": ("Qwen-Image", "kohya", "(?!)"),
+    "non_diffusers_anima": ("Anima", "ai-toolkit", "(?!)"),
+    "non_diffusers_flux2": ("Flux.2", "ai-toolkit", "(?!)"),
+    "kohya_flux2": ("Flux.2", "kohya", "guidance_embedder|_modulation"),
+    "non_diffusers_z_image": ("Z-Image", "kohya", "all_|embedder"),
 }
 
 
@@ -198,12 +214,12 @@ CONVERTERS = {  # converter of diffusers: architecture, dialect, modules that it
 def test_names_mean_what_diffusers_converter_makes_of_them(tmp_path, converter):
     utilities = pytest.importorskip("diffusers.loaders.lora_conversion_utils")
     convert = getattr(utilities, f"_convert_{converter}_lora_to_diffusers")
-    architecture, dialect, leave_out, width = CONVERTERS[converter]
+    architecture, dialect, leave_out = CONVERTERS[converter]
     if (
         converter == "kohya_flux"
     ):  # the factors of linear1 that it splits are as large as the model's
         leave_out += r"|single_transformer_blocks.*\{attn"
-    made = factors(architecture, leave_out, width and WIDTH)
+    made = factors(architecture, leave_out)
     _, ends, alpha = DIALECTS[dialect]
     path = tmp_path / "a.safetensors"
     stored = file_of(path, named_in(dialect, architecture, made), ends, alpha=alpha)
@@ -219,6 +235,31 @@ def test_names_mean_what_diffusers_converter_makes_of_them(tmp_path, converter):
     assert len(ours) > 5
     for name, delta in theirs.items():
         assert (ours[name] - delta).norm() <= 1e-5 * delta.norm(), name
+
+
+def test_a_matrix_of_a_single_block_tells_flux_1_from_flux_2(tmp_path):
+    for number, (times, module) in enumerate({5: "proj_out", 4: "attn.to_out"}.items()):
+        made = {"diffusion_model.single_blocks.0.linear2": (rand(2, 32 * times), rand(32, 2))}
+        path = tmp_path / f"{number}.safetensors"
+        file_of(path, made)
+        assert [*load_adapter(path).modules] == [
+            f"transformer.single_transformer_blocks.0.{module}"
+        ]
+
+
+def test_queries_of_the_first_diffusers_are_those_of_a_text_encoder(tmp_path):
+    layer = "text_encoder.text_model.encoder.layers.0.self_attn"
+    named = {f"{layer}.{name}": (rand(2, 32), rand(32, 2)) for name in ("to_q", "to_out")}
+    tensors = {
+        f"{name}_lora.{part}.weight": values
+        for name, pair in named.items()
+        for part, values in zip(("down", "up"), pair, strict=True)
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    adapter = load_adapter(tmp_path / "a.safetensors")
+    for old, new in {"to_q": "q_proj", "to_out": "out_proj"}.items():
+        down, up = named[f"{layer}.{old}"]
+        assert torch.allclose(adapter.delta(f"{layer}.{new}"), up @ down, atol=1e-5)
 
 
 def test_xlabs_queries_keys_and_values_meet_those_of_linear1(tmp_path):

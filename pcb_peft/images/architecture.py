@@ -13,6 +13,25 @@ def _any_shapes(_: Shapes) -> bool:
     return True
 
 
+def has_proportions(shapes: Shapes, proportions: Mapping[str, tuple[int, int]]) -> bool:
+    """Return whether matrices have as many rows for each column as those of a model have.
+
+    Args:
+        shapes: The modules.
+        proportions: End of a module's name to rows and columns, in any unit.
+
+    >>> has_proportions({"lora_unet_double_blocks_0_img_mlp_0": (96, 32)}, {"img_mlp.0": (4, 1)})
+    False
+    """
+    ends = {end.replace(".", "_"): sizes for end, sizes in proportions.items()}
+    return all(
+        shape[0] * columns == shape[1] * rows
+        for name, shape in shapes.items()
+        for end, (rows, columns) in ends.items()
+        if name.replace(".", "_").endswith(end)
+    )
+
+
 BASE = "BASE"
 """Name of what lies outside of the blocks, in lists of weights by block."""
 LAST = 1000  # number of what changes the size, at the end of a block

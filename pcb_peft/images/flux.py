@@ -1,6 +1,6 @@
 """Flux.1 (dev, schnell, Kontext, Fill) and Chroma: 19 double blocks, 38 single blocks; XLabs' names come last."""
 
-from pcb_peft.images.architecture import Architecture, Shapes
+from pcb_peft.images.architecture import Architecture, Shapes, has_proportions
 from pcb_peft.images.rows import Rows
 
 DOUBLE = "transformer_blocks.#"
@@ -33,13 +33,9 @@ single_blocks.#.processor.proj = {SINGLE}.proj_out
 
 def _fits(shapes: Shapes) -> bool:
     """Return whether the matrices have this model's proportions: 7 d rows in linear1, 4 d in img_mlp.0."""
-    rows = {"linear1": 7, "img_mlp.0": 4, "img_mlp_0": 4, "net.0.proj": 4}
-    return all(
-        shape[0] == times * shape[1]
-        for name, shape in shapes.items()
-        for end, times in rows.items()
-        if name.endswith(end)
-    )
+    sizes = {"linear1": (7, 1), "linear2": (1, 5), "img_mlp.0": (4, 1), "txt_mlp.0": (4, 1)}
+    sizes |= {"img_mlp.2": (1, 4), "txt_mlp.2": (1, 4), "net.0.proj": (4, 1)}
+    return has_proportions(shapes, sizes)
 
 
 FLUX = Architecture(

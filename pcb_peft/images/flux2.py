@@ -1,6 +1,6 @@
 """Flux.2 (dev, Klein): the single blocks are fused in diffusers too."""
 
-from pcb_peft.images.architecture import Architecture, Shapes
+from pcb_peft.images.architecture import Architecture, Shapes, has_proportions
 from pcb_peft.images.rows import Rows
 
 DOUBLE = "transformer_blocks.#"
@@ -24,13 +24,9 @@ final_layer.linear = proj_out
 
 def _fits(shapes: Shapes) -> bool:
     """Return whether the matrices have this model's proportions: 9 d rows in linear1, 6 d in img_mlp.0."""
-    rows = {"linear1": 9, "img_mlp.0": 6, "img_mlp_0": 6}
-    return all(
-        shape[0] == times * shape[1]
-        for name, shape in shapes.items()
-        for end, times in rows.items()
-        if name.endswith(end)
-    )
+    sizes = {"linear1": (9, 1), "linear2": (1, 4), "img_mlp.0": (6, 1), "txt_mlp.0": (6, 1)}
+    sizes |= {"img_mlp.2": (1, 3), "txt_mlp.2": (1, 3)}
+    return has_proportions(shapes, sizes)
 
 
 FLUX2 = Architecture(

@@ -2,7 +2,7 @@
 
 import re
 
-from pcb_peft.images.architecture import Architecture, Shapes
+from pcb_peft.images.architecture import Architecture, Shapes, has_proportions
 from pcb_peft.images.rows import Rows
 
 DOUBLE = "transformer_blocks.#"
@@ -46,7 +46,7 @@ MORE_THAN_FLUX = re.compile(
 
 def _fits(shapes: Shapes) -> bool:
     """Return whether linear1 has 7 d rows, and whether names like those of Flux are not all that there is."""
-    whole = all(s[0] == 7 * s[1] for name, s in shapes.items() if name.endswith("linear1"))
+    whole = has_proportions(shapes, {"linear1": (7, 1), "linear2": (1, 5)})
     as_flux = any(map(LIKE_FLUX.match, shapes))
     return whole and (not as_flux or any(map(MORE_THAN_FLUX.match, shapes)))
 

@@ -29,6 +29,8 @@ DOTS = re.compile(
 )
 WRAPPER = re.compile(r"(?<=\.)base_model\.model\.|^pipe\.dit\.")
 """Matches what PEFT and DiffSynth put before a path, and what says nothing."""
+CUT = re.compile(r"(?<=diffusion_model\.)sformer_blocks\.")
+"""Matches what some files of Flux.2 have of ``transformer_blocks``; diffusers reads it so, too."""
 TEXT = {
     "lora_te_": "text_encoder",
     "lora_te1_": "text_encoder",
@@ -110,7 +112,7 @@ class ImageLora:
 
 def stored_name(name: str) -> StoredName:
     """Return the parts of a module's name in a file."""
-    name = WRAPPER.sub("", name)
+    name = CUT.sub("transformer_blocks.", WRAPPER.sub("", name))
     if match := UNDERSCORES.fullmatch(name):
         return StoredName(match[1], match[2].strip("_"), "_")
     if match := DOTS.fullmatch(name):

@@ -1,4 +1,4 @@
-"""Text encoders of pipelines: CLIP, by the names of transformers 4 and 5 and of OpenCLIP, and T5."""
+"""Text encoders of pipelines: CLIP (names of transformers 4 and 5, OpenCLIP, and the first diffusers), and T5."""
 
 from pcb_peft.images.rows import Rows
 
@@ -18,7 +18,11 @@ transformer.resblocks.#.attn.in_proj = text_model.encoder.layers.#.self_attn.{q_
 transformer.resblocks.#.attn.out_proj = text_model.encoder.layers.#.self_attn.out_proj
 transformer.resblocks.#.mlp.(c_fc|c_proj) = text_model.encoder.layers.#.mlp.(fc1|fc2)
 """
-ROWS = Rows(_CLIP, _T5, _OPEN_CLIP)
+_OLD = "text_model.encoder.layers.#.self_attn"
+_OLD_DIFFUSERS = f"""
+{_OLD}.(to_q|to_k|to_v|to_out) = {_OLD}.(q_proj|k_proj|v_proj|out_proj)
+"""
+ROWS = Rows(_CLIP, _T5, _OPEN_CLIP, _OLD_DIFFUSERS)
 
 
 def canonical(path: str, separator: str) -> str | None:
