@@ -28,6 +28,11 @@ ROWS = (  # architecture, end of a name, and how many times as many rows as colu
     ("Flux.2", "ff.linear_in", 6),
     ("Flux.2", "ff_context.linear_in", 6),
 )
+ROWS += tuple((one, "norm_out.linear", 2) for one in ("Flux.1", "Flux.2", "HunyuanVideo"))
+ROWS += (
+    ("Stable Diffusion 3", "norm_out.linear", 2),
+    ("Stable Diffusion 3", "norm1_context.linear", 2),
+)
 COLUMNS = (  # and how many times as many columns as rows
     ("Flux.1", "net.2", 4),
     ("Flux.1", "0.proj_out", 5),
@@ -113,6 +118,7 @@ DIALECTS = {  # from the original code's name, diffusers' and the component to t
     ),
     "PEFT": (lambda _, here, __: f"base_model.model.{here}", ("lora_A", "lora_B"), False),
 }
+EXCHANGED = re.compile(r"^norm_out\.linear$|norm1_context\.linear$")
 FUSED_IN_DIFFUSERS = ("kohya, diffusers' names", "lycoris", "OneTrainer", "SimpleTuner", "PEFT")
 
 
@@ -127,6 +133,12 @@ def named_in(dialect, architecture, made):
         ups = in_parts({name: up for name, (_, up) in made.items()})
         downs = {part: down for name, (down, _) in made.items() for part in parts_of(name)}
         made = {part: (downs[part], up) for part, up in ups.items()}
+    else:  # scale before shift in diffusers, shift before scale elsewhere
+        swapped = [name for name in made if EXCHANGED.search(name)]
+        halves = {
+            name: made[name][1].chunk(2) for name in swapped if len(made[name][1]) == 2 * WIDTH
+        }
+        made = made | {name: (made[name][0], torch.cat([b, a])) for name, (a, b) in halves.items()}
     one = BY_NAME[architecture]
     return {
         write(one.original(name) or name, name, one.component): pair for name, pair in made.items()
@@ -189,9 +201,9 @@ def test_all_dialects_of_a_model_merge_on_the_same_weights(tmp_path, architectur
 
 
 LEAVE_OUT = r"vace|norm_q|norm_k|norm_added|norm[123]$|scale_shift_table|patch_embedding"
-CONVERTERS = {  # converter of diffusers: architecture, dialect, modules that it does not take
-    "kohya_flux": ("Flux.1", "kohya", r"\{to_q,to_k,to_v}$|distilled|embedder|^proj_out"),
-    "hunyuan_video": ("HunyuanVideo", "ai-toolkit", r"proj_mlp|refiner_blocks.*to_q"),
+CONVERTERS = {  # converter of diffusers: architecture, dialect, modules that it does not take, or (norm_out) changes
+    "kohya_flux": ("Flux.1", "kohya", r"\{to_q,to_k,to_v}$|distilled|embedder|^proj_out|norm_out"),
+    "hunyuan_video": ("HunyuanVideo", "ai-toolkit", r"proj_mlp|refiner_blocks.*to_q|^norm_out"),
     "non_diffusers_lumina2": ("Lumina-Image 2", "ai-toolkit", "^x_embed|time_cap|norm_out"),
     "non_diffusers_wan": ("Wan", "ai-toolkit", LEAVE_OUT),
     "musubi_wan": ("Wan", "kohya", f"{LEAVE_OUT}|embed|time|^proj"),
@@ -204,8 +216,8 @@ CONVERTERS = {  # converter of diffusers: architecture, dialect, modules that it
     "non_diffusers_ltx2": ("LTX-Video", "ai-toolkit", "(?!)"),
     "non_diffusers_qwen": ("Qwen-Image", "kohya", "(?!)"),
     "non_diffusers_anima": ("Anima", "ai-toolkit", "(?!)"),
-    "non_diffusers_flux2": ("Flux.2", "ai-toolkit", "(?!)"),
-    "kohya_flux2": ("Flux.2", "kohya", "guidance_embedder|_modulation"),
+    "non_diffusers_flux2": ("Flux.2", "ai-toolkit", "norm_out"),
+    "kohya_flux2": ("Flux.2", "kohya", "guidance_embedder|_modulation|norm_out"),
     "non_diffusers_z_image": ("Z-Image", "kohya", "all_|embedder"),
 }
 

@@ -210,6 +210,40 @@ def test_parts_of_a_matrix_are_folded_into_their_rows(tmp_path, name, missing):
     assert (found - weight - torch.cat(blocks)).abs().max() < 1e-5
 
 
+FINAL = {  # layer of a file in one piece: diffusers', which has scale before shift
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+    "model.diffusion_model.joint_blocks.1.context_block.adaLN_modulation.1": (
+        "transformer_blocks.1.norm1_context.linear"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FINAL)
+def test_halves_are_folded_in_the_order_of_the_file(tmp_path, name):
+    utilities = pytest.importorskip("diffusers.loaders.single_file_utils")
+    down, up = pair(1, 16, 8)
+    module = f"transformer.{FINAL[name]}"
+    tensors = {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    weight, bias = torch.randn(16, 8, generator=torch.Generator().manual_seed(0)), torch.ones(16)
+    start = name.removesuffix("final_layer.adaLN_modulation.1").removesuffix(
+        "joint_blocks.1.context_block.adaLN_modulation.1"
+    )
+    block = "joint_blocks.0.x_block.attn" if start else "double_blocks.0.img_attn"
+    qkv = {f"{start}{block}.qkv.weight": torch.zeros(24, 8)}
+    save_file(
+        {f"{name}.weight": weight, f"{name}.bias": bias, **qkv}, tmp_path / "base.safetensors"
+    )
+    load_adapter(tmp_path / "lora.safetensors").fold(
+        tmp_path / "base.safetensors", tmp_path / "out.safetensors"
+    )
+    found = load_file(tmp_path / "out.safetensors")
+    converted = utilities.swap_scale_shift(found[f"{name}.weight"], 0)
+    wanted = utilities.swap_scale_shift(weight, 0) + up @ down
+    assert (converted - wanted).norm() <= 1e-5 * wanted.norm()
+    assert torch.equal(found[f"{name}.bias"], bias)
+
+
 def test_bases_and_outputs_that_do_not_fit_are_refused(tmp_path):
     name = "transformer.transformer_blocks.0.attn.to_q"
     adapter = load_adapter(lora(tmp_path / "lora.safetensors", {name: (8, 8)}))

@@ -14,9 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pcb_peft.base.files import TensorInfo, read_tensor_infos
+from pcb_peft.base.places import EXCHANGED
 from pcb_peft.errors import BaseModelError
 from pcb_peft.images import text_encoders
-from pcb_peft.images.names import canonical_names, is_canonical
+from pcb_peft.images.names import canonical_names, halves_exchanged, is_canonical
 
 HERE = "."
 """Name of the file for messages and paths: a checkpoint in one file is its own directory."""
@@ -76,7 +77,8 @@ def _canonical(stored: Mapping[str, TensorInfo]) -> dict[str, str]:
     names, _ = canonical_names(model, {}, dict.fromkeys(modules.values()))
     for name, module in modules.items():
         if is_canonical(new := names[module]):
-            renamed[name] = f"{new}.{_plain(name).rpartition('.')[2]}"
+            exchanged = halves_exchanged(module, new, model.get(module, (1, 1)))
+            renamed[name] = f"{new}.{_plain(name).rpartition('.')[2]}{EXCHANGED * exchanged}"
     return {name: renamed.get(name, name) for name in stored}
 
 

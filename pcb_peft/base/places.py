@@ -10,6 +10,9 @@ from pcb_peft.base.names import ParameterNames
 from pcb_peft.errors import BaseModelError
 from pcb_peft.images.rows import parts_of, rows_of_parts
 
+EXCHANGED = "~"
+"""End of the name of a parameter whose second half of rows stands before the first in the file of an image model."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class WeightSlice:
@@ -103,6 +106,19 @@ def places_in_whole(module: str, names: ParameterNames) -> tuple[WeightSlice, ..
         if "{" in name and whole != name and module in parts_of(whole):
             rows = rows_of_parts(whole, (tensor.shape[0], tensor.shape[1]))[module]
             return (WeightSlice(name, part=(rows.start, rows.stop, 1)),)
+    return ()
+
+
+def places_of_halves(module: str, names: ParameterNames) -> tuple[WeightSlice, ...]:
+    """Return the places of a weight or bias of an image model whose halves the files have in another order."""
+    for parameter in (f"{module}.weight{EXCHANGED}", f"{module}{EXCHANGED}"):
+        if parameter in names.tensors:
+            half = names.tensors[parameter].shape[0] // 2
+            first, second = (0, half), (half, 2 * half)
+            return (
+                WeightSlice(parameter, rows=first, part=(*second, 1)),
+                WeightSlice(parameter, rows=second, part=(*first, 1)),
+            )
     return ()
 
 

@@ -2,12 +2,13 @@
 
 The rows of the whole are those of its parts, one below the other. A LoRA of the whole is therefore one LoRA per part,
 with the same lora_A; and LoRAs of the parts are one LoRA of the whole, whose rank is the sum of theirs unless they
-share lora_A.
+share lora_A. Of some matrices, one program has the second half of the rows before the first.
 """
 
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from pcb_peft.deltas.delta import Dense, LowRank
 from pcb_peft.deltas.layout import LINEAR
@@ -36,6 +37,20 @@ def split_loras(name: str, delta: LowRank) -> dict[str, LowRank]:
     """Return the LoRAs of a fused module's parts."""
     slices = rows_of_parts(name, delta.shape)
     return {part: lora_rows(delta, rows) for part, rows in slices.items()}
+
+
+def exchanged_entry(entry: LazyDelta) -> LazyDelta:
+    """Return the delta with the second half of its rows before the first."""
+    return only_rows(entry, _exchanged_rows(entry.shape[0]), entry.shape[0])
+
+
+def exchanged_lora(delta: LowRank) -> LowRank:
+    """Return the LoRA with the second half of its rows before the first."""
+    return lora_rows(delta, _exchanged_rows(delta.shape[0]))
+
+
+def _exchanged_rows(count: int) -> Tensor:
+    return torch.arange(count).roll(count // 2)
 
 
 def joined(parts: Sequence[LowRank | int]) -> LowRank:

@@ -13,12 +13,18 @@ from pcb_peft.errors import AdapterError, UnsupportedError
 from pcb_peft.files.adapter_config import PipelineConfig, checked_config
 from pcb_peft.formats.base_weights import Base
 from pcb_peft.formats.checkpoint import PIPELINE_TYPE, Tensors
-from pcb_peft.formats.fused import split_entry
+from pcb_peft.formats.fused import exchanged_entry, split_entry
 from pcb_peft.formats.lazy_delta import AdapterContents, Config, LazyDelta
 from pcb_peft.formats.pipeline_changes import as_dora, bias_change, weight_change, with_kernel
 from pcb_peft.formats.registry import Format, register
 from pcb_peft.formats.tuner import ModuleTensors
-from pcb_peft.images.names import ImageLora, canonical_names, is_canonical, stored_name
+from pcb_peft.images.names import (
+    ImageLora,
+    canonical_names,
+    halves_exchanged,
+    is_canonical,
+    stored_name,
+)
 
 PARTS = {  # end of a tensor's name, perhaps with the adapter's name, to the part; the first that fits counts
     r"\.(lora_down|lora_A|lora\.down|lora_linear_layer\.down)(\.[^.]+)?\.weight|_lora\.down\.weight": "A",
@@ -70,6 +76,9 @@ def read(config: Config, tensors: Tensors, base: Base) -> AdapterContents:
     for path, module in modules.items():
         name, entry, bias = names[path], changes[path], biases[path]
         whole: dict[str, LazyDelta] = {}
+        if halves_exchanged(path, name, shapes.get(path)):
+            _refuse_exchanged_dora(module)
+            entry, bias = (one and exchanged_entry(one) for one in (entry, bias))
         if entry is not None:
             whole[name] = _on_weight(entry, module, name, image, base)
         if bias is not None:
@@ -77,6 +86,15 @@ def read(config: Config, tensors: Tensors, base: Base) -> AdapterContents:
         for each, change in whole.items():
             entries |= split_entry(each, change) if image.splits(name) else {each: change}
     return AdapterContents(entries, {}, image=image)
+
+
+def _refuse_exchanged_dora(module: ModuleTensors) -> None:
+    """Refuse a DoRA of a layer whose halves diffusers exchanges."""
+    if "dora_scale" in module.names:
+        raise UnsupportedError(
+            f"{module.path} is a DoRA of a layer whose halves are in another order in diffusers, which is not read: "
+            "leave it out of the file"
+        )
 
 
 def _on_weight(

@@ -9,12 +9,19 @@ from torch import Tensor
 from pcb_peft.deltas.delta import LowRank
 from pcb_peft.errors import UnsupportedError
 from pcb_peft.formats.checkpoint import PIPELINE
-from pcb_peft.formats.fused import regrouped
+from pcb_peft.formats.fused import exchanged_lora, regrouped
 from pcb_peft.formats.lazy_delta import AdapterFiles, is_vector
 from pcb_peft.formats.registry import Writer, register
 from pcb_peft.images.metadata import metadata_of
 from pcb_peft.images.names import COMFYUI, DIFFUSERS, KOHYA, ImageLora
-from pcb_peft.images.targets import BIAS, WEIGHT, factor_names, names_in_file, with_components
+from pcb_peft.images.targets import (
+    BIAS,
+    WEIGHT,
+    exchanged_in_file,
+    factor_names,
+    names_in_file,
+    with_components,
+)
 
 
 def _write(
@@ -43,6 +50,8 @@ def _write(
     tensors: dict[str, Tensor] = {}
     for module, name in names.items():
         delta = deltas[module]
+        if exchanged_in_file(name, module, shapes):
+            delta = exchanged_lora(delta)
         if module in whole:
             tensors[name] = delta.layout.stored(delta.matrix()).to(dtype)
             continue

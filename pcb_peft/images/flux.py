@@ -21,6 +21,7 @@ time_in.(in_layer|out_layer) = time_text_embed.timestep_embedder.(linear_1|linea
 guidance_in.(in_layer|out_layer) = time_text_embed.guidance_embedder.(linear_1|linear_2)
 vector_in.(in_layer|out_layer) = time_text_embed.text_embedder.(linear_1|linear_2)
 final_layer.linear = proj_out
+final_layer.adaLN_modulation.1 ~ norm_out.linear
 distilled_guidance_layer.(in_proj|out_proj)
 distilled_guidance_layer.layers.#.(in_layer|out_layer) = distilled_guidance_layer.layers.#.(linear_1|linear_2)
 double_blocks.#.processor.qkv_lora1 = {DOUBLE}.attn.{{to_q,to_k,to_v}}

@@ -19,6 +19,7 @@ guidance_in.(in_layer|out_layer) = time_guidance_embed.guidance_embedder.(linear
 double_stream_modulation_(img|txt).lin = double_stream_modulation_(img|txt).linear
 single_stream_modulation.lin = single_stream_modulation.linear
 final_layer.linear = proj_out
+final_layer.adaLN_modulation.1 ~ norm_out.linear
 """)
 
 

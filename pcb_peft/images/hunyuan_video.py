@@ -25,6 +25,7 @@ txt_in.individual_token_refiner.blocks.#.adaLN_modulation.1 = {REFINER}.norm_out
 txt_in.input_embedder = context_embedder.proj_in
 img_in.proj = x_embedder.proj
 final_layer.linear = proj_out
+final_layer.adaLN_modulation.1 ~ norm_out.linear
 double_blocks.#.img_attn.qkv = {DOUBLE}.attn.{{to_q,to_k,to_v}}
 double_blocks.#.txt_attn.qkv = {DOUBLE}.attn.{{add_q_proj,add_k_proj,add_v_proj}}
 double_blocks.#.(img_attn|txt_attn).proj = {DOUBLE}.attn.(to_out.0|to_add_out)

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pcb_peft.errors import AdapterError
+from pcb_peft.errors import AdapterError, UnsupportedError
 from pcb_peft.images import text_encoders
 from pcb_peft.images.architecture import Architecture, Shapes
 from pcb_peft.images.rows import parts_of
@@ -108,6 +108,33 @@ class ImageLora:
         paths = {part.partition(".")[2] for part in parts_of(module)}
         wholes = {one.rows.whole_of.get(path) for one in self.candidates for path in paths}
         return "{" in module and module.partition(".")[2] not in wholes
+
+
+def halves_exchanged(stored: str, canonical: str, shape: tuple[int, int] | None) -> bool:
+    """Return whether a file has the second half of a weight's rows, and of its bias, before the first.
+
+    Args:
+        stored: Name of the module in the file.
+        canonical: Its canonical name.
+        shape: (out, in) of the weight's change; None where only its bias changes.
+
+    Raises:
+        UnsupportedError: Only its bias changes, and depending on the weight it has halves or not.
+
+    >>> names = "lora_unet_final_layer_adaLN_modulation_1", "transformer.norm_out.linear"
+    >>> halves_exchanged(*names, (64, 32))
+    True
+    """
+    name, path = stored_name(stored), canonical.partition(".")[2]
+    sides = (one.rows.exchanged for one in ARCHITECTURES)
+    if all(side.get(name.path, name.separator) != path for side in sides):
+        return False
+    if shape is None:
+        raise UnsupportedError(
+            f"{stored}: only the bias of this layer changes, and whether the file has its halves in the order of "
+            "diffusers cannot be told without a LoRA of its weight: leave it out of the file"
+        )
+    return shape[0] == 2 * shape[1]
 
 
 def stored_name(name: str) -> StoredName:

@@ -8,7 +8,8 @@
 
 ``#`` is a number. ``(a|b)`` stands for one line with a and one with b; a second list on the line follows the first.
 Braces name the parts of a matrix that diffusers keeps apart, from its first rows to its last; ``to_q*3`` has three
-times the rows of the others. A line without ``=`` is the same in both.
+times the rows of the others. A line without ``=`` is the same in both. ``~`` in place of ``=`` says that diffusers has
+the second half of the rows before the first (scale and shift), if there are twice as many rows as columns.
 """
 
 import re
@@ -80,8 +81,14 @@ class Rows:
             texts: Tables, with one module per line.
         """
         lines = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
-        pairs = [line.partition(" = ") for one in lines for line in _expanded(one)]
-        rows = [(original, diffusers or original) for original, _, diffusers in pairs]
+        rows: list[tuple[str, str]] = []
+        exchanged: list[tuple[str, str]] = []
+        for line in lines:
+            for one in _expanded(line.replace(" ~ ", " = ")):
+                original, _, diffusers = one.partition(" = ")
+                rows.append((original, diffusers or original))
+                exchanged += rows[-1:] if " ~ " in line else []
+        self.exchanged = Side(exchanged)
         self.to_diffusers = Side(rows)
         self.to_original = Side([(diffusers, original) for original, diffusers in rows])
         names = list(dict.fromkeys(diffusers for _, diffusers in rows))

@@ -13,11 +13,13 @@ joint_blocks.#.context_block.attn.proj = {JOINT}.attn.to_add_out
 joint_blocks.#.x_block.mlp.(fc1|fc2) = {JOINT}.ff.(net.0.proj|net.2)
 joint_blocks.#.context_block.mlp.(fc1|fc2) = {JOINT}.ff_context.(net.0.proj|net.2)
 joint_blocks.#.x_block.adaLN_modulation.1 = {JOINT}.norm1.linear
+joint_blocks.#.context_block.adaLN_modulation.1 ~ {JOINT}.norm1_context.linear
 x_embedder.proj = pos_embed.proj
 context_embedder
 t_embedder.mlp.(0|2) = time_text_embed.timestep_embedder.(linear_1|linear_2)
 y_embedder.mlp.(0|2) = time_text_embed.text_embedder.(linear_1|linear_2)
 final_layer.linear = proj_out
+final_layer.adaLN_modulation.1 ~ norm_out.linear
 """)
 
 SD3 = Architecture(

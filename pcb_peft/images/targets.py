@@ -11,6 +11,7 @@ from pcb_peft.images.names import (
     KOHYA,
     TEXT,
     ImageLora,
+    halves_exchanged,
     is_canonical,
     recognised,
     stored_name,
@@ -53,7 +54,25 @@ def names_in_file(modules: Shapes, image: ImageLora | None, target: str) -> dict
             )
         module = name.removesuffix(".bias") if end == BIAS else name
         names[name] = _name(module, image, candidates, target, set(named)) + end
+        exchanged_in_file(names[name], name, named)  # that it can be told
     return names
+
+
+def exchanged_in_file(name: str, module: str, shapes: Shapes) -> bool:
+    """Return whether a file has the second half of a module's rows before the first.
+
+    Args:
+        name: Name in the file, as of `names_in_file`.
+        module: Canonical name, of a weight or of a bias.
+        shapes: Module to (out, in), perhaps without the component.
+
+    Raises:
+        UnsupportedError: Only the bias of such a layer changes.
+    """
+    weight, stored = module.removesuffix(".bias"), name.removesuffix(BIAS)
+    return halves_exchanged(
+        stored, weight, shapes.get(weight) or shapes.get(stored_name(weight).path)
+    )
 
 
 def _end_of_whole(name: str, shape: tuple[int, int]) -> str:
