@@ -15,7 +15,7 @@ from pcb_peft.adapters.chosen_head import chosen_head
 from pcb_peft.adapters.companions import Companions, bytes_of
 from pcb_peft.adapters.delta_mapping import DeltaMapping
 from pcb_peft.adapters.expert_stacks import without_fused_layers
-from pcb_peft.adapters.folded_files import added_head, folded_files
+from pcb_peft.adapters.folded_files import added_head, folded_files, warn_of_head_beside
 from pcb_peft.adapters.has_card import HasCard
 from pcb_peft.adapters.saving import FileFormat, save_adapter
 from pcb_peft.adapters.source import OpenedAdapter, Source
@@ -345,7 +345,7 @@ class Adapter(HasCard):
         adapter = adapter.renamed(names_in_checkpoint(base, adapter.modules))
         replaced = adapter.head.within(base.names.stores)
         rest = adapter.head.without(replaced.parameters)
-        added = added_head(self.name, rest, base, self.task_type, self.auto_mapping)
+        added = added_head(rest, base, self.task_type, self.auto_mapping)
         deltas = MeasuredDeltas(adapter.modules, base, other)
         fold_deltas(
             deltas,
@@ -365,6 +365,8 @@ class Adapter(HasCard):
             identity=self.identity(),
             resume=resume,
         )
+        if rest.parameters and not added.parameters:
+            warn_of_head_beside(self.name, rest, base)
         return self if other is None else dataclasses.replace(self, base_gap=deltas.gap())
 
     def identity(self) -> str | None:

@@ -55,18 +55,14 @@ def folded_files(
 
 
 def added_head(
-    name: str,
     head: Replacements,
     base: BaseModel,
     task_type: str | None,
     auto_mapping: Mapping[str, Any] | None,
 ) -> NewHead:
-    """Return a head that a folded model gets, though its base model has none.
-
-    A warning says so where that is not possible: such a head is written into a file beside the model.
+    """Return a head that a folded model gets, though its base model has none; empty where that is not possible.
 
     Args:
-        name: The adapter's name.
         head: The parameters that the base model has no place for.
         base: The base model.
         task_type: PEFT's task type.
@@ -74,15 +70,23 @@ def added_head(
     """
     task = task_type or head.task.task_type
     mapped = (auto_mapping or {}).get("base_model_class") if task is None else None
-    added = new_head(base, head, CLASSES_WITH_HEADS.get(str(task)) or mapped)
-    if head.parameters and not added.parameters:
-        warnings.warn(
-            f"{base.source} has no {', '.join(head.modules)}, and the folded model has none either: what {name} has "
-            f"learnt of it is in {HEADS}/{name}.safetensors, and has to be put into the model when it is loaded; or "
-            "fold into a base model that has one",
-            stacklevel=4,
-        )
-    return added
+    return new_head(base, head, CLASSES_WITH_HEADS.get(str(task)) or mapped)
+
+
+def warn_of_head_beside(name: str, head: Replacements, base: BaseModel) -> None:
+    """Warn that a head is in a file beside the folded model.
+
+    Args:
+        name: The adapter's name.
+        head: The parameters that the base model has no place for.
+        base: The base model.
+    """
+    warnings.warn(
+        f"{base.source} has no {', '.join(head.modules)}, and the folded model has none either: what {name} has "
+        f"learnt of it is in {HEADS}/{name}.safetensors, and has to be put into the model when it is loaded; or "
+        "fold into a base model that has one",
+        stacklevel=4,
+    )
 
 
 def _sizes(base: BaseModel, replaced: Replacements) -> tuple[int, int] | None:
