@@ -258,7 +258,7 @@ def flat_of_rank(x: Sequence[Matrix], rank: int, response: float = 0.7) -> Matri
         shares = [
             (left @ matrix @ right / size) ** 2 for matrix, size in zip(x, sizes, strict=True)
         ]
-        merged += np.sqrt(np.average(sizes, weights=shares)) * np.outer(left, right)
+        merged += np.average(sizes, weights=shares) ** 0.25 * np.outer(left, right)
     return at_response(merged, x, response)
 
 

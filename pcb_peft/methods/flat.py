@@ -12,6 +12,9 @@ from pcb_peft.methods.spectral import leading, merge_matrices, without_overlap
 from pcb_peft.plugins.options import Range
 from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
+POWER = 0.25
+"""Of the strengths: with 0 all directions would be equally strong, with 1 they would stay as they are."""
+
 
 @merge_method("flat", paper="none", scope="module", identity_on_one=True, whole_matrix=True)
 def flat(
@@ -33,13 +36,12 @@ def flat(
 
     **A smaller rank k.** The directions are the first k singular pairs u_k, v_k of the sum X = Σ_t X_t, and
 
-        ΔW = σ Σ_k √n_k u_k v_kᵀ,    n_k = Σ_t p_tk ‖X_t‖,    p_tk ∝ (u_kᵀ X_t v_k / ‖X_t‖)²,    Σ_t p_tk = 1
+        ΔW = σ Σ_k n_k^(1/4) u_k v_kᵀ,    n_k = Σ_t p_tk ‖X_t‖,    p_tk ∝ (u_kᵀ X_t v_k / ‖X_t‖)²,    Σ_t p_tk = 1
 
     n_k is the mean norm of the adapters, each counted by its share p_tk in the direction.
 
     Strong directions would drown weak ones, and directions of one strength would drown the adapters that need more: the
-    fourth root, and the root of n_k, stand between. The scale σ is such that the merge keeps the share c of the
-    adapters' own response,
+    fourth root stands between. The scale σ is such that the merge keeps the share c of the adapters' own response,
 
         mean_t ⟨ΔW, X_t⟩ / ‖X_t‖² = c
 
@@ -71,7 +73,7 @@ def _merge(x: Tensor, response: float, rank: int | None) -> Tensor:
     u, s, vh = cat_svds([significant(matrix) for matrix in x])
     count = len(s)
     if min(total.shape) > 1 and (rank is None or count <= rank):
-        directions = without_overlap((u, s**0.25, vh))
+        directions = without_overlap((u, s**POWER, vh))
     else:
         svd = leading(significant(total, scale=squares.sum().sqrt()), rank)
         directions, count = _of_the_sum(svd, x, squares), len(svd[1])
@@ -88,4 +90,4 @@ def _of_the_sum(svd: Svd, x: Tensor, squares: Tensor) -> Tensor:
     along = ((u.T @ x) * vh).sum(-1).square()  # (T, k)
     sizes = squares.sqrt()[:, None]
     norms = (along / sizes).sum(0) / (along / sizes.square()).sum(0)
-    return (u * norms.sqrt()) @ vh
+    return (u * norms**POWER) @ vh
