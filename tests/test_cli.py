@@ -483,6 +483,9 @@ ERRORS = {  # command to words of the one line
     "merge math code -o @out --weights 1": "2 adapters and 1 weights",
     "merge math code -o @out --method tise": "no merge method 'tise'; did you mean 'ties'",
     "merge math code -o @out --space dens": "no space 'dens'; did you mean 'dense'",
+    "merge ./codr math -o @out": r"\./codr is neither .*; did you mean \./code\?",
+    "evaluate math --data math=no.jsonl": "--data: there is no file no.jsonl; give a file with",
+    "search math code --data math code": "--data: math is a directory; give a file with",
     "merge math code -o @out --scope layer": "scope is 'layer'",
     "merge math code -o @out --density much": r"density is 'much'; it must be a number in \(0, 1\]",
     "merge math code -o @out --method dare_linear --rescale maybe": "rescale is 'maybe'",
@@ -510,7 +513,7 @@ ERRORS = {  # command to words of the one line
     "merge math-ia3 code-ia3 -o @out --rank-pattern": "rank_pattern",
     "merge nowhere.yaml -o @out": r"nowhere\.yaml cannot be read",
     "fold math nowhere -o @out": "nowhere is neither a directory",
-    "collect math --base-model nowhere --data @rows.jsonl -o @out": "nowhere",
+    "collect math --base-model nowhere --data math/adapter_config.json -o @out": "nowhere",
     "fold math bases -o @out": r"config\.json",
     "fold math-cls bases/llama -o @out": "is not in the base model bases/llama",
     "methods tise": "'tise'; did you mean 'ties'",
@@ -665,6 +668,9 @@ def test_help_version_and_errors_import_nothing_heavy_and_methods_no_torch(place
         "merge --method ties --help",
         "merg",
         "merge a b",
+        "merge a b -o c --method tise",
+        "merge a ./nowhere -o c",
+        "evaluate a --data b=nowhere.jsonl",
     ]
     light += [f"{command} --help" for command in cli.COMMANDS]
     *found, methods = imported(place, *light, "methods")

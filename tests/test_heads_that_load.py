@@ -124,12 +124,15 @@ def test_a_merge_with_a_head_is_the_merge_and_then_the_head(tasks, capsys):
     assert in_memory.report.notes == ("classifier: that of spam",)
 
 
-def test_it_is_said_aloud_that_there_is_no_head(tasks, capsys):
+def test_it_is_said_aloud_and_once_that_there_is_no_head(tasks, capsys):
     names = [str(tasks.directory / name) for name in ("grades", "spam")]
-    assert cli.main(["merge", *names, "-o", str(tasks.directory / "again")]) == 0
+    out = tasks.directory / "again"
+    assert cli.main(["merge", *names, "-o", str(out)]) == 0
     printed = capsys.readouterr()
     assert "Load one first, or PEFT will make one up: pcb-peft head" in printed.err
-    assert "itself has NONE: load one first, or PEFT will make one up" in printed.out
+    assert "make one up" not in printed.out
+    assert "heads beside" not in printed.out
+    assert "itself has NONE: load one first" in (out / "merge_report.json").read_text()
 
 
 @pytest.mark.parametrize("task_type", ["TOKEN_CLS", "QUESTION_ANS"])

@@ -47,12 +47,15 @@ def download(
         reason = f": the Hub did not answer within {SECONDS} s" if silent else f": {shown(error)}"
         if isinstance(error, HFValidationError):  # a path, which no repository can be called
             reason = ""
-        begin = "" if Path(source).is_absolute() else f"paths begin in {Path.cwd()}"
-        hints = "; ".join(hint for hint in (begin, similar_path(source)) if hint)
-        raise error_type(
-            f"{source} is neither a directory{hints and f' ({hints})'} nor a hub repository that can be reached{reason}"
-        ) from error
+        raise error_type(not_found(source) + reason) from error
     return Path(root)
+
+
+def not_found(source: str) -> str:
+    """Say that something is neither a directory nor a repository."""
+    begin = "" if Path(source).is_absolute() else f"paths begin in {Path.cwd()}"
+    hints = "; ".join(hint for hint in (begin, similar_path(source)) if hint)
+    return f"{source} is neither a directory{hints and f' ({hints})'} nor a hub repository that can be reached"
 
 
 def listed(source: str, revision: str | None, root: Path) -> list[str]:

@@ -195,6 +195,16 @@ def parse_step(text: str) -> dict[str, dict[str, Any]]:
     return {name.lower(): {option: parse_value(value) for option, _, value in pairs}}
 
 
+def is_named(word: str) -> bool:
+    """Return whether a word is NAME=FILE, and not the path of a file with an equals sign.
+
+    >>> is_named("math=math.jsonl"), is_named("runs/lr=0.1/math.jsonl")
+    (True, False)
+    """
+    name, equals, _ = word.partition("=")
+    return bool(equals) and "/" not in name
+
+
 def in_known_case(word: str, names: Iterable[str]) -> str:
     """Return a name in the case in which it is known; an unknown one as it is.
 

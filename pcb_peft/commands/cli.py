@@ -31,6 +31,7 @@ from pcb_peft.commands.exit_codes import (
     UNREAD,
     code_of,
 )
+from pcb_peft.commands.inputs import check_inputs
 from pcb_peft.commands.output import (
     open_closed_streams,
     print_answer,
@@ -139,6 +140,7 @@ def _run(words: Sequence[str]) -> int:
         warnings.showwarning = _shower(caught, visible=visible)
         with _silenced(processes), processes.together():
             check_directory(parsed)
+            check_inputs(parsed)
             answer = command.run(parsed)
         if processes.is_main:
             print_answer(answer, parsed, command.name, caught)

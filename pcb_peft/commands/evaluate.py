@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pcb_peft.commands.arguments import DTYPES, add_dequantize, dtype_of, progress_of
+from pcb_peft.commands.arguments import DTYPES, add_dequantize, dtype_of, is_named, progress_of
 from pcb_peft.commands.command import Answer, Command
 from pcb_peft.commands.exit_codes import BELOW, DONE
 from pcb_peft.commands.parser import UsageError
@@ -218,7 +218,7 @@ def data_of(flag: str, words: Sequence[str]) -> Any:
     Raises:
         UsageError: Some have a name, others have none.
     """
-    named = [word for word in words if "=" in word and "/" not in word.partition("=")[0]]
+    named = [word for word in words if is_named(word)]
     if not named:
         return list(words)
     if len(named) < len(words):

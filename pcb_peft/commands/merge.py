@@ -228,6 +228,9 @@ def _answer(
     exported: "Exported | None",
 ) -> Answer:
     from pcb_peft.consumers.check import check
+    from pcb_peft.consumers.features import heads_apart
+    from pcb_peft.consumers.files import open_output
+    from pcb_peft.merging.heads import notes_without_warning
 
     report, output = merged.report, parsed.output
     rank, size = report.rank, size_on_disk(output)
@@ -238,7 +241,11 @@ def _answer(
     page = [f"report for a browser: {parsed.report}"] if parsed.report else []
     checked, written = check(output), where_written(output, rank, size)
     verified = [] if exported is None or not exported.verification else [str(exported.verification)]
-    lines = [str(report), *notes, *details, written, *page, checked.line, *verified]
+    shown, who_reads_it = report, checked.line
+    if warning:  # it says all about the heads
+        shown = dataclasses.replace(report, notes=notes_without_warning(report.notes))
+        who_reads_it = checked.line_without(heads_apart(open_output(output)))
+    lines = [str(shown), *notes, *details, written, *page, who_reads_it, *verified]
     lines.append(following if exported is None else exported.next_steps)
     data = {
         "output": str(output),
@@ -254,7 +261,7 @@ def _answer(
         "check": checked.as_dict(),
         "verification": verified[0] if verified else None,
     }
-    return Answer("\n".join(lines), data, warnings=[warning] if warning else ())
+    return Answer("\n".join(filter(None, lines)), data, warnings=[warning] if warning else ())
 
 
 def _module_lines(report: "Report") -> list[str]:

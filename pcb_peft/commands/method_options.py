@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from pcb_peft.commands.parser import UsageError
-from pcb_peft.commands.sources import Entry, constant, entries, find
+from pcb_peft.commands.sources import Entry, constant, demanded, entries, find
 from pcb_peft.plugins.options import Option
 from pcb_peft.runtime.shown import enumerated
 
@@ -96,8 +96,13 @@ def check_options(names: Iterable[str], method: str, space: str) -> None:
     """Refuse options that neither the method nor the space has.
 
     Raises:
+        OptionError: There is no such method or space.
         UsageError: The message says which methods and spaces have the option.
     """
+    if method not in (AUTO, *peft_aliases()):
+        demanded("methods", method)
+    if space != "auto":
+        demanded("spaces", space)
     owners = owners_of(method, space)
     known = names_of_options(method, space)
     for name in names:

@@ -22,12 +22,18 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from pcb_peft.plugins.registry import Plugin
+from pcb_peft.errors import OptionError
+from pcb_peft.plugins.registry import Plugin, unknown
 
 PACKAGE = Path(__file__).resolve().parents[1]
 LIGHT = ("typing", "collections.abc", "dataclasses", "math", "pcb_peft.plugins.options")
 
 Kind: TypeAlias = Literal["methods", "spaces", "calibrations"]
+NOUNS: dict[Kind, str] = {
+    "methods": "merge method",
+    "spaces": "space",
+    "calibrations": "calibration",
+}
 DECORATORS: dict[Kind, tuple[str, ...]] = {
     "methods": ("merge_method",),
     "spaces": ("space",),
@@ -66,6 +72,18 @@ def entries(kind: Kind) -> tuple[Entry, ...]:
 def find(kind: Kind, name: str) -> Entry | None:
     """Return the first entry of that name, if there is one."""
     return next((entry for entry in entries(kind) if entry.name == name), None)
+
+
+def demanded(kind: Kind, name: str) -> Entry:
+    """Return the first entry of that name.
+
+    Raises:
+        OptionError: There is none; the message suggests a similar name and lists all.
+    """
+    entry = find(kind, name)
+    if entry is None:
+        raise OptionError(unknown(NOUNS[kind], name, [entry.name for entry in entries(kind)]))
+    return entry
 
 
 @functools.cache

@@ -102,6 +102,10 @@ class Check:
     @property
     def line(self) -> str:
         """The one line that matters: vLLM's flags, and who does not read it as PEFT does."""
+        return self.line_without("")
+
+    def line_without(self, said: str) -> str:
+        """Return the line without one of the findings, which the reader knows; it may then be empty."""
         parts = [
             f"{verdict.title}: {' '.join(verdict.flags)}"
             for verdict in self.verdicts
@@ -111,7 +115,8 @@ class Check:
         for effect in EFFECTS:
             by_feature: dict[str, list[str]] = {}
             for verdict in faulty:
-                found = next((f.found for f in verdict.findings if f.effect == effect), None)
+                findings = (f.found for f in verdict.findings if f.effect == effect)
+                found = next((words for words in findings if words != said), None)
                 if found and (verdict.loads or effect == LOUD):
                     by_feature.setdefault(found, []).append(verdict.title)
             parts += [

@@ -33,8 +33,12 @@ def notes_with_head(notes: Iterable[str], name: str, modules: Sequence[str]) -> 
         name: The adapter whose head it is.
         modules: The modules of the head.
     """
-    others = (note for note in notes if NO_HEAD not in note)
-    return (*others, f"{', '.join(modules)}: that of {name}")
+    return (*notes_without_warning(notes), f"{', '.join(modules)}: that of {name}")
+
+
+def notes_without_warning(notes: Iterable[str]) -> tuple[str, ...]:
+    """Return the notes of a merge without the one on heads that are kept apart."""
+    return tuple(note for note in notes if NO_HEAD not in note)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

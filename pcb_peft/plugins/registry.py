@@ -117,10 +117,7 @@ class Registry(Generic[Entry]):
         """
         entry = self.find(name)
         if entry is None:
-            raise OptionError(
-                f"{self._prefix}no {self._noun} {name!r}{did_you_mean(name, self._entries)}; "
-                f"there are {', '.join(sorted(self._entries))}"
-            )
+            raise OptionError(self._prefix + unknown(self._noun, name, self._entries))
         return entry
 
     def list(self) -> dict[str, Entry]:
@@ -131,6 +128,12 @@ class Registry(Generic[Entry]):
     def _load_entry_points(self) -> None:
         if self._group is not None:
             import_entry_points(self._group)
+
+
+def unknown(noun: str, name: str, names: Iterable[str]) -> str:
+    """Say that no entry has a name; suggest a similar one, and list all."""
+    known = sorted(names)
+    return f"no {noun} {name!r}{did_you_mean(name, known)}; there are {', '.join(known)}"
 
 
 def import_files(path: Iterable[str], package: str) -> None:

@@ -1,0 +1,50 @@
+"""Inputs that are missing, refused before anything slow is imported."""
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+from pcb_peft.base.hub import not_found
+from pcb_peft.commands.arguments import is_named
+from pcb_peft.errors import AdapterNotFoundError, OptionError
+from pcb_peft.runtime.paths import expanded, similar_path
+
+SOURCES = ("adapter", "adapters", "merged", "against", "start", "base_model")
+"""Arguments that are directories or hub ids."""
+TEXTS = {"data": "--data", "test_data": "--test-data", "texts": "--data"}
+"""Arguments that are files of texts, with their flags."""
+RECIPES = (".yaml", ".yml")
+HARNESS = "lm-eval:"
+
+
+def check_inputs(parsed: argparse.Namespace) -> None:
+    """Refuse paths at which there is nothing. Words that may be ids of the Hub are left to those who ask it.
+
+    Raises:
+        AdapterNotFoundError: A directory is missing.
+        OptionError: A file of texts is missing.
+    """
+    for word in (word for name in SOURCES for word in _words(parsed, name)):
+        is_path = word.startswith((".", "/", "~")) and not word.endswith(RECIPES)
+        if is_path and not expanded(word).exists():
+            raise AdapterNotFoundError(not_found(word))
+    for name, flag in TEXTS.items():
+        for word in _words(parsed, name):
+            _check_texts(flag, word.partition("=")[2] if is_named(word) else word)
+
+
+def _words(parsed: argparse.Namespace, name: str) -> Iterator[str]:
+    given: Any = getattr(parsed, name, None)
+    many = given if isinstance(given, list | tuple) else [given]
+    yield from (str(word) for word in many if word)
+
+
+def _check_texts(flag: str, file: str) -> None:
+    path = expanded(file)
+    if file.startswith(HARNESS) or (path.exists() and not path.is_dir()):
+        return
+    hint = similar_path(file)
+    found = f"{file} is a directory" if path.is_dir() else f"there is no file {file}"
+    raise OptionError(
+        f"{flag}: {found}{hint and f'; {hint}'}; give a file with one JSON object per line"
+    )
