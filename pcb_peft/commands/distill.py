@@ -23,14 +23,14 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     numbers = (
         ("limit", int, 64, "texts per adapter, spread over its file"),
-        ("learning-rate", float, 0.1, "peak of Adam's steps, as a fraction of the size of lora_B"),
+        ("steps", int, 80, "updates"),
+        ("learning-rate", float, 0.05, "peak of Adam's steps, as a fraction of the size of lora_B"),
         ("batch-texts", int, 8, "texts of each adapter per update"),
         ("held-out", float, 0.125, "fraction of the texts that decides when to stop"),
         ("new-tokens", int, 16, "tokens by which a language model continues a text"),
         ("max-length", int, 256, "tokens per text"),
         ("seed", int, 0, "seed of the order of the texts"),
     )
-    parser.add_argument("--steps", type=int, help="updates (default: 40; 80 for many texts)")
     for name, kind, default, words in numbers:
         parser.add_argument(
             f"--{name}", type=kind, default=default, help=f"{words} (default: {default})"

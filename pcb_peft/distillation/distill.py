@@ -25,8 +25,6 @@ from pcb_peft.version import __version__
 from pcb_peft.writing.model_card import Facts, table
 
 FILE_NAME = "distill_recipe.yaml"
-FEW = 128  # texts of a task
-FEW_STEPS, MANY_STEPS = 40, 80  # updates for up to so many texts, and for more
 
 AdapterLike = str | Path | Source | tuple[Any, str] | Adapter
 
@@ -66,8 +64,8 @@ def distill_merge(  # noqa: PLR0913  (every choice, by name)
     base_model: str | Path | Any,
     *,
     limit: int = 64,
-    steps: int | None = None,
-    learning_rate: float = 0.1,
+    steps: int = 80,
+    learning_rate: float = 0.05,
     batch_texts: int = 8,
     held_out: float = 0.125,
     new_tokens: int = 16,
@@ -92,7 +90,7 @@ def distill_merge(  # noqa: PLR0913  (every choice, by name)
             language model a text is a prompt, which the adapter continues. Labels are not read.
         base_model: Path or hub id, or a model of transformers.
         limit: The most texts per adapter, evenly spread over its data.
-        steps: Updates; default: 40, or 80 if a task has more than 128 texts.
+        steps: Updates.
         learning_rate: The peak of Adam's steps, as a fraction of the root mean square of each lora_B.
         batch_texts: Texts of each task per update.
         held_out: The fraction of each task's texts that decides when to stop; 0: the texts that are trained on do.
@@ -124,8 +122,7 @@ def distill_merge(  # noqa: PLR0913  (every choice, by name)
     loaded = load_adapters(adapters, base_model=base)
     start = load_adapter(merged, base_model=base)
     rows = [read_texts(data, limit) for data in texts]
-    count = steps or (FEW_STEPS if max(map(len, rows)) <= FEW else MANY_STEPS)
-    schedule = Schedule(count, learning_rate, batch_texts, seed)
+    schedule = Schedule(steps, learning_rate, batch_texts, seed)
     settings = {"held_out": held_out, "new_tokens": new_tokens, "max_length": max_length}
     recipe = _recipe(start, loaded, rows, dataclasses.asdict(schedule) | settings)
     task_type = _common_task_type(loaded) or task_type_of(base_model)

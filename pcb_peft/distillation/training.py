@@ -20,8 +20,6 @@ LAST = 0.1  # of the learning rate, at the end of its linear decay
 CHECK_EVERY = 10  # steps between two looks at the held-out texts
 PATIENCE = 3  # looks without an improvement after which the training stops
 CHECK_BATCH = 32  # texts
-LEAST_SCALE = 0.1
-"""Part of the mean scale: a task that hardly loses anything must not outweigh the others."""
 
 Divergences = dict[str, float]
 """Task to the mean divergence of the merge from the task's own adapter; 0 is the same."""
@@ -90,8 +88,6 @@ class Training:
         step: Updates so far.
         history: Step to the divergences on the held-out texts.
         best: The trained parameters at the best of these.
-        scales: Task to the divergence of the merge before the training, on all texts: each task's loss counts relative
-            to it, so that tasks of uncertain answers have their say.
     """
 
     model: Any
@@ -103,7 +99,6 @@ class Training:
     step: int = 0
     history: dict[int, Divergences] = dataclasses.field(default_factory=dict[int, Divergences])
     best: list[Tensor] = dataclasses.field(default_factory=list[Tensor])
-    scales: Divergences = dataclasses.field(default_factory=dict[str, float])
 
     def run(self, track: Track, checkpoint: Path | None, fingerprint: str) -> None:
         """Train to the end, or until the held-out texts gain no more; then take the best state.
@@ -120,7 +115,6 @@ class Training:
         if checkpoint is not None and checkpoint.is_file():
             self._resume(checkpoint, fingerprint, optimizer)
         else:
-            self.scales = _scales(self._measured(lambda lesson: [*lesson.texts, *lesson.held_out]))
             self._check(parameters)
         for step in track(range(self.step, self.schedule.steps), "distill"):
             if self._is_over():
@@ -138,11 +132,7 @@ class Training:
     @property
     def best_step(self) -> int:
         """The step of the best state."""
-        return min(self.history, key=lambda step: (self._relative(self.history[step]), step))
-
-    def _relative(self, divergences: Divergences) -> float:
-        """The sum over tasks of the divergence, relative to what it was."""
-        return sum(value / self.scales[name] for name, value in divergences.items())
+        return min(self.history, key=lambda step: (sum(self.history[step].values()), step))
 
     def _is_over(self) -> bool:
         looks = sorted(self.history)
@@ -158,8 +148,7 @@ class Training:
             group["lr"] = self.schedule.rate(step) * group["size"]
         optimizer.zero_grad(set_to_none=False)
         for lesson in self._own():
-            loss = self._divergence(lesson, self.schedule.batch(lesson, step))
-            (loss / self.scales[lesson.name]).backward()
+            self._divergence(lesson, self.schedule.batch(lesson, step)).backward()
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -203,7 +192,6 @@ class Training:
             "step": self.step,
             "history": self.history,
             "best": self.best,
-            "scales": self.scales,
             "student": self.student.state_dict(),
             "optimizer": optimizer.state_dict(),
         }
@@ -222,12 +210,5 @@ class Training:
                 "another checkpoint"
             )
         self.step, self.history, self.best = state["step"], state["history"], state["best"]
-        self.scales = state["scales"]
         self.student.load_state_dict(state["student"])
         optimizer.load_state_dict(state["optimizer"])
-
-
-def _scales(divergences: Divergences) -> Divergences:
-    """Return the divergences that each task's is compared with."""
-    least = max(LEAST_SCALE * sum(divergences.values()) / len(divergences), 1e-12)
-    return {name: max(value, least) for name, value in divergences.items()}

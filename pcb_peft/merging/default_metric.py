@@ -40,10 +40,11 @@ def with_default_metric(
     if not adapter_set.kinds <= {LowRank}:
         return recipe, []
     if obstacle := _obstacle(adapter_set, base):
-        return recipe, [f"adapters were compared without metric='random': {obstacle}"]
+        return recipe, [f"adapters are compared without metric='random': {obstacle}"]
     note = (
-        "no method is named, and the base model is given: adapters were compared by what its layers see of random "
-        "tokens (metric='random'); method='flat' (--method flat) alone compares without"
+        "no method is named, and the base model is given: adapters are compared by what its layers see of random "
+        "tokens (metric='random': one pass over the model, kept in the cache); name the method (--method flat) to "
+        "leave that out"
     )
     return dataclasses.replace(recipe, metric=Source(RANDOM)), [note]
 
