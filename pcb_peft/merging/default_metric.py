@@ -24,7 +24,8 @@ def with_default_metric(
 ) -> tuple[Recipe, list[str]]:
     """Let a merge by the default method use what its base model tells.
 
-    The metric of random tokens keeps more, on all pools that were measured (``docs/methods.md``).
+    The metric of random tokens keeps more of adapters that disturb each other, and as much of others
+    (``docs/methods.md``).
 
     Args:
         recipe: One that names no method.
