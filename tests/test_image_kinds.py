@@ -7,9 +7,16 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from pcb_peft import AdapterError, BaseModelError, UnsupportedError, load_adapter, merge_adapters
+from pcb_peft import (
+    AdapterError,
+    BaseModelError,
+    MismatchError,
+    UnsupportedError,
+    load_adapter,
+    merge_adapters,
+)
 
 LINEAR = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
 CONV = "lora_unet_mid_block_resnets_0_conv1"
@@ -245,8 +252,43 @@ def test_what_cannot_be_read_is_refused_by_its_cause(tmp_path, case):
         load_adapter(path)
 
 
-def test_an_embedding_in_the_file_is_refused_by_its_cause(tmp_path):
-    tensors = {f"{LINEAR}.{name}": values for name, values in lora(1, SHAPES[LINEAR]).items()}
-    save_file(tensors | {"bundle_emb.cat.clip_l": rand(2, 1, 8)}, tmp_path / "a.safetensors")
-    with pytest.raises(UnsupportedError, match=r"bundle_emb\.cat\.clip_l .*textual inversion"):
-        load_adapter(tmp_path / "a.safetensors")
+def with_embedding(path, seed, word="cat"):
+    tensors = {f"{LINEAR}.{name}": values for name, values in lora(seed, SHAPES[LINEAR]).items()}
+    embedding = {f"bundle_emb.{word}.clip_l": rand(seed + 5, 2, 8)}
+    save_file(tensors | embedding, path)
+    return embedding
+
+
+def test_embeddings_of_new_words_are_carried_along(tmp_path):
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    wanted = with_embedding(paths[0], 1) | with_embedding(paths[1], 2, "dog")
+    merge_adapters(paths, "linear", [0.5, 2]).save_pretrained(tmp_path / "out.safetensors")
+    stored = load_file(tmp_path / "out.safetensors")
+    for name, values in wanted.items():
+        assert torch.equal(stored[name], values)
+    assert any(name.endswith("lora_up.weight") for name in stored)
+    with pytest.raises(UnsupportedError, match=r"embeddings of cat, dog .*format='kohya'"):
+        merge_adapters(paths, "linear", format="diffusers")
+
+
+def test_embeddings_of_one_word_that_differ_are_refused_or_chosen(tmp_path):
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    wanted = with_embedding(paths[0], 1)
+    with_embedding(paths[1], 2)
+    with pytest.raises(MismatchError, match=r"bundle_emb\.cat\.clip_l.*heads='first'"):
+        merge_adapters(paths, "linear")
+    merged = merge_adapters(paths, "linear", heads="first")
+    merged.save_pretrained(tmp_path / "out.safetensors")
+    (name,) = wanted
+    assert torch.equal(load_file(tmp_path / "out.safetensors")[name], wanted[name])
+
+
+def test_embeddings_have_no_place_in_a_checkpoint_in_one_file(tmp_path):
+    with_embedding(tmp_path / "a.safetensors", 1)
+    module = "model.diffusion_model.middle_block.1"
+    weight = {f"{module}.transformer_blocks.0.attn1.to_q.weight": rand(0, *SHAPES[LINEAR])}
+    save_file(weight, tmp_path / "base.safetensors")
+    with pytest.raises(UnsupportedError, match=r"bundle_emb\.cat, for which a model in one file"):
+        load_adapter(tmp_path / "a.safetensors").fold(
+            tmp_path / "base.safetensors", tmp_path / "out.safetensors"
+        )

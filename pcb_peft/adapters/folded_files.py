@@ -15,6 +15,7 @@ from pcb_peft.adapters.companions import (
 from pcb_peft.base.canonical import AUTO_CLASSES
 from pcb_peft.base.model import BaseModel
 from pcb_peft.deltas.replacements import HEADS, Replacements
+from pcb_peft.errors import UnsupportedError
 from pcb_peft.formats.checkpoint import CONFIG
 from pcb_peft.writing.model_card import CARD
 from pcb_peft.writing.new_head import NewHead, new_head
@@ -67,10 +68,19 @@ def added_head(
         base: The base model.
         task_type: PEFT's task type.
         auto_mapping: The model's class, as PEFT states it for an adapter without a task type.
+
+    Raises:
+        UnsupportedError: The base model is one file, and has no place for the head.
     """
     task = task_type or head.task.task_type
     mapped = (auto_mapping or {}).get("base_model_class") if task is None else None
-    return new_head(base, head, CLASSES_WITH_HEADS.get(str(task)) or mapped)
+    added = new_head(base, head, CLASSES_WITH_HEADS.get(str(task)) or mapped)
+    if head.parameters and not added.parameters and base.directory.is_file():
+        raise UnsupportedError(
+            f"the adapter holds {', '.join(head.modules)}, for which a model in one file has no place: take it out of "
+            "the LoRA, or fold into the directory of a pipeline, beside which it is kept"
+        )
+    return added
 
 
 def warn_of_head_beside(name: str, head: Replacements, base: BaseModel) -> None:

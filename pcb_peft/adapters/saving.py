@@ -24,7 +24,8 @@ from pcb_peft.formats.heads import with_biases, write_head
 from pcb_peft.formats.keys import AUTOMATIC_HEADS
 from pcb_peft.formats.refusals import refuse_pipelines
 from pcb_peft.images.metadata import with_title_and_hashes
-from pcb_peft.images.names import ImageLora
+from pcb_peft.images.names import EMBEDDING, ImageLora
+from pcb_peft.images.targets import refuse_embeddings
 from pcb_peft.runtime.processes import current
 from pcb_peft.writing.atomic import replace_directory, write_file_atomically, write_files
 from pcb_peft.writing.model_card import public_name
@@ -267,13 +268,18 @@ def _other_files(
 ) -> AdapterFiles:
     """Return the adapter's files as programs other than PEFT load them."""
     writer = writer_named(file_format)
-    if kind is not LowRank or adapter.head.parameters or adapter.whole_biases():
+    parameters = adapter.head.parameters
+    if not all(name.startswith(EMBEDDING) for name in parameters) or (
+        kind is not LowRank or adapter.whole_biases()
+    ):
         raise UnsupportedError(
             f"{adapter.name}: the format {file_format} holds a LoRA, and nothing beside it"
         )
+    refuse_embeddings(parameters, file_format)
     loras: dict[str, Any] = dict(adapter.modules)
     content = writer.write(loras, dtype, image=adapter.image, rank_pattern=rank_pattern)
-    tensors = _separate_storage(content.tensors)
+    embeddings = {name: new().to(dtype) for name, new in parameters.items()}
+    tensors = _separate_storage(content.tensors | embeddings)
     _refuse_overflow(tensors)
     metadata = with_title_and_hashes(content.metadata, tensors, adapter.name)
     return dataclasses.replace(content, tensors=tensors, metadata=metadata)

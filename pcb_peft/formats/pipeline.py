@@ -4,21 +4,24 @@ A module goes by its component in a pipeline of diffusers and its path there (``
 whatever name the file has for it (`pcb_peft.images.names`).
 """
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pcb_peft.deltas.delta import Dense
+from pcb_peft.deltas.replacements import ReplacedParameter
 from pcb_peft.errors import AdapterError, UnsupportedError
 from pcb_peft.files.adapter_config import PipelineConfig, checked_config
 from pcb_peft.formats.base_weights import Base
-from pcb_peft.formats.checkpoint import PIPELINE_TYPE, Tensors
+from pcb_peft.formats.checkpoint import PIPELINE_TYPE, Tensors, read_finite
 from pcb_peft.formats.fused import exchanged_entry, split_entry
 from pcb_peft.formats.lazy_delta import AdapterContents, Config, LazyDelta
 from pcb_peft.formats.pipeline_changes import as_dora, bias_change, weight_change, with_kernel
 from pcb_peft.formats.registry import Format, register
 from pcb_peft.formats.tuner import ModuleTensors
 from pcb_peft.images.names import (
+    EMBEDDING,
     ImageLora,
     canonical_names,
     halves_exchanged,
@@ -41,7 +44,7 @@ PARTS = {  # end of a tensor's name, perhaps with the adapter's name, to the par
 }
 
 REFUSED = {  # what else files of image models hold: part of a tensor's name, and what it is
-    r"(^|\.)bundle_emb|string_to_param|emb_params|^clip_[lg]$|\*": (
+    r"string_to_param|emb_params|^clip_[lg]$|\*": (
         "an embedding of new words (textual inversion), which is no change of a weight: move it to a file of its own"
     ),
     r"\.(oft_blocks|oft_diag|rescale)$": (
@@ -63,9 +66,12 @@ def read(config: Config, tensors: Tensors, base: Base) -> AdapterContents:
         UnsupportedError: A tensor belongs to nothing that is read.
         AdapterError: Tensors of a module are missing, or do not fit each other.
     """
+    embeddings = [name for name in tensors.names() if name.startswith(EMBEDDING)]
     modules = {
         path: ModuleTensors(path, _stated(config, path), tensors, names, None, ())
-        for path, names in _by_module(tensors.names()).items()
+        for path, names in _by_module(
+            name for name in tensors.names() if name not in embeddings
+        ).items()
     }
     changes = {path: weight_change(module) for path, module in modules.items()}
     biases = {path: bias_change(module) for path, module in modules.items()}
@@ -85,7 +91,12 @@ def read(config: Config, tensors: Tensors, base: Base) -> AdapterContents:
             whole[f"{name}.bias"] = bias
         for each, change in whole.items():
             entries |= split_entry(each, change) if image.splits(name) else {each: change}
-    return AdapterContents(entries, {}, image=image)
+    saved = {name: _embedding(tensors, name) for name in embeddings}
+    return AdapterContents(entries, saved, image=image)
+
+
+def _embedding(tensors: Tensors, name: str) -> ReplacedParameter:
+    return ReplacedParameter(tensors.shape(name), functools.partial(read_finite, tensors, name))
 
 
 def _refuse_exchanged_dora(module: ModuleTensors) -> None:

@@ -42,6 +42,8 @@ COMFYUI_TEXT = {
     "text_encoders.clip_g.transformer.": "text_encoder_2",
     "text_encoders.t5xxl.transformer.": "text_encoder_3",
 }
+EMBEDDING = "bundle_emb."
+"""Beginning of the names of embeddings of new words (textual inversions), as OneTrainer and web UIs bundle them."""
 IN_PIPELINE = re.compile(r"(unet|transformer(_\d)?|text_encoder(_\d)?)\.")
 """Matches canonical names."""
 

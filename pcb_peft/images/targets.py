@@ -1,6 +1,6 @@
 """Names in files that are written: what diffusers, kohya's tools and ComfyUI look up."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from pcb_peft.errors import UnsupportedError
@@ -8,6 +8,7 @@ from pcb_peft.images.architecture import Architecture, Shapes
 from pcb_peft.images.names import (
     COMFYUI,
     DIFFUSERS,
+    EMBEDDING,
     KOHYA,
     TEXT,
     ImageLora,
@@ -56,6 +57,22 @@ def names_in_file(modules: Shapes, image: ImageLora | None, target: str) -> dict
         names[name] = _name(module, image, candidates, target, set(named)) + end
         exchanged_in_file(names[name], name, named)  # that it can be told
     return names
+
+
+def refuse_embeddings(parameters: Iterable[str], target: str) -> None:
+    """Refuse embeddings of new words in a file of a program that does not look for them there.
+
+    Args:
+        parameters: What an adapter replaces.
+        target: "diffusers", "kohya" or "comfyui".
+    """
+    words = sorted({name.split(".")[1] for name in parameters if name.startswith(EMBEDDING)})
+    if words and target == DIFFUSERS:
+        raise UnsupportedError(
+            f"the embeddings of {', '.join(words)} (bundle_emb, a textual inversion) have no place in diffusers' "
+            "LoRAs, but files of their own: save it as format='kohya' or 'comfyui' (--format), or take them out "
+            "of the file"
+        )
 
 
 def exchanged_in_file(name: str, module: str, shapes: Shapes) -> bool:

@@ -3,12 +3,13 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.delta_mapping import DeltaMapping
 from pcb_peft.adapters.saving import check_format
+from pcb_peft.deltas.replacements import Replacements
 from pcb_peft.errors import MismatchError, UnsupportedError
 from pcb_peft.formats import LazyDelta
 from pcb_peft.formats.base_weights import Base
@@ -17,6 +18,7 @@ from pcb_peft.images.metadata import merged_from
 from pcb_peft.images.names import (
     COMFYUI,
     DIFFUSERS,
+    EMBEDDING,
     KOHYA,
     ImageLora,
     architecture_of_version,
@@ -24,7 +26,7 @@ from pcb_peft.images.names import (
     stated_version,
 )
 from pcb_peft.images.rows import parts_of
-from pcb_peft.images.targets import with_components
+from pcb_peft.images.targets import refuse_embeddings, with_components
 
 KEPT = ("ss_base_model_version", "modelspec.architecture", "ss_v2")
 """Metadata that a merge has if all its sources have them alike."""
@@ -79,7 +81,7 @@ def common_image(adapters: Sequence[Adapter]) -> ImageLora | None:
     merged = ImageLora(dialects[0] if len(dialects) == 1 else "", found, metadata)
     for dialect in dict.fromkeys((*dialects, DIFFUSERS, COMFYUI, KOHYA)):
         try:
-            check_format(dialect, shapes_of(adapters), merged)
+            _check_format(dialect, adapters, merged)
         except UnsupportedError:
             continue
         return dataclasses.replace(merged, dialect=dialect)
@@ -94,8 +96,29 @@ def checked_image(file_format: str | None, adapters: Sequence[Adapter]) -> Image
     """
     image = common_image(adapters)
     if file_format is not None:
-        check_format(file_format, shapes_of(adapters), image)
+        _check_format(file_format, adapters, image)
     return image
+
+
+def _check_format(file_format: str, adapters: Sequence[Adapter], image: ImageLora | None) -> None:
+    """Raise PcbPeftError where adapters have no place in a format."""
+    check_format(file_format, shapes_of(adapters), image)
+    refuse_embeddings([name for one in adapters for name in one.head.parameters], file_format)
+
+
+def refuse_different_embeddings(heads: Mapping[str, Replacements]) -> None:
+    """Refuse embeddings of one word that differ between LoRAs of image models.
+
+    Args:
+        heads: Name of each source to what is kept for it alone.
+    """
+    words = sorted({name for head in heads.values() for name in head.parameters})
+    words = [name for name in words if name.startswith(EMBEDDING)]
+    if words:
+        raise MismatchError(
+            f"{', '.join(heads)} have different embeddings of one word, {words[0]}: heads='first' (--heads first) "
+            "takes that of the first adapter; or take it out of one of the files"
+        )
 
 
 def format_notes(adapters: Sequence[Adapter], image: ImageLora | None) -> list[str]:

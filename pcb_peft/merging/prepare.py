@@ -20,7 +20,11 @@ from pcb_peft.merging.compatibility import (
 )
 from pcb_peft.merging.dora_or_lora import fall_back_to_lora
 from pcb_peft.merging.heads import MergedHeads, merge_heads
-from pcb_peft.merging.image_names import checked_image, format_notes
+from pcb_peft.merging.image_names import (
+    checked_image,
+    format_notes,
+    refuse_different_embeddings,
+)
 from pcb_peft.merging.one_name import under_one_name
 from pcb_peft.merging.plan import Plan, named_method, plan
 from pcb_peft.merging.resolve_base import chain_on_base, resolve_against_base
@@ -167,7 +171,10 @@ def _resolved(
 def _heads(adapters: Sequence[Adapter], recipe: Recipe, *, headers_only: bool) -> MergedHeads:
     """The heads of the result: what it replaces, and what is kept beside it."""
     compare = not headers_only
-    return merge_heads(adapters, recipe.weights, recipe.heads, chosen=recipe.head, compare=compare)
+    heads = merge_heads(adapters, recipe.weights, recipe.heads, chosen=recipe.head, compare=compare)
+    if compare:
+        refuse_different_embeddings(heads.kept)
+    return heads
 
 
 def _fitting(
