@@ -23,13 +23,7 @@ from pcb_peft.base.files import (
 from pcb_peft.base.hub import download
 from pcb_peft.base.names import ParameterNames
 from pcb_peft.base.pipeline import pipeline_tensors
-from pcb_peft.base.places import (
-    WeightSlice,
-    places_in_whole,
-    places_of,
-    places_of_halves,
-    places_of_parts,
-)
+from pcb_peft.base.places import WeightSlice, places_in_files
 from pcb_peft.base.plain_checkpoint import plain_checkpoint, values_in
 from pcb_peft.base.quantised import QuantisedWeight, is_quantised
 from pcb_peft.deltas.layout import CONV1D, LINEAR, Layout, ParameterForm, layout_of
@@ -239,8 +233,7 @@ class BaseModel:
         An expert (``mlp.experts.gate_up_proj.3``, ``mlp.experts.3.up_proj``) is part of a stack, or is stored in
         tensors of its own.
         """
-        kinds = (places_of, places_of_parts, places_in_whole, places_of_halves)
-        places = next(filter(None, (places(module, self.names) for places in kinds)), ())
+        places = places_in_files(module, self.names)
         return places or (WeightSlice(self.parameter(module)),)
 
     def shape(self, module: str) -> tuple[int, ...]:

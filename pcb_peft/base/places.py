@@ -61,13 +61,19 @@ class WeightSlice:
         return (matrix[0], size) if self.columns else (size, *matrix[1:])
 
 
-def places_of(module: str, names: ParameterNames) -> tuple[WeightSlice, ...]:
+def places_in_files(module: str, names: ParameterNames) -> tuple[WeightSlice, ...]:
     """Return the places of a module's weight, from its first rows to its last; none if it is an ordinary parameter.
 
     Args:
         module: Path in memory.
         names: The names of the checkpoint's parameters.
     """
+    kinds = (places_of, places_of_parts, places_in_whole, places_of_halves)
+    return next(filter(None, (places(module, names) for places in kinds)), ())
+
+
+def places_of(module: str, names: ParameterNames) -> tuple[WeightSlice, ...]:
+    """Return the places of a weight of a model of transformers; arguments are those of `places_in_files`."""
     if names.in_files(f"{module}.weight"):
         return ()
     in_memory = names.skeleton.in_model(f"{module}.weight") or names.skeleton.in_model(module)
