@@ -110,7 +110,10 @@ def test_the_common_weight_is_found(base: Path, adapters: list[Path]):
 
 @pytest.mark.slow
 def test_the_better_method_wins(base: Path, adapters: list[Path], tmp_path: Path):
-    """Only linear without a calibration returns the single adapter; regmean has no data and does not count."""
+    """Only linear without a calibration returns the single adapter; regmean has no data and does not count.
+
+    There are six candidates. Each is tried once, though more trials are asked for.
+    """
     recipe = recipe_of(adapters[:1], base, method="magnitude_prune", options={"density": 0.2})
     vary = {"method": ["magnitude_prune", "linear", "regmean"], "after": [None, "norm"]}
     data = [nearness_to(adapters[0])]
@@ -120,7 +123,9 @@ def test_the_better_method_wins(base: Path, adapters: list[Path], tmp_path: Path
     assert found.trials[0].best(found.objective)[1] < 0.8
     failed = [trial for trial in found.trials if not trial.kept]
     assert failed
-    assert len(found.trials) == 8 + len(failed)
+    assert len(found.trials) == 4 + len(failed)
+    assert len({str(trial.candidate) for trial in found.trials}) == len(found.trials) == 6
+    assert "all 6 recipes that --vary (vary) allows were tried" in str(found)
     assert all("statistics" in trial.error for trial in failed)
     assert "could not be merged, such as method=regmean" in str(found)
     found.save(tmp_path / "best.yaml", tmp_path / "search.png")
@@ -130,10 +135,10 @@ def test_the_better_method_wins(base: Path, adapters: list[Path], tmp_path: Path
 
 def test_nothing_that_can_be_merged(base: Path, adapters: list[Path]):
     recipe = recipe_of(adapters[:1], base, method="regmean")
-    with pytest.raises(
-        OptionError, match=r"20 candidates in a row could not be merged.*statistics"
-    ):
+    with pytest.raises(OptionError, match=r"2 candidates in a row could not be merged.*statistics"):
         search(recipe, [nearness_to(adapters[0])], vary={"seed": [1, 2]}, cache=False)
+    with pytest.raises(OptionError, match="20 candidates in a row could not be merged"):
+        search(recipe, [nearness_to(adapters[0])], vary={"weights": (1, 2)}, cache=False)
 
 
 def run(base: Path, adapters: list[Path], texts: list[Path], log: Path | None, **options: Any):

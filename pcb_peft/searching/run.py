@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import time
 from collections.abc import Sequence
 
@@ -22,6 +23,9 @@ from pcb_peft.searching.trying import Trier
 from pcb_peft.searching.workers import TryAll
 
 MOST_FAILURES = 20  # candidates in a row that cannot be merged, after which a search gives up
+MOST_REPEATS = (
+    20  # candidates in a row that were tried before, after which the optimiser is not asked
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +53,8 @@ class Run:
     def search(self, count: int, seconds: float | None) -> list[Trial]:
         """Return so many trials of merges: those in the log, and new ones until there are enough or the time is up.
 
+        They are fewer where all that can be tried has been tried.
+
         Args:
             count: How many.
             seconds: The time after which no trial is begun, those in the log included.
@@ -63,8 +69,11 @@ class Run:
             while _merged(done) < min(enough, count):
                 if done and self._is_up(begun, seconds):
                     return done
-                self._round(done, count - _merged(done))
-                _check_failures(done)
+                asked = self._asked(done, count - _merged(done))
+                self._round(done, asked)
+                _check_failures(done, MOST_FAILURES if asked else len(done))
+                if not asked:
+                    return done
         return done
 
     def _repeated(self) -> list[Trial]:
@@ -72,25 +81,51 @@ class Run:
         done: list[Trial] = []
         old = [trial for trial in self.logged if trial.step == SEARCH]
         while len(done) < len(old):
-            asked = self._asked(len(done), len(old) - len(done))
-            done += old[len(done) :][: len(asked)]
-            self._tell(done[-len(asked) :])
+            asked = self._asked(done, len(old) - len(done))
+            done += old[len(done) :][: max(1, len(asked))]
+            self._tell(done[-max(1, len(asked)) :])
         return done
 
-    def _asked(self, number: int, most: int) -> list[Candidate]:
-        """The next candidates, from the search space's start on; all processes get the same."""
-        if number == 0:
+    def _asked(self, done: Sequence[Trial], most: int) -> list[Candidate]:
+        """The next candidates, from the search space's start on; all processes get the same.
+
+        There are none where all have been tried.
+        """
+        if not done:
             return [self.trier.space.start()]
-        asked = [self.optimiser.ask() for _ in range(min(self.at_a_time, most))]
+        tried: dict[str, float | None] = {**self._tried(done)}
+        news = (self._new(tried) for _ in range(min(self.at_a_time, most)))
+        asked = [candidate for candidate in news if candidate is not None]
         return current().reduce(asked, lambda candidates: candidates[0])
 
-    def _round(self, done: list[Trial], most: int) -> None:
-        """Ask for candidates, try them, and tell the optimiser how they did."""
+    def _new(self, tried: dict[str, float | None]) -> Candidate | None:
+        """A candidate that was not tried, which counts as tried then: the optimiser's, or the first one in order."""
+        for _ in range(MOST_REPEATS):
+            candidate = self.optimiser.ask()
+            key = self.trier.space.key(candidate)
+            if key not in tried:
+                break
+            score = tried[key]
+            if score is not None:
+                self.optimiser.tell(candidate, score)
+        else:
+            candidate = self.trier.space.untried(tried)
+        if candidate is not None:
+            tried[self.trier.space.key(candidate)] = None  # its score is not known yet
+        return candidate
+
+    def _tried(self, done: Sequence[Trial]) -> dict[str, float]:
+        """The score of each candidate that was tried, by its key."""
+        objective, space = self.trier.objective, self.trier.space
+        return {space.key(trial.candidate): trial.best(objective)[1] for trial in done}
+
+    def _round(self, done: list[Trial], asked: Sequence[Candidate]) -> None:
+        """Try candidates, and tell the optimiser how they did."""
         begin, names = len(done), self.trier.space.names
         aim, best = self._aim(done)
         proposals = [
             Proposal(number=begin + n, candidate=candidate, members=names, aim=aim, best=best)
-            for n, candidate in enumerate(self._asked(begin, most))
+            for n, candidate in enumerate(asked)
         ]
         for trial in self.try_all(proposals):
             self.log.append([trial])
@@ -187,8 +222,17 @@ class Run:
             left_out=tuple(left_out),
             groupings=tuple(found),
             merges=self._merges(best, chosen, settings) if chosen else (),
-            notes=(*self.trier.validation.notes, *notes),
+            notes=(*self.trier.validation.notes, *notes, *self._on_the_end(done)),
         )
+
+    def _on_the_end(self, done: Sequence[Trial]) -> list[str]:
+        """A note where nothing is left to try."""
+        space, tried = self.trier.space, self._tried(done)
+        if len(tried) == 1 or space.size == math.inf or space.untried(tried) is not None:
+            return []
+        return [
+            f"all {len(tried)} recipes that --vary (vary) allows were tried: more trials find nothing new"
+        ]
 
     def _merges(
         self, best: Trial, grouping: Grouping, settings: Settings
@@ -231,10 +275,10 @@ def _merged(done: Sequence[Trial]) -> int:
     return sum(bool(trial.kept) for trial in done)
 
 
-def _check_failures(done: Sequence[Trial]) -> None:
-    """Raises OptionError if candidates cannot be merged, one after the other."""
+def _check_failures(done: Sequence[Trial], most: int) -> None:
+    """Raises OptionError if so many candidates cannot be merged, one after the other."""
     row = [*itertools.takewhile(lambda trial: not trial.kept, reversed(done))]
-    if len(row) >= MOST_FAILURES:
+    if len(row) >= most:
         raise OptionError(
             f"{len(row)} candidates in a row could not be merged, the last one because: {row[0].error}; vary less"
         )

@@ -99,7 +99,7 @@ def search(  # noqa: PLR0913  (every choice of a search, by name)
     recipe, adapters = _started(start, base_model, dequantize=chosen.dequantize)
     chosen = dataclasses.replace(chosen, dequantize=recipe.dequantize)
     space = search_space(vary, recipe, adapters, layers)
-    trials = trials if space.knobs else min(trials, 1)  # nothing varies but the common weight
+    trials = int(min(trials, space.size))
     name, notes = _optimiser(optimiser)
     optimiser_named(name, space.knobs, seed, trials)  # before anything is measured
     validation = prepare(recipe, adapters, data, test_data, chosen)

@@ -1,6 +1,8 @@
 """The search space: the knobs, and the recipe that belongs to a position of them."""
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +18,7 @@ from pcb_peft.recipes.overrides import Override
 from pcb_peft.recipes.peft_aliases import method_of
 from pcb_peft.recipes.recipe import Recipe
 from pcb_peft.recipes.weights import Weight
-from pcb_peft.searching.knobs import STEPS, Candidate, Knob, Values, knob_of
+from pcb_peft.searching.knobs import STEPS, Candidate, Choice, Knob, Values, knob_of
 from pcb_peft.spaces import get_space, list_spaces
 
 WEIGHTS, ALL = "weights", "all"
@@ -89,6 +91,32 @@ class SearchSpace:
         steps = {when: _with_options(when, getattr(changed, when), candidate) for when in STEPS}
         complete = dataclasses.replace(changed, options=options, **steps)
         return complete if members is None else _only(complete, self.names, members)
+
+    @property
+    def size(self) -> float:
+        """Number of candidates; infinite if a knob is an interval."""
+        knobs = self.knobs.values()
+        return math.prod(len(k.values) if isinstance(k, Choice) else math.inf for k in knobs)
+
+    def key(self, candidate: Candidate) -> str:
+        """Return a text that is the same for candidates that make the same recipe."""
+        try:
+            return repr(self.recipe_of(candidate))
+        except OptionError:
+            return repr(candidate)
+
+    def untried(self, tried: Collection[str]) -> Candidate | None:
+        """Return the first candidate whose key is not among these.
+
+        None if there is none, and if there are endlessly many candidates.
+        """
+        if self.size == math.inf:
+            return None
+        values = [knob.values for knob in self.knobs.values() if isinstance(knob, Choice)]
+        every = (
+            dict(zip(self.knobs, chosen, strict=True)) for chosen in itertools.product(*values)
+        )
+        return next((candidate for candidate in every if self.key(candidate) not in tried), None)
 
     def _weight(self, candidate: Candidate, name: str, weight: Weight) -> Weight:
         knobs = _weight_knobs(name, self.layers)
