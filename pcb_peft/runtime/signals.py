@@ -16,6 +16,8 @@ ENDING = tuple(
     if hasattr(signal, name)  # Windows lacks some
 )
 """Signals that end a run."""
+AGAIN_SECONDS = 1.0
+"""Pause after which an exception that was lost is raised again."""
 
 
 @contextlib.contextmanager
@@ -46,6 +48,11 @@ def raising_on_signals(on_first: Callable[[], None]) -> Generator[list[signal.Si
         received.append(signal.Signals(number))
         first_at = time.monotonic()
         on_first()
+        stack.enter_context(_repeating(leave))
+        leave()
+
+    def leave() -> None:
+        number = received[0]
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
     in_main_thread = threading.current_thread() is threading.main_thread()
@@ -53,11 +60,40 @@ def raising_on_signals(on_first: Callable[[], None]) -> Generator[list[signal.Si
         number for number in ENDING if in_main_thread and signal.getsignal(number) != signal.SIG_IGN
     ]
     handlers_before = {number: signal.signal(number, handle) for number in handled}
+    stack = contextlib.ExitStack()
     try:
-        yield received
+        with stack:
+            yield received
     finally:
         for number, handler in handlers_before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _repeating(leave: Callable[[], None]) -> Generator[None]:
+    """Raise an exception again as long as nobody handles it: C code, and Python's own finalisers, lose exceptions.
+
+    While the block that was interrupted cleans up behind itself, its exception is being handled, and none is raised.
+    """
+    if not hasattr(signal, "setitimer"):  # Windows
+        yield
+        return
+
+    def look(number: int, frame: object) -> None:
+        del number, frame
+        handled = sys.exc_info()[1]
+        while handled is not None and not isinstance(handled, KeyboardInterrupt | SystemExit):
+            handled = handled.__context__
+        if handled is None:
+            leave()
+
+    before = signal.signal(signal.SIGALRM, look)
+    signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS, AGAIN_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _is_importing(module: str) -> bool:
