@@ -343,6 +343,28 @@ def test_a_directory_may_hold_one_file_of_any_name(tmp_path):
 SAID = {"ss_base_model_version": "sdxl_base_v1-0", "ss_network_dim": "4"}
 
 
+OTHERS = {  # modules of models that diffusers names nearly alike: names, width
+    "Sana": (("attn1.to_q", "attn2.to_k"), 2240),
+    "CogVideoX": (("attn1.to_q", "attn1.to_out.0"), 1920),
+    "PixArt": (("attn1.to_q", "ff.net.2"), 1152),
+    "CogView4": (("attn1.to_q", "norm1.linear"), 4096),
+    "Krea 2": (("attn.to_q", "attn.to_gate"), 32),
+}
+
+
+@pytest.mark.parametrize("model", OTHERS)
+def test_a_model_that_is_not_known_is_filed_under_no_other(tmp_path, model):
+    names, width = OTHERS[model]
+    start = "transformer.transformer_blocks.0"
+    made = [named(f"{start}.{name}", torch.ones(2, width), torch.ones(width, 2)) for name in names]
+    path = written(tmp_path / "a.safetensors", *made)
+    merged = merge_adapters([path], "linear", [0.5])
+    merged.save_pretrained(tmp_path / "out.safetensors")
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        assert not [key for key in file.metadata() if key.startswith(("ss_", "modelspec"))]
+        assert {*file.keys()} >= {f"{start}.{names[0]}.lora_A.weight"}
+
+
 @pytest.mark.parametrize("metadata", [SAID, {}])
 def test_web_uis_are_told_the_base_model(tmp_path, metadata):
     merged = merge_adapters(two_loras(tmp_path, **metadata), "linear")

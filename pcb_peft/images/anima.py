@@ -21,6 +21,8 @@ final_layer.linear = proj_out
 OWN = re.compile(
     r".*([qkv]_proj|output_proj|mlp[._]layer[12]|adaln_modulation\w*[._][12]|norm[123][._]linear_[12])$"
 )
+OTHER_WIDTHS = frozenset({1152, 1920, 2240, 2304, 3072})
+"""Widths of models whose layers diffusers names alike: PixArt, CogVideoX, Sana, Allegro, Mochi."""
 TEXT = 1024  # width of the text, other than that of the image
 
 
@@ -38,6 +40,6 @@ ANIMA = Architecture(
     ROWS,
     ("transformer_blocks",),
     versions=("anima",),
-    modelspec="anima",
+    other_widths=OTHER_WIDTHS,
     fits=is_anima,
 )

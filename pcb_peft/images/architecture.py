@@ -55,9 +55,11 @@ class Architecture:
         down_up: True if diffusers reads ComfyUI's names only with ``lora_down`` and ``lora_up`` after them.
         versions: Beginnings of ``ss_base_model_version`` and ``modelspec.architecture`` that mean this architecture;
             the first is written where the sources say nothing.
-        modelspec: Value of ``modelspec.architecture``, without ``/lora``.
+        modelspec: Value of ``modelspec.architecture``, without ``/lora``; empty where a LoRA does not show that it is
+            of this model and not of another with the same layers.
         fits: From shapes of some modules to whether they can be this architecture's.
         shows: True if a LoRA of it shows by its names or shapes that it is one: others are not written as one.
+        other_widths: Widths of models that are not known here and name their layers alike.
         text_encoders: Component by kohya's prefix, where it is not the usual one.
         kernels: End of a convolution's name to its kernel.
     """
@@ -77,6 +79,7 @@ class Architecture:
     modelspec: str = ""
     fits: Callable[[Shapes], bool] = _any_shapes
     shows: bool = False
+    other_widths: frozenset[int] = frozenset()
     text_encoders: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
     kernels: Mapping[str, tuple[int, ...]] = dataclasses.field(
         default_factory=dict[str, tuple[int, ...]]

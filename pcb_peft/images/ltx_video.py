@@ -1,6 +1,6 @@
 """LTX-Video and LTX-2: only the layers outside its blocks have other names in the original code."""
 
-from pcb_peft.images.anima import is_anima
+from pcb_peft.images.anima import OTHER_WIDTHS, is_anima
 from pcb_peft.images.architecture import Architecture, Shapes
 from pcb_peft.images.rows import Rows
 
@@ -46,4 +46,5 @@ LTX_VIDEO = Architecture(
     versions=("ltx",),
     modelspec="ltx-video",
     fits=_fits,
+    other_widths=OTHER_WIDTHS,
 )

@@ -39,8 +39,8 @@ def metadata_of(image: ImageLora | None, target: str, rank: int) -> dict[str, st
         for key, value in image.metadata.items()
         if key.startswith(STATED) and not key.startswith(OF_THE_FORM)
     }
-    if len(image.candidates) == 1:
-        (only,) = image.candidates
+    only = image.candidates[0] if len(image.candidates) == 1 else None
+    if only is not None and only.modelspec:
         stated.setdefault("ss_base_model_version", only.versions[0])
         stated.setdefault("modelspec.architecture", f"{only.modelspec}/lora")
     version = str(stated.get("ss_base_model_version") or "")

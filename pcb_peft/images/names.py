@@ -196,6 +196,7 @@ def recognised(
     counts = {one: sum(_in_table(one, name) for name in image) for one in ARCHITECTURES}
     most = max(counts.values(), default=0)
     best = [one for one in ARCHITECTURES if most and counts[one] == most]
+    best = [one for one in best if not _of_another_model(one, image, shapes)]
     if not image:
         best = [one for one in ARCHITECTURES if one.component == "unet"]
     stated = [one for one in best if version.startswith(tuple(one.versions))]
@@ -225,6 +226,17 @@ def _in_table(architecture: Architecture, name: StoredName) -> bool:
     if name.prefix in ("unet.", "transformer.") and name.prefix != f"{architecture.component}.":
         return False
     return architecture.canonical(name.path, name.separator) is not None
+
+
+def _of_another_model(
+    architecture: Architecture, names: Iterable[StoredName], shapes: Shapes
+) -> bool:
+    """Return whether modules belong to a model whose names are like those of an architecture, but not the same."""
+    in_diffusers = (name for name in names if name.prefix in ("unet.", "transformer."))
+    widths = (shape[1] for name, shape in shapes.items() if re.search(r"attn1[._]to_[qkv]$", name))
+    return any(not _in_table(architecture, name) for name in in_diffusers) or any(
+        width in architecture.other_widths for width in widths
+    )
 
 
 def _as_trained(architecture: Architecture, name: StoredName) -> bool:
