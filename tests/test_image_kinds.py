@@ -3,6 +3,7 @@
 Expected values are the formulas of LyCORIS (Yeh et al. 2024, arXiv:2309.14859), written here in float64.
 """
 
+import functools
 import json
 
 import pytest
@@ -234,12 +235,74 @@ def test_a_dora_of_a_fused_matrix_is_read_beside_its_parts(tmp_path):
     assert_near(delta.matrix(), wanted)
 
 
+def ia3(weight, *, on_input):
+    axis = 1 if on_input else 0
+    factors = rand(7, weight.shape[axis])
+    sizes = [-1 if place == axis else 1 for place in range(weight.ndim)]
+    tensors = {"weight": factors, "on_input": torch.tensor(int(on_input))}
+    return tensors, weight * factors.double().view(sizes)
+
+
+def glora(weight):
+    (out, inputs, *kernel), ones = weight.shape, [1] * (weight.ndim - 2)
+    shapes = {"a1": (inputs, 2, *ones), "a2": (2, inputs, *ones)}
+    shapes |= {"b1": (out, 2, *ones), "b2": (2, inputs, *kernel)}
+    tensors = {
+        f"{name}.weight": rand(seed, *shape) for seed, (name, shape) in enumerate(shapes.items())
+    }
+    a1, a2, b1, b2 = (values.double().flatten(1) for values in tensors.values())
+    delta = (b1 @ b2).view_as(weight).clone()
+    for place in torch.cartesian_prod(*(torch.arange(size) for size in (1, 1, *kernel)))[:, 2:]:
+        at = (slice(None), slice(None), *place)
+        delta[at] += weight[at] @ a1 @ a2
+    return tensors | {"alpha": torch.tensor(3.0)}, delta * 3 / 2
+
+
+def oft(weight, *, limit=0.0, rescaled=False):
+    blocks, out = rand(3, 3, 4, 4) / 4, len(weight)
+    tensors = {"oft_blocks": blocks, "alpha": torch.tensor(limit)}
+    skew = blocks.double() - blocks.double().transpose(1, 2)
+    if limit:
+        assert skew.norm() > limit * out
+        skew = skew * limit * out / skew.norm()
+    moved, one = [], torch.eye(4, dtype=torch.float64)
+    for q, rows in zip(skew, weight.split(4), strict=True):
+        rotation = torch.linalg.solve(one - q, one + q)  # the factors commute
+        moved.append((rotation.T @ rows.flatten(1)).view_as(rows))
+    if not rescaled:
+        return tensors, torch.cat(moved) - weight
+    scale = rand(4, out, *[1] * (weight.ndim - 1))
+    return tensors | {"rescale": scale}, torch.cat(moved) * scale.double() - weight
+
+
+MULTIPLYING = {
+    "(IA)³ of outputs": functools.partial(ia3, on_input=False),
+    "(IA)³ of inputs": functools.partial(ia3, on_input=True),
+    "GLoRA": glora,
+    "OFT": oft,
+    "OFT with a limit": functools.partial(oft, limit=0.01),
+    "OFT that rescales": functools.partial(oft, rescaled=True),
+}
+
+
+@pytest.mark.parametrize("kind", MULTIPLYING)
+@pytest.mark.parametrize("module", [LINEAR, CONV])
+def test_changes_that_multiply_w_are_read_beside_it(tmp_path, pipeline, kind, module):
+    directory, weights = pipeline
+    tensors, wanted = MULTIPLYING[kind](weights[module].double())
+    path = file_of(tmp_path / "a.safetensors", module, tensors)
+    merged = merge_adapters([path], "linear", [0.5], base_model=directory)
+    assert_near(merged.delta(CANONICAL[module]), 0.5 * wanted)
+    with pytest.raises(BaseModelError, match=r"multiplies W: give base_model"):
+        merge_adapters([path], "linear")
+
+
 REFUSED = {  # tensors beside those of a LoRA, and words of the message
     "two kinds": (loha(1, SHAPES[LINEAR]), "changes of several kinds"),
     "a difference with a LoRA": ({"diff": rand(1, 12, 8)}, "changes of several kinds"),
     "a core that does not fit": ({"lora_mid.weight": rand(1, 2, 3, 1, 1)}, "do not fit"),
     "a scale of another size": ({"dora_scale": rand(1, 5, 1)}, r"has shape \(5, 1\)"),
-    "an OFT": ({"oft_blocks": rand(1, 2, 4, 4)}, "an OFT or BOFT of LyCORIS, which rotates W"),
+    "an OFT with a LoRA": ({"oft_blocks": rand(1, 2, 6, 6)}, "OFT with A, B, which is not read"),
     "a new weight": ({"set_weight": rand(1, 12, 8)}, "a new weight, not the change of one"),
 }
 

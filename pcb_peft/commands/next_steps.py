@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pcb_peft.consumers.vllm import served_rank
+from pcb_peft.errors import BaseModelError
+from pcb_peft.files.json_text import read_json_file
 from pcb_peft.runtime.units import format_size
 
 if TYPE_CHECKING:
@@ -59,6 +61,10 @@ def after_fold(output: Path) -> str:
         return f"next:\n  load   {output} where the checkpoint is loaded that it was made from"
     if (output / "model_index.json").is_file():
         return f'next:\n  load   DiffusionPipeline.from_pretrained("{output}")'
+    config_file = output / "config.json"
+    content = read_json_file(config_file, BaseModelError, "") if config_file.is_file() else {}
+    if kind := content.get("_class_name"):  # of diffusers
+        return f'next:\n  load   {kind}.from_pretrained("{output}")'
     return f'next:\n  load   AutoModel.from_pretrained("{output}"), or the class of your task'
 
 

@@ -21,7 +21,7 @@ from pcb_peft.runtime.paths import why_unreadable
 from pcb_peft.runtime.shown import shown
 from pcb_peft.runtime.threads import one_thread
 
-INTEGERS = (".alpha", "indices", ".num_batches_tracked")
+INTEGERS = (".alpha", ".on_input", "indices", ".num_batches_tracked")
 """Ends of the names of tensors that may hold integers: they are read as numbers, not as weights."""
 
 

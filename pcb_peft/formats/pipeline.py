@@ -18,6 +18,7 @@ from pcb_peft.formats.checkpoint import PIPELINE_TYPE, Tensors, read_finite
 from pcb_peft.formats.fused import exchanged_entry, split_entry
 from pcb_peft.formats.lazy_delta import AdapterContents, Config, LazyDelta
 from pcb_peft.formats.pipeline_changes import as_dora, bias_change, weight_change, with_kernel
+from pcb_peft.formats.pipeline_scalings import multiplies_weight, scaling_change
 from pcb_peft.formats.registry import Format, register
 from pcb_peft.formats.tuner import ModuleTensors
 from pcb_peft.images.names import (
@@ -41,17 +42,16 @@ PARTS = {  # end of a tensor's name, perhaps with the adapter's name, to the par
     r"\.(diff|w_norm)": "diff",
     r"\.(diff_b|b_norm)": "bias",
     r"\.(?P<part>hada_w[12]_[ab]|hada_t[12]|lokr_w[12](_[ab])?|lokr_t2)(\.[^.]+)?": "",  # what it says
+    r"\.(?P<part>oft_blocks|rescale|on_input)": "",
+    r"\.(?P<part>[ab][12])\.weight": "",
 }
 
 REFUSED = {  # what else files of image models hold: part of a tensor's name, and what it is
     r"string_to_param|emb_params|^clip_[lg]$|\*": (
         "an embedding of new words (textual inversion), which is no change of a weight: move it to a file of its own"
     ),
-    r"\.(oft_blocks|oft_diag|rescale)$": (
-        "of an OFT or BOFT of LyCORIS, which rotates W: extract the LoRA from a model that it is merged into"
-    ),
-    r"\.on_input$": "of an (IA)³ of LyCORIS, which multiplies W: merge it into the model with LyCORIS",
-    r"\.[ab][12]\.weight$": "of a GLoRA, which multiplies W: merge it into the model with LyCORIS",
+    r"\.oft_diag$": "of an older OFT of LyCORIS: extract the LoRA from a model that it is merged into",
+    r"\.bm\.weight$": "of a GLoRA with a core: extract the LoRA from a model that it is merged into",
     r"\.(set_weight|reshape_weight)$": "a new weight, not the change of one: ComfyUI alone knows such files",
     r"(^|\.)(ip_adapter|image_proj|to_[kv]_ip)\.": "of an IP-Adapter, which adds layers to the model",
     r"^lllite_|(^|\.)control_model\.|controlnet": "of a ControlNet, which adds layers to the model",
@@ -73,7 +73,10 @@ def read(config: Config, tensors: Tensors, base: Base) -> AdapterContents:
             name for name in tensors.names() if name not in embeddings
         ).items()
     }
-    changes = {path: weight_change(module) for path, module in modules.items()}
+    changes = {
+        path: None if multiplies_weight(module) else weight_change(module)
+        for path, module in modules.items()
+    }
     biases = {path: bias_change(module) for path, module in modules.items()}
     shapes = {path: entry.shape for path, entry in changes.items() if entry is not None}
     names, image = canonical_names(shapes, config.get("file_metadata") or {}, modules)
@@ -81,6 +84,9 @@ def read(config: Config, tensors: Tensors, base: Base) -> AdapterContents:
     entries: dict[str, LazyDelta] = {}
     for path, module in modules.items():
         name, entry, bias = names[path], changes[path], biases[path]
+        if multiplies_weight(module):
+            entry = scaling_change(module, name, base)
+            shapes[path] = entry.shape
         whole: dict[str, LazyDelta] = {}
         if halves_exchanged(path, name, shapes.get(path)):
             _refuse_exchanged_dora(module)
@@ -100,11 +106,11 @@ def _embedding(tensors: Tensors, name: str) -> ReplacedParameter:
 
 
 def _refuse_exchanged_dora(module: ModuleTensors) -> None:
-    """Refuse a DoRA of a layer whose halves diffusers exchanges."""
-    if "dora_scale" in module.names:
+    """Refuse what depends on W in a layer whose halves diffusers exchanges."""
+    if "dora_scale" in module.names or multiplies_weight(module):
         raise UnsupportedError(
-            f"{module.path} is a DoRA of a layer whose halves are in another order in diffusers, which is not read: "
-            "leave it out of the file"
+            f"{module.path} is a change that depends on W, and diffusers has the halves of this layer in another "
+            "order: such a change is not read; leave it out of the file"
         )
 
 
@@ -113,7 +119,9 @@ def _on_weight(
 ) -> LazyDelta:
     """Return the change of a weight in the shape that the layer has, rescaled as a DoRA where it is one."""
     kernel = image.kernel(name)
-    if kernel and entry.kind is Dense:  # the factors of a LoRA show their kernel themselves
+    if (
+        kernel and entry.kind is Dense and not multiplies_weight(module)
+    ):  # the factors of a LoRA show their kernel themselves
         entry = with_kernel(entry, kernel, name)
     return as_dora(entry, module, name, base) if "dora_scale" in module.names else entry
 
@@ -126,8 +134,10 @@ def _by_module(names: Iterable[str]) -> dict[str, dict[str, str]]:
         AdapterError: Two tensors are the same part of a module.
     """
     modules: dict[str, dict[str, str]] = {}
-    for name in names:
-        module, part = _parsed(name)
+    listed = list(names)
+    vectors = {f"{name.removesuffix('.on_input')}.weight" for name in listed if "on_input" in name}
+    for name in listed:
+        module, part = (name.removesuffix(".weight"), "ia3") if name in vectors else _parsed(name)
         parts = modules.setdefault(module, {})
         if part in parts:
             raise AdapterError(f"{module} has both {parts[part]} and {name}")

@@ -120,7 +120,7 @@ def _huge(facts: Inspection) -> list[str]:
     sizes = {
         module: one.norm / math.sqrt(math.prod(one.shape))
         for module, one in facts.modules.items()
-        if one.kind not in VECTORS
+        if one.kind not in VECTORS and not one.needs_base
     }
     huge = [module for module, size in sizes.items() if size > HUGE]
     if not huge:
