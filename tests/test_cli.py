@@ -484,6 +484,8 @@ ERRORS = {  # command to words of the one line
     "merge math code -o @out --method tise": "no merge method 'tise'; did you mean 'ties'",
     "merge math code -o @out --space dens": "no space 'dens'; did you mean 'dense'",
     "merge ./codr math -o @out": r"\./codr is neither .*; did you mean \./code\?",
+    "fold math code -o @out": "code is an adapter, and no base model",
+    "evaluate codr --data math/adapter_config.json": r"codr has none; did you mean \./code",
     "evaluate math --data math=no.jsonl": "--data: there is no file no.jsonl; give a file with",
     "search math code --data math code": "--data: math is a directory; give a file with",
     "merge math code -o @out --scope layer": "scope is 'layer'",

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import models
@@ -474,7 +475,8 @@ def test_llama_cpp_verifies_with_the_base_model_in_its_own_format(workshop, tmp_
 def test_a_merge_is_verified_in_memory_beside_the_weighted_sum_of_its_sources(workshop, tmp_path):
     base = workshop.base("llama")
     configs = [lora(*TARGETS), lora("q_proj", "lm_head", use_rslora=True), ia3("k_proj")]
-    sources = workshop.adapters("llama", configs)
+    first, *others = workshop.adapters("llama", configs)
+    sources = [shutil.copytree(first, tmp_path / "first"), *others]
     for method, same in (("linear", True), ("ties", False)):
         options = {"weights": [0.5, 0.3, 0.7], "rank": 16, "base_model": base, "progress": False}
         merged = merge_adapters(sources, method, **options)
@@ -486,6 +488,11 @@ def test_a_merge_is_verified_in_memory_beside_the_weighted_sum_of_its_sources(wo
         again = exported(tmp_path / method, "peft", tmp_path / f"{method}2", **options)
         assert (again.verification.sources < 1e-3) == same
     assert "from those of the weighted sum of its sources" in str(done)
+    shutil.rmtree(sources[0])
+    done = exported(tmp_path / "linear", "peft", tmp_path / "gone", **options).verification
+    assert done.sources is None
+    assert "not compared with the weighted sum of its sources: " in str(done)
+    assert f"{sources[0]} is neither a directory" in str(done)
 
 
 @pytest.mark.filterwarnings("ignore:Model has .tie_word")

@@ -38,6 +38,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises:
         BaseModelError: There is no such file, or a field holds something that it may not hold.
     """
+    refuse_adapter(directory)
     path = directory / "config.json"
     config = read_json_file(path, BaseModelError, WAY_OUT)
     checked(config, BaseConfig, str(path), BaseModelError, WAY_OUT)
@@ -48,6 +49,18 @@ def read_config(directory: Path) -> dict[str, Any]:
                 f"{path}: {quoted(name)} is {quoted(value)}; it may be {most} at most; {WAY_OUT}"
             )
     return config
+
+
+def refuse_adapter(directory: Path) -> None:
+    """Refuse the directory of an adapter as that of a base model.
+
+    Raises:
+        BaseModelError: It is one.
+    """
+    if (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
+        raise BaseModelError(
+            f"{directory} is an adapter, and no base model; give the model that it was trained on"
+        )
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:

@@ -10,9 +10,11 @@ import torch
 
 from pcb_peft.base.architecture import TRANSFORMERS_ERRORS, unreadable_config
 from pcb_peft.base.canonical import AUTO_CLASSES
+from pcb_peft.base.config import refuse_adapter
 from pcb_peft.base.model import open_base_model
 from pcb_peft.data.dequantised_model import dequantised_model
 from pcb_peft.errors import BaseModelError, OptionError
+from pcb_peft.runtime.paths import expanded
 from pcb_peft.runtime.shown import shown
 
 WITH_LOGITS = frozenset({"CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "SEQ_2_SEQ_LM"})
@@ -78,6 +80,7 @@ def load_config(source: str) -> Any:
     """
     import transformers
 
+    refuse_adapter(expanded(source))
     try:
         return transformers.AutoConfig.from_pretrained(source)
     except TRANSFORMERS_ERRORS as error:

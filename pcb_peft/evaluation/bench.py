@@ -236,8 +236,8 @@ def open_bench(base_model: str, settings: Settings) -> Bench:
     host = ModelHost(
         base_model, dtype=settings.dtype, device=device, dequantize=settings.dequantize
     )
-    tokenizer, track = settings.tokenizer or load_tokenizer(base_model), tracker(settings.progress)
     positions = getattr(host.config(), "max_position_embeddings", None) or settings.max_length
+    tokenizer, track = settings.tokenizer or load_tokenizer(base_model), tracker(settings.progress)
     length = min(settings.max_length, positions, tokenizer.model_max_length)
     return Bench(
         host=host,

@@ -25,7 +25,7 @@ from pcb_peft.evaluation.settings import Settings
 from pcb_peft.evaluation.subjects import BASE, Subject, SubjectMaker
 from pcb_peft.merging.result import MergedAdapter
 from pcb_peft.recipes.recipe import FILE_NAME, Recipe, read_recipe
-from pcb_peft.runtime.paths import expanded
+from pcb_peft.runtime.paths import expanded, similar_path
 from pcb_peft.runtime.processes import current
 from pcb_peft.runtime.scratch import shared_directory
 from pcb_peft.writing.model_card import public_name
@@ -194,7 +194,15 @@ def _loaded(
     loaded = named_apart(load_adapters(adapters or (), base_model=opened))
     base = base_model or next((a.base_model for a in loaded if a.base_model), None)
     if base is None:
-        raise OptionError("the base model is not known: give base_model (--base-model)")
+        unnamed = (
+            f"; adapters and base model are read from {FILE_NAME} in a merge's directory, and {merged} has none"
+            if recipe is None and adapters is None
+            else ""
+        )
+        hint = similar_path(merged) if isinstance(merged, str) else ""
+        raise OptionError(
+            f"the base model is not known: give base_model (--base-model){unnamed}{hint and f'; {hint}'}"
+        )
     return loaded, str(base), settings
 
 

@@ -9,9 +9,10 @@ from pcb_peft.base.model import BaseModel
 from pcb_peft.errors import PcbPeftError
 from pcb_peft.merging.result import MergedAdapter
 from pcb_peft.recipes.recipe import FILE_NAME, Recipe, read_recipe
+from pcb_peft.runtime.shown import shown
 
 
-def weighted_sources(adapter: Adapter, base: Callable[[], BaseModel]) -> list[Adapter]:
+def weighted_sources(adapter: Adapter, base: Callable[[], BaseModel]) -> list[Adapter] | str:
     """Return the adapters that a merge was made of, each times its weight: their sum is the plain merge.
 
     Args:
@@ -19,19 +20,19 @@ def weighted_sources(adapter: Adapter, base: Callable[[], BaseModel]) -> list[Ad
         base: The base model.
 
     Returns:
-        Nothing for an adapter that is no merge, where the sources are gone, changed or unreadable, and where weights
-        differ between modules.
+        The adapters. Where a merge has no such sum, or its sources are gone, changed or unreadable: why, in words.
+        Empty words for an adapter that is no merge.
     """
     try:
         recipe = _recipe(adapter)
-        if recipe is None or recipe.overrides:
-            return []
+        if recipe is None:
+            return ""
         weights = [weight for weight in recipe.weights if isinstance(weight, float)]
-        if len(weights) < len(recipe.adapters):
-            return []
+        if recipe.overrides or len(weights) < len(recipe.adapters):
+            return "weights differ between modules"
         loaded = load_adapters(recipe.adapters, base_model=base)
-    except PcbPeftError:
-        return []
+    except PcbPeftError as error:
+        return shown(error)
     return [one.scaled(weight * recipe.scale) for one, weight in zip(loaded, weights, strict=True)]
 
 

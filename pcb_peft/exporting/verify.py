@@ -21,6 +21,7 @@ from pcb_peft.errors import MismatchError, OptionError
 from pcb_peft.exporting.profile import Profile
 from pcb_peft.exporting.programs import PROGRAMS, Run, answers
 from pcb_peft.exporting.sources import weighted_sources
+from pcb_peft.runtime.shown import shown
 
 PROMPTS = (
     "The capital of France is",
@@ -48,8 +49,8 @@ class Verification:
         cut: Largest difference to the adapter before its rank was cut; None where it was not. The other numbers are
             then those of the adapter at the lower rank.
         sources: Largest difference to the weighted sum of the adapters that a merge was made of; None for other
-            adapters, and where the sources are gone or have weights that differ between modules. Only a merge that is
-            a sum is meant to compute the same.
+            adapters, and where there is no such sum. Only a merge that is a sum is meant to compute the same.
+        no_sources: Why a merge was not compared with that sum; empty where it was, and for other adapters.
         skipped: Why nothing was computed; empty where it was.
     """
 
@@ -59,6 +60,7 @@ class Verification:
     limit: float = 0.0
     cut: float | None = None
     sources: float | None = None
+    no_sources: str = ""
     skipped: str = ""
 
     @property
@@ -84,7 +86,10 @@ class Verification:
             parts.append(f"by {self.cut:.2g} from those of the adapter before the cut")
         if self.sources is not None:
             parts.append(f"by {self.sources:.2g} from those of the weighted sum of its sources")
-        return f"verified in {self.consumer}: {words} (log-probabilities differ {', '.join(parts)})"
+        line = f"verified in {self.consumer}: {words} (log-probabilities differ {', '.join(parts)})"
+        if self.no_sources:
+            line += f"; not compared with the weighted sum of its sources: {self.no_sources}"
+        return line
 
     def demand(self) -> "Verification":
         """Return it, or raise MismatchError where the result does not compute what the adapter does."""
@@ -124,7 +129,7 @@ def verify(
     run = PROGRAMS[profile.name]
     model, sources = base(), weighted_sources(uncut or adapter, base)
     directory = model.directory
-    batches, name, largest = _batches(directory), "", dict[str, Any]()
+    batches, name, no_sources, largest = _batches(directory), "", "", dict[str, Any]()
     with quiet_transformers(), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # PEFT and transformers speak of heads that are loaded here
         for head in [one.read() for one in adapter.heads.values()] or [{}]:
@@ -133,7 +138,10 @@ def verify(
             others = {"error": wanted, "effect": answers(bare, batches)}
             if uncut is not None:
                 others["cut"] = _wanted(uncut, bare, head, batches)
-            if summed := _summed(bare, sources, batches):
+            summed = _summed(bare, sources, batches)
+            if isinstance(summed, str):
+                no_sources = summed
+            else:
                 others["sources"] = summed
             name, found = run(Run(adapter, head, directory, output, bare, batches))
             if isinstance(found, str):
@@ -141,7 +149,8 @@ def verify(
             top = [values.topk(min(TOP, values.shape[-1])).indices for values in wanted]
             for key, values in others.items():
                 largest[key] = max(largest.get(key, 0.0), _largest(found, values, top))
-    return Verification(name, limit=_limit(output, profile), **largest)
+    limit = _limit(output, profile)
+    return Verification(name, limit=limit, no_sources=no_sources, **largest)
 
 
 def _why_not(adapter: Adapter, profile: Profile, uncut: Adapter | None) -> str:
@@ -229,12 +238,14 @@ def _wanted(adapter: Adapter, bare: Any, head: Head, batches: Sequence[Tensor]) 
         ) from error
 
 
-def _summed(bare: Any, sources: Sequence[Adapter], batches: Sequence[Tensor]) -> list[Tensor]:
-    """Return what the sum of some adapters answers; nothing without any, and for stacked experts."""
-    if not sources:
-        return []
+def _summed(
+    bare: Any, sources: Sequence[Adapter] | str, batches: Sequence[Tensor]
+) -> list[Tensor] | str:
+    """Return what the sum of some adapters answers; in words why there is none, or why it cannot be computed."""
+    if isinstance(sources, str):
+        return sources
     try:
         with with_adapter(bare, *sources):
             return answers(bare, batches)
-    except MismatchError:
-        return []
+    except MismatchError as error:
+        return shown(error)
