@@ -88,6 +88,9 @@ def _listed(words: str, modules: Iterable[str]) -> str:
     return f"{words}: {some_of(names)}"
 
 
+_OTHER_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+
+
 def _kind(module: str) -> str:
     leaf = module.rpartition(".")[2]
     if any(part in _CLASSIFIERS for part in module.split(".")):
@@ -102,6 +105,13 @@ def classifier(files: OutputFiles) -> str:
     return _listed(
         "a head stored whole", (m for m in _saved_modules(files) if _kind(m) == "classifier")
     )
+
+
+def classifying_model(files: OutputFiles) -> str:
+    """Name the class of a whole model with a head that language models lack."""
+    stated = files.config.get("architectures")
+    named = [str(name) for name in stated] if isinstance(stated, list) else []  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    return next((name for name in named if name.endswith(_OTHER_HEADS)), "")
 
 
 def saved_ends(files: OutputFiles) -> str:

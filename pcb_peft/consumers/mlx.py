@@ -36,6 +36,13 @@ CONSUMER = Consumer(
             "run with mlx-lm 0.32.2",
             form="model",
         ),
+        Rule(
+            features.classifying_model,
+            "refuses",
+            "loads language models only",
+            "run with mlx-lm 0.32.2",
+            form="model",
+        ),
     ),
     way="pcb-peft export {path} --to mlx -o adapter-mlx",
     way_lacks=features.BEYOND_LORA,

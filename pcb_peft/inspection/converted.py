@@ -15,6 +15,7 @@ from pcb_peft.inspection.facts import Inspection, ModuleFacts
 from pcb_peft.inspection.geometry import effective_rank, singular_values
 from pcb_peft.merging.report_file import read_report
 from pcb_peft.runtime.paths import expanded, size_on_disk
+from pcb_peft.runtime.shown import quoted
 
 
 def inspect_converted(source: object) -> Inspection | None:
@@ -50,13 +51,13 @@ def inspect_converted(source: object) -> Inspection | None:
 
 def _gguf(file: Path) -> tuple[dict[str, ModuleFacts], dict[str, Any]]:
     opened = GgufFile(file)
-    alpha = opened.fields.get("adapter.lora.alpha")
+    alpha = _number(opened.fields.get("adapter.lora.alpha", 0.0), "adapter.lora.alpha", file)
     names = [name.removesuffix(".lora_a") for name in opened.names() if name.endswith(".lora_a")]
     modules: dict[str, ModuleFacts] = {}
     for name in names:
         lora_A = opened.read(f"{name}.lora_a")
-        scale = alpha / len(lora_A) if alpha else 1.0  # as llama.cpp reads them
-        facts = _facts(lora_A, opened.read(f"{name}.lora_b"), scale)
+        scale = alpha / max(1, len(lora_A)) if alpha else 1.0  # as llama.cpp reads them
+        facts = _facts(name, lora_A, opened.read(f"{name}.lora_b"), scale)
         modules[name.removesuffix(".weight")] = facts
     ranks = {facts.rank for facts in modules.values()}
     config = {"r": ranks.pop(), "lora_alpha": alpha} if len(ranks) == 1 and alpha else {}
@@ -70,10 +71,12 @@ def _gguf(file: Path) -> tuple[dict[str, ModuleFacts], dict[str, Any]]:
 def _mlx(files: OutputFiles) -> tuple[dict[str, ModuleFacts], dict[str, Any]]:
     opened = SafetensorsFile(files.path / MLX)
     stated = files.config.get("lora_parameters")
-    scale = stated.get("scale", 1.0) if isinstance(stated, Mapping) else 1.0
+    given: Any = stated.get("scale", 1.0) if isinstance(stated, Mapping) else 1.0
+    scale = _number(given, "lora_parameters.scale", files.path)
     names = [name.removesuffix(".lora_a") for name in opened.names() if name.endswith(".lora_a")]
     modules = {
         name: _facts(
+            name,
             opened.read(f"{name}.lora_a").T,
             opened.read(f"{name}.lora_b").T,
             scale,
@@ -84,7 +87,22 @@ def _mlx(files: OutputFiles) -> tuple[dict[str, ModuleFacts], dict[str, Any]]:
     return modules, {"base_model": files.config.get("model")}
 
 
-def _facts(lora_A: Tensor, lora_B: Tensor, scale: float, kind: str = "LoRA") -> ModuleFacts:
+def _number(value: Any, name: str, where: Path) -> float:
+    if not isinstance(value, int | float):
+        raise AdapterError(
+            f"{where}: {name} is {quoted(value)}; it must be a number: write the file again"
+        )
+    return float(value)
+
+
+def _facts(
+    name: str, lora_A: Tensor, lora_B: Tensor, scale: float, kind: str = "LoRA"
+) -> ModuleFacts:
+    if lora_A.ndim != 2 or lora_B.ndim != 2 or len(lora_A) != lora_B.shape[1]:
+        raise AdapterError(
+            f"the factors of {name} have the shapes {tuple(lora_A.shape)} and {tuple(lora_B.shape)}, which are no "
+            "LoRA; write the file again"
+        )
     values = singular_values(LowRank(lora_A, lora_B)) * abs(scale)
     shape = (len(lora_B), lora_A.shape[1])
     return ModuleFacts(kind, shape, len(lora_A), float(values.norm()), effective_rank(values))
