@@ -340,6 +340,25 @@ def test_a_directory_may_hold_one_file_of_any_name(tmp_path):
         load_adapter(tmp_path)
 
 
+def test_folders_of_the_hubs_cache_are_read_under_the_repositorys_name(tmp_path):
+    repository, commit = tmp_path / "models--owner--my-style", "0123456789abcdef" * 2
+    snapshot = repository / "snapshots" / commit
+    for folder in (snapshot, repository / "blobs", repository / "refs"):
+        folder.mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    tensors = named(f"lora_unet_input_blocks_4_1_{Q}", *factors(1))
+    written(repository / "blobs" / "5f3a", tensors)
+    (snapshot / "my style.safetensors").symlink_to("../../blobs/5f3a")
+    for path, name in {
+        repository: "my-style",
+        snapshot: "my-style",
+        snapshot / "my style.safetensors": "my style",
+    }.items():
+        adapter = load_adapter(path)
+        assert list(adapter.modules) == [f"unet.{XL}"]
+        assert adapter.name == name
+
+
 SAID = {"ss_base_model_version": "sdxl_base_v1-0", "ss_network_dim": "4"}
 
 

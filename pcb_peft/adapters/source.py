@@ -17,7 +17,7 @@ from pcb_peft.adapters.companions import (
 )
 from pcb_peft.adapters.other_files import how_to_get_an_adapter, refuse_file
 from pcb_peft.adapters.saving import EVALUATION_FILE, RECIPE_FILE, REPORT_FILE
-from pcb_peft.base.hub import download, listed
+from pcb_peft.base.hub import download, listed, snapshot_in
 from pcb_peft.deltas.replacements import HEADS, NAME
 from pcb_peft.errors import AdapterError, AdapterNotFoundError
 from pcb_peft.files.links import warn_of_links
@@ -80,8 +80,13 @@ class Source:
         """Last part of the path, for messages and reports."""
         path = Path(self.subfolder or self.path)
         with contextlib.suppress(OSError, RuntimeError, ValueError):  # links in a circle
-            path = path.resolve()
-        return shown(path.name.removesuffix(".safetensors")) or "adapter"
+            path = path if path.is_file() else path.resolve()  # a file in the Hub's cache is a link
+        if path.parent.name == "snapshots":
+            path = path.parent.parent
+        return (
+            shown(re.sub(r"^models--(.*--)?", "", path.name).removesuffix(".safetensors"))
+            or "adapter"
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -225,6 +230,7 @@ def _local(source: Source) -> Path | None:
         return directory
     if not directory.is_dir():
         return None
+    directory = snapshot_in(directory, source.revision)
     return expanded(directory / source.subfolder) if source.subfolder else directory
 
 

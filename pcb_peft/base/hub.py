@@ -107,3 +107,18 @@ def _answers(source: str, revision: str | None) -> bool:
     except Exception:  # noqa: BLE001  (of the library below, which has changed more than once)
         return False
     return True
+
+
+def snapshot_in(directory: Path, revision: str | None) -> Path:
+    """Return the files of a repository where a directory is its folder in the Hub's cache; the directory itself else.
+
+    Args:
+        directory: Any directory, such as ``~/.cache/huggingface/hub/models--owner--name``.
+        revision: Branch, tag or commit; None for the main branch.
+    """
+    snapshots, name = directory / "snapshots", revision or "main"
+    if not snapshots.is_dir():
+        return directory
+    branch = directory / "refs" / name
+    commit = branch.read_text(encoding="utf-8").strip() if branch.is_file() else name
+    return snapshots / commit if (snapshots / commit).is_dir() else directory
