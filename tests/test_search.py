@@ -173,10 +173,14 @@ def test_a_search_goes_on_from_its_log(
         given = {"vary": {"weights": (0.5, 2.0)}, "optimiser": optimiser, "cache": False}
         return search(adapters, data, base_model=base, trials=count, log=log, **given, **options)
 
-    whole = run(4, log).trials
+    first = run(4, log)
+    assert "an earlier run" not in str(first)
+    whole = first.trials
     lines = log.read_text().splitlines(keepends=True)
     log.write_text("".join(lines[:3]) + lines[3][:40])  # as a kill leaves it
-    again = run(4, log).trials
+    second = run(4, log)
+    assert f"2 trials are of an earlier run: they were read from {log}" in str(second)
+    again = second.trials
     assert again[:2] == whole[:2]
     assert [(t.number, t.candidate, t.kept) for t in again] == [
         (t.number, t.candidate, t.kept) for t in whole

@@ -11,8 +11,8 @@ from pcb_peft.commands.parser import UsageError
 DTYPES = ("float32", "bfloat16", "float16")
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 DEQUANTIZE = (
-    "take a quantised base model (NF4, INT8, GPTQ, AWQ, FP8 ...): weights are computed from their codes; a fold is "
-    "written in bfloat16"
+    "accept a quantised base model (NF4, INT8, GPTQ, AWQ, FP8 ...), and compute its weights from their codes; a fold "
+    "of it is written in bfloat16"
 )
 WORDS = {"true": True, "false": False, "none": None, "null": None}
 

@@ -34,7 +34,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-rank", type=int, metavar="N", help="cut every module to this rank")
     parser.add_argument(
-        "--dense", action="store_true", help="zeros on modules that only some layers have a LoRA on"
+        "--dense",
+        action="store_true",
+        help="write zeros where a module has a LoRA in some layers only",
     )
     parser.add_argument(
         "--pad-to-rank", type=int, metavar="N", help="fill up to this rank with zeros"

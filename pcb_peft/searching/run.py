@@ -62,6 +62,11 @@ class Run:
         Raises:
             OptionError: Nothing can be merged.
         """
+        if self.log.path is not None:
+            say(
+                f"{self.log.path} keeps every trial: after a stop, the same command goes on",
+                self.progress,
+            )
         begun = time.perf_counter() - sum(trial.seconds for trial in self.logged)
         done = self._repeated()
         for _ in tracker(self.progress)(range(max(0, count - _merged(done))), "search"):
@@ -226,13 +231,18 @@ class Run:
         )
 
     def _on_the_end(self, done: Sequence[Trial]) -> list[str]:
-        """A note where nothing is left to try."""
+        """Notes on trials of an earlier run, and on a search space in which nothing is left to try."""
+        notes: list[str] = []
+        if self.logged:
+            notes.append(
+                f"{len(self.logged)} trials are of an earlier run: they were read from {self.log.path}"
+            )
         space, tried = self.trier.space, self._tried(done)
-        if len(tried) == 1 or space.size == math.inf or space.untried(tried) is not None:
-            return []
-        return [
-            f"all {len(tried)} recipes that --vary (vary) allows were tried: more trials find nothing new"
-        ]
+        if len(tried) > 1 and space.size < math.inf and space.untried(tried) is None:
+            notes.append(
+                f"all {len(tried)} recipes that --vary (vary) allows were tried: more trials find nothing new"
+            )
+        return notes
 
     def _merges(
         self, best: Trial, grouping: Grouping, settings: Settings
