@@ -135,8 +135,7 @@ def _run(parsed: argparse.Namespace) -> Answer:
     from pcb_peft.evaluation.evaluate import evaluate
     from pcb_peft.reporting.page import write_report
 
-    if parsed.report:
-        _check_page(parsed)
+    _check_outputs(parsed)
     limits = (parsed.threshold, parsed.fail_below, 0.8)
     result = evaluate(
         parsed.merged,
@@ -175,14 +174,17 @@ def _run(parsed: argparse.Namespace) -> Answer:
     )
 
 
-def _check_page(parsed: argparse.Namespace) -> None:
-    """Refuse a page that could not be written after the evaluation."""
+def _check_outputs(parsed: argparse.Namespace) -> None:
+    """Refuse files that could not be written after the evaluation."""
     from pcb_peft.reporting.merge_record import record_of
     from pcb_peft.reporting.page import is_report
     from pcb_peft.writing.targets import check_file_target
 
-    record_of(parsed.merged)
-    check_file_target(parsed.report, overwrite=True, is_ours=is_report)
+    if parsed.log:
+        check_file_target(parsed.log, overwrite="all")  # a line is added
+    if parsed.report:
+        record_of(parsed.merged)
+        check_file_target(parsed.report, overwrite=True, is_ours=is_report)
 
 
 def _is_below(kept: float | None, limit: float | None) -> bool:

@@ -113,7 +113,10 @@ def _add_files(group: Any) -> None:
 def _run(parsed: argparse.Namespace) -> Answer:
     from pcb_peft.runtime.processes import current
     from pcb_peft.searching.search import search
+    from pcb_peft.writing.targets import check_file_target
 
+    for file in filter(None, (parsed.output, parsed.plot)):  # before hours of trials
+        check_file_target(file, overwrite="all", inputs=parsed.start)
     recipe = len(parsed.start) == 1 and parsed.start[0].endswith((".yaml", ".yml"))
     found = search(
         parsed.start[0] if recipe else parsed.start,
