@@ -1,6 +1,7 @@
 """The package's structure, read from its source: who imports whom, who knows which name, and how long is too long."""
 
 import ast
+import functools
 import graphlib
 import subprocess
 import sys
@@ -56,8 +57,13 @@ def module_file(name: str) -> str | None:
     return next((file for file in candidates if file in TREES), "__init__.py")
 
 
-def imports(path: str) -> Iterator[str]:
+@functools.cache
+def imports(path: str) -> tuple[str, ...]:
     """The files of this package that a file imports, be it inside a function."""
+    return tuple(_imports(path))
+
+
+def _imports(path: str) -> Iterator[str]:
     for node in ast.walk(TREES[path]):
         names: list[str] = []
         if isinstance(node, ast.Import):

@@ -218,6 +218,7 @@ FINAL = {  # layer of a file in one piece: diffusers', which has scale before sh
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FINAL)
 def test_halves_are_folded_in_the_order_of_the_file(tmp_path, name):
     utilities = pytest.importorskip("diffusers.loaders.single_file_utils")

@@ -91,6 +91,7 @@ def test_a_component_of_diffusers_is_saved_as_diffusers_saves_it(tmp_path):
     assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_pipeline_of_diffusers():
     pytest.importorskip("diffusers")
     from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin

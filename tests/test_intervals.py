@@ -1,7 +1,6 @@
 import math
 
 import pytest
-import scipy.stats
 
 from pcb_peft.errors import OptionError
 from pcb_peft.evaluation.budget import parse_budget, texts_within
@@ -9,16 +8,23 @@ from pcb_peft.evaluation.intervals import mean_interval, paired_p_value, wilson_
 from pcb_peft.evaluation.scores import Score, TaskScores, worst_first
 
 
+@pytest.fixture(scope="module", name="stats")
+def _stats():
+    import scipy.stats
+
+    return scipy.stats
+
+
 @pytest.mark.parametrize(("correct", "count"), [(0, 7), (39, 100), (100, 100), (1, 1), (613, 1000)])
 @pytest.mark.parametrize("confidence", [0.8, 0.95, 0.99])
-def test_wilson_is_that_of_scipy(correct: int, count: int, confidence: float):
-    wanted = scipy.stats.binomtest(correct, count).proportion_ci(confidence, method="wilson")
+def test_wilson_is_that_of_scipy(stats, correct: int, count: int, confidence: float):
+    wanted = stats.binomtest(correct, count).proportion_ci(confidence, method="wilson")
     assert wilson_interval(correct, count, confidence) == pytest.approx(tuple(wanted), abs=1e-9)
 
 
-def test_the_interval_of_a_mean_is_that_of_scipy():
+def test_the_interval_of_a_mean_is_that_of_scipy(stats):
     values = [0.3, 1.2, 2.0, 0.1, 5.0]
-    wanted = scipy.stats.norm.interval(0.95, loc=sum(values) / 5, scale=scipy.stats.sem(values))
+    wanted = stats.norm.interval(0.95, loc=sum(values) / 5, scale=stats.sem(values))
     assert mean_interval(values) == pytest.approx(wanted)
     assert mean_interval([1.0]) == (-math.inf, math.inf)
 
@@ -26,17 +32,17 @@ def test_the_interval_of_a_mean_is_that_of_scipy():
 @pytest.mark.parametrize(
     ("better", "worse", "equal"), [(5, 0, 3), (7, 2, 10), (3, 3, 1), (20, 41, 9)]
 )
-def test_the_test_of_paired_answers_is_the_sign_test(better: int, worse: int, equal: int):
+def test_the_test_of_paired_answers_is_the_sign_test(stats, better: int, worse: int, equal: int):
     first = [1.0] * better + [0.0] * worse + [1.0] * equal
     second = [0.0] * better + [1.0] * worse + [1.0] * equal
-    wanted = scipy.stats.binomtest(better, better + worse, 0.5).pvalue
+    wanted = stats.binomtest(better, better + worse, 0.5).pvalue
     assert paired_p_value(first, second) == pytest.approx(wanted)
 
 
-def test_the_test_of_paired_losses_is_near_the_paired_t_test():
+def test_the_test_of_paired_losses_is_near_the_paired_t_test(stats):
     first = [0.1 * (i % 7) + 0.5 for i in range(200)]
     second = [0.1 * (i % 5) + 0.55 for i in range(200)]
-    wanted = scipy.stats.ttest_rel(first, second).pvalue
+    wanted = stats.ttest_rel(first, second).pvalue
     assert paired_p_value(first, second) == pytest.approx(wanted, rel=0.1)
 
 

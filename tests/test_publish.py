@@ -14,6 +14,8 @@ from helpers import lora
 from pcb_peft import OptionError, OutputError, merge_adapters, publish
 from pcb_peft.commands import cli
 
+pytestmark = pytest.mark.slow
+
 
 class Hub(http.server.BaseHTTPRequestHandler):
     """The Hub's answers to `create_repo` and `upload_folder`; what was committed is kept in `server.files`."""
