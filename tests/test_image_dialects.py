@@ -217,6 +217,7 @@ CONVERTERS = {  # converter of diffusers: architecture, dialect, modules that it
     "non_diffusers_qwen": ("Qwen-Image", "kohya", "(?!)"),
     "non_diffusers_anima": ("Anima", "ai-toolkit", "(?!)"),
     "non_diffusers_flux2": ("Flux.2", "ai-toolkit", "norm_out"),
+    "non_diffusers_krea2": ("Krea 2", "ai-toolkit", "(?!)"),
     "kohya_flux2": ("Flux.2", "kohya", "guidance_embedder|_modulation|norm_out"),
     "non_diffusers_z_image": ("Z-Image", "kohya", "all_|embedder"),
 }

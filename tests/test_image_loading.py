@@ -141,6 +141,17 @@ MODELS = {  # loader, class, configuration, component, formats that diffusers lo
         "transformer",
         ("diffusers", "comfyui"),
     ),
+    "Krea 2": (
+        "Krea2",
+        "Krea2Transformer2DModel",
+        {"in_channels": 4, "num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
+        | {"num_key_value_heads": 1, "intermediate_size": 32, "text_hidden_dim": 32}
+        | {"num_text_layers": 2, "text_num_attention_heads": 2, "text_num_key_value_heads": 2}
+        | {"text_intermediate_size": 32, "num_layerwise_text_blocks": 1}
+        | {"num_refiner_text_blocks": 1, "axes_dims_rope": (4, 6, 6)},
+        "transformer",
+        ("diffusers", "comfyui"),
+    ),
 }
 VERSIONS = {  # what trainers write
     "SD1": "sd_v1",
@@ -156,6 +167,7 @@ VERSIONS = {  # what trainers write
     "HiDream": "hidream",
     "Lumina-Image 2": "lumina",
     "Anima": "anima",
+    "Krea 2": "krea2",
 }
 CASES = [(name, form) for name, model in MODELS.items() for form in model[-1]]
 

@@ -367,7 +367,7 @@ OTHERS = {  # modules of models that diffusers names nearly alike: names, width
     "CogVideoX": (("attn1.to_q", "attn1.to_out.0"), 1920),
     "PixArt": (("attn1.to_q", "ff.net.2"), 1152),
     "CogView4": (("attn1.to_q", "norm1.linear"), 4096),
-    "Krea 2": (("attn.to_q", "attn.to_gate"), 32),
+    "Ideogram 4": (("attn.to_q", "adaln_modulation"), 32),
 }
 
 
