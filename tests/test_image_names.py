@@ -362,6 +362,26 @@ def test_folders_of_the_hubs_cache_are_read_under_the_repositorys_name(tmp_path)
 SAID = {"ss_base_model_version": "sdxl_base_v1-0", "ss_network_dim": "4"}
 
 
+def test_kohyas_names_that_diffusers_does_not_read_are_written_if_one_source_has_them(tmp_path):
+    (down, up), (other_down, other_up) = factors(1), factors(2)
+    paths = [
+        written(tmp_path / "a.safetensors", named("lora_unet_blocks_0_self_attn_q", down, up)),
+        written(
+            tmp_path / "b.safetensors",
+            named("diffusion_model.blocks.0.self_attn.q", other_down, other_up),
+        ),
+    ]
+    with pytest.raises(UnsupportedError, match="diffusers does not read kohya's names of Wan"):
+        merge_adapters(paths[1:], "linear", format="kohya")
+    merged = merge_adapters(paths, "linear", [1, 2], format="kohya")
+    merged.save_pretrained(tmp_path / "out.safetensors", format="kohya")
+    stored = load_file(tmp_path / "out.safetensors")
+    start = "lora_unet_blocks_0_self_attn_q"
+    scaling = stored[f"{start}.alpha"] / len(stored[f"{start}.lora_down.weight"])
+    found = scaling * stored[f"{start}.lora_up.weight"] @ stored[f"{start}.lora_down.weight"]
+    assert_near(found, up @ down + 2 * other_up @ other_down)
+
+
 OTHERS = {  # modules of models that diffusers names nearly alike: names, width
     "Sana": (("attn1.to_q", "attn2.to_k"), 2240),
     "CogVideoX": (("attn1.to_q", "attn1.to_out.0"), 1920),

@@ -88,11 +88,18 @@ class ImageLora:
         dialect: Format of the file: "diffusers", "kohya" or "comfyui".
         architectures: Names of the architectures that it may belong to; empty where none is recognised.
         metadata: Metadata in the file.
+        sources: Formats of the files that a merge was made from.
     """
 
     dialect: str
     architectures: tuple[str, ...] = ()
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    sources: tuple[str, ...] = ()
+
+    @property
+    def came_as_kohya(self) -> bool:
+        """True if the LoRA, or one that it was merged from, has kohya's names."""
+        return KOHYA in (self.dialect, *self.sources)
 
     @property
     def candidates(self) -> list[Architecture]:

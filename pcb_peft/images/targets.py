@@ -204,7 +204,8 @@ def _name(
     found = _in_codes(name, path, candidates, target)
     if target == COMFYUI:
         return f"diffusion_model.{found}"
-    if not (image and image.dialect == KOHYA) and not any(one.loads_kohya for one in candidates):
+    came_so = image is not None and image.came_as_kohya
+    if not came_so and not any(one.loads_kohya for one in candidates):
         raise UnsupportedError(
             f"{name}: diffusers does not read kohya's names of {candidates[0].name}, and would load nothing: save it "
             "as format='diffusers' or 'comfyui' (--format)"

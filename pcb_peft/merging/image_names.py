@@ -78,7 +78,8 @@ def common_image(adapters: Sequence[Adapter]) -> ImageLora | None:
     metadata |= merged_from(images, [one.name for one in sources], hashes)
     dialects = list(dict.fromkeys(image.dialect for image in images))
     found = names or tuple(sorted(common))
-    merged = ImageLora(dialects[0] if len(dialects) == 1 else "", found, metadata)
+    first = dialects[0] if len(dialects) == 1 else ""
+    merged = ImageLora(first, found, metadata, tuple(dialects))
     for dialect in dict.fromkeys((*dialects, DIFFUSERS, COMFYUI, KOHYA)):
         try:
             _check_format(dialect, adapters, merged)
