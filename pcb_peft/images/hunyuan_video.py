@@ -24,6 +24,10 @@ txt_in.individual_token_refiner.blocks.#.mlp.(fc1|fc2) = {REFINER}.ff.(net.0.pro
 txt_in.individual_token_refiner.blocks.#.adaLN_modulation.1 = {REFINER}.norm_out.linear
 txt_in.input_embedder = context_embedder.proj_in
 img_in.proj = x_embedder.proj
+(time_in|guidance_in).mlp.(0|2) = time_text_embed.(timestep_embedder|guidance_embedder).(linear_1|linear_2)
+vector_in.(in_layer|out_layer) = time_text_embed.text_embedder.(linear_1|linear_2)
+txt_in.t_embedder.mlp.(0|2) = context_embedder.time_text_embed.timestep_embedder.(linear_1|linear_2)
+txt_in.c_embedder.(linear_1|linear_2) = context_embedder.time_text_embed.text_embedder.(linear_1|linear_2)
 final_layer.linear = proj_out
 final_layer.adaLN_modulation.1 ~ norm_out.linear
 double_blocks.#.img_attn.qkv = {DOUBLE}.attn.{{to_q,to_k,to_v}}

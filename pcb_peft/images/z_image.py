@@ -13,7 +13,7 @@ ROWS = Rows(f"""
 cap_embedder.#
 t_embedder.mlp.#
 x_embedder = all_x_embedder.2-1
-final_layer.linear = all_final_layer.2-1.linear
+final_layer.(linear|adaLN_modulation.1) = all_final_layer.2-1.(linear|adaLN_modulation.1)
 """)
 
 
