@@ -10,10 +10,8 @@ from pcb_peft.commands.parser import UsageError
 
 DTYPES = ("float32", "bfloat16", "float16")
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
-DEQUANTIZE = (
-    "accept a quantised base model (NF4, INT8, GPTQ, AWQ, FP8 ...), and compute its weights from their codes; a fold "
-    "of it is written in bfloat16"
-)
+DEQUANTIZE = "accept a quantised base model (NF4, INT8, GPTQ, AWQ, FP8 ...), and compute its weights from their codes"
+FOLD_IN_16_BITS = "; a fold of it is written in bfloat16"
 WORDS = {"true": True, "false": False, "none": None, "null": None}
 
 
@@ -83,9 +81,10 @@ def add_saving_arguments(parser: argparse.ArgumentParser, *, required: bool = Tr
     )
 
 
-def add_dequantize(parser: Any) -> None:
+def add_dequantize(parser: Any, *, folds: bool = False) -> None:
     """Add ``--dequantize``."""
-    parser.add_argument("--dequantize", action="store_true", help=DEQUANTIZE)
+    words = DEQUANTIZE + FOLD_IN_16_BITS * folds
+    parser.add_argument("--dequantize", action="store_true", help=words)
 
 
 def add_compare_base(parser: argparse.ArgumentParser) -> None:

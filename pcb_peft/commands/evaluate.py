@@ -18,7 +18,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--adapters",
         nargs="+",
         metavar="ADAPTER",
-        help="those that went into it (default: those that merge_recipe.yaml in the merge's directory names)",
+        help="the adapters that went into it (default: those that its merge_recipe.yaml names)",
     )
     parser.add_argument("--base-model", help="directory or hub id (default: what the adapters say)")
     parser.add_argument(
@@ -101,7 +101,7 @@ def _add_comparing(group: Any) -> None:
         help="a task is lost below this share of its adapter's score (default: --fail-below, or 0.8)",
     )
     group.add_argument(
-        "--confidence", type=float, default=0.95, help="of the intervals (default: 0.95)"
+        "--confidence", type=float, default=0.95, help="level of the intervals (default: 0.95)"
     )
 
 

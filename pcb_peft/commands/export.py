@@ -58,7 +58,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="load the result, and compare its log-probabilities with the adapter's and with the bare base model's",
     )
-    add_dequantize(parser)
+    add_dequantize(parser, folds=True)
     add_output_arguments(parser)
 
 

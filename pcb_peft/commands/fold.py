@@ -24,7 +24,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "model in one file, which OUTPUT is, too",
     )
     parser.add_argument("--tied", type=str.lower, metavar="POLICY", help=tied_help())
-    add_dequantize(parser)
+    add_dequantize(parser, folds=True)
     add_compare_base(parser)
     add_resume(parser)
     add_output_arguments(parser)

@@ -9,7 +9,7 @@ from pcb_peft.commands.arguments import is_named
 from pcb_peft.errors import AdapterNotFoundError, OptionError
 from pcb_peft.runtime.paths import expanded, similar_path
 
-SOURCES = ("adapter", "adapters", "merged", "against", "start", "base_model")
+SOURCES = ("adapter", "adapters", "merged", "against", "start", "base_model", "finetuned")
 """Arguments that are directories or hub ids."""
 TEXTS = {"data": "--data", "test_data": "--test-data", "texts": "--data"}
 """Arguments that are files of texts, with their flags."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from pcb_peft.commands.arguments import (
     DEQUANTIZE,
+    FOLD_IN_16_BITS,
     in_known_case,
     parse_step,
     parse_value,
@@ -128,7 +129,7 @@ def _model_fields() -> Iterator[Field]:
         _text,
         "METRIC",
     )
-    yield Field("dequantize", DEQUANTIZE, _switch, None)
+    yield Field("dequantize", DEQUANTIZE + FOLD_IN_16_BITS, _switch, None)
     yield Field("statistics", "files of pcb-peft collect, one per adapter", list, "FILE", many=True)
     yield Field(
         "heads",

@@ -74,7 +74,7 @@ def _add_choosing(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--trials", type=int, default=20, help="merges to try (default: 20)")
     parser.add_argument("--budget", help="time after which no trial is begun, such as 30m")
-    parser.add_argument("--seed", type=int, default=0, help="of the optimiser (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the optimiser (default: 0)")
     parser.add_argument(
         "--leave-one-out", action="store_true", help="also leave out each adapter in turn"
     )
