@@ -179,7 +179,7 @@ def test_a_search_goes_on_from_its_log(
     lines = log.read_text().splitlines(keepends=True)
     log.write_text("".join(lines[:3]) + lines[3][:40])  # as a kill leaves it
     second = run(4, log)
-    assert f"2 trials are of an earlier run: they were read from {log}" in str(second)
+    assert f"trials of an earlier run, read from {log}: 2" in str(second)
     again = second.trials
     assert again[:2] == whole[:2]
     assert [(t.number, t.candidate, t.kept) for t in again] == [

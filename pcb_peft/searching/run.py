@@ -234,9 +234,7 @@ class Run:
         """Notes on trials of an earlier run, and on a search space in which nothing is left to try."""
         notes: list[str] = []
         if self.logged:
-            notes.append(
-                f"{len(self.logged)} trials are of an earlier run: they were read from {self.log.path}"
-            )
+            notes.append(f"trials of an earlier run, read from {self.log.path}: {len(self.logged)}")
         space, tried = self.trier.space, self._tried(done)
         if len(tried) > 1 and space.size < math.inf and space.untried(tried) is None:
             notes.append(
