@@ -489,6 +489,8 @@ ERRORS = {  # command to words of the one line
     "evaluate math --data math/adapter_config.json --log @no/log": "lies in .*, which does not exist",
     "search math code --data math/adapter_config.json -o @no/best.yaml": "which does not exist",
     "search math code --data math/adapter_config.json -o math/best.yaml": "from which the output",
+    "evaluate math --adapters math --base-model no": "there is nothing to measure on: give data",
+    "search math code --data math/adapter_config.json --base-model bases/llama --budget soon": "budget is 'soon'",
     "evaluate math --data math=no.jsonl": "--data: there is no file no.jsonl; give a file with",
     "search math code --data math code": "--data: math is a directory; give a file with",
     "merge math code -o @out --scope layer": "scope is 'layer'",

@@ -154,8 +154,8 @@ def _evaluated(
     *,
     controls: bool,
 ) -> Evaluation:
-    bench = open_bench(base, settings)
     pairs, notes = pair(adapters, _with_harness(data, tasks, adapters))
+    bench = open_bench(base, settings)
     kind = next((adapter.task_type for adapter in adapters if adapter.task_type), None)
     jobs = [job_of(one, bench.host, settings, kind) for one in pairs]
     with shared_directory() as scratch:

@@ -95,7 +95,7 @@ def search(  # noqa: PLR0913  (every choice of a search, by name)
         >>> found.save("best.yaml")
     """
     check_picture(plot)
-    chosen, goal = _settings(settings), Objective.named(objective)
+    chosen, goal, seconds = _settings(settings), Objective.named(objective), _seconds(budget)
     recipe, adapters = _started(start, base_model, dequantize=chosen.dequantize)
     chosen = dataclasses.replace(chosen, dequantize=recipe.dequantize)
     space = search_space(vary, recipe, adapters, layers)
@@ -119,7 +119,7 @@ def search(  # noqa: PLR0913  (every choice of a search, by name)
             at_a_time=workers,
             progress=chosen.progress,
         )
-        done = run.search(trials, None if budget is None else _seconds(budget))
+        done = run.search(trials, seconds)
         result = run.result(done, chosen, without=leave_one_out, clusters=clusters, notes=notes)
     if plot is not None:
         result.plot(plot)
@@ -186,7 +186,9 @@ def _optimiser(given: str) -> tuple[str, list[str]]:
     return name, [note] if name == "random" else []
 
 
-def _seconds(budget: float | str) -> float:
+def _seconds(budget: float | str | None) -> float | None:
+    if budget is None:
+        return None
     seconds, _ = parse_budget(budget)
     if seconds is None:
         raise OptionError(f"budget is {budget!r}; that of a search must be a time, such as 30m")

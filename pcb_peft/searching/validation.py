@@ -11,7 +11,7 @@ from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.response import responses
 from pcb_peft.errors import OptionError
 from pcb_peft.evaluation.bench import Bench, Job, job_of, limited, open_bench
-from pcb_peft.evaluation.pairing import pair
+from pcb_peft.evaluation.pairing import Pair, pair
 from pcb_peft.evaluation.settings import Settings
 from pcb_peft.evaluation.subjects import SubjectMaker
 from pcb_peft.recipes.recipe import Recipe
@@ -86,13 +86,15 @@ def prepare(
     base = recipe.base_model or next((a.base_model for a in adapters if a.base_model), None)
     if base is None:
         raise OptionError("the base model is not known: give base_model (--base-model)")
+    pairs, notes = pair(adapters, data)
+    tested = None if test_data is None else pair(adapters, test_data)[0]
     bench = open_bench(base, settings)
-    jobs, notes = _jobs(bench, adapters, data, settings)
-    if test_data is None:
+    jobs = _jobs(bench, pairs, settings)
+    if tested is None:
         jobs, test, said = _split(jobs, settings.limit)
         notes += said
     else:
-        given, _ = _jobs(bench, adapters, test_data, settings)
+        given = _jobs(bench, tested, settings)
         test = {job.name: _rows(limited(job, settings.limit)) for job in given}
     jobs = [limited(job, settings.limit) for job in jobs]
     return Validation(
@@ -107,11 +109,8 @@ def prepare(
     )
 
 
-def _jobs(
-    bench: Bench, adapters: Sequence[Adapter], data: Any, settings: Settings
-) -> tuple[list[Job], list[str]]:
-    pairs, notes = pair(adapters, data)
-    return [job_of(one, bench.host, settings) for one in pairs], notes
+def _jobs(bench: Bench, pairs: Sequence[Pair], settings: Settings) -> list[Job]:
+    return [job_of(one, bench.host, settings) for one in pairs]
 
 
 def _split(jobs: Sequence[Job], limit: int | None) -> tuple[list[Job], dict[str, Any], list[str]]:
