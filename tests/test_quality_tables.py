@@ -27,6 +27,7 @@ def line(
     adapters: dict[str, tuple[float, float]],
     best: dict[str, tuple[float, float]] | None = None,
     scale: float = 1.0,
+    split: str = "test",
 ) -> str:
     """A line of results: what is kept of each task, with its standard error; at weight 1, and at the best one."""
 
@@ -39,6 +40,7 @@ def line(
         {
             "pool": "pool",
             "adapters": [*adapters],
+            "split": split,
             "limit": 100,
             "setting": setting,
             "scale": scale,
@@ -61,6 +63,8 @@ def test_every_combination_of_alternatives_is_a_setting(scripts: SimpleNamespace
     assert (third.distill, third.seed) == (64, 0)
     (seeded,) = scripts.settings.settings_of(["flat rank=16 distill=64 seed=2"])
     assert (seeded.options, seeded.distill, seeded.seed) == ({"rank": 16}, 64, 2)
+    (labelled,) = scripts.settings.settings_of(["labelled texts=64"])
+    assert (labelled.method, labelled.options) == (scripts.settings.LABELLED, {"texts": 64})
     (peer,) = scripts.settings.settings_of(["peft:ties_svd density=0.2"])
     assert (peer.peer, first.peer) == ("ties_svd", None)
 
@@ -78,7 +82,8 @@ def test_a_table_says_the_noise_and_the_worst_task(scripts: SimpleNamespace, tmp
     weak, strong = {"a": (0.9, 0.03), "b": (0.7, 0.04)}, {"a": (1.0, 0.03), "b": (0.8, 0.04)}
     results = [line("pcb", weak), line("flat", strong), line("pcb", weak, strong, 1.25)]
     file.write_text("\n".join(results))
-    page.write_text(f"before\n{scripts.tables.BEGIN}\nold\n{scripts.tables.END}\nafter\n")
+    begin, end = scripts.tables.MARKS["test"]
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     scripts.tables.main([str(file), "--into", str(page)])
     text = page.read_text()
     assert (text.startswith("before\n"), text.endswith("\nafter\n"), "old" in text) == (1, 1, 0)
@@ -95,28 +100,38 @@ def test_merges_of_subsets_are_a_row_together(scripts: SimpleNamespace, tmp_path
     pairs = [
         line("pcb", {"a": (0.9, 0.03), "b": (0.7, 0.04)}),
         line("pcb", {"a": (0.8, 0.03), "c": (0.6, 0.04)}),
+        line("flat", {"a": (1.0, 0.03), "b": (0.9, 0.04)}),
+        line("linear", {"a": (0.5, 0.03), "b": (0.3, 0.04)}, split="validation"),
     ]
     file.write_text("\n".join(pairs))
-    text = scripts.tables.tables(scripts.tables.read(file))
+    tables = scripts.tables.tables(scripts.tables.read(file))
+    both, same = tables.split("**pool**: 2 adapters")
     noise = 100 * math.hypot(0.025, 0.025) / 2
-    assert f"| `pcb` | 75.0 ± {noise:.1f} | 65.0 ± 2.8 |  |  |  |" in text
-    assert "2 merges" in text
+    assert f"| `pcb` | 75.0 ± {noise:.1f} | 65.0 ± 2.8 |  |  |  |" in both
+    assert "2 merges of 2 adapters, 100 test texts" in both
+    assert "flat" not in both  # it has one of the two merges
+    assert "| `flat` | 95.0 ± 2.5 | 90.0 ± 4.0 |  |  |  | 100 90 |" in same
+    assert "| `pcb` | 80.0 ± 2.5 | 70.0 ± 4.0 |  |  |  | 90 70 |" in same
+    assert "linear" not in tables  # validation texts have tables of their own
 
 
 def test_the_tables_of_the_documents_are_those_of_the_results(scripts: SimpleNamespace):
     page = (SCRIPTS.parents[1] / "docs" / "methods.md").read_text("utf-8")
-    _, _, rest = page.partition(scripts.tables.BEGIN)
-    shown, _, _ = rest.partition(scripts.tables.END)
     files = sorted((SCRIPTS / "results").glob("*.jsonl"))
     assert files
-    assert shown.strip() == scripts.tables.tables(scripts.tables.read(*files)).strip()
+    merges = scripts.tables.read(*files)
+    for split, (begin, end) in scripts.tables.MARKS.items():
+        _, _, rest = page.partition(begin)
+        shown, _, _ = rest.partition(end)
+        assert shown.strip() == scripts.tables.tables(merges, split).strip()
 
 
 def test_what_methods_say_was_measured_is_what_the_results_say(scripts: SimpleNamespace):
     found: dict[tuple[str, str], object] = {}
     merges = scripts.tables.read(*sorted((SCRIPTS / "results").glob("*.jsonl")))
     for merge in sorted(merges, key=lambda merge: merge.count):  # the largest sets are said
-        found[merge.pool, merge.setting] = merge.at_one
+        if merge.split == "test":
+            found[merge.pool, merge.setting] = merge.at_one
     for name in list_methods():
         rows = [
             f"{kind} {100 * kept.mean[0]:.1f} ({100 * kept.worst[0]:.1f})"

@@ -59,6 +59,14 @@ class Pool:
         return self.base == SMOLLM2
 
 
+def _more() -> tuple[Member, ...]:
+    """Two tasks whose texts `more_texts.py` makes."""
+    return tuple(
+        Member(name=task, task=task, batch=24, steps=275, seed=seed)
+        for seed, task in enumerate(("trec", "banking"), len(SIX))
+    )
+
+
 def _smollm2() -> tuple[Member, ...]:
     """Uneven, as adapters of different people are: other ranks, learning rates and numbers of steps."""
     how = {
@@ -103,6 +111,7 @@ POOLS = {
     pool.name: pool
     for pool in (
         Pool("minilm", MINILM, _all(SIX)),
+        Pool("minilm8", MINILM, (*_all(SIX), *_more())),
         Pool("minilm-ia3", MINILM, _all(SIX, kind="ia3", rate=1e-2, steps=300)),
         Pool("smollm2", SMOLLM2, _smollm2(), length=96),
         Pool("mpnet", MPNET, _mpnet()),

@@ -7,7 +7,8 @@
 The first merges the example adapters in all ways of ``settings.py``; the second other adapters in the ways that it
 names; the third by every method there is, with every weight at 1. The common weight of each merge is chosen on
 validation texts, unless it stays at 1; what is written down is measured on test texts. Each measurement is a line of
-JSON; those that the file has already are not made again.
+JSON; those that the file has already are not made again. `--split validation` measures on validation texts: what is
+compared while a method is made may not see the test texts.
 """
 
 import argparse
@@ -27,8 +28,10 @@ from typing import Any
 import torch
 from bases import MINILM, base_model
 from cohort import Cohort, subsets
+from labelled import trained_on_labels
 from peers import merged_by_peft
-from settings import CONTROLS, DEFAULT, Setting, every_method, settings_of
+from settings import CONTROLS, DEFAULT, LABELLED, Setting, every_method, settings_of
+from texts import Row
 
 from pcb_peft import (
     Adapter,
@@ -65,12 +68,14 @@ class Bench:
         names: Those that are merged.
         running: Arguments of `evaluate`: how texts are run.
         choosing: How many validation texts of each task choose the common weight; None: all.
+        split: The texts that are measured.
     """
 
     cohort: Cohort
     names: tuple[str, ...]
     running: Mapping[str, Any]
     choosing: int | None
+    split: str = "test"
 
     @functools.cached_property
     def validation(self) -> Validation:
@@ -88,7 +93,7 @@ class Bench:
         with tempfile.TemporaryDirectory() as scratch:
             merged = self._merged(setting, Path(scratch))
             seconds = time.perf_counter() - begun
-            fixed = weight_one or setting.method in CONTROLS or setting.distill is not None
+            fixed = weight_one or setting.method in (*CONTROLS, LABELLED) or setting.distill
             found = {} if fixed else climb(functools.partial(self._kept, merged), MEAN, 1.0, None)
             chosen = max(found, key=lambda scale: MEAN(found[scale]), default=1.0)
             tested = {scale: self._tested(merged.scaled(scale)) for scale in {1.0, chosen}}
@@ -109,7 +114,7 @@ class Bench:
             merged,
             self.cohort.adapters(self.names),
             self.cohort.base,
-            self.cohort.data(self.names, "test"),
+            self.cohort.data(self.names, self.split),
             **self.running,
         )
         return {task.name: _task(task) for task in result.tasks}
@@ -119,6 +124,9 @@ class Bench:
         if setting.peer:
             base = self.cohort.base
             return merged_by_peft(setting.peer, folders, base, scratch, **setting.options)
+        if setting.method == LABELLED:
+            drawn = dict(zip(folders, self._drawn(**setting.options), strict=True))
+            return trained_on_labels(drawn, self.cohort.base, scratch)
         adapters = self.cohort.adapters(self.names)
         if setting.method == "average":
             return uniform_soup(adapters, str(self.cohort.base))
@@ -134,12 +142,14 @@ class Bench:
         )
         if setting.distill is None:
             return merged
-        texts = self.cohort.data(self.names, "validation")
-        drawn = [
-            random.Random(setting.seed).sample(rows, setting.distill) for rows in texts.values()
-        ]
+        drawn = self._drawn(setting.distill, setting.seed)
         options = {"limit": setting.distill, "seed": setting.seed, "progress": False}
         return distill_merge(merged, adapters, drawn, self.cohort.base, **options)
+
+    def _drawn(self, texts: int, seed: int = 0) -> list[list[Row]]:
+        """Draw so many validation texts of each task."""
+        rows = self.cohort.data(self.names, "validation").values()
+        return [random.Random(seed).sample(of_task, texts) for of_task in rows]
 
     def _statistics(self, method: str, adapters: list[Adapter]) -> dict[str, Any]:
         """What a method needs to know of each task, from training texts."""
@@ -192,13 +202,14 @@ def main(arguments: list[str] | None = None) -> None:
                 facts = {
                     "pool": cohort.name,
                     "adapters": list(names),
+                    "split": parsed.split,
                     "limit": parsed.limit,
                     "weight_one": parsed.weight_one,
                 }
                 todo = [
                     one for one in settings if _key({**facts, "setting": one.label}) not in done
                 ]
-                bench = Bench(cohort, names, running, parsed.choosing)
+                bench = Bench(cohort, names, running, parsed.choosing, parsed.split)
                 for setting in todo:
                     _append(parsed, bench, setting, facts)
 
@@ -229,7 +240,7 @@ def _done(file: Path) -> set[str]:
 
 
 def _key(line: Mapping[str, Any]) -> str:
-    names = ("pool", "adapters", "limit", "setting", "weight_one")
+    names = ("pool", "adapters", "split", "limit", "setting", "weight_one")
     return json.dumps([line[name] for name in names])
 
 
@@ -260,7 +271,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--models", type=Path, default=Path("pools/bases"), help="where base models are kept")
     add("--every-method", action="store_true", help="measure every method as it is by default")
     add("--weight-one", action="store_true", help="leave every weight at 1")
-    add("--limit", type=int, help="test texts per task (default: all)")
+    add(
+        "--split",
+        choices=("test", "validation"),
+        default="test",
+        help="texts that are measured (default: test)",
+    )
+    add("--limit", type=int, help="texts per task (default: all)")
     add(
         "--choosing",
         type=int,

@@ -11,6 +11,8 @@ from pcb_peft.commands.arguments import parse_step
 
 PEER = "peft:"
 CONTROLS = ("random", "average")
+LABELLED = "labelled"
+"""One adapter, trained on some texts of all tasks with their labels: the control of ``distill``."""
 DEFAULT = (
     *CONTROLS,
     "flat",
@@ -37,7 +39,7 @@ class Setting:
 
     Attributes:
         label: What tables call it.
-        method: A method of this package; "peft:NAME" for one of PEFT's own; or a control.
+        method: A method of this package; "peft:NAME" for one of PEFT's own; a control; or "labelled".
         options: Further arguments of `merge_adapters`, or of PEFT's `add_weighted_adapter`.
         distill: Texts per task on which the merge is distilled; None: it is not.
         seed: Of the draw of these texts, and of their order.

@@ -3,8 +3,8 @@
     python benchmarks/quality/tables.py benchmarks/quality/results/*.jsonl
     python benchmarks/quality/tables.py benchmarks/quality/results/*.jsonl --into docs/methods.md --plots plots
 
-The second line replaces the tables between two marks of a page, and draws what is kept against rank and against the
-number of adapters.
+The second line replaces the tables between two marks of a page, those of validation texts between two others, and draws
+what is kept against rank and against the number of adapters.
 """
 
 import argparse
@@ -12,12 +12,16 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-BEGIN, END = "<!-- quality tables: begin -->", "<!-- quality tables: end -->"
+MARKS = {
+    "test": ("<!-- quality tables: begin -->", "<!-- quality tables: end -->"),
+    "validation": ("<!-- validation tables: begin -->", "<!-- validation tables: end -->"),
+}
+"""Where the tables stand on a page, by the texts that were measured."""
 BASE = "no merge: the base model"
 RANK = "rank="
 
@@ -60,7 +64,8 @@ class Merge:
         pool: Its pool.
         setting: How it was merged.
         names: The adapters.
-        limit: Test texts per task; None: all.
+        split: The texts that were measured: test or validation.
+        limit: Texts per task; None: all.
         at_one: What is kept with every weight at 1.
         best: What is kept at the common weight that validation texts chose; None: none was searched.
         scale: That weight.
@@ -69,6 +74,7 @@ class Merge:
     pool: str
     setting: str
     names: tuple[str, ...]
+    split: str
     limit: int | None
     at_one: Kept
     best: Kept | None = None
@@ -81,6 +87,7 @@ class Merge:
             line["pool"],
             line["setting"],
             tuple(line["adapters"]),
+            line["split"],
             line["limit"],
             Kept.of(line["at_one"]),
         )
@@ -107,31 +114,53 @@ def read(*files: Path) -> list[Merge]:
     found: dict[tuple[Any, ...], Merge] = {}
     for line in lines:
         for merge in (Merge.of(line), Merge.base_of(line)):
-            key = merge.pool, merge.names, merge.limit, merge.setting
+            key = merge.pool, merge.names, merge.split, merge.limit, merge.setting
             if key not in found or merge.best is not None:
                 found[key] = merge
     return [*found.values()]
 
 
-def tables(merges: Iterable[Merge]) -> str:
-    """Return all tables in Markdown: one for each pool and number of adapters, the best setting at weight 1 first."""
+def tables(merges: Iterable[Merge], split: str = "test") -> str:
+    """Return all tables in Markdown, the best setting at weight 1 first.
+
+    Each pool and number of adapters has a table. Settings that were measured on fewer sets of adapters than others have
+    one of their own, where all settings are shown on these sets alone.
+    """
     groups: dict[tuple[str, int], dict[str, list[Merge]]] = {}
     for merge in merges:
-        settings = groups.setdefault((merge.pool, -merge.count), {})
-        settings.setdefault(merge.setting, []).append(merge)
-    return "\n".join(_table(pool, -count, groups[pool, count]) for pool, count in sorted(groups))
+        if merge.split == split:
+            settings = groups.setdefault((merge.pool, -merge.count), {})
+            settings.setdefault(merge.setting, []).append(merge)
+    return "\n".join(
+        _table(pool, -count, shown)
+        for pool, count in sorted(groups)
+        for shown in _on_the_same_sets(groups[pool, count])
+    )
+
+
+def _on_the_same_sets(settings: dict[str, list[Merge]]) -> Iterator[dict[str, list[Merge]]]:
+    sets = {name: frozenset(merge.names for merge in given) for name, given in settings.items()}
+    different = {names for setting, names in sets.items() if setting != BASE}
+    for shown in sorted(different, key=lambda names: (-len(names), sorted(names))):
+        yield {
+            name: [merge for merge in given if merge.names in shown]
+            for name, given in settings.items()
+            if sets[name] >= shown
+        }
 
 
 def _table(pool: str, count: int, settings: dict[str, list[Merge]]) -> str:
     ordered = sorted(settings.values(), key=lambda merges: -fmean(m.at_one.mean[0] for m in merges))
-    several = max(map(len, ordered))
+    several = len(ordered[0])
     first = ordered[0][0]
-    what = f"{several} merges of {count} adapters" if several > 1 else f"{count} adapters"
+    kinds = f"{count} adapters" if count > 1 else "one adapter"
+    what = f"{several} merges of {kinds}" if several > 1 else kinds
     names = " ".join(first.names)
     head = ["setting", "mean at 1", "worst at 1", "best weight", "mean", "worst"]
     head += [] if several > 1 else [names]
     lines = [
-        f"**{pool}**: {what}, {first.limit or 'all'} test texts per task, in % of each adapter's own accuracy.",
+        f"**{pool}**: {what}, {first.limit or 'all'} {first.split} texts per task, "
+        "in % of each adapter's own accuracy.",
         "",
         f"| {' | '.join(head)} |",
         "|---" * len(head) + "|",
@@ -167,24 +196,29 @@ def _numbers(kept: Sequence[Kept]) -> list[str]:
     return cells
 
 
-def put_into(page: Path, text: str) -> None:
-    """Replace what is between the marks of a page.
+def put_into(page: Path, merges: Sequence[Merge]) -> None:
+    """Replace the tables that are between the marks of a page.
 
     Raises:
         SystemExit: It has no marks.
     """
-    before, begin, rest = page.read_text("utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"{page} has no lines {BEGIN} and {END}, between which tables belong")
-    page.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}", "utf-8")
+    content = page.read_text("utf-8")
+    for split in {merge.split for merge in merges}:
+        first, last = MARKS[split]
+        before, begin, rest = content.partition(first)
+        _, end, after = rest.partition(last)
+        if not begin or not end:
+            raise SystemExit(f"{page} has no lines {first} and {last}, between which tables belong")
+        content = f"{before}{first}\n\n{tables(merges, split)}\n{last}{after}"
+    page.write_text(content, "utf-8")
 
 
 def draw(merges: Sequence[Merge], folder: Path) -> None:
     """Draw what is kept on average against the rank, and against the number of adapters; one picture per pool."""
     folder.mkdir(parents=True, exist_ok=True)
-    for pool in dict.fromkeys(merge.pool for merge in merges):
-        of_pool = [merge for merge in merges if merge.pool == pool and merge.setting != BASE]
+    tested = [merge for merge in merges if merge.split == "test"]
+    for pool in dict.fromkeys(merge.pool for merge in tested):
+        of_pool = [m for m in tested if m.pool == pool and m.setting != BASE]
         everything = max(merge.count for merge in of_pool)
         by_rank = [m for m in of_pool if m.count == everything and not m.setting.startswith("peft")]
         _picture(by_rank, _rank, "rank", folder / f"{pool}-rank.png")
@@ -238,9 +272,9 @@ def main(arguments: list[str] | None = None) -> None:
     parsed = parser.parse_args(arguments)
     merges = read(*parsed.results)
     if parsed.into:
-        put_into(parsed.into, tables(merges))
+        put_into(parsed.into, merges)
     else:
-        print(tables(merges))
+        print(*(tables(merges, split) for split in MARKS))
     if parsed.plots:
         draw(merges, parsed.plots)
 
