@@ -20,7 +20,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import stdev
 from typing import Any
@@ -69,6 +69,7 @@ class Bench:
         running: Arguments of `evaluate`: how texts are run.
         choosing: How many validation texts of each task choose the common weight; None: all.
         split: The texts that are measured.
+        tasks: The adapters whose tasks are measured; None: of those that are merged.
     """
 
     cohort: Cohort
@@ -76,6 +77,7 @@ class Bench:
     running: Mapping[str, Any]
     choosing: int | None
     split: str = "test"
+    tasks: tuple[str, ...] | None = None
 
     @functools.cached_property
     def validation(self) -> Validation:
@@ -112,9 +114,9 @@ class Bench:
     def _tested(self, merged: Adapter) -> dict[str, dict[str, float]]:
         result = evaluate(
             merged,
-            self.cohort.adapters(self.names),
+            self.cohort.adapters(self.tasks or self.names),
             self.cohort.base,
-            self.cohort.data(self.names, self.split),
+            self.cohort.data(self.tasks or self.names, self.split),
             **self.running,
         )
         return {task.name: _task(task) for task in result.tasks}
@@ -197,21 +199,29 @@ def main(arguments: list[str] | None = None) -> None:
     settings = settings_of(given)
     done = _done(parsed.output)
     for cohort in _cohorts(parsed):
-        for count in (None, *parsed.together):
-            for names in subsets(cohort.names, count, parsed.subsets):
-                facts = {
-                    "pool": cohort.name,
-                    "adapters": list(names),
-                    "split": parsed.split,
-                    "limit": parsed.limit,
-                    "weight_one": parsed.weight_one,
-                }
-                todo = [
-                    one for one in settings if _key({**facts, "setting": one.label}) not in done
-                ]
-                bench = Bench(cohort, names, running, parsed.choosing, parsed.split)
-                for setting in todo:
-                    _append(parsed, bench, setting, facts)
+        for names, tasks in _merges(parsed, cohort.names):
+            facts = {
+                "pool": cohort.name if tasks is None else f"{cohort.name}, unseen tasks",
+                "adapters": list(names),
+                "split": parsed.split,
+                "limit": parsed.limit,
+                "weight_one": parsed.weight_one,
+            }
+            todo = [one for one in settings if _key({**facts, "setting": one.label}) not in done]
+            bench = Bench(cohort, names, running, parsed.choosing, parsed.split, tasks)
+            for setting in todo:
+                _append(parsed, bench, setting, facts)
+
+
+def _merges(
+    parsed: argparse.Namespace, names: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], tuple[str, ...] | None]]:
+    """The adapters of each merge, and the tasks that it is measured on if they are others."""
+    if parsed.unseen:
+        yield from ((tuple(n for n in names if n != one), (one,)) for one in names)
+        return
+    for count in (None, *parsed.together):
+        yield from ((some, None) for some in subsets(names, count, parsed.subsets))
 
 
 def _append(
@@ -292,6 +302,11 @@ def _parser() -> argparse.ArgumentParser:
         help="also merge every N of the adapters",
     )
     add("--subsets", type=int, default=15, help="at most so many sets of N (default: 15)")
+    add(
+        "--unseen",
+        action="store_true",
+        help="merge all adapters but one, and measure the task of that one; for each",
+    )
     add("--bfloat16", action="store_true", help="run the model in bfloat16")
     return parser
 

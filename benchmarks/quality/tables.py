@@ -175,14 +175,17 @@ def _row(merges: Sequence[Merge], *, by_task: bool) -> str:
     if len(searched) == len(merges):
         found = [f"{fmean(merge.scale for merge in merges):.2g}", *_numbers(searched)]
     setting = merges[0].setting
-    tasks = " ".join(f"{100 * merges[0].at_one.tasks[name]:.0f}" for name in merges[0].names)
     cells = [
         setting if setting == BASE else f"`{setting}`",
         *_numbers([merge.at_one for merge in merges]),
         *found,
-        *([tasks] if by_task else []),
+        *([_by_task(merges[0])] if by_task else []),
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _by_task(merge: Merge) -> str:
+    return " ".join(f"{100 * merge.at_one.tasks[name]:.0f}" for name in merge.names)
 
 
 def _numbers(kept: Sequence[Kept]) -> list[str]:
