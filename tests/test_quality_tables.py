@@ -75,6 +75,7 @@ def test_subsets_are_evenly_spread(scripts: SimpleNamespace):
     assert scripts.cohort.subsets(names, 2, 3) == [("a", "b"), ("b", "c"), ("c", "e")]
     assert len(scripts.cohort.subsets(names, 2, 99)) == 15
     assert scripts.cohort.subsets(names, 7, 3) == []
+    assert scripts.cohort.all_but_one(("a", "b")) == [(("b",), ("a",)), (("a",), ("b",))]
 
 
 def test_a_table_says_the_noise_and_the_worst_task(scripts: SimpleNamespace, tmp_path: Path):

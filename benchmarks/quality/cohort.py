@@ -84,6 +84,11 @@ def _renamed(row: Row, names: dict[str, str]) -> Row:
     return {**row, "label": names.get(row["label"], row["label"])} if "label" in row else row
 
 
+def all_but_one(names: tuple[str, ...]) -> list[tuple[tuple[str, ...], tuple[str]]]:
+    """Return, for each adapter, all others and the one that is left out."""
+    return [(tuple(name for name in names if name != one), (one,)) for one in names]
+
+
 def subsets(names: tuple[str, ...], count: int | None, limit: int) -> list[tuple[str, ...]]:
     """Return sets of so many of the adapters, at most `limit` of them, evenly spread.
 

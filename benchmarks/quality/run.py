@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from bases import MINILM, base_model
-from cohort import Cohort, subsets
+from cohort import Cohort, all_but_one, subsets
 from labelled import trained_on_labels
 from peers import merged_by_peft
 from settings import CONTROLS, DEFAULT, LABELLED, Setting, every_method, settings_of
@@ -218,7 +218,7 @@ def _merges(
 ) -> Iterator[tuple[tuple[str, ...], tuple[str, ...] | None]]:
     """The adapters of each merge, and the tasks that it is measured on if they are others."""
     if parsed.unseen:
-        yield from ((tuple(n for n in names if n != one), (one,)) for one in names)
+        yield from all_but_one(names)
         return
     for count in (None, *parsed.together):
         yield from ((some, None) for some in subsets(names, count, parsed.subsets))
