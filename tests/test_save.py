@@ -534,6 +534,7 @@ def test_the_head_of_a_single_adapter_stays_in_the_adapter(workshop, others):
         assert torch.equal(state[name], values.double())
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # PEFT 0.18's advice
 def test_resized_embeddings_of_a_single_adapter_stay_in_the_adapter(workshop):
     def resized():
         model = workshop.model("llama")
