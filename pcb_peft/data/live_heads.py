@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pcb_peft.base.fitting_head import model_with_head
 from pcb_peft.errors import MismatchError
 
 Head = Mapping[str, Tensor]
@@ -73,11 +74,9 @@ def put_head(model: nn.Module, head: Head, name: str = "the adapter") -> None:
 
 def _classes(model: Any, head: Head) -> int | None:
     """Number of classes of a head: the number that gives the model's head the shapes of this one."""
-    for classes in dict.fromkeys(value.shape[0] for value in head.values()):
-        shapes = {key: value.shape for key, value in _skeleton(model, classes).named_parameters()}
-        if all(shapes.get(key) == value.shape for key, value in head.items()):
-            return classes
-    return None
+    shapes = {key: tuple(value.shape) for key, value in head.items()}
+    fitting = model_with_head(shapes, lambda classes: _skeleton(model, classes))
+    return None if fitting is None else fitting.config.num_labels
 
 
 def _skeleton(model: Any, classes: int) -> nn.Module:

@@ -8,6 +8,7 @@ import torch
 
 from pcb_peft.base.architecture import TRANSFORMERS_ERRORS
 from pcb_peft.base.config import bounded_modules
+from pcb_peft.base.fitting_head import model_with_head
 from pcb_peft.base.model import BaseModel
 from pcb_peft.deltas.dtypes import SAFETENSORS_FLOATS
 from pcb_peft.deltas.replacements import ReplacedParameter, Replacements
@@ -49,14 +50,11 @@ def new_head(base: BaseModel, head: Replacements, class_name: str | None) -> New
     """
     if class_name is None or not (head.parameters and base.config):
         return NewHead()
-    for classes in dict.fromkeys(new.shape[0] for new in head.parameters.values()):
-        model = _built(base, class_name, classes)
-        if model is None or not _finds(model, base):
-            break
-        shapes = {name: tuple(values.shape) for name, values in model.state_dict().items()}
-        if all(shapes.get(name) == new.shape for name, new in head.parameters.items()):
-            return NewHead(head.parameters, _fields(model, base, head.task.labels))
-    return NewHead()
+    shapes = {name: new.shape for name, new in head.parameters.items()}
+    model = model_with_head(shapes, lambda classes: _built(base, class_name, classes))
+    if model is None or not _finds(model, base):
+        return NewHead()
+    return NewHead(head.parameters, _fields(model, base, head.task.labels))
 
 
 def _finds(model: Any, base: BaseModel) -> bool:
