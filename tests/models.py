@@ -90,6 +90,21 @@ def bert() -> nn.Module:
     return transformers.BertForSequenceClassification(config)
 
 
+def roberta() -> nn.Module:
+    """A classifier whose head has two layers, always the same."""
+    config = transformers.RobertaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=20,
+        num_labels=3,
+    )
+    torch.manual_seed(0)
+    return transformers.RobertaForSequenceClassification(config)
+
+
 def mixtral(**config: Any) -> nn.Module:
     """Experts in memory as stacks (E, out, in), in files one by one."""
     default = {

@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 import transformers
+from models import roberta
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -384,21 +385,6 @@ def test_the_accuracy_of_what_the_readme_loads_is_that_of_the_head(tmp_path, mon
         assert torch.equal(found, wanted)
         correct.append(names_of_classes[int(found.argmax())] == row["label"])
     assert sum(correct) / len(correct) > 0.8  # a head that was made up gets about half of them
-
-
-def roberta():
-    """A classifier whose head has two layers."""
-    config = transformers.RobertaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=16,
-        num_labels=3,
-    )
-    torch.manual_seed(0)
-    return transformers.RobertaForSequenceClassification(config)
 
 
 def trained(base, seed, **options):

@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 import transformers
+from models import roberta
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -326,19 +327,6 @@ def test_a_live_model_has_them_too(workshop):
 
 
 def test_a_delta_on_a_part_of_what_another_adapter_replaces_is_folded_and_not_saved(workshop):
-    def roberta():
-        config = transformers.RobertaConfig(
-            vocab_size=32,
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=24,
-            max_position_embeddings=20,
-            num_labels=3,
-        )
-        torch.manual_seed(0)
-        return transformers.RobertaForSequenceClassification(config)
-
     base = workshop.directory / "base"
     roberta().save_pretrained(base)
     headed = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
