@@ -1,14 +1,13 @@
 """Exports: what was written for one program, damaged since, and looked at again."""
 
-import json
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from fuzz import examples, folders
 from fuzz.cases import Attempt
-from fuzz.tensors import mutated_safetensors
-from fuzz.values import Steps, damaged, json_bytes, mutated
+from fuzz.tensors import damaged_file
+from fuzz.values import Steps
 from pcb_peft import check, export, inspect_adapter, load_adapter
 from pcb_peft.consumers.known import CONSUMERS
 
@@ -28,12 +27,7 @@ def prepare(directory: Path) -> Attempt:
         files = dict(originals[profile])
         name = rng.choice(sorted(files))
         steps += [profile, name]
-        if name.endswith(".json"):
-            files[name] = json_bytes(mutated(json.loads(files[name]), rng, steps), rng, steps)
-        elif name.endswith(".safetensors"):
-            files[name] = mutated_safetensors(files[name], rng, steps)
-        else:
-            files[name] = damaged(files[name], rng, steps)
+        files[name] = damaged_file(name, files[name], rng, steps)
         path = folders.write(directory / "out", files)
         if rng.random() < 0.05:
             folders.spoil(path, rng, steps)

@@ -1,6 +1,5 @@
 """Directories that this package wrote, damaged since: heads, recipes, cards, manifests, evaluations; read again."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -9,8 +8,8 @@ from typing import Any
 from fuzz import examples, folders
 from fuzz.cases import Attempt
 from fuzz.folders import Files
-from fuzz.tensors import mutated_safetensors
-from fuzz.values import Steps, damaged, json_bytes, mutated
+from fuzz.tensors import damaged_file
+from fuzz.values import Steps
 from pcb_peft import inspect_adapter, load_adapter, merge_adapters
 from pcb_peft.consumers.check import check
 from pcb_peft.evaluation.card import write_to_card
@@ -43,12 +42,7 @@ def broken(files: Files, rng: Random, steps: Steps) -> Files:
     files = dict(files)
     name = rng.choice(sorted(files))
     steps.append(name)
-    if name.endswith(".json"):
-        files[name] = json_bytes(mutated(json.loads(files[name]), rng, steps), rng, steps)
-    elif name.endswith(".safetensors"):
-        files[name] = mutated_safetensors(files[name], rng, steps)
-    else:
-        files[name] = damaged(files[name], rng, steps)
+    files[name] = damaged_file(name, files[name], rng, steps)
     if rng.random() < 0.1:
         files[rng.choice(("config.json", "tokenizer.json", "evaluation.json"))] = b"[" * 100_000
     return files

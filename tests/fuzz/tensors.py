@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fuzz.values import ODD, Steps, damaged, mutated
+from fuzz.values import ODD, Steps, damaged, json_bytes, mutated
 
 WIDTH = {  # bytes of a value, by safetensors' name of its type
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
@@ -97,6 +97,15 @@ def file_of(header: Any, values: bytes) -> bytes:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + values
+
+
+def damaged_file(name: str, content: bytes, rng: Random, steps: Steps) -> bytes:
+    """The content of a file, changed in the way of its kind."""
+    if name.endswith(".json"):
+        return json_bytes(mutated(json.loads(content), rng, steps), rng, steps)
+    if name.endswith(".safetensors"):
+        return mutated_safetensors(content, rng, steps)
+    return damaged(content, rng, steps)
 
 
 def mutated_safetensors(content: bytes, rng: Random, steps: Steps) -> bytes:
