@@ -1,4 +1,4 @@
-"""How many classes a head has, by the model whose head has its shapes."""
+"""Number of classes of a head, from the model whose head has its shapes."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
