@@ -96,22 +96,42 @@ def _licence(files: OpenedAdapter) -> dict[str, Any]:
 
 
 def _checked(entries: Mapping[str, LazyDelta], where: str) -> dict[str, LazyDelta]:
-    """Return deltas that are checked when they are read: what a tensor's shape or values make of them is seen here."""
+    """Return deltas that are checked when they are first read: their values and shapes are seen only then."""
     return {
-        module: dataclasses.replace(
-            entry, load=functools.partial(_load, entry.load, f"{where}: {module}")
-        )
+        module: dataclasses.replace(entry, load=CheckedLoad(entry.load, f"{where}: {module}"))
         for module, entry in entries.items()
     }
 
 
-def _load(load: Callable[[], Delta], where: str) -> Delta:
-    """Read a delta.
+@dataclasses.dataclass(slots=True)
+class CheckedLoad:
+    """Reads a delta, and checks it the first time.
+
+    Attributes:
+        load: Reads the delta.
+        where: The adapter and the module, for messages.
+        checked: True if it was read before.
+    """
+
+    load: Callable[[], Delta]
+    where: str
+    checked: bool = False
+
+    def __call__(self) -> Delta:
+        delta = self.load()
+        if not self.checked:
+            _check(delta, self.where)
+            self.checked = True
+        return delta
+
+
+def _check(delta: Delta, where: str) -> None:
+    """Refuse a delta that cannot be merged.
 
     Raises:
-        AdapterError: It has values that no training makes, or another shape than the weight that it belongs to.
+        AdapterError: It has values that no training makes.
+        MismatchError: It has another shape than the weight that it belongs to.
     """
-    delta = load()
     if not _size(delta) < _LARGEST:
         raise AdapterError(
             f"{where}: its change has values that are no numbers, or larger than {_LARGEST:.0e}; the training failed, "
@@ -127,7 +147,6 @@ def _load(load: Callable[[], Delta], where: str) -> Delta:
             f"{where}: the adapter's (out, in) is {delta.shape}, and the weight has shape {stored}; give the base "
             "model that the adapter was trained on"
         )
-    return delta
 
 
 def _size(delta: Delta) -> float:

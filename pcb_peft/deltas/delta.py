@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pcb_peft.deltas.abstract import VALUES_AT_A_TIME, Delta, slices_of
 from pcb_peft.deltas.layout import LINEAR, Layout
-from pcb_peft.deltas.linalg import Basis, pad_rows, row_slices
+from pcb_peft.deltas.linalg import Basis, inner_product, pad_rows, row_slices
 from pcb_peft.errors import BaseModelError
 from pcb_peft.runtime.threads import one_thread
 
@@ -80,15 +80,17 @@ class LowRank(Delta):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return lora_B and lora_A, each times the square root of the scaling."""
+        lora_B = self.lora_B.to(torch.float64, copy=True)
+        lora_A = self.lora_A.to(torch.float64, copy=True)
+        if self.scaling == 1:  # a product with 1 takes as long as the copy
+            return lora_B, lora_A
         root = math.sqrt(abs(self.scaling))
-        signed = math.copysign(root, self.scaling)
-        lora_B = self.lora_B.to(torch.float64, copy=True).mul_(signed)
-        return lora_B, self.lora_A.to(torch.float64, copy=True).mul_(root)
+        return lora_B.mul_(math.copysign(root, self.scaling)), lora_A.mul_(root)
 
     def norm(self) -> float:
         """Return ‖BA‖ from the Gram matrices of the factors: ‖BA‖² = tr(BᵀB AAᵀ)."""
-        lora_B, lora_A = self.factors()
-        return math.sqrt(max(0.0, float(((lora_B.T @ lora_B) * (lora_A @ lora_A.T)).sum())))
+        factors = self.factors()
+        return math.sqrt(max(0.0, inner_product(factors, factors)))
 
     def scaled(self, weight: float) -> "LowRank":
         return dataclasses.replace(self, scaling=self.scaling * weight)

@@ -125,6 +125,17 @@ def spanned(columns: Tensor) -> tuple[Basis, Tensor]:
     return Basis(basis), triangle
 
 
+def inner_product(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:
+    """Return ⟨B₁A₁, B₂A₂⟩, the sum over the entries of B₁ᵀB₂ ∘ A₁A₂ᵀ.
+
+    Args:
+        first: B₁ (out, r₁) and A₁ (r₁, in).
+        second: B₂ (out, r₂) and A₂ (r₂, in).
+    """
+    (b1, a1), (b2, a2) = first, second
+    return float(((b1.T @ b2).double() * (a1 @ a2.T).double()).sum())
+
+
 def svd(matrix: Tensor) -> Svd:
     """Return the thin singular value decomposition, by way of a QR if the matrix is long."""
     rows, cols = matrix.shape

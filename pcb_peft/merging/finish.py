@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple, TypeVar
 
 from pcb_peft.deltas.delta import Delta, Dense, LowRank, Rescaled
-from pcb_peft.deltas.inner import low_rank_products
+from pcb_peft.deltas.inner import overlaps
 from pcb_peft.deltas.rank import (
     energy_of_whole,
     truncate,
@@ -65,12 +65,8 @@ class ModuleFinisher:
         merged = self.merge(module)
         delta, energy, norm = self._ranked(module, merged.delta)
         line = self._line(merged, delta, energy, norm)
-        loaded = self.adapters.present(module)
-        norms = {name: part_norm(one) for name, one in loaded.items()}
-        products = low_rank_products(merged.delta if isinstance(delta, Dense) else delta, loaded)
-        return FinishedModule(
-            delta, dataclasses.replace(line, adapter_norms=norms, products=products)
-        )
+        factored = merged.delta if isinstance(delta, Dense) else delta
+        return FinishedModule(delta, line.beside(overlaps(factored, self.adapters.present(module))))
 
     def _line(self, merged: MergedModule, delta: Delta, energy: float, norm: float) -> ModuleReport:
         counts = merged.counts
@@ -193,13 +189,8 @@ def apply_rank_budget(
     shares = current().reduce(None, distributed)
     for module, (cut, energy, norm) in shares.items():
         line = report.modules[module]
-        report.modules[module] = dataclasses.replace(
-            line,
-            rank=cut.rank,
-            energy=line.energy * energy,
-            norm=norm,
-            products=low_rank_products(cut, adapters.present(module)),
-        )
+        line = dataclasses.replace(line, rank=cut.rank, energy=line.energy * energy, norm=norm)
+        report.modules[module] = line.beside(overlaps(cut, adapters.present(module)))
     return {
         module: dataclasses.replace(
             entries[module], load=functools.partial(_cut, entries[module], cut), rank=cut.rank
@@ -215,11 +206,6 @@ def _cut(entry: LazyDelta, cut: LowRank) -> Delta:
 def _energy_and_norm(delta: Delta, cut: LowRank, energy: float) -> tuple[float, float]:
     """The energy and the norm of a delta with another low-rank part, which retains `energy` of the old one."""
     return energy_of_whole(delta, energy), delta.with_low_rank_part(cut).norm()
-
-
-def part_norm(delta: Delta) -> float:
-    """The norm of a delta's low-rank part, or of an (IA)³'s l − 1."""
-    return delta.low_rank_part.norm()
 
 
 def rank_of(delta: Delta) -> int | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from pcb_peft.base.paths import layer_of, target_of
+from pcb_peft.deltas.inner import Overlap
 
 Group = TypeVar("Group", str, int)
 """A target, or the number of a layer."""
@@ -45,6 +46,12 @@ class ModuleReport:
         """The line of the same module, times a number."""
         products = {name: weight * product for name, product in self.products.items()}
         return dataclasses.replace(self, norm=abs(weight) * self.norm, products=products)
+
+    def beside(self, adapters: Mapping[str, Overlap]) -> "ModuleReport":
+        """The same line, with what the adapters have in common with the result."""
+        norms = {name: one.norm for name, one in adapters.items()}
+        products = {n: one.product for n, one in adapters.items() if one.product is not None}
+        return dataclasses.replace(self, adapter_norms=norms, products=products)
 
     @classmethod
     def from_plain(cls, fields: Mapping[str, Any]) -> "ModuleReport":
