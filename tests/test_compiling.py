@@ -55,7 +55,7 @@ def merged(name: str, limits: Limits = LARGE, **options: object) -> Tensor:
 
 
 CASES: list[tuple[str, dict[str, object]]] = [
-    *[("pcb", {"formula": name}) for name in ("paper", "reference", "vision", "es")],
+    *[("pcb", {"formula": name}) for name in ("paper", "vision")],
     ("ties", {}),
     ("model_stock", {}),
 ]

@@ -36,6 +36,8 @@ from pcb_peft.data.models import load_base
 from pcb_peft.exporting.profiles import PROFILES
 from pcb_peft.exporting.verify import Verification, verify
 
+pytestmark = pytest.mark.slow  # whole models
+
 TARGETS = ("q_proj", "k_proj", "down_proj")
 GOLDEN = Path(__file__).parent / "golden" / "gguf.safetensors"
 IDS = torch.arange(8)[None]
@@ -95,7 +97,6 @@ def test_dense_fills_the_layers_without_a_lora(workshop, tmp_path):
     assert adapter.delta("model.layers.1.self_attn.q_proj").any()
 
 
-@pytest.mark.slow
 def test_a_family_of_adapters_is_swapped_without_recompiling(workshop, tmp_path):
     large = exported(mixed(workshop), "portable", tmp_path / "large", dense=True, pad_to_rank=8)
     small = workshop.adapter("llama", lora("q_proj", r=2), "little")
@@ -243,7 +244,6 @@ def test_what_a_profile_cannot_hold_is_refused_by_name(workshop, tmp_path, confi
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
 def test_the_price_of_a_lora_is_measured(workshop, tmp_path):
     base = str(workshop.base("llama"))
     adapter = workshop.adapter("llama", ia3("q_proj", "v_proj"), base=base)
@@ -367,7 +367,6 @@ def test_gguf_in_a_directory_and_other_dtypes(workshop, tmp_path, dtype):
     assert flags == [("--lora",), ("ADAPTER in its Modelfile",)]
 
 
-@pytest.mark.slow
 def test_mlx_computes_the_same(workshop, tmp_path):
     pytest.importorskip("mlx.core")
     pytest.importorskip("mlx_lm")
@@ -448,7 +447,6 @@ def test_token_rows_and_a_cut(workshop, tmp_path):
     assert done.error < 1e-4 < done.cut
 
 
-@pytest.mark.slow
 def test_llama_cpp_verifies_with_the_base_model_in_its_own_format(workshop, tmp_path):
     pytest.importorskip("xllamacpp")
     pytest.importorskip("gguf")
@@ -471,7 +469,6 @@ def test_llama_cpp_verifies_with_the_base_model_in_its_own_format(workshop, tmp_
         verify(again, tmp_path / "out.gguf", PROFILES["gguf"], opened)
 
 
-@pytest.mark.slow
 def test_a_merge_is_verified_in_memory_beside_the_weighted_sum_of_its_sources(workshop, tmp_path):
     base = workshop.base("llama")
     configs = [lora(*TARGETS), lora("q_proj", "lm_head", use_rslora=True), ia3("k_proj")]
@@ -507,7 +504,6 @@ def test_a_tied_weight_changes_at_one_end_as_in_peft(workshop, tmp_path):
     assert changed.lm_head.weight is changed.model.embed_tokens.weight
 
 
-@pytest.mark.slow
 def test_stacked_experts_are_verified_from_files(workshop, tmp_path):
     stacks = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
     config, options = lora("q_proj", **stacks), {"base_model": workshop.base("mixtral")}
@@ -524,7 +520,6 @@ def test_stacked_experts_are_verified_from_files(workshop, tmp_path):
     assert "stacked experts that were cut" in str(done)
 
 
-@pytest.mark.slow
 def test_classifiers_are_verified_with_each_head(workshop, tmp_path):
     configs = [lora("query", task_type="SEQ_CLS") for _ in range(2)]
     adapters = workshop.adapters("bert", configs)
@@ -544,7 +539,6 @@ def test_classifiers_are_verified_with_each_head(workshop, tmp_path):
     assert one.verification.effect > 1e-3
 
 
-@pytest.mark.slow
 def test_the_command_and_a_merge_for_a_profile(workshop, tmp_path, capsys):
     adapter, out = mixed(workshop), tmp_path / "out"
     words = ["export", str(adapter), "--to", "portable", "-o", str(out), "--max-rank", "2"]

@@ -17,6 +17,8 @@ from pcb_peft import (
 )
 from pcb_peft.commands import cli
 
+pytestmark = pytest.mark.slow  # whole models
+
 MODELS = ["mlp", "odd", "llama", "gpt2", "bert"]
 FILE = "model.safetensors"
 

@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 
 from pcb_peft import MismatchError, UnsupportedError, fold_adapter, load_adapter, merge_adapters
 
+pytestmark = pytest.mark.slow  # whole models
+
 HEADED = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
 ENDS = ["embed_tokens", "lm_head"]
 COPIES = ("", "modules_to_save.", "original_module.")
@@ -108,7 +110,6 @@ def test_an_adapter_with_added_tokens_is_read_as_peft_saves_it(workshop, tmp_pat
         workshop.assert_close(values, wanted[name], 1e-6, name)
 
 
-@pytest.mark.slow
 def test_all_biases_and_a_head_are_read_as_peft_saves_them(workshop, tmp_path):
     config = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS", bias="all")
     adapter = workshop.adapter("bert", config)

@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 
 from pcb_peft import MismatchError, OptionError, UnsupportedError, load_adapter, merge_adapters
 
+pytestmark = pytest.mark.slow  # whole models
+
 FILE = "adapter_model.safetensors"
 WEIGHTS = (1.5, -0.7)
 NAMES = ("classifier.weight", "classifier.bias")

@@ -30,6 +30,8 @@ from pcb_peft import (
 from pcb_peft.commands.cli import main
 from pcb_peft.data.models import load_base
 
+pytestmark = pytest.mark.slow  # whole models
+
 TOKENS = torch.arange(12).reshape(2, 6)
 WORDS = ["<pad>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz"]
 TEXTS = ["a b c d", "k l m", "x y z a b", "q r s t"]
@@ -131,7 +133,6 @@ def test_layers_of_gpt2_are_quantised_as_linear_layers(workshop, tmp_path):
     assert torch.dist(logits(folded), wanted) < 0.05 * wanted.norm()  # bfloat16
 
 
-@pytest.mark.slow
 def test_evaluation(merge, adapters, codes, numbers, tmp_path):
     merge.save_pretrained(tmp_path / "merged")
     data, options = [TEXTS, TEXTS], {"controls": True, "cache": False, "progress": False}
@@ -145,7 +146,6 @@ def test_evaluation(merge, adapters, codes, numbers, tmp_path):
             assert next(scores) == pytest.approx(next(scores), rel=1e-5)
 
 
-@pytest.mark.slow
 def test_search(adapters, codes, numbers, tmp_path):
     options = {
         "vary": {},
@@ -190,7 +190,6 @@ def test_what_is_looked_at(adapters, codes, numbers):
     torch.testing.assert_close(compared[0].geometry.cosines, compared[1].geometry.cosines)
 
 
-@pytest.mark.slow
 def test_distillation(adapters, codes, halves):
     start = merge_adapters(adapters[:1] * 2, "linear", [0.3, 0.2], progress=False)
     given, options = (start, adapters[:1] * 2, [TEXTS, TEXTS]), {"steps": 2, "new_tokens": 2}

@@ -170,6 +170,7 @@ def test_a_recipe_of_another_version_is_noted(adapters):
     assert other.recipe == recipe
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the merged adapter retains")
 @pytest.mark.parametrize(
     "method", [m.name for m in list_methods().values() if not m.needs_statistic]

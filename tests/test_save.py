@@ -105,13 +105,19 @@ MERGES = {  # id: model, configurations, weights
 }
 
 
-@pytest.mark.parametrize(
-    ("case", "rank_pattern"),
-    [
-        *((case, False) for case in MERGES),
-        *((case, True) for case in ("mixed ranks", "patterns", "Conv1D")),
-    ],
-)
+def saved(case, *, rank_pattern=False):
+    """A case of the next test: slow if it needs a whole model."""
+    marks = () if MERGES[case][0] == "mlp" else pytest.mark.slow
+    return pytest.param(case, rank_pattern, marks=marks)
+
+
+SAVED = [
+    *map(saved, MERGES),
+    *(saved(case, rank_pattern=True) for case in ("mixed ranks", "patterns", "Conv1D")),
+]
+
+
+@pytest.mark.parametrize(("case", "rank_pattern"), SAVED)
 def test_a_saved_merge_does_in_peft_what_the_sources_do_together(workshop, case, rank_pattern):
     kind, configs, weights = MERGES[case]
     directories = workshop.adapters(kind, configs)
