@@ -10,12 +10,14 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from pcb_peft.errors import OutputError
 from pcb_peft.writing import atomic, growing_file
 from pcb_peft.writing.atomic import copy_file, replace_directory, write_file_atomically
 from pcb_peft.writing.growing_file import GrowingFile
 from pcb_peft.writing.manifest import MANIFEST
+from pcb_peft.writing.sorted_header import save_tensors
 
 
 def write(target, text="new", *, overwrite=False):
@@ -562,3 +564,10 @@ def test_a_directory_that_cannot_be_listed_is_not_taken_for_an_empty_one(tmp_pat
     with pytest.raises(OutputError, match="Input/output error"):
         write(tmp_path / "out", overwrite=True)
     assert content(tmp_path / "out") == "old"
+
+
+def test_the_same_tensors_and_metadata_give_the_same_bytes(tmp_path):
+    metadata = dict.fromkeys("zyxwvutsrq", "text")
+    for number in range(3):
+        save_tensors({"weight": torch.ones(2)}, tmp_path / str(number), metadata)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1

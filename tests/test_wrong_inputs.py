@@ -23,6 +23,7 @@ from pcb_peft.adapters.source import Source
 from pcb_peft.base.architecture import Skeleton, build_skeleton
 from pcb_peft.data.batches import read_rows
 from pcb_peft.data.moments import open_moments
+from pcb_peft.distillation.checkpoint import Checkpoint
 from pcb_peft.errors import (
     AdapterError,
     BaseModelError,
@@ -40,6 +41,7 @@ from pcb_peft.reporting.page import write_report
 from pcb_peft.runtime.hashing import sha256_of_file
 from pcb_peft.searching.trials import Trial, TrialLog
 from pcb_peft.writing.model_card import read_card
+from pcb_peft.writing.sorted_header import save_tensors
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -339,6 +341,30 @@ def test_a_file_that_is_no_log_is_left_alone(tmp_path, content):
     with pytest.raises(OptionError, match="log"):
         TrialLog(tmp_path / "log", "this search", 7).read()
     assert (tmp_path / "log").read_text() == content
+
+
+CHECKPOINTS = [
+    (b"", "not a readable safetensors file"),
+    ({}, "no checkpoint of a distillation"),
+    ({"format": "pcb_peft distillation 1"}, "belongs to another distillation"),
+    ({"state": '{"step": -1, "history": []}'}, "step is -1; it must be an integer >= 0"),
+    ({"state": '{"step": 1, "history": [[0, {"a": NaN}]]}'}, "nan.; it must be a number"),
+    ({"state": '{"step": 1, "history": []}'}, "its history is not that of the tasks"),
+    ({"state": '{"step": 1, "history": [[0, {"a": 1}]]}'}, "best.0. is missing, or does not"),
+]
+
+
+@pytest.mark.parametrize(("content", "said"), CHECKPOINTS)
+def test_a_checkpoint_of_something_else_is_refused(tmp_path, content, said):
+    path = tmp_path / "checkpoint"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        whole = {"format": "pcb_peft distillation 1", "fingerprint": "f"}
+        metadata = whole | content if "state" in content else content
+        save_tensors({"other": torch.ones(2)}, path, metadata)
+    with pytest.raises(OptionError, match=said):
+        Checkpoint(path, "f").read().check({"a"}, {"best.0": (2,), "other": (2,)})
 
 
 CARDS = ["---\na: [\n---\n# x\n", "---\n- a\n---\n", "---\nx: !!python/name:os.x\n---\n", "\xff"]

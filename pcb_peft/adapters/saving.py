@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -29,7 +28,7 @@ from pcb_peft.images.targets import refuse_embeddings
 from pcb_peft.runtime.processes import current
 from pcb_peft.writing.atomic import replace_directory, write_file_atomically, write_files
 from pcb_peft.writing.model_card import public_name
-from pcb_peft.writing.sorted_header import sort_metadata
+from pcb_peft.writing.sorted_header import save_tensors
 from pcb_peft.writing.targets import Overwrite, check_file_target, check_target, writing
 
 FileFormat: TypeAlias = Literal["peft", "diffusers", "kohya", "comfyui"]
@@ -123,15 +122,10 @@ def _save_file(
         metadata[REPORT] = beside[REPORT_FILE].decode()
     write_file_atomically(
         path,
-        lambda place: _write_tensors(content.tensors, place, metadata),
+        lambda place: save_tensors(content.tensors, place, metadata),
         overwrite=overwrite,
         is_ours=is_our_file,
     )
-
-
-def _write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    safetensors.torch.save_file(dict(tensors), path, metadata=dict(metadata) or None)
-    sort_metadata(path)
 
 
 def save_adapter(
@@ -175,7 +169,7 @@ def save_adapter(
             with writing(directory):
                 path = target / content.file
                 metadata = {"format": "pt"} if content.config else content.metadata
-                _write_tensors(content.tensors, path, metadata)
+                save_tensors(content.tensors, path, metadata)
             write_files(target, files)
     return [note for each in current().all_gather(notes) for note in each]
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -30,6 +29,7 @@ from pcb_peft.runtime.processes import current
 from pcb_peft.runtime.progress import Track
 from pcb_peft.runtime.shown import shown
 from pcb_peft.writing.atomic import write_file_atomically
+from pcb_peft.writing.sorted_header import save_tensors
 from pcb_peft.writing.targets import writing
 
 SEQUENCES, LENGTH = 256, 16  # of random tokens
@@ -239,7 +239,7 @@ def save_moments(moments: Mapping[str, Moments], path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     write_file_atomically(
         path,
-        lambda file: safetensors.torch.save_file(tensors, file, metadata=metadata),
+        lambda file: save_tensors(tensors, file, metadata),
         overwrite="all",
     )
 

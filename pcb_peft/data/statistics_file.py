@@ -7,9 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-import safetensors.torch
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from pcb_peft.adapters.adapter import Adapter
@@ -21,6 +19,7 @@ from pcb_peft.runtime.paths import expanded
 from pcb_peft.runtime.shown import quoted, shown
 from pcb_peft.version import __version__
 from pcb_peft.writing.atomic import write_file_atomically
+from pcb_peft.writing.sorted_header import save_tensors
 from pcb_peft.writing.targets import Overwrite
 
 KINDS: dict[str, Callable[[tuple[int, int]], tuple[int, int]]] = {
@@ -104,7 +103,7 @@ def save_statistics(
     tensors = {module: statistics.load(module).contiguous() for module in statistics.shapes}
     write_file_atomically(
         path,
-        lambda file: safetensors.torch.save_file(tensors, file, metadata=metadata),
+        lambda file: save_tensors(tensors, file, metadata),
         overwrite=overwrite,
         is_ours=holds_statistics,
     )
@@ -113,9 +112,8 @@ def save_statistics(
 def holds_statistics(path: Path) -> bool:
     """Return whether a file is one that `save_statistics` wrote."""
     try:
-        with safe_open(path, framework="pt") as file:  # pyright: ignore[reportUnknownVariableType]
-            return (file.metadata() or {}).get("format") == FORMAT
-    except (OSError, safetensors.SafetensorError):
+        return SafetensorsFile(path).metadata().get("format") == FORMAT
+    except AdapterError:
         return False
 
 

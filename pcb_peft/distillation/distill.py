@@ -14,6 +14,7 @@ from pcb_peft.base.model import lazy_base
 from pcb_peft.data.batches import Data, Row, spread
 from pcb_peft.data.models import load_base, task_type_of
 from pcb_peft.distillation.base import head_of
+from pcb_peft.distillation.checkpoint import Checkpoint
 from pcb_peft.distillation.student import Student
 from pcb_peft.distillation.teacher import Reader
 from pcb_peft.distillation.texts import digest_of, encoded, read_texts, tokenizer_for
@@ -23,6 +24,7 @@ from pcb_peft.files.yaml_text import dump_yaml
 from pcb_peft.runtime.progress import tracker
 from pcb_peft.version import __version__
 from pcb_peft.writing.model_card import Facts, table
+from pcb_peft.writing.targets import existing
 
 FILE_NAME = "distill_recipe.yaml"
 
@@ -125,6 +127,9 @@ def distill_merge(  # noqa: PLR0913  (every choice, by name)
     schedule = Schedule(steps, learning_rate, batch_texts, seed)
     settings = {"held_out": held_out, "new_tokens": new_tokens, "max_length": max_length}
     recipe = _recipe(start, loaded, rows, dataclasses.asdict(schedule) | settings)
+    inputs = existing(*_paths(start, *loaded), *texts, base_model)
+    resumable = Checkpoint(Path(checkpoint) if checkpoint else None, _fingerprint(recipe))
+    resumable.check(inputs)
     task_type = _common_task_type(loaded) or task_type_of(base_model)
     accelerator, track = _accelerator(), tracker(progress)
     model = load_base(base_model, task_type, dequantize=dequantize)
@@ -138,8 +143,8 @@ def distill_merge(  # noqa: PLR0913  (every choice, by name)
     ]
     training = Training(model, student, reader, lessons, schedule, accelerator)
     with student.attached(model):
-        training.run(track, Path(checkpoint) if checkpoint else None, _fingerprint(recipe))
-    return _result(start, training, recipe)
+        training.run(track, resumable)
+    return _result(start, training, recipe, inputs)
 
 
 def _check(adapters: Sequence[Any], texts: Sequence[Any], held_out: float) -> None:
@@ -170,7 +175,14 @@ def _recipe(
     }
 
 
-def _result(start: Adapter, training: Training, recipe: Mapping[str, Any]) -> DistilledAdapter:
+def _paths(*adapters: Adapter) -> list[str]:
+    """Return what adapters were made from."""
+    return [path for adapter in adapters for path in adapter.inputs]
+
+
+def _result(
+    start: Adapter, training: Training, recipe: Mapping[str, Any], inputs: tuple[str, ...]
+) -> DistilledAdapter:
     """The merge with the trained deltas; all else that it holds stays as it is."""
     kept = {field.name: getattr(start, field.name) for field in dataclasses.fields(Adapter)}
     kept |= {
@@ -178,6 +190,7 @@ def _result(start: Adapter, training: Training, recipe: Mapping[str, Any]) -> Di
         "modules": training.student.deltas(start.modules.entries),
         "source": None,
         "files": None,
+        "inputs": inputs,
     }
     history, best = training.history, training.best_step
     return DistilledAdapter(**kept, recipe=recipe, history=history, best_step=best)

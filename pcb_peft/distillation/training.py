@@ -1,25 +1,24 @@
 """The training loop: one batch of each task at a time, the best state on held-out texts, a file to go on from."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pcb_peft.distillation.base import Head
+from pcb_peft.distillation.checkpoint import Checkpoint, State
 from pcb_peft.distillation.student import Student
 from pcb_peft.distillation.teacher import Example, Reader
-from pcb_peft.errors import OptionError
 from pcb_peft.runtime.progress import Track
-from pcb_peft.writing.atomic import write_file_atomically
 
 WARM_UP = 10  # steps in which the learning rate rises
 LAST = 0.1  # of the learning rate, at the end of its linear decay
 CHECK_EVERY = 10  # steps between two looks at the held-out texts
 PATIENCE = 3  # looks without an improvement after which the training stops
 CHECK_BATCH = 32  # texts
+ADAM = ("step", "exp_avg", "exp_avg_sq")  # what torch's Adam keeps of each parameter
 
 Divergences = dict[str, float]
 """Task to the mean divergence of the merge from the task's own adapter; 0 is the same."""
@@ -100,22 +99,22 @@ class Training:
     history: dict[int, Divergences] = dataclasses.field(default_factory=dict[int, Divergences])
     best: list[Tensor] = dataclasses.field(default_factory=list[Tensor])
 
-    def run(self, track: Track, checkpoint: Path | None, fingerprint: str) -> None:
+    def run(self, track: Track, checkpoint: Checkpoint) -> None:
         """Train to the end, or until the held-out texts gain no more; then take the best state.
 
         Args:
             track: Shows progress.
-            checkpoint: A file to go on from, and to write after each look at the held-out texts.
-            fingerprint: Of the settings; a file of other settings is refused.
+            checkpoint: The file to go on from, and to write after each look at the held-out texts.
         """
         parameters = [p for p in self.student.parameters() if p.requires_grad]
         sizes = self.student.sizes()
         groups = [{"params": [p], "size": size} for p, size in zip(parameters, sizes, strict=True)]
         optimizer = torch.optim.Adam(groups)
-        if checkpoint is not None and checkpoint.is_file():
-            self._resume(checkpoint, fingerprint, optimizer)
-        else:
+        state = checkpoint.read()
+        if state is None:
             self._check(parameters)
+        else:
+            self._resume(state, optimizer, parameters)
         for step in track(range(self.step, self.schedule.steps), "distill"):
             if self._is_over():
                 break
@@ -123,8 +122,8 @@ class Training:
             self.step = step + 1
             if self.step % CHECK_EVERY == 0 or self.step == self.schedule.steps:
                 self._check(parameters)
-                if checkpoint is not None and self.accelerator.is_main_process:
-                    self._save(checkpoint, fingerprint, optimizer)
+                if self.accelerator.is_main_process:
+                    checkpoint.write(self._state(optimizer))
         with torch.no_grad():
             for parameter, values in zip(parameters, self.best, strict=True):
                 parameter.copy_(values)
@@ -186,29 +185,35 @@ class Training:
             total += float(self._divergence(lesson, some)) * len(some)
         return total / len(texts)
 
-    def _save(self, path: Path, fingerprint: str, optimizer: torch.optim.Optimizer) -> None:
-        state = {
-            "fingerprint": fingerprint,
-            "step": self.step,
-            "history": self.history,
-            "best": self.best,
+    def _state(self, optimizer: torch.optim.Optimizer) -> State:
+        moments = optimizer.state_dict()["state"]
+        tensors = {
             "student": self.student.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "best": dict(enumerate(self.best)),
+            **{f"adam.{number}": one for number, one in moments.items()},
         }
-        write_file_atomically(path, lambda file: torch.save(state, file), overwrite="all")
+        named = {f"{kind}.{name}": x for kind, some in tensors.items() for name, x in some.items()}
+        return State(self.step, self.history, named)
 
-    def _resume(self, path: Path, fingerprint: str, optimizer: torch.optim.Optimizer) -> None:
-        """Go on from a file.
+    def _resume(self, state: State, optimizer: torch.optim.Adam, parameters: list[Any]) -> None:
+        """Go on from a state, whose tensors must be those of this training."""
+        state.check({lesson.name for lesson in self.lessons}, self._shapes(parameters))
+        self.step, self.history = state.step, {n: dict(row) for n, row in state.history.items()}
+        tensors = {name: one.to(self.accelerator.device) for name, one in state.tensors.items()}
+        names = self.student.state_dict()
+        self.student.load_state_dict({name: tensors[f"student.{name}"] for name in names})
+        self.best = [tensors[f"best.{number}"] for number in range(len(parameters))]
+        for number, parameter in enumerate(parameters):
+            moments = {name: state.tensors[f"adam.{number}.{name}"] for name in ADAM}
+            optimizer.state[parameter] = {
+                name: one if name == "step" else one.to(parameter) for name, one in moments.items()
+            }
 
-        Raises:
-            OptionError: The file belongs to other settings, adapters or texts.
-        """
-        state: Mapping[str, Any] = torch.load(path, weights_only=True)
-        if state["fingerprint"] != fingerprint:
-            raise OptionError(
-                f"{path} belongs to another distillation (other adapters, texts or settings); delete it, or name "
-                "another checkpoint"
-            )
-        self.step, self.history, self.best = state["step"], state["history"], state["best"]
-        self.student.load_state_dict(state["student"])
-        optimizer.load_state_dict(state["optimizer"])
+    def _shapes(self, parameters: list[Any]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the tensors of a state."""
+        student = {f"student.{name}": one for name, one in self.student.state_dict().items()}
+        shapes = {name: tuple(one.shape) for name, one in student.items()}
+        for number, parameter in enumerate(parameters):
+            same = [f"best.{number}", *(f"adam.{number}.{name}" for name in ADAM if name != "step")]
+            shapes |= dict.fromkeys(same, tuple(parameter.shape)) | {f"adam.{number}.step": ()}
+        return shapes

@@ -21,6 +21,7 @@ from pcb_peft.files.gguf import gguf_library, is_adapter
 from pcb_peft.formats.lazy_delta import LazyDelta
 from pcb_peft.writing.atomic import replace_directory, write_file_atomically, write_files
 from pcb_peft.writing.model_card import public_name
+from pcb_peft.writing.targets import writing
 
 FILE, SUFFIX = "adapter.gguf", ".gguf"
 
@@ -74,7 +75,8 @@ def _write(request: Request) -> Sequence[str]:
         with replace_directory(
             request.output, overwrite=request.overwrite, inputs=request.adapter.inputs
         ) as directory:
-            _write_file(directory / FILE, architecture, tensors, dtype, request)
+            with writing(directory / FILE):
+                _write_file(directory / FILE, architecture, tensors, dtype, request)
             modelfile = f"FROM ./model.gguf\nADAPTER ./{FILE}\n".encode()
             write_files(directory, request.beside() | {"Modelfile": modelfile})
     return [

@@ -6,7 +6,6 @@ mlx-lm multiplies the rows of W + scale · ΔW by m / ‖W + scale · ΔW‖, as
 import json
 from collections.abc import Sequence
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from pcb_peft.exporting.profile import Profile, Request, in_one_process
 from pcb_peft.formats.dora import direction, magnitudes
 from pcb_peft.recipes.weights import number_of_layers
 from pcb_peft.writing.atomic import replace_directory, write_files
+from pcb_peft.writing.sorted_header import save_tensors
 
 FILE, CONFIG = "adapters.safetensors", "adapter_config.json"
 
@@ -51,7 +51,7 @@ def _write(request: Request) -> Sequence[str]:
     with replace_directory(
         request.output, overwrite=request.overwrite, inputs=request.adapter.inputs
     ) as directory:
-        safetensors.torch.save_file(tensors, directory / FILE, metadata={"format": "mlx"})
+        save_tensors(tensors, directory / FILE, {"format": "mlx"})
         stated = (json.dumps(config, indent=2) + "\n").encode()
         write_files(directory, request.beside() | {CONFIG: stated})
     name = request.adapter.base_model or "MODEL"

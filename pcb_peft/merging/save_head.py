@@ -4,8 +4,6 @@ import dataclasses
 import json
 from pathlib import Path
 
-import safetensors.torch
-
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.beside import TASK, task_file
 from pcb_peft.adapters.loading import load_adapter
@@ -22,6 +20,7 @@ from pcb_peft.recipes.recipe import FILE_NAME, read_recipe
 from pcb_peft.writing.atomic import copy_file, replace_directory, write_files
 from pcb_peft.writing.manifest import MANIFEST
 from pcb_peft.writing.model_card import CARD, model_card
+from pcb_peft.writing.sorted_header import save_tensors
 from pcb_peft.writing.targets import Overwrite
 
 _REPLACED = {CONFIG, SAFETENSORS, PICKLE, HEADS, CARD, FILE_NAME, TASK, MANIFEST}
@@ -67,9 +66,7 @@ def save_with_head(
             if path.is_file() and path.name not in _REPLACED:
                 copy_file(path, target / path.name)
         write_files(target, headed.companion_files())
-        safetensors.torch.save_file(
-            content.tensors, target / content.file, metadata={"format": "pt"}
-        )
+        save_tensors(content.tensors, target / content.file, {"format": "pt"})
         write_files(target, files)
     return headed
 

@@ -1,10 +1,27 @@
-"""Metadata of a safetensors file in alphabetical order: safetensors writes them in another order each time."""
+"""Safetensors files with their metadata in alphabetical order: safetensors writes them in another order each time."""
 
 import json
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 
+import safetensors.torch
+from torch import Tensor
+
+from pcb_peft.writing.targets import writing
+
 LENGTH = struct.Struct("<Q")  # of the header, before it
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file; the same tensors and metadata give the same bytes.
+
+    Raises:
+        OutputError: The disk is full, or broken.
+    """
+    with writing(path):
+        safetensors.torch.save_file(dict(tensors), path, metadata=dict(metadata) or None)
+        sort_metadata(path)
 
 
 def sort_metadata(path: Path) -> None:
