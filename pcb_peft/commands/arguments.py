@@ -33,21 +33,6 @@ def add_output_arguments(parser: argparse.ArgumentParser, *, required: bool = Tr
     parser.set_defaults(writes_directory=True)
 
 
-def check_directory(parsed: argparse.Namespace) -> None:
-    """Refuse a directory that must not be replaced, before anything slow is imported.
-
-    Raises:
-        OutputError: It holds something, and ``--overwrite`` is missing; or the output is made from it.
-    """
-    writes = getattr(parsed, "writes_directory", False) and not getattr(parsed, "dry_run", False)
-    if writes and parsed.output is not None and parsed.output.is_dir():
-        from pcb_peft.writing.targets import check_target
-
-        adapter = [getattr(parsed, "adapter", None)]
-        inputs = [*getattr(parsed, "adapters", adapter), getattr(parsed, "base_model", None)]
-        check_target(parsed.output, overwrite=parsed.overwrite, inputs=inputs)
-
-
 def add_overwrite_arguments(parser: argparse.ArgumentParser, what: str) -> None:
     """Add ``--overwrite`` and ``--overwrite-all``, for a file or a directory."""
     parser.add_argument(

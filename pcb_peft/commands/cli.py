@@ -16,7 +16,6 @@ from typing import Any
 
 from pcb_peft.commands.arguments import (
     add_common_arguments,
-    check_directory,
     is_quiet,
     is_verbose,
 )
@@ -31,7 +30,7 @@ from pcb_peft.commands.exit_codes import (
     UNREAD,
     code_of,
 )
-from pcb_peft.commands.inputs import check_inputs
+from pcb_peft.commands.inputs import check_directory, check_inputs
 from pcb_peft.commands.output import (
     open_closed_streams,
     print_answer,

@@ -180,11 +180,12 @@ def _check_outputs(parsed: argparse.Namespace) -> None:
     from pcb_peft.reporting.page import is_report
     from pcb_peft.writing.targets import check_file_target
 
+    texts = [word.partition("=")[2] if is_named(word) else word for word in parsed.data]
     if parsed.log:
-        check_file_target(parsed.log, overwrite="all")  # a line is added
+        check_file_target(parsed.log, overwrite="all", inputs=texts)  # a line is added
     if parsed.report:
         record_of(parsed.merged)
-        check_file_target(parsed.report, overwrite=True, is_ours=is_report)
+        check_file_target(parsed.report, overwrite=True, inputs=texts, is_ours=is_report)
 
 
 def _is_below(kept: float | None, limit: float | None) -> bool:

@@ -13,6 +13,8 @@ SOURCES = ("adapter", "adapters", "merged", "against", "start", "base_model", "f
 """Arguments that are directories or hub ids."""
 TEXTS = {"data": "--data", "test_data": "--test-data", "texts": "--data"}
 """Arguments that are files of texts, with their flags."""
+OTHERS = ("statistics", "metric", "checkpoint")
+"""Arguments that are other files that an output must not replace."""
 RECIPES = (".yaml", ".yml")
 HARNESS = "lm-eval:"
 
@@ -31,6 +33,28 @@ def check_inputs(parsed: argparse.Namespace) -> None:
     for name, flag in TEXTS.items():
         for word in _words(parsed, name):
             _check_texts(flag, word.partition("=")[2] if is_named(word) else word)
+
+
+def paths_of(parsed: argparse.Namespace) -> list[str]:
+    """Return what an output is made from, which it must not replace: paths, and ids of the Hub."""
+    return [
+        word.partition("=")[2] if name in TEXTS and is_named(word) else word
+        for name in (*SOURCES, *TEXTS, *OTHERS)
+        for word in _words(parsed, name)
+    ]
+
+
+def check_directory(parsed: argparse.Namespace) -> None:
+    """Refuse a directory that must not be replaced, before anything slow is imported.
+
+    Raises:
+        OutputError: It holds something, and ``--overwrite`` is missing; or the output is made from it.
+    """
+    writes = getattr(parsed, "writes_directory", False) and not getattr(parsed, "dry_run", False)
+    if writes and parsed.output is not None and parsed.output.is_dir():
+        from pcb_peft.writing.targets import check_target
+
+        check_target(parsed.output, overwrite=parsed.overwrite, inputs=paths_of(parsed))
 
 
 def _words(parsed: argparse.Namespace, name: str) -> Iterator[str]:

@@ -180,7 +180,8 @@ def _write_page(
 
 def _inputs(parsed: argparse.Namespace, recipe: "Recipe") -> list[str | None]:
     """The files and models that the merge is made from: the recipe, if it is a file, and all that it names."""
-    sources = [source.directory for source in (*recipe.adapters, *recipe.statistics)]
+    metric = [] if recipe.metric is None else [recipe.metric]
+    sources = [one.directory for one in (*recipe.adapters, *recipe.statistics, *metric)]
     return [*parsed.adapters, *sources, recipe.base_model]
 
 

@@ -14,6 +14,7 @@ from pcb_peft.commands.evaluate import (
     measuring_of,
     running_of,
 )
+from pcb_peft.commands.inputs import paths_of
 from pcb_peft.commands.parser import UsageError
 
 OPTIMISERS = ("auto", "random", "ngopt", "cma", "tpe")
@@ -108,15 +109,31 @@ def _add_files(group: Any) -> None:
     group.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw all trials: .png, .svg or .pdf"
     )
+    group.add_argument(
+        "--overwrite-all",
+        action="store_const",
+        const="all",
+        default=True,
+        dest="overwrite",
+        help="replace the recipe and the picture whatever is there (default: what a search wrote)",
+    )
 
 
 def _run(parsed: argparse.Namespace) -> Answer:
     from pcb_peft.runtime.processes import current
+    from pcb_peft.searching.files import is_from_a_search
+    from pcb_peft.searching.picture import check_picture
     from pcb_peft.searching.search import search
     from pcb_peft.writing.targets import check_file_target
 
+    check_picture(parsed.plot)
     for file in filter(None, (parsed.output, parsed.plot)):  # before hours of trials
-        check_file_target(file, overwrite="all", inputs=parsed.start)
+        check_file_target(
+            file,
+            overwrite=parsed.overwrite,
+            inputs=paths_of(parsed),
+            is_ours=is_from_a_search,
+        )
     recipe = len(parsed.start) == 1 and parsed.start[0].endswith((".yaml", ".yml"))
     found = search(
         parsed.start[0] if recipe else parsed.start,
@@ -132,7 +149,6 @@ def _run(parsed: argparse.Namespace) -> Answer:
         leave_one_out=parsed.leave_one_out,
         clusters=parsed.clusters,
         log=parsed.log,
-        plot=parsed.plot,
         seed=parsed.seed,
         workers=parsed.workers,
         threshold=parsed.threshold,
@@ -140,7 +156,9 @@ def _run(parsed: argparse.Namespace) -> Answer:
         **measuring_of(parsed),
         **running_of(parsed),
     )
-    files = found.save(parsed.output) if current().is_main else []
+    files: list[Path] = []
+    if current().is_main:
+        files = found.save(parsed.output, parsed.plot, overwrite=parsed.overwrite)
     merging = [f"  merge  pcb-peft merge {file} -o {file.stem}" for file in files]
     following = "\n".join([f"the winning recipe is in {parsed.output}", "next:", *merging])
     data = {**found.as_dict(), "output": str(parsed.output), "log": str(parsed.log)}

@@ -14,7 +14,7 @@ from pcb_peft.adapters.loading import load_adapters
 from pcb_peft.adapters.names import named_apart
 from pcb_peft.adapters.source import Source
 from pcb_peft.base.model import lazy_base
-from pcb_peft.errors import OptionError, OutputError
+from pcb_peft.errors import OptionError
 from pcb_peft.evaluation.bench import Bench, Job, job_of, limited, open_bench, versions
 from pcb_peft.evaluation.card import write_to_card as write_card
 from pcb_peft.evaluation.controls import random_adapter, uniform_soup
@@ -28,6 +28,7 @@ from pcb_peft.recipes.recipe import FILE_NAME, Recipe, read_recipe
 from pcb_peft.runtime.paths import expanded, similar_path
 from pcb_peft.runtime.processes import current
 from pcb_peft.runtime.scratch import shared_directory
+from pcb_peft.writing.lines import append_line
 from pcb_peft.writing.model_card import public_name
 
 AdapterLike: TypeAlias = str | Path | Source | tuple[Any, str] | Adapter
@@ -338,8 +339,4 @@ def _write(result: Evaluation, log: str | Path | None, card: AdapterLike | None)
 def _append(log: Path, result: Evaluation) -> None:
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     line = json.dumps({"time": now, **result.as_dict()}, ensure_ascii=False)
-    try:
-        with log.open("a", encoding="utf-8") as stream:
-            stream.write(line + "\n")
-    except OSError as error:
-        raise OutputError(f"{log}: the result cannot be appended: {error}") from error
+    append_line(log, line)

@@ -3,8 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from pcb_peft.errors import OptionError, OutputError
+from pcb_peft.errors import OptionError
 from pcb_peft.runtime.plots import figure_of
+from pcb_peft.searching.files import MARK, is_from_a_search
+from pcb_peft.writing.atomic import write_file_atomically
+from pcb_peft.writing.targets import Overwrite
 
 Point = tuple[float, float]
 
@@ -26,7 +29,12 @@ def check_picture(path: str | Path | None) -> None:
 
 
 def draw(
-    path: str | Path, scores: Sequence[float], points: Sequence[Point], front: Sequence[Point]
+    path: str | Path,
+    scores: Sequence[float],
+    points: Sequence[Point],
+    front: Sequence[Point],
+    *,
+    overwrite: Overwrite = True,
 ) -> None:
     """Draw two panels side by side.
 
@@ -35,6 +43,7 @@ def draw(
         scores: The objective of each trial, in order.
         points: Mean and worst of everything that was measured.
         front: The Pareto front: those of them that no other beats in both.
+        overwrite: Replace a file that exists: True, if a search drew it; "all", whatever it is.
 
     Raises:
         UnsupportedError: matplotlib is not installed.
@@ -53,10 +62,14 @@ def draw(
     for axes in (over_time, against):
         axes.legend()
         axes.grid(alpha=0.3)
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise OutputError(f"{path}: the picture cannot be written: {error}") from error
+    path = Path(path)
+    key = "Software" if path.suffix == ".png" else "Creator"
+    write_file_atomically(
+        path,
+        lambda place: figure.savefig(place, metadata={key: MARK}),
+        overwrite=overwrite,
+        is_ours=is_from_a_search,
+    )
 
 
 def _columns(points: Sequence[Point]) -> tuple[list[float], list[float]]:

@@ -1,20 +1,23 @@
 """The result of a search: the winner, all trials as a table and as a picture."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from pcb_peft.errors import OutputError
 from pcb_peft.evaluation.evaluation import Evaluation
 from pcb_peft.recipes.recipe import Recipe
 from pcb_peft.recipes.steps import in_words
 from pcb_peft.runtime.tables import table
+from pcb_peft.searching.files import MARK, is_from_a_search
 from pcb_peft.searching.knobs import STEPS
 from pcb_peft.searching.picture import draw
 from pcb_peft.searching.together import Grouping, LeftOut
 from pcb_peft.searching.trials import Objective, Trial
+from pcb_peft.writing.atomic import write_file_atomically
+from pcb_peft.writing.targets import Overwrite
 
 SHOWN = 10  # lines of the table
 TEST = "On the test texts, which the search did not see (other merge: the recipe that it started from):"
@@ -72,18 +75,25 @@ class SearchResult:
             )
         ]
 
-    def save(self, recipe: str | Path, picture: str | Path | None = None) -> list[Path]:
+    def save(
+        self,
+        recipe: str | Path,
+        picture: str | Path | None = None,
+        *,
+        overwrite: Overwrite = True,
+    ) -> list[Path]:
         """Write the winning recipe, those of several merges beside it, and if wanted the picture.
 
         Args:
             recipe: The file of the winner; several merges are `NAME-1.yaml`, `NAME-2.yaml` …
             picture: A file that ends in .png, .svg or .pdf.
+            overwrite: Replace files that exist: True, if a search wrote them; "all", whatever they hold.
 
         Returns:
             The files of the recipes.
 
         Raises:
-            OutputError: A file cannot be written.
+            OutputError: A file cannot be written, or must not be replaced.
             UnsupportedError: matplotlib is not installed.
         """
         recipe = Path(recipe)
@@ -92,16 +102,19 @@ class SearchResult:
         if len(self.merges) > 1:
             for number, one in enumerate(several, 1):
                 files[recipe.with_name(f"{recipe.stem}-{number}{recipe.suffix}")] = one
-        try:
-            for path, content in files.items():
-                path.write_text(content.to_yaml(), encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"the result cannot be written: {error}") from error
+        for path, content in files.items():
+            text = f"# {MARK}\n{content.to_yaml()}"
+            write_file_atomically(
+                path,
+                functools.partial(Path.write_text, data=text, encoding="utf-8"),
+                overwrite=overwrite,
+                is_ours=is_from_a_search,
+            )
         if picture is not None:
-            self.plot(picture)
+            self.plot(picture, overwrite=overwrite)
         return list(files)
 
-    def plot(self, path: str | Path) -> None:
+    def plot(self, path: str | Path, *, overwrite: Overwrite = True) -> None:
         """Draw the scores over the trials, and the worst task against the mean.
 
         Raises:
@@ -111,7 +124,7 @@ class SearchResult:
         scores = [trial.best(self.objective)[1] for trial in self.trials if trial.kept]
         points = [(mean, worst) for _, _, mean, worst in _points(self.trials)]
         front = [(mean, worst) for _, _, mean, worst in self.pareto()]
-        draw(path, scores, points, front)
+        draw(path, scores, points, front, overwrite=overwrite)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data, for JSON."""

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -10,12 +9,13 @@ from typing import Any
 
 import msgspec
 
-from pcb_peft.errors import OptionError, OutputError
+from pcb_peft.errors import OptionError
 from pcb_peft.files.json_text import parse_json, read_bytes
 from pcb_peft.files.schema import Count, checked
 from pcb_peft.runtime.processes import current
 from pcb_peft.runtime.shown import shown
 from pcb_peft.searching.knobs import Candidate
+from pcb_peft.writing.lines import append_line
 
 _REPAIR = "take the line out, or give another file: log=…, --log …"
 SEARCH, WITHOUT, TOGETHER = "search", "without", "together"
@@ -233,18 +233,8 @@ class TrialLog:
         return found
 
     def _write(self, line: str) -> None:
-        if self.path is None or not current().is_main:
-            return
-        try:
-            with self.path.open("ab+") as stream:
-                size = stream.seek(0, os.SEEK_END)
-                stream.seek(max(0, size - 1))
-                cut_off = size > 0 and stream.read(1) != b"\n"
-                stream.write(("\n" * cut_off + line + "\n").encode())
-                stream.flush()
-                os.fsync(stream.fileno())
-        except OSError as error:
-            raise OutputError(f"{self.path}: the trial cannot be written: {error}") from error
+        if self.path is not None and current().is_main:
+            append_line(self.path, line)
 
 
 def _parsed(line: str) -> Any:
