@@ -7,11 +7,9 @@ runs in a forked process. A power cut is a model of a disk: see power_cut.py.
 
 import argparse
 import collections
-import contextlib
 import ctypes
 import dataclasses
 import errno
-import io
 import os
 import shutil
 import signal
@@ -19,14 +17,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import models
 import torch
+from fault_cases import Case, cases, run_here
 from helpers import content
 from power_cut import states
-from safetensors.torch import save_file
 
 from pcb_peft.commands import cli
 from pcb_peft.writing.manifest import MANIFEST
@@ -34,7 +31,6 @@ from pcb_peft.writing.manifest import MANIFEST
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 BELOW = "PCB_PEFT_FAULTS"  # set where the layer is below this process
 MOST_SECONDS = 60
-LORA = '{"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj", "down_proj"]}'
 KILL, TERM = -signal.SIGKILL, -signal.SIGTERM
 NAMES = {KILL: "SIGKILL", TERM: "SIGTERM", errno.EIO: "EIO", errno.ENOSPC: "ENOSPC"}
 
@@ -47,8 +43,12 @@ class Fault:
     at: int
     stays: bool = False
 
+    @property
+    def name(self) -> str:
+        return NAMES[self.kind] + ", stays" * self.stays
+
     def __str__(self) -> str:
-        return f"{NAMES[self.kind]}{' from' * self.stays} at call {self.at}"
+        return f"{self.name} at call {self.at}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,38 +128,6 @@ def with_layer(directory: Path, words: Sequence[str]) -> subprocess.CompletedPro
     return subprocess.run(command, env=environment, check=False)
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A command that writes an output.
-
-    Attributes:
-        name: Name for the table.
-        directory: Directory of its inputs, and of ``place``, in which the output is written.
-        words: The command, up to ``-o``.
-        old: The same for what is there before; None for nothing.
-        output: Name of the output.
-        no_exchange: As on a file system that cannot exchange two directories.
-    """
-
-    name: str
-    directory: Path
-    words: Sequence[object]
-    old: Sequence[object] | None = None
-    output: str = "out"
-    no_exchange: bool = False
-
-    @property
-    def place(self) -> Path:
-        return self.directory / "place"
-
-    @property
-    def target(self) -> Path:
-        return self.place / self.output
-
-    def command(self, words: Sequence[object]) -> list[object]:
-        return [*words, "-o", self.target, "--overwrite"]
-
-
 class Trials:
     """A case, and what must hold after each fault: the old output or the new one, and a rerun that succeeds."""
 
@@ -167,13 +135,13 @@ class Trials:
         """Make the old output and the new one."""
         self.layer, self.case = layer, case
         self.old: dict[str, bytes] = {}
-        case.place.mkdir(exist_ok=True)
+        case.place.mkdir()
         if case.old is not None:
-            self._run_here(case.old)
-            self.old = content(case.place)
+            run_here(case.command(case.old))
+            self.old = self._content()
             shutil.copytree(case.place, self._old_place)
-        self._run_here(case.words)
-        self.new = content(case.place)
+        run_here(case.command(case.words))
+        self.new = self._content()
         assert self.new != self.old
         self.restore()
 
@@ -188,10 +156,13 @@ class Trials:
         options = {"no_exchange": self.case.no_exchange}
         return self.layer.calls(words, self.case.directory, fault, **options)
 
-    def _run_here(self, words: Sequence[object]) -> None:
-        """Run the command in this process, so that forked ones find all that it imports."""
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            assert cli.main(list(map(str, self.case.command(words)))) == 0
+    def _content(self) -> dict[str, bytes]:
+        """Return the files that are there, but for what a run leaves for the next one."""
+        files = content(self.case.place)
+        return {name: text for name, text in files.items() if not self._stays(Path(name))}
+
+    def _stays(self, path: Path) -> bool:
+        return path.parts[0] in self.case.stays
 
     def _run(self, words: Sequence[object], fault: Fault | None = None) -> Ended:
         options = {"no_exchange": self.case.no_exchange}
@@ -215,16 +186,19 @@ class Trials:
         ended = self._run(self.case.words, fault)
         told = f"{self.case.name}, {fault}, status {ended.code}: {ended.errors}"
         state = self._check_state(fault, ended, told)
-        beside = [path for path in self.case.place.iterdir() if path != self.case.target]
-        if state == "old" and not beside:
+        names = {path.name for path in self.case.place.iterdir()}
+        beside = names - {self.case.output, *self.case.stays}
+        if state == "old" and not beside and not self.case.stays:
             return state  # all is as before the command, and a rerun is the first run
         assert fault.kind == KILL or fault.stays or not beside, f"{told}left {beside}"
         again = self._run(self.case.words)
         assert again.code == 0, f"{told}the rerun: {again.errors}"
-        assert content(self.case.place) == self.new, f"{told}the rerun left something else"
-        assert bool(beside) == ("a killed run" in again.errors or "was killed" in again.errors), (
-            f"{told}beside it was {beside}; the rerun said: {again.errors}"
-        )
+        now = self._content()
+        differ = sorted({n for n in now.keys() | self.new.keys() if now.get(n) != self.new.get(n)})
+        assert not differ, f"{told}the rerun left something else: {differ}"
+        said = "a killed run" in again.errors or "was killed" in again.errors
+        assert said >= bool(beside), f"{told}beside it was {beside}; the rerun said: {again.errors}"
+        assert self.case.stays or not said or beside, f"{told}nothing was left, but {again.errors}"
         return state
 
     def tried(self, fault: Fault, bad: list[str]) -> str:
@@ -248,7 +222,8 @@ class Trials:
         assert ended.code == 0, ended.errors
         calls = log.read_text().splitlines()
         ends, seen = collections.Counter[str](), dict[str, dict[str, bytes | None]]()
-        for call, files in states(self.case.place, self.old, self.new, calls):
+        after = content(self.case.place)
+        for call, files in states(self.case.place, self.old, after, calls):
             told = f"{self.case.name}, the power fails after {call}: "
             ends[self._state(files, told)] += 1
             seen.setdefault(repr(sorted(files.items())), files)
@@ -258,7 +233,7 @@ class Trials:
             write_content(self.case.place, files)
             again = self._run(self.case.words)
             assert again.code == 0, f"{sorted(files)}: the run after a power cut: {again.errors}"
-            assert content(self.case.place) == self.new, sorted(files)
+            assert self._content() == self.new, sorted(files)
         return ends
 
     def _state(self, files: Mapping[str, bytes | None], told: str) -> str:
@@ -282,7 +257,7 @@ class Trials:
         }
         assert ended.code in allowed[fault.kind], told
         place = self.case.place
-        found = content(place)
+        found = self._content()
         if ended.code == 0:  # the report may say that a base model was not asked for names
             assert without_report(found) == without_report(self.new), f"{told}another output"
             return "new"
@@ -306,68 +281,6 @@ def write_content(directory: Path, files: Mapping[str, bytes | None]) -> None:
             path.write_bytes(text)
 
 
-def cases(directory: Path) -> Iterator[Case]:
-    """Yield commands that write directories and single files, over nothing and over an older output."""
-    one, two = (lora(directory / name, seed) for seed, name in enumerate(("one", "two")))
-    base = directory / "base"
-    models.save(models.original("llama"), base, shard="8KB")
-    merge = ["merge", one, two]
-    yield Case("merge", directory, merge)
-    yield Case("merge over an old one", directory, merge, ["merge", two, one, "--weights", 1, 2])
-    yield Case(
-        "merge over an old one, without exchange",
-        directory,
-        merge,
-        ["merge", two, one, "--weights", 1, 2],
-        no_exchange=True,
-    )
-    yield Case("fold", directory, ["fold", one, base])
-    yield Case("fold over an old one", directory, ["fold", one, base], ["fold", two, base])
-    full = ["merge", one, two, "--base-model", base, "--rank", "full", "--fold"]
-    yield Case("merge and fold, whole", directory, full)
-    export = ["export", one, "--to", "portable"]
-    yield Case("export", directory, export)
-    yield Case("export over an old one", directory, export, ["export", two, "--to", "portable"])
-    gguf = ["export", one, "--to", "gguf", "--base-model", base]
-    yield Case("export to GGUF", directory, gguf, output="out.gguf")
-    kohya = [kohya_lora(directory / f"{name}.safetensors", seed) for seed, name in enumerate("ab")]
-    yield Case("file", directory, ["merge", *kohya], output="out.safetensors")
-    yield Case(
-        "file over an old one",
-        directory,
-        ["merge", *kohya],
-        ["merge", *kohya, "--weights", 1, 2],
-        output="out.safetensors",
-    )
-
-
-def lora(directory: Path, seed: int) -> Path:
-    """Make an adapter of the tiny llama, as PEFT writes it."""
-    shapes = {"self_attn.q_proj": (16, 16), "mlp.down_proj": (16, 24)}
-    generator, tensors = torch.Generator().manual_seed(seed), dict[str, torch.Tensor]()
-    for layer in range(2):
-        for module, (rows, cols) in shapes.items():
-            name = f"base_model.model.model.layers.{layer}.{module}"
-            tensors[f"{name}.lora_A.weight"] = torch.randn(2, cols, generator=generator)
-            tensors[f"{name}.lora_B.weight"] = torch.randn(rows, 2, generator=generator)
-    directory.mkdir()
-    (directory / "adapter_config.json").write_text(LORA)
-    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    return directory
-
-
-def kohya_lora(path: Path, seed: int) -> Path:
-    """Make a LoRA of an image model."""
-    generator, tensors = torch.Generator().manual_seed(seed), dict[str, torch.Tensor]()
-    for kind in "qk":
-        name = f"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_{kind}"
-        tensors[f"{name}.lora_down.weight"] = torch.randn(2, 320, generator=generator)
-        tensors[f"{name}.lora_up.weight"] = torch.randn(320, 2, generator=generator)
-        tensors[f"{name}.alpha"] = torch.tensor(2.0)
-    save_file(tensors, path, metadata={"format": "pt"})
-    return path
-
-
 FAULTS = (
     Fault(KILL, 0),
     Fault(TERM, 0),
@@ -375,6 +288,7 @@ FAULTS = (
     Fault(errno.ENOSPC, 0),
     Fault(errno.ENOSPC, 0, stays=True),
 )
+POWER_CUT = "power cut"
 
 
 def say(text: str) -> None:
@@ -388,27 +302,36 @@ def row(case: str, fault: str, ends: collections.Counter[str]) -> str:
     return f"| {' | '.join(map(str, (case, fault, ends.total(), *counts)))} |"
 
 
-def sweep(layer: Layer, wanted: Sequence[Case], most: int, directory: Path) -> list[str]:
-    """Try faults at the calls of some cases, and print a table; return what went wrong."""
+def sweep(trials: Trials, kinds: Sequence[str], most: int, log: Path) -> list[str]:
+    """Try some kinds of faults at the calls of a case, and print rows of the table; return what went wrong."""
     bad: list[str] = []
-    say("| output | fault | tried | old output | new output | set aside, repaired | lost |")
-    say("|---|---|---|---|---|---|---|")
-    for case in wanted:
-        trials = Trials(layer, case)
-        for fault in FAULTS:
-            ends = collections.Counter[str]()
-            calls = trials.calls(fault)
-            step = max(1, calls // most)
-            for at in range(calls, 0, -step):
-                ends[trials.tried(dataclasses.replace(fault, at=at), bad)] += 1
-            say(row(case.name, NAMES[fault.kind] + ", stays" * fault.stays, ends))
+    name = trials.case.name
+    for fault in [one for one in FAULTS if one.name in kinds]:
+        ends = collections.Counter[str]()
+        calls = trials.calls(fault)
+        for at in range(calls, 0, -max(1, calls // most)):
+            ends[trials.tried(dataclasses.replace(fault, at=at), bad)] += 1
+        say(row(name, fault.name, ends))
+    if POWER_CUT in kinds:
         try:
-            say(row(case.name, "power cut", trials.power_cuts(directory / "log", most)))
+            say(row(name, POWER_CUT, trials.power_cuts(log, most)))
         except AssertionError as error:
             bad.append(str(error))
             say(str(error))
-        trials.restore()
+    shutil.rmtree(trials.case.place)
     return bad
+
+
+def chosen(all_cases: Iterable[Case], names: Sequence[str] | None) -> Iterator[Case]:
+    """Yield the cases of these names, or all; no case after the last one of them is made."""
+    missing = set(names or ())
+    for case in all_cases:
+        if names is None or case.name in missing:
+            yield case
+            missing.discard(case.name)
+            if names and not missing:
+                return
+    assert not missing, f"there is no case of the name {missing}"
 
 
 def main() -> int:
@@ -416,6 +339,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--most", type=int, default=1 << 30, help="calls to try of each kind")
     parser.add_argument("--case", action="append", help="only the case of this name")
+    kinds = [*(one.name for one in FAULTS), POWER_CUT]
+    parser.add_argument("--fault", action="append", choices=kinds, help="only faults of this kind")
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     parsed = parser.parse_args()
     if BELOW not in os.environ:
@@ -424,8 +349,13 @@ def main() -> int:
     torch.set_num_threads(1)
     inputs = parsed.directory / "in"
     inputs.mkdir()
-    wanted = [case for case in cases(inputs) if not parsed.case or case.name in parsed.case]
-    return 1 if sweep(Layer(parsed.directory), wanted, parsed.most, parsed.directory) else 0
+    layer, bad = Layer(parsed.directory), list[str]()
+    say("| output | fault | tried | old output | new output | set aside, repaired | lost |")
+    say("|---|---|---|---|---|---|---|")
+    for case in chosen(cases(inputs), parsed.case):
+        trials = Trials(layer, case)
+        bad += sweep(trials, parsed.fault or kinds, parsed.most, parsed.directory / "log")
+    return bool(bad)
 
 
 if __name__ == "__main__":

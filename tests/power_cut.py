@@ -55,6 +55,13 @@ class Disk:
             if isinstance(one, Folder):
                 self._sync_all(one)
 
+    def _has(self, folder: Path) -> bool:
+        try:
+            self._at(folder)
+        except (KeyError, ValueError):  # not there, or above the root
+            return folder == self.root.parent
+        return True
+
     def _at(self, path: Path) -> File | Folder:
         found: File | Folder = self.folder
         for part in path.relative_to(self.root).parts:
@@ -64,9 +71,10 @@ class Disk:
 
     def call(self, name: str, path: Path, other: Path) -> None:
         """Apply one call; those that change nothing are passed over."""
-        if not path.is_relative_to(self.root):
-            return
-        self._find(path)
+        if not path.is_relative_to(self.root) or not self._has(path.parent):
+            return  # elsewhere, or in a folder that is not there, where every call fails
+        if name not in ("create", "mkdir"):
+            self._find(path)
         if name in ("fsync", "fdatasync"):
             self._at(path).sync()
         elif name in ("write", "writev", "pwrite64", "ftruncate64", "sendfile64"):
@@ -78,7 +86,7 @@ class Disk:
 
     def _find(self, path: Path) -> None:
         """Rename a file that safetensors has renamed: it writes into ``.tmp…``, and asks the kernel past the layer."""
-        if path.suffix != ".safetensors" or path.name in (names := self._folder(path).names):
+        if path == self.root or path.name in (names := self._folder(path).names):
             return
         for name in [name for name in names if name.startswith(".tmp")]:
             self._move(path.with_name(name), path, exchange=False)
