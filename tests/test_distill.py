@@ -199,7 +199,7 @@ def test_an_interrupted_run_goes_on_where_it_was(workshop, words, tmp_path: Path
 def test_a_language_model_is_taught_on_its_own_continuations(workshop, words):
     paths, base = made(workshop, "language model")
     merged = merge_adapters(paths, "linear", weights=[0.3, 0.3])
-    rows = [texts(1), texts(2)]
+    rows = [texts(1), [{"prompt": text, "answer": "ignored"} for text in texts(2)]]
     better = distill_merge(merged, paths, rows, base, tokenizer=words, new_tokens=4, **OPTIONS)
     first, last = better.history[0], better.history[better.best_step]
     assert sum(last.values()) < 0.9 * sum(first.values())

@@ -89,7 +89,8 @@ def distill_merge(  # noqa: PLR0913  (every choice, by name)
         merged: The merge to begin with; its rank is the rank of the result.
         adapters: Those that were merged.
         texts: Per adapter, a ``.jsonl`` file or rows with `text` and, if wanted, `text_pair`; or plain texts. For a
-            language model a text is a prompt, which the adapter continues. Labels are not read.
+            language model a text is a prompt, which the adapter continues; its key may be `prompt`, as in the files of
+            `evaluate`. Labels and answers are not read.
         base_model: Path or hub id, or a model of transformers.
         limit: The most texts per adapter, evenly spread over its data.
         steps: Updates.

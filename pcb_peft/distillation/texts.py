@@ -26,7 +26,8 @@ def read_texts(data: Data, limit: int) -> list[Row]:
     """
     if not isinstance(data, str | Path | Sequence):
         raise OptionError("texts must be a .jsonl file, rows or plain texts, per adapter")
-    return list(spread(read_rows(data), limit))
+    rows = spread(read_rows(data, ("text", "prompt")), limit)
+    return [{**row, "text": row.get("prompt", row.get("text"))} for row in rows]
 
 
 def digest_of(rows: Sequence[Row]) -> str:
