@@ -66,7 +66,9 @@ def test_every_combination_of_alternatives_is_a_setting(scripts: SimpleNamespace
     (labelled,) = scripts.settings.settings_of(["labelled texts=64"])
     assert (labelled.method, labelled.options) == (scripts.settings.LABELLED, {"texts": 64})
     (peer,) = scripts.settings.settings_of(["peft:ties_svd density=0.2"])
-    assert (peer.peer, first.peer) == ("ties_svd", None)
+    assert (peer.other, first.other) == (("peft", "ties_svd"), None)
+    (searched,) = scripts.settings.settings_of(["pcb search=60 seed=1"])
+    assert (searched.options, searched.search, searched.seed) == ({}, 60, 1)
 
 
 def test_subsets_are_evenly_spread(scripts: SimpleNamespace):

@@ -116,8 +116,8 @@ POOLS = {
         Pool("smollm2", SMOLLM2, _smollm2(), length=96),
         Pool("mpnet", MPNET, _mpnet()),
         Pool(
-            "mpnet-runs",
-            MPNET,
+            "minilm-runs",
+            MINILM,
             tuple(
                 Member(name=f"run{n}", task="nli_cad", rank=rank, rate=rate, steps=250, seed=10 + n)
                 for n, (rank, rate) in enumerate([(16, 1e-3), (16, 5e-4), (8, 1e-3), (32, 5e-4)])

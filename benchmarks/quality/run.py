@@ -20,12 +20,13 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from statistics import stdev
 from typing import Any
 
 import torch
+from authors import merged_by_authors
 from bases import MINILM, base_model
 from cohort import Cohort, all_but_one, subsets
 from labelled import trained_on_labels
@@ -35,11 +36,14 @@ from texts import Row
 
 from pcb_peft import (
     Adapter,
+    MergedAdapter,
     collect_statistics,
     distill_merge,
     evaluate,
     get_method,
+    merge,
     merge_adapters,
+    search,
 )
 from pcb_peft.commands.demo import examples_folder
 from pcb_peft.errors import PcbPeftError
@@ -56,6 +60,9 @@ from pcb_peft.searching.validation import Validation, prepare
 MEAN = Objective(worst=0.0)
 """What the common weight is chosen by: what is kept on average."""
 
+WEIGHTS, DENSITY = (0.4, 2.5), (0.02, 0.5)
+"""What CMA-ES searches: a weight for each adapter, and the density of methods that have one."""
+
 TRAINING = 250  # texts of each task, for methods that need statistics
 
 
@@ -70,6 +77,7 @@ class Bench:
         choosing: How many validation texts of each task choose the common weight; None: all.
         split: The texts that are measured.
         tasks: The adapters whose tasks are measured; None: of those that are merged.
+        codes: Where other people's code is, as `authors.py` takes it.
     """
 
     cohort: Cohort
@@ -78,6 +86,7 @@ class Bench:
     choosing: int | None
     split: str = "test"
     tasks: tuple[str, ...] | None = None
+    codes: Mapping[str, Path] = dataclasses.field(default_factory=dict[str, Path])
 
     @functools.cached_property
     def validation(self) -> Validation:
@@ -95,7 +104,8 @@ class Bench:
         with tempfile.TemporaryDirectory() as scratch:
             merged = self._merged(setting, Path(scratch))
             seconds = time.perf_counter() - begun
-            fixed = weight_one or setting.method in (*CONTROLS, LABELLED) or setting.distill
+            fixed = weight_one or setting.method in (*CONTROLS, LABELLED)
+            fixed = fixed or setting.distill or setting.search
             found = {} if fixed else climb(functools.partial(self._kept, merged), MEAN, 1.0, None)
             chosen = max(found, key=lambda scale: MEAN(found[scale]), default=1.0)
             tested = {scale: self._tested(merged.scaled(scale)) for scale in {1.0, chosen}}
@@ -123,9 +133,8 @@ class Bench:
 
     def _merged(self, setting: Setting, scratch: Path) -> Adapter:
         folders = tuple(folder for folder in self.cohort.folders if folder.name in self.names)
-        if setting.peer:
-            base = self.cohort.base
-            return merged_by_peft(setting.peer, folders, base, scratch, **setting.options)
+        if setting.other is not None:
+            return self._merged_elsewhere(*setting.other, setting.options, scratch)
         if setting.method == LABELLED:
             drawn = dict(zip(folders, self._drawn(**setting.options), strict=True))
             return trained_on_labels(drawn, self.cohort.base, scratch)
@@ -142,11 +151,38 @@ class Bench:
             **self._statistics(setting.method, adapters),
             **setting.options,
         )
+        if setting.search is not None:
+            return self._searched(merged, setting, setting.search)
         if setting.distill is None:
             return merged
         drawn = self._drawn(setting.distill, setting.seed)
         options = {"limit": setting.distill, "seed": setting.seed, "progress": False}
         return distill_merge(merged, adapters, drawn, self.cohort.base, **options)
+
+    def _merged_elsewhere(
+        self, code: str, method: str, options: dict[str, Any], scratch: Path
+    ) -> Adapter:
+        """Merge with PEFT itself, or with other people's code."""
+        base = self.cohort.base
+        if code == "peft":
+            folders = tuple(folder for folder in self.cohort.folders if folder.name in self.names)
+            return merged_by_peft(method, folders, base, scratch, **options)
+        if code not in self.codes:
+            raise SystemExit(f"{code}: its code is not known; see authors.py")
+        adapters = self.cohort.adapters(self.names)
+        return merged_by_authors(code, self.codes[code], method, adapters, base, scratch, **options)
+
+    def _searched(self, merged: MergedAdapter, setting: Setting, trials: int) -> Adapter:
+        """Merge with the weights, and the density, that CMA-ES finds on validation texts."""
+        vary: dict[str, Any] = {"weights": WEIGHTS}
+        if "density" in get_method(method_of(setting.method)).options:
+            vary["density"] = DENSITY
+        data = self.cohort.data(self.names, "validation")
+        settings = {**self.running, "limit": self.choosing}
+        how: dict[str, Any] = {"optimiser": "cma", "trials": trials, "seed": setting.seed}
+        found = search(merged.recipe, data, test_data=data, vary=vary, **how, **settings)
+        sys.stderr.write(found.recipe.to_yaml())
+        return merge(found.recipe, self.cohort.adapters(self.names), progress=False)
 
     def _drawn(self, texts: int, seed: int = 0) -> list[list[Row]]:
         """Draw so many validation texts of each task."""
@@ -197,6 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
     }
     given = parsed.settings or (every_method() if parsed.every_method else DEFAULT)
     settings = settings_of(given)
+    codes = {name: Path(place).absolute() for name, _, place in _named(parsed.code)}
     done = _done(parsed.output)
     for cohort in _cohorts(parsed):
         for names, tasks in _merges(parsed, cohort.names):
@@ -208,7 +245,7 @@ def main(arguments: list[str] | None = None) -> None:
                 "weight_one": parsed.weight_one,
             }
             todo = [one for one in settings if _key({**facts, "setting": one.label}) not in done]
-            bench = Bench(cohort, names, running, parsed.choosing, parsed.split, tasks)
+            bench = Bench(cohort, names, running, parsed.choosing, parsed.split, tasks, codes)
             for setting in todo:
                 _append(parsed, bench, setting, facts)
 
@@ -260,8 +297,13 @@ def _cohorts(parsed: argparse.Namespace) -> list[Cohort]:
     if not parsed.pool:
         given = {kind: examples_folder() / kind for kind in ("lora", "ia3")}
     else:
-        given = {name: Path(path) for name, _, path in (one.partition("=") for one in parsed.pool)}
+        given = {name: Path(path) for name, _, path in _named(parsed.pool)}
     return [Cohort.of(name, directory, base) for name, directory in given.items()]
+
+
+def _named(words: Iterable[str]) -> Iterator[tuple[str, str, str]]:
+    """Words of the form NAME=PATH."""
+    return (word.partition("=") for word in words)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -276,6 +318,13 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         metavar="NAME=FOLDER",
         help="adapters to merge (default: those of examples/minilm)",
+    )
+    add(
+        "--code",
+        action="append",
+        default=[],
+        metavar="NAME=PLACE",
+        help="where other people's code is: knots or core and a clone, mergekit and its program (see authors.py)",
     )
     add("--base", default=MINILM, help="minilm, mpnet, smollm2, or a directory (default: minilm)")
     add("--models", type=Path, default=Path("pools/bases"), help="where base models are kept")

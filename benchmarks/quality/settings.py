@@ -9,7 +9,9 @@ from typing import Any
 from pcb_peft import get_method, list_methods
 from pcb_peft.commands.arguments import parse_step
 
-PEER = "peft:"
+OTHERS = ("peft", "knots", "core", "mergekit")
+"""Other people's code that a method may come from, as in ``peft:ties_svd``."""
+
 CONTROLS = ("random", "average")
 LABELLED = "labelled"
 """One adapter, trained on some texts of all tasks with their labels: the control of ``distill``."""
@@ -39,22 +41,26 @@ class Setting:
 
     Attributes:
         label: What tables call it.
-        method: A method of this package; "peft:NAME" for one of PEFT's own; a control; or "labelled".
-        options: Further arguments of `merge_adapters`, or of PEFT's `add_weighted_adapter`.
+        method: A method of this package; "peft:NAME" for one of PEFT's own, "knots:NAME", "core:NAME" and
+            "mergekit:NAME" likewise; a control; or "labelled".
+        options: Further arguments of `merge_adapters`, or of the other code.
         distill: Texts per task on which the merge is distilled; None: it is not.
-        seed: Of the draw of these texts, and of their order.
+        search: Merges with other weights and densities that CMA-ES tries on validation texts; None: no search.
+        seed: Of the draw of these texts, and of their order; of CMA-ES.
     """
 
     label: str
     method: str
     options: dict[str, Any]
     distill: int | None = None
+    search: int | None = None
     seed: int = 0
 
     @property
-    def peer(self) -> str | None:
-        """PEFT's name of the method, if it is PEFT's own that runs."""
-        return self.method.removeprefix(PEER) if self.method.startswith(PEER) else None
+    def other(self) -> tuple[str, str] | None:
+        """Other people's code that runs, and the name of the method there."""
+        code, colon, name = self.method.partition(":")
+        return (code, name) if colon and code in OTHERS else None
 
 
 def settings_of(lines: Iterable[str]) -> list[Setting]:
@@ -82,9 +88,9 @@ def _combinations(line: str) -> Iterable[Setting]:
         chosen = {name: value for (name, _, _), value in zip(pairs, picked, strict=True)}
         label = " ".join([method, *(f"{name}={value}" for name, value in chosen.items())])
         options = {name: _value(name, value) for name, value in chosen.items()}
-        distill = options.pop("distill", None)
-        seed = options.pop("seed", 0) if distill is not None else 0
-        yield Setting(label, method, options, distill, seed)
+        distill, tried = options.pop("distill", None), options.pop("search", None)
+        seed = 0 if distill is None and tried is None else options.pop("seed", 0)
+        yield Setting(label, method, options, distill, tried, seed)
 
 
 def _value(name: str, text: str) -> Any:
