@@ -1,5 +1,7 @@
 """Nothing is fetched unless a user names a repository; links that lead out of a directory are said; no code is run."""
 
+import ast
+import json
 import re
 import socket
 import warnings
@@ -13,7 +15,8 @@ import pcb_peft
 from pcb_peft import load_adapter, merge_adapters
 from pcb_peft.base.model import open_base_model
 from pcb_peft.commands import cli
-from pcb_peft.errors import AdapterError
+from pcb_peft.data.models import load_base, load_tokenizer
+from pcb_peft.errors import AdapterError, BaseModelError, OptionError
 
 PACKAGE = Path(pcb_peft.__file__).parent
 
@@ -82,9 +85,28 @@ def test_the_links_of_the_cache_of_the_hub_and_those_in_a_directory_are_not(work
 
 
 def test_no_code_of_a_stranger_is_allowed_to_run():
-    allowed = [
-        path.name
-        for path in PACKAGE.rglob("*.py")
-        if re.search(r"trust_remote_code(?!=False)|weights_only=False", path.read_text("utf-8"))
-    ]
-    assert allowed == []
+    """Transformers asks at the terminal unless it is told; PEFT and generation settings hold no code."""
+    without = {"PeftModel", "GenerationConfig"}
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text("utf-8")
+        assert not re.search(r"trust_remote_code(?!=False)|weights_only=False", text), path
+        calls = [one for one in ast.walk(ast.parse(text)) if isinstance(one, ast.Call)]
+        for call in calls:
+            owner, _, name = ast.unparse(call.func).rpartition(".")
+            if name in ("from_pretrained", "from_config") and owner.split(".")[-1] not in without:
+                assert "trust_remote_code" in {one.arg for one in call.keywords}, (path, owner)
+
+
+def test_nor_does_that_of_a_tokenizer_or_a_model(workshop, tmp_path, monkeypatch):
+    base, ran = workshop.base("llama"), tmp_path / "ran"
+    (base / "evil.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Evil: pass\n")
+    stated = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    (base / "tokenizer_config.json").write_text(json.dumps(stated))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(OptionError, match="no tokenizer that can be loaded"):
+        load_tokenizer(base)
+    stated = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}
+    (base / "config.json").write_text(json.dumps(stated))
+    with pytest.raises(BaseModelError, match="cannot be loaded with transformers"):
+        load_base(base, None)
+    assert not ran.exists()

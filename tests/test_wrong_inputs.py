@@ -22,6 +22,7 @@ from pcb_peft import (
 from pcb_peft.adapters.source import Source
 from pcb_peft.base.architecture import Skeleton, build_skeleton
 from pcb_peft.data.batches import read_rows
+from pcb_peft.data.models import load_base
 from pcb_peft.data.moments import open_moments
 from pcb_peft.distillation.checkpoint import Checkpoint
 from pcb_peft.errors import (
@@ -555,6 +556,14 @@ def test_experts_whose_parts_make_no_matrix_are_refused(workshop, width):
     save_file(tensors | {name: torch.ones(width)}, base / "model.safetensors")
     with pytest.raises(BaseModelError, match="are parts of one matrix, and have the shapes"):
         extract_adapter(base, base, rank=1, progress=False)
+
+
+def test_a_model_of_any_size_is_not_built_to_run_texts(workshop):
+    base = workshop.base("llama")
+    config = json.loads((base / "config.json").read_text()) | {"num_hidden_layers": 200_000}
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BaseModelError, match="'num_hidden_layers' is 200000; it may be 2000"):
+        load_base(base, "CAUSAL_LM")
 
 
 def test_a_subfolder_that_no_file_can_have_is_refused(workshop):

@@ -35,9 +35,15 @@ def dequantised_model(
         )
         config, others = read
         with torch.device("meta"):
-            empty = named.from_config(config) if hasattr(named, "from_config") else named(config)
+            is_auto = hasattr(named, "from_config")
+            empty = named.from_config(config, trust_remote_code=False) if is_auto else named(config)
         model = type(empty).from_pretrained(
-            None, config=empty.config, state_dict=_values(base, dtype), dtype=dtype, **others
+            None,
+            config=empty.config,
+            state_dict=_values(base, dtype),
+            dtype=dtype,
+            trust_remote_code=False,
+            **others,
         )
         if (Path(folder) / _GENERATION).is_file():
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)

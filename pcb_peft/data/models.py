@@ -10,7 +10,8 @@ import torch
 
 from pcb_peft.base.architecture import TRANSFORMERS_ERRORS, unreadable_config
 from pcb_peft.base.canonical import AUTO_CLASSES
-from pcb_peft.base.config import refuse_adapter
+from pcb_peft.base.config import bounded_modules, read_config, refuse_adapter
+from pcb_peft.base.hub import configuration_directory
 from pcb_peft.base.model import open_base_model
 from pcb_peft.data.dequantised_model import dequantised_model
 from pcb_peft.errors import BaseModelError, OptionError
@@ -81,8 +82,10 @@ def load_config(source: str) -> Any:
     import transformers
 
     refuse_adapter(expanded(source))
+    if (place := configuration_directory(source, None)) is not None:
+        read_config(place)  # transformers would build a model of any size
     try:
-        return transformers.AutoConfig.from_pretrained(source)
+        return transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     except TRANSFORMERS_ERRORS as error:
         raise unreadable_config(source, error) from error
 
@@ -119,15 +122,18 @@ def load_model(
     import transformers
 
     base = open_base_model(source, dequantize=True) if dequantize else None
-    with quiet_transformers():
+    config = load_config(source)
+    with quiet_transformers(), bounded_modules():
         try:
             if base is not None and base.quantised:
                 model = dequantised_model(base, class_name, dtype, **options)
             else:
                 model_class = getattr(transformers, class_name)
-                model = model_class.from_pretrained(source, dtype=dtype, **options)
+                model = model_class.from_pretrained(
+                    source, dtype=dtype, trust_remote_code=False, **options
+                )
         except (ImportError, *TRANSFORMERS_ERRORS) as error:
-            if not dequantize and getattr(load_config(source), "quantization_config", None):
+            if not dequantize and getattr(config, "quantization_config", None):
                 reason = f"and transformers cannot compute with it on this machine ({shown(error)})"
                 raise _quantised_error(source, reason) from error
             raise unreadable_config(source, error) from error
@@ -172,7 +178,7 @@ def load_tokenizer(base_model: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base_model)
+        tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
     except Exception as error:  # of the Rust library, too
         raise OptionError(
             f"{base_model} has no tokenizer that can be loaded ({shown(error)}); give a directory of the base "

@@ -116,7 +116,9 @@ def load_base(folder: Path, labels: int = 2) -> Any:
     from transformers import AutoModelForSequenceClassification
 
     with quiet_transformers():
-        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=labels)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            folder, num_labels=labels, trust_remote_code=False
+        )
     return model.eval()
 
 
@@ -133,7 +135,7 @@ def load_tokenizer(base: Path) -> Any:
     """Load the base model's tokenizer."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(base)
+    return AutoTokenizer.from_pretrained(base, trust_remote_code=False)
 
 
 def make_batches(tokenizer: Any, texts: Sequence[Text]) -> list[Batch]:

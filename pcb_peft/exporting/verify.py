@@ -183,7 +183,9 @@ def _batches(directory: Path) -> list[Tensor]:
     import transformers
 
     try:
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(directory)
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
+            directory, trust_remote_code=False
+        )
         prompts = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in PROMPTS]
     except (OSError, ValueError, KeyError, TypeError):
         prompts = []

@@ -80,7 +80,9 @@ def _built(base: BaseModel, class_name: str, classes: int) -> Any:
         config.num_labels = classes
         named: Any = getattr(transformers, class_name)
         with torch.device("meta"), bounded_modules():
-            return named.from_config(config) if hasattr(named, "from_config") else named(config)
+            if hasattr(named, "from_config"):
+                return named.from_config(config, trust_remote_code=False)
+            return named(config)
     except (ImportError, *TRANSFORMERS_ERRORS):
         return None
 
