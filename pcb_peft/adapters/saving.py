@@ -81,7 +81,7 @@ def check_format(
         image: What is known about them, if they belong to an image model.
     """
     if file_format == PEFT:
-        refuse_pipelines(shapes)
+        refuse_pipelines(shapes, image)
     else:
         writer_named(file_format).check(shapes, image)
 
@@ -226,7 +226,7 @@ def adapter_files(
     kind = next(iter(kinds), None)
     if file_format != PEFT:
         return _other_files(adapter, file_format, kind, dtype, rank_pattern=rank_pattern)
-    refuse_pipelines(entries)
+    refuse_pipelines(entries, adapter.image)
     if rank_pattern and (not entries or any(entry.rank is None for entry in entries.values())):
         raise OptionError(f"rank_pattern: {adapter.name} has no ranks; leave it out")
     format_ = format_for(kind)

@@ -186,7 +186,7 @@ class Skeleton:
         if fused != "qkv_proj":
             return [outputs // len(FUSED[fused])] * len(FUSED[fused])
         model: Any = self.layers[""]
-        config = model.config.get_text_config()
+        config = text_config(model.config)
         heads = config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
         key_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -321,6 +321,14 @@ def _built(directory: Path, _content: bytes) -> "PreTrainedModel | None":
         raise unreadable_config(str(directory), error) from error
 
 
+def text_config(config: Any) -> Any:
+    """Return the configuration of a model's text part; the whole one where there is none, or two (MusicGen)."""
+    try:
+        return config.get_text_config()
+    except ValueError:
+        return config
+
+
 def _named_class(config: Any) -> Any:
     """Return the class that a configuration names as its model's, or None.
 
@@ -328,7 +336,7 @@ def _named_class(config: Any) -> Any:
     """
     import transformers
 
-    for place in (config, config.get_text_config()):
+    for place in (config, text_config(config)):
         named = getattr(transformers, (place.architectures or [""])[0], None)
         if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
             fits = place is config or named.config_class is type(config)

@@ -24,6 +24,7 @@ from pcb_peft.base.architecture import (
     Skeleton,
     built_on_meta,
     skeleton_of,
+    text_config,
 )
 from pcb_peft.base.config import bounded_modules
 from pcb_peft.base.model import BaseModel
@@ -230,7 +231,7 @@ def _other_class(
     import torch
     import transformers
 
-    own = config.get_text_config() if text else config
+    own = text_config(config) if text else config
     if text and own is config:
         return None
     try:

@@ -28,9 +28,9 @@ WRAPPERS = frozenset(
         "_fsdp_wrapped_module",
         "_fpw_module",  # fairscale
         "_checkpoint_wrapped_module",
-        "module",  # DistributedDataParallel, DeepSpeed
     }
 )
+_WHOLE_MODEL = "module"  # DistributedDataParallel, DeepSpeed; inside a layer it is the layer's own name (LeViT)
 _TINKERS_OUTPUT, _OUTPUT = f"{PREFIX}model.unembed_tokens.", f"{PREFIX}lm_head."
 _TUNER_PARTS = (
     r"(?:lora|ia3|hada|lokr|oft|boft|vera|pvera|hra|ln_tuning|c3a|miss|bone|delora|fourierft|waveft|randlora|road|"
@@ -103,7 +103,13 @@ def with_plain_patterns(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def without_wrappers(name: str) -> str:
     """Return a dotted name without the wrappers in it."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+    parts = name.split(".")
+    above = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts))
+    return ".".join(
+        part
+        for i, part in enumerate(parts)
+        if part not in WRAPPERS and not (part == _WHOLE_MODEL and i < above)
+    )
 
 
 def _only_adapter(names: Iterable[str], where: str) -> str | None:

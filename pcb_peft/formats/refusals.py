@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 
 from pcb_peft.errors import OptionError
+from pcb_peft.images.names import ImageLora
 
 NO_DELTA = "it acts on prompts or activations, not on weights: there is no ΔW"
 NO_SINGLE_DELTA = "what it adds to a weight depends on the input: there is no single ΔW"
@@ -23,9 +24,16 @@ PIPELINE_MODULE = re.compile(
 """Matches modules of a diffusion pipeline, which consists of several models."""
 
 
-def refuse_pipelines(modules: Iterable[str]) -> None:
-    """Raise OptionError for modules of a diffusion pipeline: PEFT loads adapters of one model only."""
-    if module := next(filter(PIPELINE_MODULE.match, modules), None):
+def refuse_pipelines(modules: Iterable[str], image: ImageLora | None) -> None:
+    """Raise OptionError for modules of a diffusion pipeline: PEFT loads adapters of one model only.
+
+    Args:
+        modules: Names of modules.
+        image: What is known about an image LoRA; None for an adapter of PEFT, whose model may have such names, too
+            (SeamlessM4T's ``text_encoder.layers.0``).
+    """
+    module = next(filter(PIPELINE_MODULE.match, modules), None)
+    if image is not None and module is not None:
         raise OptionError(
             f"{module} belongs to a diffusion pipeline, and PEFT has no file for that: save it with "
             "format='diffusers', 'kohya' or 'comfyui' (--format)"
