@@ -101,11 +101,13 @@ def test_scaled_is_in_the_recipe_and_in_the_report(workshop: Workshop):
         )
 
 
-def test_a_scaled_dense_merge_is_reported_when_it_is_folded(workshop: Workshop):
-    merged = merge_adapters(workshop.adapters("llama", [LORA, LORA]), rank="full").scaled(3)
-    report = merged.fold(workshop.base("llama"), workshop.directory / "out").report
+def test_a_scaled_dense_merge_is_the_multiple_and_is_reported_when_it_is_folded(workshop: Workshop):
+    merged = merge_adapters(workshop.adapters("llama", [LORA, LORA]), rank="full")
+    scaled = merged.scaled(3)
+    report = scaled.fold(workshop.base("llama"), workshop.directory / "out").report
     for module, delta in merged.modules.items():
-        assert report.modules[module].norm == pytest.approx(delta.norm(), rel=1e-5)
+        workshop.assert_close(scaled.delta(module), 3 * delta.delta(), 1e-6)
+        assert report.modules[module].norm == pytest.approx(3 * delta.norm(), rel=1e-5)
 
 
 def test_a_scaled_adapter_is_not_taken_for_the_one_in_its_files(workshop: Workshop):

@@ -14,6 +14,7 @@ uses it.
 
 import dataclasses
 import functools
+import importlib
 import json
 import shutil
 import subprocess
@@ -118,15 +119,18 @@ def _zeros(loras: Weights) -> Weights:
     return Weights(zeros)
 
 
+def _merger(kind: str, adapters: Sequence[Adapter]) -> Any:
+    """Merger of a clone, with the adapters in it."""
+    handler = importlib.import_module("task_merger").get_merge_handler(kind)
+    lora_handler = importlib.import_module("ft_handlers").LoRAHandler
+    loras = [_loras(adapter) for adapter in adapters]
+    return handler(loras, _zeros(loras[0]), lora_handler, device="cpu")
+
+
 def _by_knots(
     method: str, adapters: Sequence[Adapter], options: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    from ft_handlers import LoRAHandler
-    from task_merger import get_merge_handler
-
-    loras = [_loras(adapter) for adapter in adapters]
-    handler = get_merge_handler("svd-vector")
-    merger = handler(loras, _zeros(loras[0]), LoRAHandler, device="cpu")
+    merger = _merger("svd-vector", adapters)
     config = {**KNOTS, "merge_method": method, **options}
     merger.transform(config)
     return _whole(merger.merge(config))
@@ -135,12 +139,7 @@ def _by_knots(
 def _in_core_space(
     method: str, adapters: Sequence[Adapter], options: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    from ft_handlers import LoRAHandler
-    from task_merger import get_merge_handler
-
-    loras = [_loras(adapter) for adapter in adapters]
-    handler = get_merge_handler("matrix_per_layer")
-    merger = handler(loras, _zeros(loras[0]), LoRAHandler, device="cpu")
+    merger = _merger("matrix_per_layer", adapters)
     merger.set_scaling_coeffs(1.0)
     return _whole(merger.merge({"merge_space": "core", "merge_method": method, **options}))
 
