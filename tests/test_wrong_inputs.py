@@ -23,7 +23,7 @@ from pcb_peft.adapters.source import Source
 from pcb_peft.base.architecture import Skeleton, build_skeleton
 from pcb_peft.data.batches import read_rows
 from pcb_peft.data.models import load_base
-from pcb_peft.data.moments import open_moments
+from pcb_peft.data.moments import _hash_of_texts, open_moments
 from pcb_peft.distillation.checkpoint import Checkpoint
 from pcb_peft.errors import (
     AdapterError,
@@ -254,7 +254,7 @@ def test_what_is_no_file_is_not_waited_for(workshop, no_file, name):
         load_adapter(path)
 
 
-@pytest.mark.parametrize("read", [open_statistics, open_moments, read_recipe])
+@pytest.mark.parametrize("read", [open_statistics, open_moments, read_recipe, _hash_of_texts])
 def test_nor_where_other_files_belong(tmp_path, no_file, read):
     with pytest.raises(PcbPeftError):
         read(no_file(tmp_path / "x.safetensors"))
@@ -564,6 +564,13 @@ def test_a_model_of_any_size_is_not_built_to_run_texts(workshop):
     (base / "config.json").write_text(json.dumps(config))
     with pytest.raises(BaseModelError, match="'num_hidden_layers' is 200000; it may be 2000"):
         load_base(base, "CAUSAL_LM")
+
+
+def test_a_file_without_end_is_not_read_to_find_that_it_is_too_large(tmp_path):
+    with (tmp_path / "holes").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(OptionError, match="larger than 1024 MiB"):
+        read_rows(tmp_path / "holes")
 
 
 def test_a_subfolder_that_no_file_can_have_is_refused(workshop):

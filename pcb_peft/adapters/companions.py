@@ -35,7 +35,7 @@ TRAINED = (
 )
 """Names under which trainers save weights beside an adapter, as patterns for the Hub."""
 
-_MOST_BYTES = 1 << 30  # of a tokenizer's file; the largest have some 40 MB
+_MOST_BYTES = 1 << 28  # of a tokenizer's file; the largest have some 40 MB
 _OR_LEAVE_OUT = "copy it again, or take it out of the directory"
 _WEIGHTS = (".bin", ".safetensors", ".pt", ".pth", ".ckpt")
 _OF_TRAINING = (
@@ -71,7 +71,7 @@ def contents(files: Mapping[str, Path]) -> dict[str, Any]:
 
 
 def companion(path: Path) -> bytes:
-    """Return the content of a file beside an adapter; AdapterError where it cannot be read, or is larger than 1 GiB."""
+    """Return the content of a file beside an adapter; AdapterError where it cannot be read, or has over 256 MiB."""
     return read_bytes(path, AdapterError, _OR_LEAVE_OUT, _MOST_BYTES)
 
 

@@ -13,10 +13,11 @@ import huggingface_hub.errors
 import torch
 from torch import nn
 
-from pcb_peft.base.config import bounded_modules, read_config
+from pcb_peft.base.config import WAY_OUT, bounded_modules, read_config
 from pcb_peft.base.rules import conversion_rules, stacks_experts
 from pcb_peft.deltas.layout import ParameterForm, own_parameters_of
 from pcb_peft.errors import BaseModelError
+from pcb_peft.files.json_text import read_bytes
 from pcb_peft.runtime.shown import shown
 
 if TYPE_CHECKING:
@@ -298,7 +299,7 @@ def built_on_meta(directory: Path) -> "PreTrainedModel | None":
 
     if read_config(directory).get("model_type") not in transformers.CONFIG_MAPPING:
         return None
-    return _built(directory, (directory / "config.json").read_bytes())
+    return _built(directory, read_bytes(directory / "config.json", BaseModelError, WAY_OUT))
 
 
 @functools.lru_cache(maxsize=4)

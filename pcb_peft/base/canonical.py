@@ -26,9 +26,10 @@ from pcb_peft.base.architecture import (
     skeleton_of,
     text_config,
 )
-from pcb_peft.base.config import bounded_modules
+from pcb_peft.base.config import WAY_OUT, bounded_modules
 from pcb_peft.base.model import BaseModel
 from pcb_peft.errors import BaseModelError
+from pcb_peft.files.json_text import read_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -184,7 +185,7 @@ def canonical_names(directory: Path, task_types: Collection[str | None] = ()) ->
         The names; false if transformers does not know the architecture.
     """
     path = directory / "config.json"
-    content = path.read_bytes() if path.is_file() else b""
+    content = read_bytes(path, BaseModelError, WAY_OUT) if path.is_file() else b""
     return _names(directory, content, tuple(dict.fromkeys(task_types)))
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pcb_peft.errors import PcbPeftError
+from pcb_peft.files.json_text import first_bytes
 from pcb_peft.runtime.paths import expanded, similar_path
 from pcb_peft.runtime.shown import shown
 
@@ -120,5 +121,5 @@ def snapshot_in(directory: Path, revision: str | None) -> Path:
     if not snapshots.is_dir():
         return directory
     branch = directory / "refs" / name
-    commit = branch.read_text(encoding="utf-8").strip() if branch.is_file() else name
+    commit = first_bytes(branch, 100).decode("ascii", "replace").strip() or name
     return snapshots / commit if (snapshots / commit).is_dir() else directory

@@ -16,7 +16,7 @@ from pcb_peft.files.schema import checked
 from pcb_peft.runtime.paths import expanded
 from pcb_peft.runtime.shown import quoted
 
-MOST_BYTES = 1 << 32  # of a file of texts
+MOST_BYTES = 1 << 30  # of a file of texts
 MOST_AT_ONCE = 1_000_000_000
 """The largest number of texts, or of tokens, that a caller may ask for."""
 

@@ -282,13 +282,20 @@ def _tokens_of(data: str, base_model: str) -> dict[str, Tensor]:
     return dict(tokenizer(*given, return_tensors="pt", **options))
 
 
+def _hash_of_texts(path: Path) -> str:
+    try:
+        return sha256_of_file(path)
+    except OSError as error:
+        raise OptionError(f"metric: the texts {path} cannot be read: {shown(error)}") from error
+
+
 def _key(base: BaseModel, data: str, task_type: str | None) -> str:
     """Return a hash of all that the moments depend on."""
     digest = hashlib.sha256(f"{FORMAT} {task_type} {KEPT} {SEQUENCES}x{LENGTH}".encode())
     if data == "random":
         digest.update(b"random")
     else:
-        digest.update(Path(data).read_bytes())
+        digest.update(_hash_of_texts(Path(data)).encode())
     for name in ("config.json", *base.files):
         digest.update(sha256_of_file(base.directory / name).encode())
     return digest.hexdigest()[:40]

@@ -14,8 +14,9 @@ from pcb_peft.files.schema import Count, Number, checked
 from pcb_peft.files.tensors import SafetensorsFile, read_finite
 from pcb_peft.runtime.shown import quoted, shown
 from pcb_peft.writing.atomic import write_file_atomically
+from pcb_peft.writing.leftovers import repair
 from pcb_peft.writing.sorted_header import save_tensors
-from pcb_peft.writing.targets import Inputs, check_file_target
+from pcb_peft.writing.targets import Inputs, check_file_target, resolved, writing
 
 FORMAT = "pcb_peft distillation 1"
 _WAY_OUT = "delete it, or name another checkpoint"
@@ -80,6 +81,8 @@ class Checkpoint:
         """
         if self.path is not None:
             check_file_target(self.path, overwrite="all", inputs=inputs)
+            with writing(self.path):
+                repair(resolved(self.path))  # a run that has come to its end writes no more
             self.read()
 
     def read(self) -> State | None:

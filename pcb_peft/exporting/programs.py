@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.base.config import read_config
 from pcb_peft.consumers.mlx import hidden_rope_theta
 from pcb_peft.data.live_heads import Head, give_head, wrapped_by_peft
 from pcb_peft.data.models import load_base
@@ -73,7 +73,7 @@ def _in_mlx(run: Run) -> Found:
         tuning: Any = importlib.import_module("mlx_lm.tuner.utils")
     except ImportError:
         return "mlx-lm", "it is not installed (pip install 'mlx[cpu]' mlx-lm)"
-    config = json.loads((run.directory / "config.json").read_text(encoding="utf-8"))
+    config = read_config(run.directory)
     theta = hidden_rope_theta(config)  # what a user has to add to the base model is added here
     changes = {} if theta is None else {"rope_theta": theta}
     model, _ = loading.load_model(run.directory, model_config=changes)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pcb_peft.errors import AdapterError, OptionError
+from pcb_peft.files.json_text import first_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,14 +27,12 @@ def gguf_library() -> Any:
 
 def is_gguf(path: Path) -> bool:
     """Return whether a file begins as a GGUF file does."""
-    with path.open("rb") as stream:
-        return stream.read(len(MAGIC)) == MAGIC
+    return first_bytes(path, len(MAGIC)) == MAGIC
 
 
 def is_adapter(path: Path) -> bool:
     """Return whether a GGUF file is a LoRA, and no whole model."""
-    with path.open("rb") as stream:
-        return b"adapter.lora.alpha" in stream.read(1 << 12)
+    return b"adapter.lora.alpha" in first_bytes(path, 1 << 12)
 
 
 class GgufFile:

@@ -96,6 +96,8 @@ def read_bytes(
     try:
         if path.is_dir() or (path.exists() and not path.is_file()):
             raise error_type(f"{path} cannot be read: it is not a file; {way_out}")
+        if path.stat().st_size > most_bytes:
+            raise _too_large(path, error_type, way_out, most_bytes)
         with path.open("rb") as file:
             # in parts: read(n) takes n bytes of memory, however few there are
             parts = iter(functools.partial(file.read, 1 << 20), b"")
@@ -104,4 +106,21 @@ def read_bytes(
             return content
     except (OSError, ValueError) as error:
         raise error_type(f"{path} cannot be read ({shown(error)}); {way_out}") from error
-    raise error_type(f"{path} is larger than {most_bytes >> 20} MiB; {way_out}")
+    raise _too_large(path, error_type, way_out, most_bytes)
+
+
+def first_bytes(path: Path, count: int) -> bytes:
+    """Return the first bytes of a file, by which its kind is known; none of what cannot be read, or is no file."""
+    try:
+        if not path.is_file():  # a pipe would be waited for
+            return b""
+        with path.open("rb") as file:
+            return file.read(count)
+    except (OSError, ValueError):
+        return b""
+
+
+def _too_large(
+    path: Path, error_type: type[PcbPeftError], way_out: str, most_bytes: int
+) -> PcbPeftError:
+    return error_type(f"{path} is larger than {most_bytes >> 20} MiB; {way_out}")

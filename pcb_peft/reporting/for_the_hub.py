@@ -6,7 +6,8 @@ from pathlib import Path
 from pcb_peft.adapters.loading import load_adapters
 from pcb_peft.adapters.saving import REPORT_FILE
 from pcb_peft.base.model import lazy_base
-from pcb_peft.errors import PcbPeftError, UnsupportedError
+from pcb_peft.errors import AdapterError, PcbPeftError, UnsupportedError
+from pcb_peft.files.json_text import read_text
 from pcb_peft.merging.report import Report
 from pcb_peft.merging.report_file import read_report
 from pcb_peft.recipes.recipe import FILE_NAME
@@ -43,9 +44,10 @@ def report_files(directory: Path) -> dict[str, bytes]:
     page, picture = render(public, adapters, silent), _picture(record.report)
     files = {PAGE: page.encode(), FILE_NAME: public.recipe.to_yaml().encode()}
     files |= {PICTURE: picture} if picture else {}
-    card = (directory / CARD).read_text("utf-8") if (directory / CARD).is_file() else ""
-    if card and HEADING not in card.splitlines():
-        files[CARD] = f"{card.rstrip()}\n\n{_section(has_picture=bool(picture))}\n".encode()
+    card = directory / CARD
+    text = read_text(card, AdapterError, "save the merge again") if card.is_file() else ""
+    if text and HEADING not in text.splitlines():
+        files[CARD] = f"{text.rstrip()}\n\n{_section(has_picture=bool(picture))}\n".encode()
     return files
 
 

@@ -14,6 +14,7 @@ from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.loading import load_adapters
 from pcb_peft.base.model import lazy_base
 from pcb_peft.base.paths import distinct_targets, layer_of
+from pcb_peft.files.json_text import first_bytes
 from pcb_peft.inspection.compare import compare_adapters
 from pcb_peft.inspection.comparison import Comparison
 from pcb_peft.inspection.geometry import has_factors, singular_values
@@ -99,8 +100,7 @@ def write_report(
 
 def is_report(path: Path) -> bool:
     """True for a file that `write_report` wrote."""
-    with path.open("rb") as file:
-        return MARK in file.read(len(MARK) + 64)
+    return MARK in first_bytes(path, len(MARK) + 64)
 
 
 def render(record: MergeRecord, adapters: Sequence[Adapter], track: Track) -> str:

@@ -11,13 +11,16 @@ import json
 import shutil
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
 
 from pcb_peft.base.model import BaseModel
 from pcb_peft.deltas.replacements import Replacements
-from pcb_peft.errors import OptionError
+from pcb_peft.errors import OptionError, OutputError
+from pcb_peft.files.json_text import read_json_file
+from pcb_peft.files.schema import checked
 from pcb_peft.runtime.hashing import sha256_of_file
 from pcb_peft.runtime.processes import union
 from pcb_peft.version import __version__
@@ -26,6 +29,15 @@ from pcb_peft.writing.targets import writing
 
 NOTES = ".pcb_peft.shards"
 """Folder of the notes, in the temporary directory of a fold."""
+
+
+class _Note(msgspec.Struct):
+    """The note on a shard: see `Resumable.note`."""
+
+    fold: str
+    file: Annotated[str, msgspec.Meta(min_length=1)]
+    sha256: str
+    facts: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -80,13 +92,13 @@ class Resumable:
             for file in files
             if file in noted
             and (directory / file).is_file()
-            and sha256_of_file(directory / file) == noted[file]["sha256"]
+            and sha256_of_file(directory / file) == noted[file].sha256
         }
 
     def facts_of(self, directory: Path, files: Iterable[str]) -> dict[str, Any]:
         """Return the facts that were noted with some shards."""
         noted = self._noted(directory)
-        return union(noted[file]["facts"] for file in files)
+        return union(noted[file].facts for file in files)
 
     def tidy(self, directory: Path) -> None:
         """Remove what a killed run left beside the shards that it noted.
@@ -100,16 +112,17 @@ class Resumable:
                 if path.name not in noted:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def _noted(self, directory: Path) -> dict[str, dict[str, Any]]:
+    def _noted(self, directory: Path) -> dict[str, _Note]:
         """Return the notes on shards of this fold, by shard; those that cannot be read are passed over."""
-        found: dict[str, dict[str, Any]] = {}
+        found: dict[str, _Note] = {}
         for path in directory.glob(f"{NOTES}/*.json"):
             try:
-                note: Any = json.loads(path.read_bytes())
-            except (OSError, ValueError):  # written while the power failed
+                content = read_json_file(path, OutputError, "")
+                note = checked(content, _Note, str(path), OutputError, "")
+            except OutputError:  # written while the power failed
                 continue
-            if isinstance(note, dict) and note.get("fold") == self.key:
-                found[note["file"]] = note
+            if note.fold == self.key:
+                found[note.file] = note
         return found
 
 
