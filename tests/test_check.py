@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import peft
 import pytest
@@ -22,6 +23,8 @@ from pcb_peft import (
 from pcb_peft.commands import export as export_command
 from pcb_peft.commands.cli import main
 from pcb_peft.consumers.consumer import parse_version
+from pcb_peft.consumers.features import embedding_lora
+from pcb_peft.consumers.files import OutputFiles, TensorShape
 from pcb_peft.consumers.known import CONSUMERS
 from pcb_peft.exporting.profiles import PROFILES
 
@@ -217,6 +220,17 @@ def test_the_command(workshop, capsys):
 
 
 @pytest.mark.slow
+def test_a_mixture_of_many_experts_is_checked_in_no_time(tmp_path):
+    """Each module was looked for among all tensors, which took minutes."""
+    name = "base_model.model.model.layers.0.mlp.experts.{}.up_proj.lora_{}.weight"
+    names = [name.format(number, factor) for number in range(10_000) for factor in "AB"]
+    tensors = dict.fromkeys(names, TensorShape("F32", (2, 2)))
+    files = OutputFiles(tmp_path, "peft", {"peft_type": "LORA", "r": 2}, tensors)
+    start = time.process_time()
+    assert embedding_lora(files) == ""
+    assert time.process_time() - start < 2
+
+
 def test_a_check_imports_no_torch(workshop):
     adapter = workshop.adapter("llama", lora(*TARGETS))
     code = (

@@ -139,13 +139,10 @@ def heads_apart(files: OutputFiles) -> str:
 
 def embedding_lora(files: OutputFiles) -> str:
     """Name input embeddings that have a LoRA."""
-    names = (m for m in files.ranks if f"{_key(files, m)}.lora_embedding_A" in files.tensors)
+    end = ".lora_embedding_A"
+    having = {name.removesuffix(end) for name in files.tensors if name.endswith(end)}
+    names = (m for m in files.ranks if having & {m, f"base_model.model.{m}"})
     return _listed("a LoRA on embeddings", names)
-
-
-def _key(files: OutputFiles, module: str) -> str:
-    prefixed = f"base_model.model.{module}"
-    return prefixed if any(name.startswith(f"{prefixed}.") for name in files.tensors) else module
 
 
 def output_lora(files: OutputFiles) -> str:

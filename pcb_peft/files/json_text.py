@@ -110,14 +110,15 @@ def read_bytes(
 
 
 def first_bytes(path: Path, count: int) -> bytes:
-    """Return the first bytes of a file, by which its kind is known; none of what cannot be read, or is no file."""
-    try:
-        if not path.is_file():  # a pipe would be waited for
-            return b""
-        with path.open("rb") as file:
-            return file.read(count)
-    except (OSError, ValueError):
+    """Return the first bytes of a file, by which its kind is known; none of what is no file.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    if not path.is_file():  # a pipe would be waited for
         return b""
+    with path.open("rb") as file:
+        return file.read(count)
 
 
 def _too_large(

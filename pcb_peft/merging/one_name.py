@@ -154,9 +154,9 @@ def _refuse_equal_tails(adapters: Sequence[Adapter]) -> None:
 
 def _equal_tails(adapters: Sequence[Adapter]) -> Iterator[tuple[Adapter, str, Adapter, str]]:
     """Yield pairs of modules in lists of layers that two adapters name alike, under different paths."""
-    for one, other in itertools.combinations(adapters, 2):
-        lists, others = _lists(one), _lists(other)
-        if lists.keys() & others.keys():
+    listed = [(adapter, _lists(adapter)) for adapter in adapters]
+    for (one, lists), (other, others) in itertools.combinations(listed, 2):
+        if not lists.keys().isdisjoint(others):
             continue
         for (path, module), (path_there, counterpart) in itertools.product(
             lists.items(), others.items()
