@@ -1,6 +1,7 @@
 """Adapters looked at one by one and side by side: numbers as numpy has them, and sentences where something is wrong."""
 
 import json
+import re
 import shlex
 
 import numpy as np
@@ -67,7 +68,7 @@ def test_an_inspection_has_the_norms_and_spectra_of_numpy(pairs):
         total += np.linalg.norm(matrix) ** 2
     assert facts.norm == pytest.approx(np.sqrt(total), rel=1e-6)
     assert facts.by_layer == pytest.approx(
-        {i: np.linalg.norm(m) for i, m in enumerate(dense(pairs[0].values()))}, rel=1e-6
+        {str(i): np.linalg.norm(m) for i, m in enumerate(dense(pairs[0].values()))}, rel=1e-6
     )
 
 
@@ -271,8 +272,11 @@ def test_a_reason_is_that_of_the_kind(workshop):
 
 def test_a_dora_without_its_base_model_is_no_fault(workshop):
     path = workshop.adapter("llama", lora("q_proj", use_dora=True), base="org/llama")
-    (said,) = inspect_adapter(path).warnings
+    facts = inspect_adapter(path)
+    (said,) = facts.warnings
     assert "2 modules are not known without the base model (DoRA rescales W" in said
+    assert re.search(r"^q_proj +2 +16 x 16 +- +-$", str(facts), re.M)
+    assert "norm, layer" not in str(facts)
     assert inspect_adapter(path, workshop.base("llama")).warnings == ()
 
 
@@ -371,3 +375,12 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path):
         file.write_bytes(content)
         with pytest.raises(AdapterError, match=words):
             inspect_adapter(file)
+
+
+def test_one_line_of_bars_per_list_of_layers_and_not_too_many_bars():
+    (pair,) = low_rank(1)
+    modules = [f"model.vision.blocks.{i}.q" for i in range(3)]
+    modules += [f"model.text.layers.{i}.q" for i in range(200)]
+    lines = str(inspect_adapter(adapter("x", dict.fromkeys(modules, pair)))).splitlines()
+    bars = [line.split("  ") for line in lines if line.startswith("norm, ")]
+    assert bars == [["norm, text 0 to 199", "█" * 50], ["norm, vision 0 to 2", "███"]]

@@ -254,7 +254,7 @@ def test_a_deep_model_is_drawn_without_numbers_which_stand_below(tmp_path):
     merged = merge_adapters(deep, "linear")
     write_report(merged, tmp_path / "page.html", deep)
     page = Page((tmp_path / "page.html").read_text("utf-8"))
-    share = f"{merged.report.adapters['x'].by_layer[39]:.2f}"
+    share = f"{merged.report.adapters['x'].by_layer['39']:.2f}"
     assert f"q_proj, 39: {share}" in page.text
     assert sum(tag == "rect" for tag, _ in page.tags) == 4 * 40  # two shares, signs, strength
     assert next(row for row in page.rows if row[0] == "q_proj")[40] == share

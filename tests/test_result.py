@@ -11,6 +11,7 @@ import re
 import peft
 import pytest
 import torch
+from helpers import adapter, low_rank
 
 from pcb_peft import MergedAdapter, Report, load_adapter, merge_adapters, responses
 from pcb_peft.deltas.delta import Diagonal
@@ -116,7 +117,7 @@ def test_a_layer_that_an_adapter_leaves_alone_has_no_share_of_it(workshop):
     )
     report = merge_adapters(paths, "linear").report
     first, second = report.adapters.values()
-    assert (set(first.by_layer), set(second.by_layer)) == ({0}, {0, 1})
+    assert (set(first.by_layer), set(second.by_layer)) == ({"0"}, {"0", "1"})
     assert "layer" not in least_share(first)
 
 
@@ -196,10 +197,10 @@ def test_the_report_has_the_share_of_each_adapter(workshop, rank):
     adapters = [load_adapter(path) for path in paths]
     wanted = responses(merged, adapters)
     assert list(merged.report.adapters) == list(wanted)
-    for adapter in adapters:
-        line = merged.report.adapters[adapter.name]
-        assert line.share == pytest.approx(wanted[adapter.name].total, rel=1e-5, abs=1e-6)
-        deltas = {module: adapter.delta(module) for module in adapter.modules}
+    for source in adapters:
+        line = merged.report.adapters[source.name]
+        assert line.share == pytest.approx(wanted[source.name].total, rel=1e-5, abs=1e-6)
+        deltas = {module: source.delta(module) for module in source.modules}
         assert line.norm == pytest.approx(
             math.sqrt(sum(float(delta.double().square().sum()) for delta in deltas.values())),
             rel=1e-6,
@@ -258,3 +259,23 @@ def test_a_report_is_plain_data_for_json(workshop):
     found = json.loads(json.dumps(merged.report.as_dict()))
     assert set(found["modules"]) == set(merged.modules)
     assert (found["pending"], found["method"]) == (0, "flat")
+
+
+def test_an_adapter_that_changes_nothing_is_no_competitor():
+    ((lora_B, lora_A),) = low_rank(2)
+    trained = adapter("trained", {"layers.0.q": (lora_B, lora_A)})
+    zero = adapter("zero", {"layers.0.q": (0 * lora_B, lora_A)})
+    report = merge_adapters([trained, zero], "flat").report
+    assert report.conflicts_chance == 0
+    assert report.share == report.adapters["trained"].share
+    assert "zero changes nothing: was it trained?" in str(report)
+    assert not {"signs", "weak"} & set(str(report).split())
+
+
+def test_layers_of_two_lists_are_told_apart():
+    modules = [f"{part}.block.{i}.q" for part in ("encoder", "decoder") for i in (0, 1)]
+    pairs = [adapter(str(seed), {m: low_rank(2, seed=seed)[0] for m in modules}) for seed in (1, 2)]
+    line = merge_adapters(pairs, "ties").report.adapters["1"]
+    assert list(line.by_layer) == ["decoder 0", "decoder 1", "encoder 0", "encoder 1"]
+    part, number, _ = least_share(line).split()
+    assert f"{part} {number}" in line.by_layer

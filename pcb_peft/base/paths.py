@@ -12,6 +12,46 @@ def layer_of(module: str) -> int | None:
     return next((int(part) for part in module.split(".") if part.isdecimal()), None)
 
 
+def layer_labels(modules: Iterable[str]) -> dict[str, str]:
+    """Return the layer of each module that lies in one, from the first layer to the last.
+
+    A layer goes by its number; where a model has several lists of layers, by the beginning of their path, too.
+
+    >>> layer_labels(["model.layers.10.q_proj", "model.layers.9.q_proj", "lm_head"])
+    {'model.layers.9.q_proj': '9', 'model.layers.10.q_proj': '10'}
+    >>> layer_labels(["model.encoder.layers.0.fc1", "model.decoder.layers.0.fc1"])
+    {'model.encoder.layers.0.fc1': 'encoder 0', 'model.decoder.layers.0.fc1': 'decoder 0'}
+    """
+    places: dict[str, tuple[tuple[str, ...], int]] = {}
+    for module in modules:
+        parts = module.split(".")
+        start = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+        if start is not None:
+            places[module] = (tuple(parts[:start]), int(parts[start]))
+    lists = _list_labels(dict.fromkeys(path for path, _ in places.values()))
+    order = list(lists)
+    in_order = sorted(places, key=lambda m: (order.index(places[m][0]), places[m][1]))
+    return {m: f"{lists[places[m][0]]} {places[m][1]}".strip() for m in in_order}
+
+
+def _list_labels(paths: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+    """Return the beginning of each list's path that tells it from the others; an empty text for the only one."""
+    lists = list(paths)
+    common = 0
+    while len(lists) > 1 and len({path[common : common + 1] for path in lists}) == 1:
+        common += 1
+    tails = {path: path[common:] for path in lists}
+    labels: dict[tuple[str, ...], str] = {}
+    for path, tail in tails.items():
+        others = [other for other in tails.values() if other != tail]
+        length = next(
+            (n for n in range(len(tail)) if all(other[:n] != tail[:n] for other in others)),
+            len(tail),
+        )
+        labels[path] = ".".join(tail[:length])
+    return labels
+
+
 def target_of(module: str) -> str:
     """Return the last part of a module's path that is no number.
 

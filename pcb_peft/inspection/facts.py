@@ -8,10 +8,10 @@ from typing import Any
 
 import msgspec
 
-from pcb_peft.base.paths import layer_of, target_of
+from pcb_peft.base.paths import layer_labels, target_of
 from pcb_peft.merging.evaluation_file import Measured
 from pcb_peft.merging.report import Report
-from pcb_peft.runtime.shown import some_of
+from pcb_peft.runtime.shown import counted, some_of
 from pcb_peft.runtime.tables import bars, table
 from pcb_peft.runtime.units import format_size
 
@@ -20,6 +20,8 @@ SHOWN = 6
 """Names that a line of the screen has at most."""
 FEW_RANKS = 4
 """More ranks than these are shown as a range."""
+MOST_BARS = 64
+"""Bars that a line of the screen has at most."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -109,13 +111,12 @@ class Inspection:
         return dict(sorted(groups.items()))
 
     @property
-    def by_layer(self) -> dict[int, float]:
-        """‖ΔW‖ of each layer, by its number."""
-        groups: dict[int, list[ModuleFacts]] = {}
-        for module, facts in self.modules.items():
-            if (layer := layer_of(module)) is not None:
-                groups.setdefault(layer, []).append(facts)
-        return {layer: total_norm(groups[layer]) for layer in sorted(groups)}
+    def by_layer(self) -> dict[str, float]:
+        """‖ΔW‖ of each layer: "0", or "encoder 0" where the model has several lists of layers."""
+        groups: dict[str, list[ModuleFacts]] = {}
+        for module, layer in layer_labels(self.modules).items():
+            groups.setdefault(layer, []).append(self.modules[module])
+        return {layer: total_norm(group) for layer, group in groups.items()}
 
     @property
     def scaling(self) -> float | None:
@@ -176,7 +177,7 @@ def _title(facts: Inspection) -> str:
     size = "" if facts.bytes is None else f", {format_size(facts.bytes)}"
     if facts.tuner == FOLDED:
         return f"{facts.name}: a model with a merge folded into its weights{size}"
-    return f"{facts.name}: {kinds} on {len(facts.modules)} modules{size}"
+    return f"{facts.name}: {kinds} on {counted(len(facts.modules), 'module')}{size}"
 
 
 def _identity(facts: Inspection) -> str:
@@ -197,7 +198,7 @@ def _identity(facts: Inspection) -> str:
 def _ranks(ranks: Mapping[int, int]) -> str:
     if len(ranks) > FEW_RANKS:
         return f"{min(ranks)} to {max(ranks)} ({sum(ranks.values())} modules)"
-    return ", ".join(f"{rank} ({count} modules)" for rank, count in ranks.items())
+    return ", ".join(f"{rank} ({counted(count, 'module')})" for rank, count in ranks.items())
 
 
 def _scaling(facts: Inspection) -> str:
@@ -222,7 +223,7 @@ def _targets(facts: Inspection) -> str:
             target,
             str(len(group)),
             _shape(group),
-            f"{total_norm(group):.4g}",
+            "-" if any(one.problem for one in group) else f"{total_norm(group):.4g}",
             _mean_effective_rank(group),
         )
         for target, group in facts.by_target.items()
@@ -241,11 +242,30 @@ def _mean_effective_rank(group: Sequence[ModuleFacts]) -> str:
 
 
 def _depth(facts: Inspection) -> str:
-    norms = facts.by_layer
-    if len(norms) < 2:
+    """One bar per layer, and one line per list of layers; nothing where some norms are not known."""
+    if any(one.problem for one in facts.modules.values()):
         return ""
-    first, last = min(norms), max(norms)
-    return f"norm, layer {first} to {last}  {bars(list(norms.values()))}"
+    lists: dict[str, dict[str, float]] = {}
+    for layer, norm in facts.by_layer.items():
+        name, _, number = layer.rpartition(" ")
+        lists.setdefault(name or "layer", {})[number] = norm
+    rows = [
+        (
+            f"norm, {name} {next(iter(norms))} to {next(reversed(norms))}",
+            _bars(list(norms.values())),
+        )
+        for name, norms in lists.items()
+        if len(norms) > 1
+    ]
+    width = max((len(words) for words, _ in rows), default=0)
+    return "\n".join(f"{words:<{width}}  {line}" for words, line in rows)
+
+
+def _bars(norms: Sequence[float]) -> str:
+    """One bar per layer, or per some neighbours where there are too many for one line."""
+    together = math.ceil(len(norms) / MOST_BARS)
+    groups = (norms[i : i + together] for i in range(0, len(norms), together))
+    return bars([math.hypot(*group) for group in groups])
 
 
 def _beside(facts: Inspection) -> str:

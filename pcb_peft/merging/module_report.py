@@ -3,13 +3,10 @@
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
-from pcb_peft.base.paths import layer_of, target_of
+from pcb_peft.base.paths import layer_labels, target_of
 from pcb_peft.deltas.inner import Overlap
-
-Group = TypeVar("Group", str, int)
-"""A target, or the number of a layer."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,8 +36,11 @@ class ModuleReport:
 
     @property
     def conflicts_chance(self) -> float:
-        """Fraction of the entries at which as many adapters with random signs disagree: 1 − 2^(1 − T)."""
-        return 1 - 2.0 ** (1 - max(1, len(self.adapter_norms)))
+        """Fraction of the entries at which T adapters with random signs disagree: 1 − 2^(1 − T).
+
+        T is the number of adapters that change anything here.
+        """
+        return 1 - 2.0 ** (1 - max(1, sum(norm > 0 for norm in self.adapter_norms.values())))
 
     def scaled(self, weight: float) -> "ModuleReport":
         """The line of the same module, times a number."""
@@ -67,16 +67,16 @@ class AdapterReport:
     Attributes:
         norm: ‖ΔW_t‖ over all modules.
         share: ⟨M, ΔW_t⟩ / ‖ΔW_t‖², the part of the adapter's own change that the merge M makes; None where it is not
-            known.
+            known, or the adapter changes nothing.
         by_target: The same for the modules with one last name, such as q_proj.
-        by_layer: The same for each layer, by its number.
+        by_layer: The same for each layer: "0", or "encoder 0" where the model has several lists of layers.
         kept: Fraction of its entries that were kept; None where the method drops none.
     """
 
     norm: float
     share: float | None
     by_target: Mapping[str, float]
-    by_layer: Mapping[int, float]
+    by_layer: Mapping[str, float]
     kept: float | None
 
 
@@ -93,25 +93,27 @@ def adapter_report(
     lines = {m: line for m, line in modules.items() if name in line.adapter_norms}
     known = bool(lines) and all(name in line.products for line in lines.values())
     targets: dict[str, list[ModuleReport]] = {}
-    layers: dict[int, list[ModuleReport]] = {}
+    layers: dict[str, list[ModuleReport]] = {}
     for module, line in lines.items() if known else ():
         targets.setdefault(target_of(module), []).append(line)
-        if (layer := layer_of(module)) is not None:
-            layers.setdefault(layer, []).append(line)
+    for module, layer in layer_labels(modules).items() if known else ():
+        if module in lines:
+            layers.setdefault(layer, []).append(lines[module])
+    norm = math.sqrt(math.fsum(line.adapter_norms[name] ** 2 for line in lines.values()))
     return AdapterReport(
-        norm=math.sqrt(math.fsum(line.adapter_norms[name] ** 2 for line in lines.values())),
-        share=_share(lines.values(), name) if known else None,
-        by_target=_shares(targets, name),
+        norm=norm,
+        share=_share(lines.values(), name) if known and norm else None,
+        by_target=_shares(dict(sorted(targets.items())), name),
         by_layer=_shares(layers, name),
         kept=kept,
     )
 
 
-def _shares(groups: Mapping[Group, Sequence[ModuleReport]], name: str) -> dict[Group, float]:
+def _shares(groups: Mapping[str, Sequence[ModuleReport]], name: str) -> dict[str, float]:
     """Return one adapter's share in each group of modules where it changes anything."""
     return {
         group: _share(lines, name)
-        for group, lines in sorted(groups.items())
+        for group, lines in groups.items()
         if any(line.adapter_norms[name] for line in lines)
     }
 

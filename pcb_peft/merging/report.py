@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pcb_peft.base.paths import layer_of, target_of
+from pcb_peft.base.paths import layer_labels, target_of
 from pcb_peft.merging.module_report import (
     AdapterReport,
     ModuleReport,
@@ -17,6 +17,7 @@ from pcb_peft.merging.module_report import (
     mean_conflicts,
 )
 from pcb_peft.runtime.plots import heat_map
+from pcb_peft.runtime.shown import counted
 from pcb_peft.runtime.tables import table
 
 LOW_ENERGY = 0.9
@@ -131,8 +132,9 @@ class Report:
         Example:
             merged.report.plot_shares().savefig("shares.png")
         """
+        layers = dict.fromkeys(layer_labels(self.modules).values())
         shares = {
-            name: {f"layer {layer}": share for layer, share in one.by_layer.items()}
+            name: {layer_name(layer): one.by_layer.get(layer, math.nan) for layer in layers}
             for name, one in self.adapters.items()
         }
         return heat_map("Share of each adapter's change that the merge makes", shares)
@@ -147,9 +149,9 @@ class Report:
             UnsupportedError: matplotlib is not installed.
         """
         groups: dict[str, dict[str, list[ModuleReport]]] = {}
-        depths = {module: layer_of(module) for module in self.modules}
-        for module in sorted(self.modules, key=lambda m: (depths[m] is None, depths[m] or 0)):
-            place = "other" if depths[module] is None else f"layer {depths[module]}"
+        labels = layer_labels(self.modules)
+        for module in dict.fromkeys((*labels, *self.modules)):
+            place = layer_name(labels[module]) if module in labels else "other"
             row = groups.setdefault(target_of(module), {})
             row.setdefault(place, []).append(self.modules[module])
         conflicts = {
@@ -167,7 +169,7 @@ def title(report: Report) -> str:
     """Return one line: method, space, scope, and the number of modules."""
     count = len(report.modules) + report.pending
     rank = "" if report.rank is None else f", rank {report.rank}"
-    return f"{report.method} in {report.space} space, {report.scope} scope: {count} modules{rank}"
+    return f"{report.method} in {report.space} space, {report.scope} scope: {counted(count, 'module')}{rank}"
 
 
 def report_text(report: Report) -> str:
@@ -227,6 +229,11 @@ def _adapter_cells(report: Report) -> tuple[tuple[str, ...], list[tuple[str, ...
     return tuple(name for name, _ in shown), list(zip(*(c for _, c in shown), strict=True))
 
 
+def layer_name(label: str) -> str:
+    """Return the words for a layer: "layer 3", or "encoder 3" where the model has several lists of layers."""
+    return f"layer {label}" if label.isdecimal() else label
+
+
 def least_share(adapter: AdapterReport) -> str:
     """Return the target and the layer in which the merge makes the smallest part of an adapter's change."""
     targets, layers = adapter.by_target, adapter.by_layer
@@ -236,14 +243,17 @@ def least_share(adapter: AdapterReport) -> str:
         parts.append(f"{target} {targets[target]:.2f}")
     if len(layers) > 1:
         layer = min(layers, key=layers.__getitem__)
-        parts.append(f"layer {layer} {layers[layer]:.2f}")
+        parts.append(f"{layer_name(layer)} {layers[layer]:.2f}")
     return ", ".join(parts) or "-"
 
 
 def report_lines(report: Report) -> list[str]:
     """Return sentences on signs, kept entries, energy and strength, and the notes."""
     lines: list[str] = []
-    if report.modules and len(report.adapters) > 1:
+    lines += [
+        f"{n} changes nothing: was it trained?" for n, a in report.adapters.items() if not a.norm
+    ]
+    if report.conflicts_chance:
         where = f" in {report.space} space" if report.space else ""
         lines.append(
             f"signs differ at {report.conflicts:.1%} of the entries{where}; of random signs it would be "
@@ -263,7 +273,8 @@ def report_lines(report: Report) -> list[str]:
 
 def _on_strength(report: Report) -> list[str]:
     """A sentence for a merge that is weaker or stronger than those that keep most."""
-    count, share = len(report.adapters), report.share
+    count = sum(one.share is not None for one in report.adapters.values())
+    share = report.share
     if count < 2 or share is None or share <= 0:
         return []
     usual = count ** (-1 / 3)

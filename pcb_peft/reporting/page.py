@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.loading import load_adapters
 from pcb_peft.base.model import lazy_base
-from pcb_peft.base.paths import distinct_targets, layer_of
+from pcb_peft.base.paths import distinct_targets, layer_labels
 from pcb_peft.files.json_text import first_bytes
 from pcb_peft.inspection.compare import compare_adapters
 from pcb_peft.inspection.comparison import Comparison
@@ -39,6 +40,7 @@ Terms = Callable[[ModuleReport], tuple[float, float] | None]
 MARK = b"<!-- pcb_peft report -->"
 OTHER = "other"
 """Column of a heat map for modules outside of all layers."""
+_NUMBER = re.compile(r"\.\d+\.")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -240,7 +242,7 @@ def _share_terms(name: str, line: ModuleReport) -> tuple[float, float] | None:
 def _agreement_terms(line: ModuleReport) -> tuple[float, float] | None:
     size = math.prod(line.shape)
     agreement = line.conflicts_chance - line.conflicts
-    return (agreement * size, size) if len(line.adapter_norms) > 1 else None
+    return (agreement * size, size) if line.conflicts_chance else None
 
 
 def _energy_terms(line: ModuleReport) -> tuple[float, float] | None:
@@ -257,14 +259,14 @@ def _sums(
     modules: Mapping[str, ModuleReport], terms: Terms
 ) -> dict[tuple[str, str], tuple[float, float]]:
     """Σ numerator and Σ denominator of each target and layer, in the order of the layers."""
-    targets = distinct_targets(modules)
-    layers = {module: layer_of(module) for module in modules}
+    layers = layer_labels(modules)
+    inside = {module: _NUMBER.split(module, maxsplit=1)[-1] for module in modules}
+    targets = distinct_targets(inside.values())
     sums: dict[tuple[str, str], tuple[float, float]] = {}
-    for module in sorted(modules, key=lambda name: (layers[name] is None, layers[name] or 0)):
+    for module in dict.fromkeys((*layers, *modules)):
         if (pair := terms(modules[module])) is None:
             continue
-        layer = layers[module]
-        place = targets[module], OTHER if layer is None else str(layer)
+        place = targets[inside[module]], layers.get(module, OTHER)
         above, below = sums.get(place, (0.0, 0.0))
         sums[place] = above + pair[0], below + pair[1]
     return sums

@@ -64,6 +64,15 @@ def some_of(names: Sequence[str], most: int = 3, between: str = ", ") -> str:
     return between.join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number of things.
+
+    >>> counted(1, "module"), counted(1200, "module")
+    ('1 module', '1200 modules')
+    """
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def enumerated(names: Sequence[str]) -> str:
     """Return names as a sentence has them.
 
