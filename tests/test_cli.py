@@ -5,6 +5,7 @@ import inspect
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -145,6 +146,26 @@ def test_a_language_model_is_served_with_a_rank_that_vllm_takes(place, run):
     _, out, _ = run("merge chat tool -o @out --method linear")
     assert 10 not in RANKS
     assert "vllm serve org/llama --enable-lora --max-lora-rank 16 " in out
+
+
+def test_no_line_says_how_vllm_serves_what_it_refuses(place, run):
+    tokens = lora(task_type="CAUSAL_LM", trainable_token_indices=[1])
+    place.adapter("llama", tokens, "words", base="org/llama")
+    _, out, _ = run("merge words math -o @out --method linear")
+    assert "not for vLLM" in out
+    assert "vllm serve" not in out
+
+
+def test_commands_to_copy_take_paths_with_spaces(place, run, tmp_path):
+    shutil.copytree(place.directory / "math", tmp_path / "my math")
+    _, out, _ = run("merge '@my math' code -o '@my merge' --method linear")
+    commands = [line.split(maxsplit=1)[1] for line in out.splitlines()[-2:]]
+    test, fold = map(shlex.split, commands)
+    assert test[2:] == [str(tmp_path / "my merge"), "--data", "my math.jsonl", "code.jsonl"]
+    assert fold[2] == str(tmp_path / "my merge")
+    assert fold[-1] == str(tmp_path / "my merge-model")
+    _, out, _ = run("check '@my merge' --for llama.cpp")
+    assert f"pcb-peft export '{tmp_path / 'my merge'}' --to gguf" in out
 
 
 def test_an_ia3_has_no_rank_to_report(run, tmp_path):

@@ -426,6 +426,12 @@ def test_an_unknown_module_is_refused_before_anything_is_written(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_bias_that_the_base_has_not_is_refused_by_its_cause(tmp_path):
+    base = open_base_model(llama(tmp_path / "base"))
+    with pytest.raises(MismatchError, match=rf"{Q_PROJ} has no bias in the base model"):
+        fold_deltas({f"{Q_PROJ}.bias": Dense(torch.ones(64, 1))}, base, tmp_path / "out")
+
+
 def test_two_names_of_one_weight_are_refused(tmp_path):
     base = open_base_model(llama(tmp_path / "base"))
     deltas = {name: rank_one(64, 64) for name in (Q_PROJ, Q_PROJ.removeprefix("model."))}

@@ -26,6 +26,7 @@ from pcb_peft.base.pipeline import pipeline_tensors
 from pcb_peft.base.places import WeightSlice, places_in_files
 from pcb_peft.base.plain_checkpoint import plain_checkpoint, values_in
 from pcb_peft.base.quantised import QuantisedWeight, is_quantised
+from pcb_peft.base.refusals import no_bias_error, tied_error
 from pcb_peft.deltas.layout import CONV1D, LINEAR, Layout, ParameterForm, layout_of
 from pcb_peft.errors import BaseModelError, MismatchError
 from pcb_peft.runtime.paths import expanded
@@ -375,22 +376,15 @@ class BaseModel:
                 f"{self.source}: {module} is not in the files as it is in memory (it is fused, "
                 "split or permuted when the model is loaded); leave the module out"
             )
+        layer = module.removesuffix(".bias")
+        if layer != module and f"{layer}.weight" in self.tensors:
+            return no_bias_error(self.source, layer)
         modules = [name.removesuffix(f".{kind}") for name in self.tensors if name.endswith(kind)]
         nearest = ", ".join(difflib.get_close_matches(module, modules, n=3)) or "none is similar"
         return MismatchError(
             f"{module} is not in the base model {self.source} (nearest: {nearest}); "
             "give the base that the adapter was trained on"
         )
-
-
-def tied_error(source: str, module: str, tied: tuple[str, ...]) -> BaseModelError:
-    """Return the error that says why one end of tied weights cannot be changed, and the way out."""
-    others = ", ".join(name.removesuffix(".weight") for name in tied)
-    return BaseModelError(
-        f"{source}: {module} is tied to the embeddings or another weight ({others}): a change of one would change the "
-        "other; tied='untie' (--tied untie) gives each its own weights when it is folded, tied='both' changes both, or "
-        "leave the module out"
-    )
 
 
 def _fits(shape: tuple[int, ...], weight: tuple[int, ...]) -> bool:

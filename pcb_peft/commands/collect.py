@@ -6,6 +6,7 @@ from pathlib import Path
 from pcb_peft.commands.arguments import add_dequantize, add_overwrite_arguments, progress_of
 from pcb_peft.commands.command import Answer, Command
 from pcb_peft.commands.sources import constant, entries
+from pcb_peft.runtime.shown import typed
 from pcb_peft.runtime.units import format_count, format_size
 
 
@@ -69,8 +70,8 @@ def _run(parsed: argparse.Namespace) -> Answer:
     text = (
         f"wrote {parsed.output}: {statistics.kind} of {modules} modules over {format_count(count)} {unit}\n"
         "next:\n"
-        f"  merge  pcb-peft merge {parsed.adapter} OTHER -o merged --method {_kinds()[parsed.kind][0]} "
-        f"--statistics {parsed.output} OTHER_STATISTICS"
+        f"  merge  pcb-peft merge {typed(parsed.adapter)} OTHER -o merged --method {_kinds()[parsed.kind][0]} "
+        f"--statistics {typed(parsed.output)} OTHER_STATISTICS"
     )
     data = {"output": str(parsed.output), "kind": statistics.kind, "modules": modules, unit: count}
     return Answer(text, data)

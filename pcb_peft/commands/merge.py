@@ -237,10 +237,10 @@ def _answer(
     rank, size = report.rank, size_on_disk(output)
     folded = parsed.fold or parsed.profile == FOLDED
     warning = missing_heads(merged, output, folded=folded)
-    following = after_fold(output) if folded else after_merge(merged, output, rank)
     details = _module_lines(report) if is_verbose(parsed) else []
     page = [f"report for a browser: {parsed.report}"] if parsed.report else []
     checked, written = check(output), where_written(output, rank, size)
+    following = after_fold(output) if folded else after_merge(merged, output, checked)
     verified = [] if exported is None or not exported.verification else [str(exported.verification)]
     shown, who_reads_it = report, checked.line
     if warning:  # it says all about the heads

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 from pcb_peft.consumers.vllm import served_rank
 from pcb_peft.errors import BaseModelError
 from pcb_peft.files.json_text import read_json_file
+from pcb_peft.runtime.shown import typed
 from pcb_peft.runtime.units import format_size
 
 if TYPE_CHECKING:
     from pcb_peft.adapters.adapter import Adapter
+    from pcb_peft.consumers.check import Check
     from pcb_peft.merging.result import MergedAdapter
 
 
@@ -21,22 +23,30 @@ def where_written(output: Path, rank: int | None, size: int) -> str:
     return f"written to {output}: {', '.join(facts)}"
 
 
-def after_merge(merged: MergedAdapter, output: Path, rank: int | None) -> str:
-    """Say how to load, serve, test and fold a merged adapter that was saved."""
+def after_merge(merged: MergedAdapter, output: Path, checked: Check) -> str:
+    """Say how to load, serve, test and fold a merged adapter that was saved.
+
+    Args:
+        merged: The adapter.
+        output: Where it was written.
+        checked: Who reads it.
+    """
     if merged.file_format != "peft":
         return (
             f'next:\n  load   pipeline.load_lora_weights("{output}") in diffusers, or your web UI'
         )
-    base = merged.base_model or "BASE_MODEL"
+    base, where = typed(merged.base_model or "BASE_MODEL"), typed(output)
     lines = [f"  load   {_loading(merged, output)}"]
-    served = None if rank is None else served_rank(rank)
-    if served is not None and merged.task_type == "CAUSAL_LM":
+    served = None if merged.report.rank is None else served_rank(merged.report.rank)
+    if served is not None and merged.task_type == "CAUSAL_LM" and checked.right_for("vllm"):
         lines.append(
-            f"  serve  vllm serve {base} --enable-lora --max-lora-rank {served} --lora-modules merged={output}"
+            f"  serve  vllm serve {base} --enable-lora --max-lora-rank {served} --lora-modules merged={where}"
         )
-    files = " ".join(f"{name}.jsonl" for name in merged.report.adapters)  # texts with answers
-    lines.append(f"  test   pcb-peft evaluate {output} --data {files}")
-    lines.append(f"  fold   pcb-peft fold {output} {base} -o {output}-model")
+    files = " ".join(
+        typed(f"{name}.jsonl") for name in merged.report.adapters
+    )  # texts with answers
+    lines.append(f"  test   pcb-peft evaluate {where} --data {files}")
+    lines.append(f"  fold   pcb-peft fold {where} {base} -o {typed(f'{output}-model')}")
     return "\n".join(["next:", *lines])
 
 
@@ -90,6 +100,6 @@ def missing_heads(adapter: Adapter, output: Path, *, folded: bool = False) -> st
             f"{first} to fold one in"
         )
     return (
-        f"the merged adapter has {found}. Load one first, or PEFT will make one up: pcb-peft head {output} {first} "
-        f"-o {output}-{first}"
+        f"the merged adapter has {found}. Load one first, or PEFT will make one up: pcb-peft head {typed(output)} "
+        f"{typed(first)} -o {typed(f'{output}-{first}')}"
     )

@@ -16,6 +16,7 @@ from pcb_peft.commands.evaluate import (
 )
 from pcb_peft.commands.inputs import paths_of
 from pcb_peft.commands.parser import UsageError
+from pcb_peft.runtime.shown import typed
 
 OPTIMISERS = ("auto", "random", "ngopt", "cma", "tpe")
 
@@ -159,7 +160,7 @@ def _run(parsed: argparse.Namespace) -> Answer:
     files: list[Path] = []
     if current().is_main:
         files = found.save(parsed.output, parsed.plot, overwrite=parsed.overwrite)
-    merging = [f"  merge  pcb-peft merge {file} -o {file.stem}" for file in files]
+    merging = [f"  merge  pcb-peft merge {typed(file)} -o {typed(file.stem)}" for file in files]
     following = "\n".join([f"the winning recipe is in {parsed.output}", "next:", *merging])
     data = {**found.as_dict(), "output": str(parsed.output), "log": str(parsed.log)}
     return Answer(f"{found}\n{following}", data, essential=True)

@@ -9,7 +9,7 @@ from pcb_peft.consumers import features
 from pcb_peft.consumers.consumer import Consumer, Effect, Version
 from pcb_peft.consumers.files import FORM_NAMES, OutputFiles, open_output
 from pcb_peft.consumers.known import CONSUMERS, named
-from pcb_peft.runtime.shown import enumerated
+from pcb_peft.runtime.shown import enumerated, typed
 
 USUAL_RANK = 64
 LOUD: Effect = "refuses"
@@ -98,6 +98,10 @@ class Check:
     def right(self) -> bool:
         """True if every consumer that was asked for loads it and computes what PEFT computes."""
         return all(verdict.right for verdict in self.verdicts)
+
+    def right_for(self, consumer: str) -> bool:
+        """Return whether a consumer that was asked for computes what PEFT computes."""
+        return any(verdict.right for verdict in self.verdicts if verdict.consumer == consumer)
 
     @property
     def line(self) -> str:
@@ -205,9 +209,9 @@ def _way(files: OutputFiles, consumer: Consumer) -> str:
     if files.form != "peft" or not consumer.way:
         return f"it does not load {FORM_NAMES[files.form]}"
     if found := [words for feature in consumer.way_lacks if (words := feature(files))]:
-        fold = f"pcb-peft export {files.path} --to transformers -o model"
+        fold = f"pcb-peft export {typed(files.path)} --to transformers -o model"
         return f"a model with {enumerated(found)} in its weights: {fold}"
-    return consumer.way.format(path=files.path)
+    return consumer.way.format(path=typed(files.path))
 
 
 def _notes(files: OutputFiles) -> list[str]:

@@ -19,6 +19,7 @@ from pcb_peft.errors import MismatchError, OptionError, UnsupportedError
 from pcb_peft.exporting.profile import Profile, Request, in_one_process
 from pcb_peft.files.gguf import gguf_library, is_adapter
 from pcb_peft.formats.lazy_delta import LazyDelta
+from pcb_peft.runtime.shown import typed
 from pcb_peft.writing.atomic import replace_directory, write_file_atomically, write_files
 from pcb_peft.writing.model_card import public_name
 from pcb_peft.writing.targets import writing
@@ -80,7 +81,7 @@ def _write(request: Request) -> Sequence[str]:
             modelfile = f"FROM ./model.gguf\nADAPTER ./{FILE}\n".encode()
             write_files(directory, request.beside() | {"Modelfile": modelfile})
     return [
-        f"llama-server -m model.gguf --lora {file}",
+        f"llama-server -m model.gguf --lora {typed(file)}",
         f"Ollama, in a Modelfile beside FROM: ADAPTER {file}",
     ]
 

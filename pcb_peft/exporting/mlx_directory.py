@@ -16,6 +16,7 @@ from pcb_peft.exporting.gguf_file import refuse_tied
 from pcb_peft.exporting.profile import Profile, Request, in_one_process
 from pcb_peft.formats.dora import direction, magnitudes
 from pcb_peft.recipes.weights import number_of_layers
+from pcb_peft.runtime.shown import typed
 from pcb_peft.writing.atomic import replace_directory, write_files
 from pcb_peft.writing.sorted_header import save_tensors
 
@@ -54,8 +55,8 @@ def _write(request: Request) -> Sequence[str]:
         save_tensors(tensors, directory / FILE, {"format": "mlx"})
         stated = (json.dumps(config, indent=2) + "\n").encode()
         write_files(directory, request.beside() | {CONFIG: stated})
-    name = request.adapter.base_model or "MODEL"
-    lines = [f"mlx_lm.generate --model {name} --adapter-path {request.output} --prompt …"]
+    name = typed(request.adapter.base_model or "MODEL")
+    lines = [f"mlx_lm.generate --model {name} --adapter-path {typed(request.output)} --prompt …"]
     if theta := hidden_rope_theta(request.config):
         lines.append(
             f"add rope_theta = {theta} to the base model's config.json, beside rope_parameters: mlx-lm takes 10000 "

@@ -9,6 +9,7 @@ from pcb_peft.consumers.vllm import RANKS
 from pcb_peft.deltas.delta import LowRank
 from pcb_peft.exporting.low_rank import without_spare_ranks
 from pcb_peft.exporting.profile import Profile, Request
+from pcb_peft.runtime.shown import typed
 
 
 def _write_portable(request: Request) -> Sequence[str]:
@@ -20,9 +21,9 @@ def _write_portable(request: Request) -> Sequence[str]:
         "CAUSAL_LM",
     ):  # what servers of language models do not take
         return [_loaded(request)]
-    name = request.adapter.base_model or "BASE_MODEL"
+    name = typed(request.adapter.base_model or "BASE_MODEL")
     flags = " ".join(check(request.output, "vllm").verdicts[0].flags)
-    return [f"vllm serve {name} {flags} --lora-modules merged={request.output}"]
+    return [f"vllm serve {name} {flags} --lora-modules merged={typed(request.output)}"]
 
 
 def _write_smallest(request: Request) -> Sequence[str]:

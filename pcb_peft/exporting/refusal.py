@@ -10,6 +10,7 @@ from pcb_peft.exporting.contents import BECOMES_LORA, Content
 from pcb_peft.exporting.low_rank import as_additions, energies
 from pcb_peft.exporting.profile import Profile
 from pcb_peft.exporting.profiles import profile_named
+from pcb_peft.runtime.shown import typed
 from pcb_peft.runtime.units import format_size
 
 
@@ -61,12 +62,13 @@ def _as_lora(
 
 
 def _fold(adapter: Adapter, base: Callable[[], BaseModel] | None) -> str:
-    name, size = adapter.base_model or "MODEL", ""
-    path = adapter.name if adapter.source is None else adapter.source.path
+    name, size = typed(adapter.base_model or "MODEL"), ""
     if base is not None:
         size = format_size(bytes_of(base().tensors))
         size = f", {size}"
-    return (
-        f"a fold, which is exact: to='transformers' (pcb-peft export {path} --to transformers --base-model "
-        f"{name}{size})"
-    )
+    command = f"--base-model {name}{size}"
+    if adapter.source is None:  # a merge that is not written
+        command = f"merge with --for transformers {command}"
+    else:
+        command = f"pcb-peft export {typed(adapter.source.path)} --to transformers {command}"
+    return f"a fold, which is exact: to='transformers' ({command})"

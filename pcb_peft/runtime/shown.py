@@ -1,6 +1,7 @@
 """Strangers' values as they may stand in messages: short, on one line, without control characters."""
 
 import reprlib
+import shlex
 from collections.abc import Sequence
 
 LONGEST = 200  # characters
@@ -62,6 +63,15 @@ def some_of(names: Sequence[str], most: int = 3, between: str = ", ") -> str:
     """
     more = len(names) - most
     return between.join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def typed(path: object) -> str:
+    """Return a path as one types it on a command line.
+
+    >>> typed("merged"), typed("my adapters/merged")
+    ('merged', "'my adapters/merged'")
+    """
+    return shlex.quote(str(path))
 
 
 def counted(count: int, noun: str) -> str:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from pcb_peft.base.model import BaseModel, open_base_model, tied_error
+from pcb_peft.base.model import BaseModel, open_base_model
+from pcb_peft.base.refusals import tied_error
 from pcb_peft.errors import BaseModelError, MismatchError
 from pcb_peft.writing.edits import TensorEdit, Unchanged
 from pcb_peft.writing.shards import CheckpointEdit
