@@ -31,7 +31,16 @@ from bases import MINILM, base_model
 from cohort import Cohort, all_but_one, subsets
 from labelled import trained_on_labels
 from peers import merged_by_peft
-from settings import CONTROLS, DEFAULT, LABELLED, Setting, every_method, settings_of
+from sequential import sequential
+from settings import (
+    CONTROLS,
+    DEFAULT,
+    LABELLED,
+    SEQUENTIAL,
+    Setting,
+    every_method,
+    settings_of,
+)
 from texts import Row
 
 from pcb_peft import (
@@ -143,6 +152,8 @@ class Bench:
             return uniform_soup(adapters, str(self.cohort.base))
         if setting.method == "random":
             return random_adapter(merge_adapters(adapters, "linear", progress=False))
+        if setting.method == SEQUENTIAL:
+            return self._sequential(adapters, **setting.options)
         merged = merge_adapters(
             adapters,
             setting.method,
@@ -183,6 +194,14 @@ class Bench:
         found = search(merged.recipe, data, test_data=data, vary=vary, **how, **settings)
         sys.stderr.write(found.recipe.to_yaml())
         return merge(found.recipe, self.cohort.adapters(self.names), progress=False)
+
+    def _sequential(self, adapters: list[Adapter], texts: int, rank: int | None = None) -> Adapter:
+        base, drawn = self.cohort.base, self._drawn(texts)
+        start = merge_adapters(
+            adapters, "flat", metric="random", rank=rank, base_model=base, progress=False
+        )
+        by_name = dict(zip(self.names, drawn, strict=True))
+        return sequential(start, adapters, base, by_name, rank)
 
     def _drawn(self, texts: int, seed: int = 0) -> list[list[Row]]:
         """Draw so many validation texts of each task."""

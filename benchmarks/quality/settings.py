@@ -15,6 +15,8 @@ OTHERS = ("peft", "knots", "core", "mergekit")
 CONTROLS = ("random", "average")
 LABELLED = "labelled"
 """One adapter, trained on some texts of all tasks with their labels: the control of ``distill``."""
+SEQUENTIAL = "sequential"
+"""Least squares on some texts, module by module."""
 DEFAULT = (
     *CONTROLS,
     "flat",
