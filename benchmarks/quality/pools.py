@@ -119,7 +119,14 @@ POOLS = {
             "minilm-runs",
             MINILM,
             tuple(
-                Member(name=f"run{n}", task="nli_cad", rank=rank, rate=rate, steps=250, seed=10 + n)
+                Member(
+                    name=f"run{n}",
+                    task="mr_sentiment",
+                    rank=rank,
+                    rate=rate,
+                    steps=150,
+                    seed=10 + n,
+                )
                 for n, (rank, rate) in enumerate([(16, 1e-3), (16, 5e-4), (8, 1e-3), (32, 5e-4)])
             ),
         ),
