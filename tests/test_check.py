@@ -219,7 +219,6 @@ def test_the_command(workshop, capsys):
     assert answer["verdicts"][0]["loads"] is False
 
 
-@pytest.mark.slow
 def test_a_mixture_of_many_experts_is_checked_in_no_time(tmp_path):
     """Each module was looked for among all tensors, which took minutes."""
     name = "base_model.model.model.layers.0.mlp.experts.{}.up_proj.lora_{}.weight"
@@ -231,6 +230,7 @@ def test_a_mixture_of_many_experts_is_checked_in_no_time(tmp_path):
     assert time.process_time() - start < 2
 
 
+@pytest.mark.slow
 def test_a_check_imports_no_torch(workshop):
     adapter = workshop.adapter("llama", lora(*TARGETS))
     code = (
