@@ -16,6 +16,6 @@ def tied_error(source: str, module: str, tied: tuple[str, ...]) -> BaseModelErro
 def no_bias_error(source: str, layer: str) -> MismatchError:
     """Return the error for a trained bias of a layer that has none."""
     return MismatchError(
-        f"{layer}.bias was trained, and {layer} has no bias in the base model {source}: there is nothing to add it to, nor "
-        "would PEFT merge it; load the adapter with PEFT as it is, or give the base that the adapter was trained on"
+        f"{layer}.bias was trained, and {layer} has no bias in the base model {source}: there is nothing to add it "
+        "to, nor would PEFT merge it; load the adapter with PEFT as it is, or give the base that it was trained on"
     )
