@@ -13,6 +13,7 @@ import pytest
 
 from pcb_peft.commands import cli
 from pcb_peft.errors import NoSpaceError, OptionError, OutputError, ProcessError
+from pcb_peft.runtime import processes
 from pcb_peft.runtime.paths import cache_directory
 from pcb_peft.runtime.processes import joined
 from pcb_peft.runtime.scratch import private_directory
@@ -37,6 +38,7 @@ def test_after_a_fault_there_is_the_old_output_or_the_new_and_a_rerun_succeeds(
     ("error", "code", "said"),
     [
         (OSError(errno.EIO, "Input/output error", "weights"), 2, "weights: Input/output error"),
+        (OSError(errno.EFBIG, "File too large", "out"), 2, "out: File too large"),
         (OSError(errno.ENOSPC, "No space left", "out"), 4, "out: No space left"),
         (OSError(errno.EBADF, "Bad file descriptor"), 1, "unexpected OSError"),
     ],
@@ -103,6 +105,15 @@ def test_a_number_of_processes_without_a_launcher_is_refused(monkeypatch):
             pytest.fail("it joined")
     finally:
         PartialState._reset_state()
+
+
+def test_a_first_machine_that_nobody_knows_is_said_in_time(monkeypatch):
+    monkeypatch.setattr(processes, "ADDRESS_SECONDS", 0.01)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("no-such-machine.invalid", "x" * 300):
+        monkeypatch.setenv("MASTER_ADDR", name)
+        with pytest.raises(ProcessError, match="no machine of that name"), joined():
+            pytest.fail("it joined")
 
 
 INTERRUPTED_IN_TORCH = """

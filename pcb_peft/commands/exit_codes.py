@@ -19,6 +19,7 @@ OF_THE_SYSTEM = (
     *FULL,
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENXIO, errno.EBUSY, errno.ETIMEDOUT),
     *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ELOOP, errno.ENAMETOOLONG, errno.ESTALE),
+    errno.EFBIG,  # ulimit -f
 )
 """Errors whose cause is a disk, a limit or a permission, and not this program."""
 MEANINGS = f"""exit status:

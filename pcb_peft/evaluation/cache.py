@@ -91,13 +91,17 @@ def digest_of(value: Any) -> str:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file into the cache, whole or not at all; a warning says if that cannot be done."""
-    text = json.dumps(content)
+    text, folder = json.dumps(content), path.parent
     try:
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         write_file_atomically(path, lambda file: file.write_text(text, "utf-8"), overwrite="all")
     except OutputError as error:
-        warnings.warn(f"nothing is kept for the next evaluation: {error}", stacklevel=3)
+        reason = getattr(error.__cause__, "strerror", None) or error
+        warnings.warn(  # the same words for each of many files: they are said once
+            f"nothing is kept for the next evaluation: {folder.parent} cannot be written: {reason}",
+            stacklevel=2,
+        )
 
 
 class _Kept(msgspec.Struct):

@@ -23,6 +23,7 @@ import itertools
 import os
 import re
 import signal
+import socket
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -36,6 +37,8 @@ Key = TypeVar("Key")
 Result = TypeVar("Result")
 
 PATIENCE = datetime.timedelta(days=7)  # for others that still work; a dead one is noticed at once
+ADDRESS_SECONDS = 10.0
+"""Time in which the name of the first machine must become known: on clusters it may be new."""
 LONGEST_PAUSE = 0.05  # seconds between two looks at whether all have come
 
 
@@ -294,6 +297,7 @@ def joined() -> Generator[Processes]:
 
     initialized_by_caller = dist.is_initialized()
     with dying_on_signals():  # torch waits for the others where Python hears of no signal
+        _find_first_machine(os.environ.get("MASTER_ADDR", ""))
         try:
             PartialState(cpu=not torch.cuda.is_available())
             group = dist.new_group(backend="gloo", timeout=PATIENCE)
@@ -310,6 +314,27 @@ def joined() -> Generator[Processes]:
     finally:
         _joined_groups.remove(processes)
         processes.shutdown(destroy=not initialized_by_caller)
+
+
+def _find_first_machine(address: str) -> None:
+    """Wait a little until the name of the first process's machine is known; torch would wait for minutes.
+
+    Raises:
+        ProcessError: Nobody knows it.
+    """
+    end = time.monotonic() + ADDRESS_SECONDS
+    while address:
+        try:
+            socket.getaddrinfo(address, None)
+        except (OSError, UnicodeError) as error:
+            if time.monotonic() < end and isinstance(error, OSError):
+                time.sleep(min(0.2, ADDRESS_SECONDS))
+                continue
+            raise ProcessError(
+                f"MASTER_ADDR is {quoted(address)}, and no machine of that name is known ({shown(error)}); start the "
+                "command with accelerate launch or torchrun, or correct it"
+            ) from error
+        return
 
 
 def stoppable() -> contextlib.AbstractContextManager[list[signal.Signals]]:
