@@ -101,6 +101,27 @@ def test_what_peft_would_not_load_is_not_written(llama, tmp_path, module, shape,
     assert not (tmp_path / "out").exists()
 
 
+def test_names_that_peft_itself_loses_are_said_to_be_so(tmp_path):
+    """transformers renames ``shared_expert.``; PEFT does it to adapters, too, and there the dot is the s."""
+    if not hasattr(hf, "LagunaConfig"):
+        pytest.skip(f"transformers {hf.__version__} has no Laguna")
+    layers = {"mlp_layer_types": ["dense", "sparse"], "num_attention_heads_per_layer": [2, 2]}
+    experts = {**MIXTURE, "shared_expert_intermediate_size": 12, "head_dim": 8}
+    config = hf.LagunaConfig(**SIZES, **experts, **layers, layer_types=["full_attention"] * 2)
+    hf.LagunaForCausalLM(config).save_pretrained(tmp_path / "base")
+    module = "model.layers.1.mlp.shared_experts.up_proj"
+    path = written(tmp_path / "one", {module: (12, 16)}, tmp_path / "base")
+    merged = merge_adapters([path], "linear")
+    with pytest.raises(MismatchError, match=rf"gives {module} another name"):
+        merged.save_pretrained(tmp_path / "out")
+    merged.fold(tmp_path / "base", tmp_path / "folded")
+    before, after = (
+        hf.LagunaForCausalLM.from_pretrained(tmp_path / name).state_dict()[f"{module}.weight"]
+        for name in ("base", "folded")
+    )
+    assert torch.allclose(after - before, merged.delta(module), atol=1e-6)
+
+
 def test_vectors_of_layers_that_the_model_has_fused_are_refused_by_name(tmp_path):
     hf.Phi3ForCausalLM(hf.Phi3Config(**SIZES, pad_token_id=0)).save_pretrained(tmp_path / "base")
     split = hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES))

@@ -116,6 +116,13 @@ class Found:
                 "base model that the adapters were trained on (base_model=…, --base-model …), or fold the adapter into "
                 "it"
             )
+        given = set(map(_module_of, _deltas(self.files)))
+        if (renamed := sorted(self.unfilled & given)) and not self.lost & given:
+            raise MismatchError(
+                f"PEFT {version} gives {some_of(renamed)} another name while it loads an adapter, and {where} has no "
+                "module of that name: it loses them of the adapters that are merged, too; nothing was written. Fold "
+                "the adapter into the base model: that is exact"
+            )
         if self.lost:
             raise MismatchError(
                 f"PEFT {version} would not find {some_of(sorted(self.lost))} in {where}, as transformers builds the "
