@@ -154,7 +154,7 @@ def test_other_shapes_are_refused_with_both_adapters_the_module_and_both_shapes(
 ):
     options = {"feedforward_modules": ["up"]} if config is ia3 and other is Taller else {}
     one, two = (
-        workshop.adapter(model, config(target_modules=r"up", **options), name)
+        workshop.adapter(model, config(target_modules=r"up", **options), name, base=f"org/{name}")
         for model, name in (("mlp", "one"), (other(), "two"))
     )
     shapes = [(10, 6), shape]
@@ -164,7 +164,8 @@ def test_other_shapes_are_refused_with_both_adapters_the_module_and_both_shapes(
         merge_adapters([one, two], "linear")
     message = str(raised.value)
     assert message.startswith("up: ")
-    for words in ("one", "two", *map(str, shapes)):
+    assert message.endswith("one was trained on org/one, two on org/two")
+    for words in map(str, shapes):
         assert words in message
 
 

@@ -230,7 +230,7 @@ def test_a_lora_of_an_image_model_does_not_fit_one_of_a_language_model(workshop,
 def test_adapters_without_a_module_in_common_are_pointed_out(pairs):
     apart = [{"layers.0.up": pairs[0]["layers.0.up"]}, {"layers.1.up": pairs[1]["layers.1.up"]}]
     said = str(compare_adapters(named(apart)))
-    assert "no two of them change the same module" in said
+    assert "No two of them change the same module" in said
     assert "signs differ" not in said
 
 

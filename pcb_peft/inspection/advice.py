@@ -30,7 +30,7 @@ def _on_disjoint_modules(geometry: Geometry) -> list[str]:
     if geometry.has_common_modules:
         return []
     return [
-        "no two of them change the same module: nothing competes, and the merge holds each as it is, times its weight; "
+        "No two of them change the same module: nothing competes, and the merge holds each as it is, times its weight; "
         "if that is a surprise, look at their targets and their base models with pcb-peft inspect."
     ]
 

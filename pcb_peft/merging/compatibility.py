@@ -108,11 +108,20 @@ def _check_pair(
     (first, first_entry), (second, second_entry) = one, other
     multiply = first_entry.kind.multiplies, second_entry.kind.multiplies
     if multiply[0] != multiply[1] or first_entry.shape != second_entry.shape:
+        sides = {entry.shape[0] == 1 for entry in (first_entry, second_entry)}
+        two_sides = all(multiply) and len(sides) > 1
         raise MismatchError(
             f"{module}: {first.name} has a delta of shape {first_entry.shape} ({first_entry.kind.kind_name}), "
             f"{second.name} one of shape {second_entry.shape} ({second_entry.kind.kind_name}); "
-            + (ONE_SIDE if all(multiply) else ONE_KIND)
+            + (ONE_SIDE if two_sides else ONE_KIND + _different_bases(first, second))
         )
+
+
+def _different_bases(first: Adapter, second: Adapter) -> str:
+    """Say which base models two adapters name, if they name two."""
+    if not (first.base_model and second.base_model) or first.base_model == second.base_model:
+        return ""
+    return f": {first.name} was trained on {first.base_model}, {second.name} on {second.base_model}"
 
 
 class CommonBase(NamedTuple):
