@@ -115,14 +115,20 @@ def refuse_other_numbers(tensors: Tensors) -> None:
             tensors.dtype(name)
 
 
+_FLAT = (
+    "DeepSpeed ZeRO-3 keeps each weight in parts, and the adapter was saved without gathering them; save it again with "
+    "stage3_gather_16bit_weights_on_model_save, or rebuild it from the checkpoint with zero_to_fp32.py"
+)
+_NO_RANK = "it holds nothing, as of a LoRA of rank 0; leave its module out of the file, or save the adapter again"
+
+
 def refuse_empty(tensors: Tensors) -> None:
     """Raise AdapterError where a tensor holds no values."""
     for name in tensors.names():
-        if 0 in tensors.shape(name):
+        shape = tensors.shape(name)
+        if 0 in shape:
             raise AdapterError(
-                f"{tensors.where}: {shown(name)} is empty (shape {tensors.shape(name)}): DeepSpeed ZeRO-3 keeps each "
-                "weight in parts, and the adapter was saved without gathering them; save it again with "
-                "stage3_gather_16bit_weights_on_model_save, or rebuild it from the checkpoint with zero_to_fp32.py"
+                f"{tensors.where}: {shown(name)} is empty (shape {shape}): {_FLAT if len(shape) == 1 else _NO_RANK}"
             )
 
 
