@@ -11,6 +11,7 @@ import faults
 import peft
 import pytest
 
+from pcb_peft.base.hub import not_found
 from pcb_peft.commands import cli
 from pcb_peft.errors import NoSpaceError, OptionError, OutputError, ProcessError
 from pcb_peft.runtime import processes
@@ -60,6 +61,7 @@ def test_a_current_directory_that_is_gone_is_said(tmp_path, monkeypatch, capsys)
     assert "current directory has been removed" in capsys.readouterr().err
     with pytest.raises(OutputError, match="whole path"):
         resolved(Path("out"))
+    assert "current directory has been removed" in not_found("math")
     assert resolved(tmp_path / "out") == tmp_path.resolve() / "out"
     monkeypatch.chdir(tmp_path)
 

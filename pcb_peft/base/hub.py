@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pcb_peft.errors import PcbPeftError
 from pcb_peft.files.json_text import first_bytes
-from pcb_peft.runtime.paths import expanded, similar_path
+from pcb_peft.runtime.paths import current_directory, expanded, similar_path
 from pcb_peft.runtime.shown import shown
 
 SECONDS = 10  # until the Hub has to answer
@@ -54,7 +54,9 @@ def download(
 
 def not_found(source: str) -> str:
     """Say that something is neither a directory nor a repository."""
-    begin = "" if Path(source).is_absolute() else f"paths begin in {Path.cwd()}"
+    here = current_directory()
+    gone = "the current directory has been removed: go to another one"
+    begin = "" if Path(source).is_absolute() else f"paths begin in {here}" if here else gone
     hints = "; ".join(hint for hint in (begin, similar_path(source)) if hint)
     return f"{source} is neither a directory{hints and f' ({hints})'} nor a hub repository that can be reached"
 
