@@ -93,7 +93,7 @@ def test_what_is_compiled_is_compiled_once(launch):
         "torch._logging.set_logs(recompiles=True)\n"
         "limits = Limits(double_values=0, compile_values=0, sample_values=500, tile_values=1000)\n"
         "blocks = [products([(torch.rand(n, 2), torch.rand(2, 67))] * 3, (1, 1, 1)) for n in (41, 130)]\n"
-        "tasks = TaskVectors(blocks, limits=limits); get_method('pcb')(tasks).block(1); print(tasks.compiled)"
+        "tasks = TaskVectors(blocks, limits=limits); get_method('ties')(tasks).block(1); print(tasks.compiled)"
     )
     codes, outputs, errors = launch(1, ["-c", code], threads=2)
     assert (codes, outputs) == ([0], ["True\n"]), errors
