@@ -13,7 +13,6 @@ uses it.
 """
 
 import dataclasses
-import functools
 import importlib
 import json
 import shutil
@@ -32,7 +31,7 @@ from pcb_peft import Adapter, extract_adapter
 from pcb_peft.adapters.delta_mapping import DeltaMapping
 from pcb_peft.deltas.delta import Dense
 from pcb_peft.deltas.replacements import Replacements
-from pcb_peft.formats import LazyDelta
+from pcb_peft.formats import in_memory
 
 CODES = ("knots", "core", "mergekit")
 MODULES = ("task_merger", "merging_functions", "masking_ops", "ft_handlers", "utils", "models")
@@ -73,10 +72,7 @@ def merged_by_authors(
     finally:
         sys.path.remove(str(place))
     entries = {
-        name.removesuffix(".weight"): LazyDelta(
-            Dense, (delta.shape[0], delta.shape[1]), functools.partial(Dense, delta)
-        )
-        for name, delta in merged.items()
+        name.removesuffix(".weight"): in_memory(Dense(delta)) for name, delta in merged.items()
     }
     return Adapter(name=code, modules=DeltaMapping(entries), base_model=str(base))
 

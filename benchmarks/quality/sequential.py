@@ -15,11 +15,11 @@ from texts import Row
 from torch import Tensor
 
 from pcb_peft import Adapter
-from pcb_peft.adapters.adapter import DeltaMapping
+from pcb_peft.adapters.delta_mapping import DeltaMapping
 from pcb_peft.data.live_adapters import with_adapter
 from pcb_peft.data.models import load_base, load_tokenizer
-from pcb_peft.deltas.delta import Delta, Dense
-from pcb_peft.formats import LazyDelta
+from pcb_peft.deltas.delta import Dense
+from pcb_peft.formats import LazyDelta, in_memory
 
 RIDGE = 0.1
 """How strongly a module stays near the merge it begins from, as a fraction of the mean square of its inputs."""
@@ -68,7 +68,7 @@ def sequential(
         solved = first + torch.linalg.solve(moments, answers, left=False)
         delta = solved if rank is None else _cut(solved, moments, rank)
         weight += delta
-        entries[module] = LazyDelta(Dense, delta.shape, functools.partial(_same, Dense(delta)))
+        entries[module] = in_memory(Dense(delta))
     return Adapter(
         name="sequential",
         modules=DeltaMapping(entries),
@@ -114,7 +114,3 @@ def _batch(rows: list[Row], base: Path) -> Any:
     pairs = [row["text_pair"] for row in rows] if "text_pair" in rows[0] else None
     options = {"padding": True, "truncation": True, "max_length": LENGTH, "return_tensors": "pt"}
     return load_tokenizer(base)(texts, pairs, **options)
-
-
-def _same(delta: Delta) -> Delta:
-    return delta

@@ -1,7 +1,6 @@
 """A merge whose lora_B is trained: what it adds to the outputs of the base model's layers."""
 
 import contextlib
-import functools
 from collections.abc import Generator, Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ from pcb_peft.deltas.delta import Delta, Diagonal, LowRank
 from pcb_peft.deltas.layout import Layout
 from pcb_peft.deltas.rank import triplets
 from pcb_peft.errors import UnsupportedError
-from pcb_peft.formats import LazyDelta
+from pcb_peft.formats import LazyDelta, in_memory
 
 LINEAR = ("Linear", "Conv1D")  # Conv1D of transformers: a linear layer that stores W as (in, out)
 
@@ -124,9 +123,7 @@ class Student(nn.Module):
 
     def deltas(self, merged: Mapping[str, LazyDelta]) -> DeltaMapping:
         """Return the deltas as they are now; a module that the merge does not change stays so."""
-        trained = {
-            module: _entry(part.delta(), merged[module]) for module, part in self.by_module.items()
-        }
+        trained = {module: in_memory(part.delta()) for module, part in self.by_module.items()}
         return DeltaMapping({**merged, **trained})
 
 
@@ -149,12 +146,3 @@ def _student(delta: Delta, module: str) -> LoraStudent | Ia3Student:
     raise UnsupportedError(
         f"{module} has a dense delta, or a DoRA's: distillation trains a LoRA or an (IA)³; merge with an integer rank"
     )
-
-
-def _entry(delta: LowRank | Diagonal, like: LazyDelta) -> LazyDelta:
-    rank = delta.rank if isinstance(delta, LowRank) else None
-    return LazyDelta(type(delta), like.shape, functools.partial(_same, delta), rank=rank)
-
-
-def _same(delta: Delta) -> Delta:
-    return delta

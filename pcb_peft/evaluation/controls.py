@@ -1,13 +1,12 @@
 """Adapters that should do badly: a merge is worth something only if it does better."""
 
-import functools
 from collections.abc import Sequence
 
 import torch
 
 from pcb_peft.adapters.adapter import Adapter, DeltaMapping
 from pcb_peft.deltas.delta import Delta, Diagonal, LowRank
-from pcb_peft.formats import LazyDelta
+from pcb_peft.formats import in_memory
 from pcb_peft.merging.engine import merge_adapters
 
 RANK = 16  # of a random adapter where the merge is dense
@@ -16,10 +15,10 @@ RANK = 16  # of a random adapter where the merge is dense
 def random_adapter(like: Adapter, seed: int = 0) -> Adapter:
     """An adapter of random numbers, of the same norm in every module as another one."""
     generator = torch.Generator().manual_seed(seed)
-    entries: dict[str, LazyDelta] = {}
-    for module, entry in like.modules.entries.items():
-        delta = _random(entry.load(), entry.rank or RANK, generator)
-        entries[module] = LazyDelta(type(delta), delta.shape, functools.partial(_same, delta))
+    entries = {
+        module: in_memory(_random(entry.load(), entry.rank or RANK, generator))
+        for module, entry in like.modules.entries.items()
+    }
     return Adapter(
         name="random", modules=DeltaMapping(entries), base=like.base, base_model=like.base_model
     )
@@ -50,7 +49,3 @@ def _random(delta: Delta, rank: int, generator: torch.Generator) -> Delta:
     lora_B = torch.randn(rows, rank, generator=generator)
     drawn = LowRank(lora_A, lora_B, layout=delta.layout)
     return LowRank(lora_A, lora_B * (norm / drawn.norm()), layout=delta.layout)
-
-
-def _same(delta: Delta) -> Delta:
-    return delta

@@ -123,9 +123,10 @@ def _load_scaled(entry: LazyDelta, weight: float) -> Delta:
     return entry.load().scaled(weight)
 
 
-def in_memory(delta: LowRank) -> LazyDelta:
-    """Return the entry of a low-rank delta that is in memory already."""
-    return LazyDelta(LowRank, delta.shape, functools.partial(_same, delta), delta.rank)
+def in_memory(delta: Delta) -> LazyDelta:
+    """Return the entry of a delta that is in memory already."""
+    rank = delta.rank if isinstance(delta, LowRank) else None
+    return LazyDelta(type(delta), delta.shape, functools.partial(_same, delta), rank)
 
 
 def _same(delta: Delta) -> Delta:
