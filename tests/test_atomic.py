@@ -17,7 +17,7 @@ from pcb_peft.writing import atomic, growing_file
 from pcb_peft.writing.atomic import copy_file, replace_directory, write_file_atomically
 from pcb_peft.writing.growing_file import GrowingFile
 from pcb_peft.writing.manifest import MANIFEST
-from pcb_peft.writing.sorted_header import save_tensors
+from pcb_peft.writing.tensors_file import save_tensors
 
 
 def write(target, text="new", *, overwrite=False):

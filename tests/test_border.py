@@ -25,7 +25,7 @@ OTHERS = {  # files outside of files/ that open others, and what they read there
     "writing/manifest.py": "bytes that are only hashed",
     "writing/model_card.py": "the first bytes of a card; its front matter goes through files/yaml_text.py",
     "writing/shards.py": "headers that were checked when the model was opened",
-    "writing/sorted_header.py": "a file that safetensors has just written",
+    "writing/tensors_file.py": "a file that safetensors has just written",
 }
 
 

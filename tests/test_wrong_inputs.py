@@ -42,7 +42,7 @@ from pcb_peft.reporting.page import write_report
 from pcb_peft.runtime.hashing import sha256_of_file
 from pcb_peft.searching.trials import Trial, TrialLog
 from pcb_peft.writing.model_card import read_card
-from pcb_peft.writing.sorted_header import save_tensors
+from pcb_peft.writing.tensors_file import save_tensors
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 

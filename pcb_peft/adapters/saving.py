@@ -28,8 +28,8 @@ from pcb_peft.images.targets import refuse_embeddings
 from pcb_peft.runtime.processes import current
 from pcb_peft.writing.atomic import replace_directory, write_file_atomically, write_files
 from pcb_peft.writing.model_card import public_name
-from pcb_peft.writing.sorted_header import save_tensors
 from pcb_peft.writing.targets import Overwrite, check_file_target, check_target, writing
+from pcb_peft.writing.tensors_file import save_tensors
 
 FileFormat: TypeAlias = Literal["peft", "diffusers", "kohya", "comfyui"]
 """The programs whose adapter files can be written."""

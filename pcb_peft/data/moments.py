@@ -29,8 +29,8 @@ from pcb_peft.runtime.processes import current
 from pcb_peft.runtime.progress import Track
 from pcb_peft.runtime.shown import shown
 from pcb_peft.writing.atomic import write_file_atomically
-from pcb_peft.writing.sorted_header import save_tensors
 from pcb_peft.writing.targets import writing
+from pcb_peft.writing.tensors_file import save_tensors
 
 SEQUENCES, LENGTH = 256, 16  # of random tokens
 TEXTS, TEXT_LENGTH = 256, 64  # at most so many texts are read, of at most so many tokens

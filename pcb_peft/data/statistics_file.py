@@ -19,8 +19,8 @@ from pcb_peft.runtime.paths import expanded
 from pcb_peft.runtime.shown import quoted, shown
 from pcb_peft.version import __version__
 from pcb_peft.writing.atomic import write_file_atomically
-from pcb_peft.writing.sorted_header import save_tensors
 from pcb_peft.writing.targets import Overwrite
+from pcb_peft.writing.tensors_file import save_tensors
 
 KINDS: dict[str, Callable[[tuple[int, int]], tuple[int, int]]] = {
     "gram": lambda shape: (shape[1], shape[1]),

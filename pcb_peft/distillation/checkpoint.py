@@ -15,8 +15,8 @@ from pcb_peft.files.tensors import SafetensorsFile, read_finite
 from pcb_peft.runtime.shown import quoted, shown
 from pcb_peft.writing.atomic import write_file_atomically
 from pcb_peft.writing.leftovers import repair
-from pcb_peft.writing.sorted_header import save_tensors
 from pcb_peft.writing.targets import Inputs, check_file_target, resolved, writing
+from pcb_peft.writing.tensors_file import save_tensors
 
 FORMAT = "pcb_peft distillation 1"
 _WAY_OUT = "delete it, or name another checkpoint"

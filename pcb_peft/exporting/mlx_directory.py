@@ -18,7 +18,8 @@ from pcb_peft.formats.dora import direction, magnitudes
 from pcb_peft.recipes.weights import number_of_layers
 from pcb_peft.runtime.shown import typed
 from pcb_peft.writing.atomic import replace_directory, write_files
-from pcb_peft.writing.sorted_header import save_tensors
+from pcb_peft.writing.targets import writing
+from pcb_peft.writing.tensors_file import save_tensors
 
 FILE, CONFIG = "adapters.safetensors", "adapter_config.json"
 
@@ -52,7 +53,8 @@ def _write(request: Request) -> Sequence[str]:
     with replace_directory(
         request.output, overwrite=request.overwrite, inputs=request.adapter.inputs
     ) as directory:
-        save_tensors(tensors, directory / FILE, {"format": "mlx"})
+        with writing(request.output):
+            save_tensors(tensors, directory / FILE, {"format": "mlx"})
         stated = (json.dumps(config, indent=2) + "\n").encode()
         write_files(directory, request.beside() | {CONFIG: stated})
     name = typed(request.adapter.base_model or "MODEL")

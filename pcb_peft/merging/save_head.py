@@ -20,8 +20,8 @@ from pcb_peft.recipes.recipe import FILE_NAME, read_recipe
 from pcb_peft.writing.atomic import copy_file, replace_directory, write_files
 from pcb_peft.writing.manifest import MANIFEST
 from pcb_peft.writing.model_card import CARD, model_card
-from pcb_peft.writing.sorted_header import save_tensors
-from pcb_peft.writing.targets import Overwrite
+from pcb_peft.writing.targets import Overwrite, writing
+from pcb_peft.writing.tensors_file import save_tensors
 
 _REPLACED = {CONFIG, SAFETENSORS, PICKLE, HEADS, CARD, FILE_NAME, TASK, MANIFEST}
 
@@ -66,7 +66,8 @@ def save_with_head(
             if path.is_file() and path.name not in _REPLACED:
                 copy_file(path, target / path.name)
         write_files(target, headed.companion_files())
-        save_tensors(content.tensors, target / content.file, {"format": "pt"})
+        with writing(Path(directory)):
+            save_tensors(content.tensors, target / content.file, {"format": "pt"})
         write_files(target, files)
     return headed
 

@@ -8,8 +8,6 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor
 
-from pcb_peft.writing.targets import writing
-
 LENGTH = struct.Struct("<Q")  # of the header, before it
 
 
@@ -17,14 +15,13 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
     """Write a safetensors file; the same tensors and metadata give the same bytes.
 
     Raises:
-        OutputError: The disk is full, or broken.
+        OSError, SafetensorError: The disk is full, or broken. `writing` says of which output.
     """
-    with writing(path):
-        safetensors.torch.save_file(dict(tensors), path, metadata=dict(metadata) or None)
-        sort_metadata(path)
+    safetensors.torch.save_file(dict(tensors), path, metadata=dict(metadata) or None)
+    _sort_metadata(path)
 
 
-def sort_metadata(path: Path) -> None:
+def _sort_metadata(path: Path) -> None:
     """Sort the metadata of a file in place; the same tensors and metadata then give the same bytes.
 
     The header stays as long as it is.
