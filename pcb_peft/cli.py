@@ -1,4 +1,4 @@
-"""The command line under the name that its module had in the first release: ``pcb_peft.cli.main``."""
+"""Two names at the place that they had in the first release: ``pcb_peft.cli.main`` and ``pcb_peft.cli.merge``."""
 
 from pcb_peft.commands.cli import main
 from pcb_peft.merging.engine import merge

@@ -9,7 +9,15 @@ def layer_of(module: str) -> int | None:
     >>> layer_of("model.layers.12.mlp.up_proj")
     12
     """
-    return next((int(part) for part in module.split(".") if part.isdecimal()), None)
+    place = _place(module)
+    return None if place is None else place[1]
+
+
+def _place(module: str) -> tuple[tuple[str, ...], int] | None:
+    """The path of the list of layers that a module lies in, and the number of its layer; None outside of all."""
+    parts = module.split(".")
+    start = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+    return None if start is None else (tuple(parts[:start]), int(parts[start]))
 
 
 def layer_labels(modules: Iterable[str]) -> dict[str, str]:
@@ -22,15 +30,10 @@ def layer_labels(modules: Iterable[str]) -> dict[str, str]:
     >>> layer_labels(["model.encoder.layers.0.fc1", "model.decoder.layers.0.fc1"])
     {'model.encoder.layers.0.fc1': 'encoder 0', 'model.decoder.layers.0.fc1': 'decoder 0'}
     """
-    places: dict[str, tuple[tuple[str, ...], int]] = {}
-    for module in modules:
-        parts = module.split(".")
-        start = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
-        if start is not None:
-            places[module] = (tuple(parts[:start]), int(parts[start]))
+    places = {module: place for module in modules if (place := _place(module)) is not None}
     lists = _list_labels(dict.fromkeys(path for path, _ in places.values()))
-    order = list(lists)
-    in_order = sorted(places, key=lambda m: (order.index(places[m][0]), places[m][1]))
+    order = {path: number for number, path in enumerate(lists)}
+    in_order = sorted(places, key=lambda m: (order[places[m][0]], places[m][1]))
     return {m: f"{lists[places[m][0]]} {places[m][1]}".strip() for m in in_order}
 
 

@@ -189,6 +189,15 @@ def is_named(word: str) -> bool:
     return bool(equals) and "/" not in name
 
 
+def file_of(word: str) -> str:
+    """Return FILE of a word that is NAME=FILE, or FILE alone.
+
+    >>> file_of("math=math.jsonl"), file_of("math.jsonl")
+    ('math.jsonl', 'math.jsonl')
+    """
+    return word.partition("=")[2] if is_named(word) else word
+
+
 def in_known_case(word: str, names: Iterable[str]) -> str:
     """Return a name in the case in which it is known; an unknown one as it is.
 

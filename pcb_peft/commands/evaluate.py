@@ -5,7 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pcb_peft.commands.arguments import DTYPES, add_dequantize, dtype_of, is_named, progress_of
+from pcb_peft.commands.arguments import (
+    DTYPES,
+    add_dequantize,
+    dtype_of,
+    file_of,
+    is_named,
+    progress_of,
+)
 from pcb_peft.commands.command import Answer, Command
 from pcb_peft.commands.exit_codes import BELOW, DONE
 from pcb_peft.commands.parser import UsageError
@@ -180,7 +187,7 @@ def _check_outputs(parsed: argparse.Namespace) -> None:
     from pcb_peft.reporting.page import is_report
     from pcb_peft.writing.targets import check_file_target
 
-    texts = [word.partition("=")[2] if is_named(word) else word for word in parsed.data]
+    texts = [file_of(word) for word in parsed.data]
     if parsed.log:
         check_file_target(parsed.log, overwrite="all", inputs=texts)  # a line is added
     if parsed.report:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pcb_peft.base.hub import not_found
-from pcb_peft.commands.arguments import is_named
+from pcb_peft.commands.arguments import file_of
 from pcb_peft.errors import AdapterNotFoundError, OptionError
 from pcb_peft.runtime.paths import expanded, similar_path
 
@@ -32,13 +32,13 @@ def check_inputs(parsed: argparse.Namespace) -> None:
             raise AdapterNotFoundError(not_found(word))
     for name, flag in TEXTS.items():
         for word in _words(parsed, name):
-            _check_texts(flag, word.partition("=")[2] if is_named(word) else word)
+            _check_texts(flag, file_of(word))
 
 
 def paths_of(parsed: argparse.Namespace) -> list[str]:
     """Return what an output is made from, which it must not replace: paths, and ids of the Hub."""
     return [
-        word.partition("=")[2] if name in TEXTS and is_named(word) else word
+        file_of(word) if name in TEXTS else word
         for name in (*SOURCES, *TEXTS, *OTHERS)
         for word in _words(parsed, name)
     ]

@@ -131,13 +131,6 @@ def load_with_peft(base: Path, adapter: Path, labels: int = 2) -> Any:
         return PeftModel.from_pretrained(load_base(base, labels), adapter).eval()
 
 
-def load_tokenizer(base: Path) -> Any:
-    """Load the base model's tokenizer."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-
-
 def make_batches(tokenizer: Any, texts: Sequence[Text]) -> list[Batch]:
     """Tokenize texts in batches of similar length, so that little of a batch is padding."""
     columns = [list(column) for column in zip(*texts, strict=True)]

@@ -9,13 +9,13 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pcb_peft.data.models import load_tokenizer
 from pcb_peft.evaluation.classification import (
     Batch,
     Task,
     encode,
     load_base,
     load_tasks,
-    load_tokenizer,
     load_with_peft,
     make_batches,
 )

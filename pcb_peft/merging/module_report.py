@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pcb_peft.base.paths import layer_labels, target_of
+from pcb_peft.base.paths import target_of
 from pcb_peft.deltas.inner import Overlap
 
 
@@ -81,12 +81,16 @@ class AdapterReport:
 
 
 def adapter_report(
-    modules: Mapping[str, ModuleReport], name: str, kept: float | None
+    modules: Mapping[str, ModuleReport],
+    layer_labels: Mapping[str, str],
+    name: str,
+    kept: float | None,
 ) -> AdapterReport:
     """Sum up what became of one adapter.
 
     Args:
         modules: The lines of the report.
+        layer_labels: Module to its layer, for those that lie in one, in the order of the layers.
         name: The adapter's.
         kept: Fraction of its entries that were kept; None where the method drops none.
     """
@@ -96,7 +100,7 @@ def adapter_report(
     layers: dict[str, list[ModuleReport]] = {}
     for module, line in lines.items() if known else ():
         targets.setdefault(target_of(module), []).append(line)
-    for module, layer in layer_labels(modules).items() if known else ():
+    for module, layer in layer_labels.items() if known else ():
         if module in lines:
             layers.setdefault(layer, []).append(lines[module])
     norm = math.sqrt(math.fsum(line.adapter_norms[name] ** 2 for line in lines.values()))

@@ -92,7 +92,8 @@ class Report:
         found = dict.fromkeys(n for line in self.modules.values() for n in line.adapter_norms)
         names = dict.fromkeys((*self.names, *found)) if found else {}
         kept = self.kept
-        return {name: adapter_report(self.modules, name, kept.get(name)) for name in names}
+        layers = layer_labels(self.modules)
+        return {name: adapter_report(self.modules, layers, name, kept.get(name)) for name in names}
 
     @property
     def share(self) -> float | None:

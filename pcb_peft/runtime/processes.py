@@ -323,18 +323,22 @@ def _find_first_machine(address: str) -> None:
         ProcessError: Nobody knows it.
     """
     end = time.monotonic() + ADDRESS_SECONDS
-    while address:
-        try:
-            socket.getaddrinfo(address, None)
-        except (OSError, UnicodeError) as error:
-            if time.monotonic() < end and isinstance(error, OSError):
-                time.sleep(min(0.2, ADDRESS_SECONDS))
-                continue
+    while address and (error := _lookup_error(address)):
+        if isinstance(error, UnicodeError) or time.monotonic() >= end:
             raise ProcessError(
                 f"MASTER_ADDR is {quoted(address)}, and no machine of that name is known ({shown(error)}); start the "
                 "command with accelerate launch or torchrun, or correct it"
             ) from error
-        return
+        time.sleep(min(0.2, ADDRESS_SECONDS))
+
+
+def _lookup_error(address: str) -> Exception | None:
+    """Look a machine up; the error if it is not known, or if its name cannot be one."""
+    try:
+        socket.getaddrinfo(address, None)
+    except (OSError, UnicodeError) as error:
+        return error
+    return None
 
 
 def stoppable() -> contextlib.AbstractContextManager[list[signal.Signals]]:
