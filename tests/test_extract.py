@@ -1,10 +1,12 @@
 """A fine-tuned checkpoint less its base: exact in full, optimal at a rank, and nothing that changed is dropped."""
 
 import fnmatch
+import json
 
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from pcb_peft import (
@@ -13,6 +15,7 @@ from pcb_peft import (
     OptionError,
     UnsupportedError,
     extract_adapter,
+    load_merged,
     merge_adapters,
 )
 from pcb_peft.commands import cli
@@ -150,6 +153,22 @@ def test_a_head_that_the_base_does_not_have_is_stored_whole(workshop):
     assert "classifier" in adapter.head.modules
     values = load_file(tuned / FILE)
     assert torch.equal(adapter.head.read()["classifier.weight"], values["classifier.weight"])
+
+
+def test_a_classifier_keeps_the_names_of_its_classes(workshop):
+    tuned, base = finetuned(workshop, "bert", of_rank_2), workshop.base("bert")
+    labels = ["ham", "offer", "spam"]
+    names = {"id2label": dict(enumerate(labels)), "label2id": {n: i for i, n in enumerate(labels)}}
+    stated = {"architectures": ["BertForSequenceClassification"], **names}
+    config = json.loads((tuned / "config.json").read_text("utf-8"))
+    (tuned / "config.json").write_text(json.dumps(config | stated), encoding="utf-8")
+    edit(base, lambda tensors: {k: v for k, v in tensors.items() if "classifier" not in k})
+    whole = transformers.AutoModelForSequenceClassification.from_pretrained(tuned).eval()
+    extract_adapter(tuned, base, 2).save_pretrained(workshop.directory / "saved")
+    model = load_merged(base, workshop.directory / "saved")
+    assert model.config.id2label == names["id2label"]
+    tokens = torch.tensor([[1, 2, 3]])
+    torch.testing.assert_close(model(tokens).logits, whole(tokens).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_what_only_the_base_has_is_named(workshop):

@@ -1,7 +1,7 @@
 """The files beside an adapter: what they say of it, and which of them belong to it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def labels_beside(directory: Path) -> tuple[str, ...]:
     return ()
 
 
-def labels_in(content: dict[str, Any]) -> tuple[str, ...]:
+def labels_in(content: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the names of the classes that a configuration states; those that transformers makes up are none."""
     if isinstance(listed := content.get("labels"), list):
         return tuple(map(str, listed))

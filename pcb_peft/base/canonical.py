@@ -44,8 +44,22 @@ AUTO_CLASSES = {
 }
 """PEFT's task types, and the class of transformers that does each."""
 
+CLASS_ENDS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+"""Ends of the names of transformers' classes, and PEFT's task type for each."""
+
 CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
 """Task types whose models have a head with a row per class."""
+
+
+def task_type_of_class(name: str) -> str | None:
+    """Return PEFT's task type for a class of transformers, by the end of its name; None if it says nothing."""
+    return next((task for end, task in CLASS_ENDS.items() if name.endswith(end)), None)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pcb_peft.base.architecture import TRANSFORMERS_ERRORS, unreadable_config
-from pcb_peft.base.canonical import AUTO_CLASSES
+from pcb_peft.base.canonical import AUTO_CLASSES, task_type_of_class
 from pcb_peft.base.config import bounded_modules, read_config, refuse_adapter
 from pcb_peft.base.hub import configuration_directory
 from pcb_peft.base.model import open_base_model
@@ -66,11 +66,10 @@ def task_type_of(base_model: str | Path | Any) -> str:
     given = isinstance(base_model, str | Path)
     config = load_config(str(base_model)) if given else getattr(base_model, "config", base_model)
     stated = (getattr(config, "architectures", None) or [""])[0]
-    if getattr(config, "is_encoder_decoder", False):
-        return "SEQ_2_SEQ_LM"
-    if stated.endswith(("ForCausalLM", "LMHeadModel")):
-        return "CAUSAL_LM"
-    return "SEQ_CLS" if stated.endswith("ForSequenceClassification") else "FEATURE_EXTRACTION"
+    if task_type := task_type_of_class(stated):
+        return task_type
+    is_pair = getattr(config, "is_encoder_decoder", False)
+    return "SEQ_2_SEQ_LM" if is_pair else "FEATURE_EXTRACTION"
 
 
 def load_config(source: str) -> Any:

@@ -5,18 +5,21 @@ import functools
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.adapters.beside import labels_in
 from pcb_peft.adapters.delta_mapping import DeltaMapping
 from pcb_peft.adapters.source import Source
+from pcb_peft.base.canonical import task_type_of_class
 from pcb_peft.base.model import BaseModel, opened_base
 from pcb_peft.deltas.delta import Dense, LowRank
 from pcb_peft.deltas.layout import Layout
 from pcb_peft.deltas.rank import truncate
 from pcb_peft.deltas.rank_choice import EnergyFraction, FixedRank, Full, Lossless, parse_rank
-from pcb_peft.deltas.replacements import ReplacedParameter, Replacements
+from pcb_peft.deltas.replacements import ReplacedParameter, Replacements, Task
 from pcb_peft.errors import OptionError, UnsupportedError
 from pcb_peft.extraction.comparison import Comparison, compare_checkpoints, stack_of
 from pcb_peft.formats import LazyDelta, in_memory, vector_delta
@@ -109,11 +112,13 @@ def extract_adapter(
         biases = {name: comparison.reader(name) for name in bias_names}
         entries = lora | {name: entries[name] for name in biases}
         saved |= owners
+    task = _task(tuned.config)
     return ExtractedAdapter(
         name=Source(tuned.source).name,
         modules=DeltaMapping(entries),
         base_model=base.source,
-        head=_head(comparison, saved),
+        task_type=task.task_type,
+        head=_head(comparison, saved, task),
         report=report.build("extract", "dense", "module", time.perf_counter() - started),
         biases=biases,
         inputs=existing(tuned.directory, base.directory),
@@ -141,7 +146,13 @@ def _matrix(change: Callable[[], Tensor], layout: Layout) -> Dense:
     return Dense(layout.matrix(change()).contiguous(), layout=layout)
 
 
-def _head(comparison: Comparison, modules: set[str]) -> Replacements:
+def _task(config: Mapping[str, Any]) -> Task:
+    """Return the task that a model was fine-tuned for, as its configuration states it."""
+    stated = (config.get("architectures") or [""])[0]
+    return Task(task_type_of_class(stated), labels_in(config))
+
+
+def _head(comparison: Comparison, modules: set[str], task: Task) -> Replacements:
     """Return modules that are stored whole, with all their parameters."""
     names = [name for name in comparison.tuned.names.in_model if name.rpartition(".")[0] in modules]
     return Replacements(
@@ -150,6 +161,7 @@ def _head(comparison: Comparison, modules: set[str]) -> Replacements:
             name: ReplacedParameter(comparison.shape(name), comparison.reader(name))
             for name in names
         },
+        task=task,
     )
 
 
