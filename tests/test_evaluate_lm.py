@@ -2,7 +2,6 @@ import importlib.util
 import json
 import math
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import Workshop
+from launching import Launcher
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from pcb_peft import OptionError, evaluate, merge_adapters
@@ -288,7 +288,7 @@ def test_the_harness_runs_a_real_language_model(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.slow
 def test_two_processes_give_what_one_gives(
-    base: Path, adapters: list[Path], merge: Path, tmp_path: Path
+    launch: Launcher, base: Path, adapters: list[Path], merge: Path, tmp_path: Path
 ):
     script = tmp_path / "run.py"
     script.write_text(
@@ -309,18 +309,8 @@ def test_two_processes_give_what_one_gives(
         "cache": str(tmp_path / "cache"),
         "log": str(tmp_path / "log"),
     }
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        "--master-port=29591",
-    ]
-    run = subprocess.run(
-        [*command, str(script), json.dumps(words)], capture_output=True, text=True, timeout=400
-    )
-    assert run.returncode == 0, run.stderr
-    lines = sorted(line for line in run.stdout.splitlines() if line[:2] in ("0 ", "1 "))
+    codes, outputs, errors = launch(2, [script, json.dumps(words)])
+    assert codes == [0, 0], errors
     one = evaluate(merge, adapters[:1], base, [rows], batch_size=2, cache=False)
-    assert [line[2:] for line in lines] == [str(one.tasks[0].merged.outcomes)] * 2
+    assert outputs == [f"{rank} {one.tasks[0].merged.outcomes}\n" for rank in range(2)]
     assert len((tmp_path / "log").read_text().splitlines()) == 1

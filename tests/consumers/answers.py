@@ -11,7 +11,7 @@ prompt. A consumer that refuses a directory answers `{"refused": MESSAGE}`.
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +20,29 @@ TOP = 10
 Values = dict[str, float]
 """Token, as JSON writes it, to its log-probability."""
 
+Prepare = Callable[[dict[str, Any]], Callable[[str], Sequence[Values]]]
+"""Gets the request, loads the base model, and returns a function from a directory to the values after each prompt."""
 
-def answer(prepare: Callable[[dict[str, Any]], Callable[[str], Sequence[Values]]]) -> None:
-    """Answer a request.
 
-    Args:
-        prepare: Gets the request, loads the base model, and returns a function from a directory to the values after
-            each prompt. The directory "" stands for the bare base model.
-    """
+def answer(prepare: Prepare) -> None:
+    """Read a request, and answer it on the standard output."""
     lines = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
-    request = json.loads(Path(sys.argv[1]).read_text())
-    compute = prepare(request)
-    for directory in request["directories"]:
-        try:
-            found = {"logprobs": compute(directory)}
-        except Exception as error:  # noqa: BLE001  (a refusal, in whatever class)
-            found = {"refused": f"{type(error).__name__}: {error}"[:500]}
+    for found in answers_to(json.loads(Path(sys.argv[1]).read_text()), prepare):
         print(json.dumps(found), file=lines, flush=True)
+
+
+def answers_to(request: dict[str, Any], prepare: Prepare) -> Iterator[Mapping[str, Any]]:
+    """Return the answer for each directory of a request, one after the other."""
+    compute = prepare(request)
+    return (_answer(compute, directory) for directory in request["directories"])
+
+
+def _answer(compute: Callable[[str], Sequence[Values]], directory: str) -> Mapping[str, Any]:
+    try:
+        return {"logprobs": compute(directory)}
+    except Exception as error:  # noqa: BLE001  (a refusal, in whatever class)
+        return {"refused": f"{type(error).__name__}: {error}"[:500]}
 
 
 def top(values: Any) -> Values:

@@ -29,6 +29,7 @@ class Environment:
         variables: Environment variables.
         label: What reports call it, where that is not the consumer's word.
         adapters: Names of the adapters that it is given; empty for all.
+        apart: True if it runs in a process of its own, which it may take down.
     """
 
     consumer: str
@@ -41,6 +42,7 @@ class Environment:
     variables: Mapping[str, str] = dataclasses.field(default_factory=dict)
     label: str = ""
     adapters: Sequence[str] = ()
+    apart: bool = True
 
     @property
     def name(self) -> str:
@@ -111,8 +113,15 @@ VLLM = Environment(
     },
 )
 ENVIRONMENTS = (
-    Environment("peft", "in_peft.py", ("peft",), ("portable", "peft"), 1e-4),
-    Environment("transformers", "in_transformers.py", ("transformers",), ("saved", "folded"), 1e-4),
+    Environment("peft", "in_peft.py", ("peft",), ("portable", "peft"), 1e-4, apart=False),
+    Environment(
+        "transformers",
+        "in_transformers.py",
+        ("transformers",),
+        ("saved", "folded"),
+        1e-4,
+        apart=False,
+    ),
     Environment("llama.cpp", "in_llama_cpp.py", ("xllamacpp",), ("gguf",), 0.02),
     Environment("mlx", "in_mlx.py", ("mlx.core", "mlx_lm"), ("mlx", "folded")),
     Environment(

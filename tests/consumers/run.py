@@ -10,6 +10,7 @@ status is 1 where it did not, and 77 where no consumer that was asked for could 
 
 import argparse
 import dataclasses
+import importlib
 import json
 import os
 import subprocess
@@ -24,7 +25,8 @@ import peft
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # beside the directory of this script
+sys.path.extend(map(str, Path(__file__).parents[:2]))  # for those who import this file, too
+from answers import answers_to
 from environments import ENVIRONMENTS, HERE, Environment, Form
 from zoo import PROMPTS, adapters, base_model
 
@@ -75,7 +77,7 @@ class Reference:
     """Log-probabilities of the next token by PEFT of this environment."""
 
     def __init__(self, base: Path, prompts: Sequence[Sequence[int]]) -> None:
-        self.base, self.prompts = base, [torch.tensor([tokens]) for tokens in prompts]
+        self.base, self.prompts = base, prompts
         self.known: dict[str, list[torch.Tensor]] = {}
 
     @torch.no_grad()
@@ -88,7 +90,8 @@ class Reference:
             ).eval()
             if adapter is not None:
                 model = peft.PeftModel.from_pretrained(model, adapter).eval()
-            self.known[key] = [model(ids).logits[0, -1].log_softmax(-1) for ids in self.prompts]
+            given = (torch.tensor([tokens]) for tokens in self.prompts)
+            self.known[key] = [model(ids).logits[0, -1].log_softmax(-1) for ids in given]
         return self.known[key]
 
     def outcome(self, answered: Mapping[str, Any], adapter: Path, limit: float) -> Outcome:
@@ -151,9 +154,13 @@ def answers(
     base: Path,
     directories: Sequence[Path],
     request: Mapping[str, Any],
-) -> list[dict[str, Any]]:
+) -> list[Mapping[str, Any]]:
     """Run a consumer's script; where it dies, that is its answer, and it starts again behind that directory."""
-    found: list[dict[str, Any]] = []
+    found: list[Mapping[str, Any]] = []
+    if not environment.apart:
+        script = importlib.import_module(Path(environment.script).stem)
+        given = {"base": str(base), "directories": [*map(str, directories)], **request}
+        return list(answers_to(given, script.prepare))
     while len(found) < len(directories):
         rest = [str(one) for one in directories[len(found) :]]
         with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
@@ -175,17 +182,17 @@ def answers(
 
 
 def judged(
-    environment: Environment, folder: Path, base: Path, saved: Mapping[str, Path], prompts: Any
+    environment: Environment, folder: Path, reference: Reference, saved: Mapping[str, Path]
 ) -> list[tuple[Case, Outcome]]:
     """Return all cases of a consumer with their outcomes."""
-    reference = Reference(base, prompts)
+    base = reference.base
     all_cases = list(cases(environment, saved, base, base.with_name("exports")))
     groups: dict[str, list[Case]] = {}
     for case in all_cases:
         groups.setdefault(json.dumps(case.options), []).append(case)
     found: list[tuple[Case, Outcome]] = []
     for options, group in groups.items():
-        request = {"prompts": prompts, "options": json.loads(options)}
+        request = {"prompts": reference.prompts, "options": json.loads(options)}
         directories = [case.directory for case in group]
         for case, one in zip(
             group, answers(environment, folder, base, directories, request), strict=True
@@ -210,7 +217,7 @@ def line(case: Case, outcome: Outcome) -> str:
     )
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Run the consumers that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="CONSUMER", help="default: all")
@@ -226,7 +233,7 @@ def main() -> int:
         help="where environments are (default: $PCB_PEFT_CONSUMERS, or .venv-consumers)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
-    parsed = parser.parse_args()
+    parsed = parser.parse_args(words)
     folder: Path = parsed.folder.absolute()
     chosen = [one for one in ENVIRONMENTS if not parsed.names or one.name in parsed.names]
     ready, results = list[Environment](), dict[str, Any]()
@@ -254,13 +261,13 @@ def tables(
     base = base_model(work / "base")
     saved = adapters(base, work / "adapters", names)
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(base)
-    prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
+    reference = Reference(base, [tokenizer(prompt).input_ids for prompt in PROMPTS])
     found: dict[str, list[str]] = {}
     for environment in environments:
         print(
             f"{environment.name}: differences to PEFT (at most {environment.limit}) and to the base"
         )
-        results = judged(environment, folder, base, saved, prompts)
+        results = judged(environment, folder, reference, saved)
         found[environment.name] = [line(case, outcome) for case, outcome in results]
         print("\n".join(found[environment.name]), flush=True)
     return found
