@@ -15,6 +15,9 @@ from pcb_peft.evaluation.runner import Encoded, Runner
 Likelihood = tuple[float, int]
 """The log-likelihood of an answer, and how many tokens it has."""
 
+CACHES = ("cache", "past_key_values")
+"""What the keys and values that a model has kept are called since transformers 5.24, and before."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Question:
@@ -76,7 +79,7 @@ def _keeps_what_it_read(model: Any, tokens: list[int], runner: Runner) -> bool:
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     output = model(input_ids=torch.tensor([tokens], device=runner.device), use_cache=True)
-    cache = getattr(output, "past_key_values", None)
+    cache = _cache(output)
     kinds = (DynamicLayer, DynamicSlidingWindowLayer)
     return type(cache) is DynamicCache and all(type(layer) in kinds for layer in cache.layers)
 
@@ -103,7 +106,8 @@ def _likelihoods(
             for rest, target in pairs
         ]
         read = runner.padded(rows, "right")
-        output.past_key_values.batch_select_indices(index)
+        cache = _cache(output)
+        cache.batch_select_indices(index)
         after = mask.sum(-1, keepdim=True)[index] + torch.arange(
             read["input_ids"].shape[1], device=runner.device
         )
@@ -112,17 +116,25 @@ def _likelihoods(
             after,
             input_ids=read["input_ids"],
             attention_mask=torch.cat([mask[index], read["attention_mask"]], -1),
-            past_key_values=output.past_key_values,
+            cache=cache,
         ).logits
         totals = totals + picked(logits, read["labels"]).sum(-1)
     scored = iter(zip(totals.tolist(), map(_count, targets), strict=True))
     return [[next(scored) for _ in question.rests] for question in questions]
 
 
-def _run(model: Any, positions: Tensor, **given: Any) -> Any:
+def _cache(output: Any) -> Any:
+    """Return the keys and values that a model has kept; None if it keeps none."""
+    found = (getattr(output, name, None) for name in CACHES)
+    return next((cache for cache in found if cache is not None), None)
+
+
+def _run(model: Any, positions: Tensor, cache: Any = None, **given: Any) -> Any:
     """Run a model, with what its class takes of positions and of the number of logits that are needed."""
     takes = accepted_arguments(model)
     given |= {"position_ids": positions}
+    if cache is not None:
+        given |= {next((name for name in CACHES if name in takes), CACHES[-1]): cache}
     optional = ("position_ids", "logits_to_keep")
     return model(**{k: v for k, v in given.items() if k not in optional or k in takes})
 
