@@ -163,6 +163,7 @@ def test_a_classifier_keeps_the_names_of_its_classes(workshop):
     config = json.loads((tuned / "config.json").read_text("utf-8"))
     (tuned / "config.json").write_text(json.dumps(config | stated), encoding="utf-8")
     edit(base, lambda tensors: {k: v for k, v in tensors.items() if "classifier" not in k})
+    edit(base, lambda tensors: tensors | {"bert.embeddings.position_ids": torch.arange(9)[None]})
     whole = transformers.AutoModelForSequenceClassification.from_pretrained(tuned).eval()
     extract_adapter(tuned, base, 2).save_pretrained(workshop.directory / "saved")
     model = load_merged(base, workshop.directory / "saved")

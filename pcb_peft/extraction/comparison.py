@@ -187,11 +187,16 @@ def _refuse_other_changes(tuned: BaseModel, base: BaseModel) -> None:
 
 
 def _missing(tuned: BaseModel, base: BaseModel) -> list[str]:
-    """Return the parameters that only the base model has; raise where only the fine-tuned model has tied them."""
+    """Return the parameters that only the base model has; raise where only the fine-tuned model has tied them.
+
+    Tensors that transformers does not load, such as the ``position_ids`` of old checkpoints, are no parameters.
+    """
+    parameters = base.names.skeleton.parameters or base.names.in_model
     missing = [
         name
         for name in base.names.in_model
-        if not tuned.holds(name) and not (tuned.names.tied(name) and base.names.tied(name))
+        if name in parameters and not tuned.holds(name)
+        if not (tuned.names.tied(name) and base.names.tied(name))
     ]
     for name in missing:
         if tuned.names.tied(name):
