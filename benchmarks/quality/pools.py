@@ -100,6 +100,23 @@ def _mpnet() -> tuple[Member, ...]:
     )
 
 
+def _full() -> tuple[Member, ...]:
+    """Fine-tunes of all weights; inference learns nothing at the rate of the others."""
+    slower = Member(name="nli_cad", task="nli_cad", kind="full", rate=3e-5, steps=500, seed=2)
+    return tuple(
+        slower if member.name == slower.name else member
+        for member in _all(SIX, kind="full", rate=1e-4)
+    )
+
+
+def _again(number: int) -> tuple[Member, ...]:
+    """The six tasks with other seeds."""
+    return tuple(
+        Member(name=f"{task}-{number}", task=task, seed=100 * number + seed)
+        for seed, task in enumerate(SIX)
+    )
+
+
 def _all(tasks: tuple[str, ...], **how: object) -> tuple[Member, ...]:
     return tuple(
         Member(name=task, task=task, seed=seed, **how)  # type: ignore[arg-type]
@@ -111,6 +128,8 @@ POOLS = {
     pool.name: pool
     for pool in (
         Pool("minilm", MINILM, _all(SIX)),
+        Pool("minilm-second", MINILM, _again(2)),
+        Pool("minilm-third", MINILM, _again(3)),
         Pool("minilm8", MINILM, (*_all(SIX), *_more())),
         Pool("minilm-ia3", MINILM, _all(SIX, kind="ia3", rate=1e-2, steps=300)),
         Pool("smollm2", SMOLLM2, _smollm2(), length=96),
@@ -139,7 +158,7 @@ POOLS = {
                 for n in range(4)
             ),
         ),
-        Pool("minilm-full", MINILM, _all(SIX, kind="full", rate=1e-4)),
+        Pool("minilm-full", MINILM, _full()),
     )
 }
 """By name. Those of minilm and minilm-ia3 that are shipped are not trained again."""

@@ -37,9 +37,9 @@ def full_rank_warning(prepared: Prepared) -> str:
     if rank <= USUAL_RANK:
         return ""
     size = format_size(FLOAT * values)
-    causes = ", ".join(dense)
+    causes = f"{', '.join(dense)} {'change' if len(dense) > 1 else 'changes'}"
     return (
-        f"the merged adapter has rank {rank} and takes {size}, because {causes} changes whole matrices, as an (IA)³ "
+        f"the merged adapter has rank {rank} and takes {size}, because {causes} whole matrices, as an (IA)³ "
         f"among LoRAs does: rank=0.95 (--rank 0.95) keeps 95 % of the energy, rank={USUAL_RANK} is what servers take, "
         "and rank='full' with a fold (--rank full --fold) keeps everything"
     )
