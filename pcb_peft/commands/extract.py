@@ -12,6 +12,7 @@ from pcb_peft.commands.arguments import (
 from pcb_peft.commands.command import Answer, Command
 from pcb_peft.commands.next_steps import where_written
 from pcb_peft.runtime.paths import size_on_disk
+from pcb_peft.runtime.shown import some_modules
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +60,7 @@ def _run(parsed: argparse.Namespace) -> Answer:
     report, size = extracted.report, size_on_disk(parsed.output)
     lines = [f"{len(report.modules)} modules, retained energy {report.energy:.4f}"]
     if extracted.head.modules:
-        lines.append(f"stored whole: {', '.join(extracted.head.modules)}")
+        lines.append(f"stored whole: {some_modules(extracted.head.modules)}")
     lines += [*report.notes, where_written(parsed.output, report.rank, size)]
     data = {
         "output": str(parsed.output),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pcb_peft.consumers.vllm import served_rank
 from pcb_peft.errors import BaseModelError
 from pcb_peft.files.json_text import read_json_file
-from pcb_peft.runtime.shown import typed
+from pcb_peft.runtime.shown import some_modules, typed
 from pcb_peft.runtime.units import format_size
 
 if TYPE_CHECKING:
@@ -88,10 +88,10 @@ def missing_heads(adapter: Adapter, output: Path, *, folded: bool = False) -> st
     """
     if not adapter.heads:
         return None
-    modules = sorted({module for kept in adapter.heads.values() for module in kept.modules})
+    names = {module for kept in adapter.heads.values() for module in kept.modules}
     owners, first = ", ".join(adapter.heads), next(iter(adapter.heads))
     found = (
-        f"NO {' and '.join(modules) or 'head'} of its own: {owners} have different ones, saved in "
+        f"NO {some_modules(names) or 'head'} of its own: {owners} have different ones, saved in "
         f"{output / 'heads'}"
     )
     if folded:

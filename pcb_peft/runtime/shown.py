@@ -2,7 +2,7 @@
 
 import reprlib
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 LONGEST = 200  # characters
 
@@ -63,6 +63,15 @@ def some_of(names: Sequence[str], most: int = 3, between: str = ", ") -> str:
     """
     more = len(names) - most
     return between.join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def some_modules(names: Collection[str], most: int = 3) -> str:
+    """Return some of the names of modules, the outermost first, as a head is, and the number of the others.
+
+    >>> some_modules(["layer.0.norm", "layer.1.norm", "layer.2.norm", "score"])
+    'score, layer.0.norm, layer.1.norm and 1 more'
+    """
+    return some_of(sorted(names, key=lambda name: (name.count("."), name)), most)
 
 
 def typed(path: object) -> str:
