@@ -73,14 +73,22 @@ def batches_of(
         rows = [
             _with_numeric_label(row, labels, number, classes) for number, row in enumerate(rows, 1)
         ]
-    longest = getattr(model.config, "max_position_embeddings", None) or max_length
     collate = _Collator(
         _loaded_tokenizer(tokenizer, model),
-        min(max_length, longest),
+        longest_text(model.config, max_length),
         causal=causal,
         with_labels=with_labels,
     )
     return DataLoader(rows, batch_size=batch_size, collate_fn=collate)  # type: ignore[arg-type]
+
+
+def longest_text(config: Any, most: int) -> int:
+    """Return the number of tokens that a text may have: `most`, or fewer if a model has fewer positions.
+
+    XLNet has as many as there are tokens, and states −1.
+    """
+    positions = getattr(config, "max_position_embeddings", None) or 0
+    return min(most, positions) if positions > 0 else most
 
 
 def _are_texts(values: Any) -> bool:

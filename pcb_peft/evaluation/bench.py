@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pcb_peft.adapters.adapter import Adapter
-from pcb_peft.data.batches import spread
+from pcb_peft.data.batches import longest_text, spread
 from pcb_peft.data.live_heads import Head
 from pcb_peft.data.models import load_tokenizer
 from pcb_peft.errors import OptionError, PcbPeftError
@@ -207,7 +207,7 @@ def job_of(pair: Pair, host: ModelHost, settings: Settings, task_type: str | Non
     task_type = "SEQ_CLS" if head else stated or host.task_type()
     if callable(pair.data) or pair.harness_task:
         return Job(pair, task_type)
-    classes = next(reversed(head.values())).shape[0] if head else None
+    classes = host.classes_of(head, pair.name) if head else None
     if classes is None and task_type == host.task_type() == "SEQ_CLS":
         classes = host.config().num_labels
     texts = read_task(
@@ -236,13 +236,14 @@ def open_bench(base_model: str, settings: Settings) -> Bench:
     host = ModelHost(
         base_model, dtype=settings.dtype, device=device, dequantize=settings.dequantize
     )
-    positions = getattr(host.config(), "max_position_embeddings", None) or settings.max_length
     tokenizer, track = settings.tokenizer or load_tokenizer(base_model), tracker(settings.progress)
-    length = min(settings.max_length, positions, tokenizer.model_max_length)
+    most = longest_text(host.config(), settings.max_length)
     return Bench(
         host=host,
         base_digest=base_digest(base_model, cache),
-        runner=Runner(tokenizer, device, settings.batch_size, length, track),
+        runner=Runner(
+            tokenizer, device, settings.batch_size, min(most, tokenizer.model_max_length), track
+        ),
         cache=cache,
         limit=settings.limit,
         track=track,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pcb_peft.base.canonical import AUTO_CLASSES
-from pcb_peft.data.live_heads import Head, give_head, put_head, wrapped_by_peft
+from pcb_peft.base.fitting_head import classes_of_head
+from pcb_peft.data.live_heads import Head, give_head, misfit, put_head, wrapped_by_peft
 from pcb_peft.data.models import input_embeddings, load_config, load_model, task_type_of
 from pcb_peft.runtime.paths import expanded
 
@@ -78,6 +79,18 @@ class ModelHost:
             BaseModelError: There is none.
         """
         return load_config(self.base_model)
+
+    def classes_of(self, head: Head, name: str) -> int:
+        """Return the number of classes of a head.
+
+        Raises:
+            MismatchError: The base model's classifier has no such head.
+        """
+        shapes = {key: tuple(values.shape) for key, values in head.items()}
+        classes = classes_of_head(shapes, self.config(), "SEQ_CLS")
+        if classes is None:
+            raise misfit(shapes, AUTO_CLASSES["SEQ_CLS"], name)
+        return classes
 
     def task_type(self) -> str:
         """PEFT's word for what the base model was built for, such as CAUSAL_LM."""
