@@ -10,7 +10,7 @@ from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.source import Source
 from pcb_peft.base.canonical import AUTO_CLASSES, CLASSIFIERS
 from pcb_peft.base.fitting_head import classes_of_head
-from pcb_peft.data.live_heads import misfit
+from pcb_peft.data.live_heads import misfit, refuse_made_up
 from pcb_peft.data.models import load_base, load_config
 from pcb_peft.errors import MismatchError
 from pcb_peft.runtime.paths import expanded
@@ -33,6 +33,8 @@ def adapted_model(
     given = not isinstance(base_model, str | Path)
     classes = {} if given else _number_of_classes(adapter, str(base_model))
     base = load_base(base_model, adapter.task_type, dequantize=dequantize, **classes)
+    if adapter.task_type in CLASSIFIERS:
+        refuse_made_up(base, adapter.head.parameters, adapter.name)
     with warnings.catch_warnings():  # peft asks transformers for this under its old name
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
         directory, options = _peft_arguments(source)

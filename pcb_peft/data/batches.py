@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from pcb_peft.base.architecture import text_config
 from pcb_peft.data.models import load_tokenizer
 from pcb_peft.errors import OptionError
 from pcb_peft.files.json_text import parse_json, read_text
@@ -199,11 +200,20 @@ def _loaded_tokenizer(tokenizer: Any, model: Any) -> Any:
         tokenizer = load_tokenizer(model.get_base_model().name_or_path)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    pad_in_config = getattr(model.config, "pad_token_id", None)
-    if pad_in_config is None:  # a classifier on a decoder looks there for the last token of a text
-        model.config.pad_token_id = tokenizer.pad_token_id
+    name_padding(model, tokenizer)
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def name_padding(model: Any, tokenizer: Any) -> None:
+    """Write the number of the padding token into a model's configuration, if it is not there.
+
+    A classifier on a decoder looks there for the last token of a text; in a model of texts and images, in the
+    configuration of its text part.
+    """
+    for config in (model.config, text_config(model.config)):
+        if getattr(config, "pad_token_id", None) is None:
+            config.pad_token_id = tokenizer.pad_token_id
 
 
 class _Collator:

@@ -2,14 +2,16 @@
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pcb_peft.base.fitting_head import Shapes, model_with_head, without_values
+from pcb_peft.data.models import made_up
 from pcb_peft.errors import MismatchError
+from pcb_peft.runtime.shown import some_of
 
 Head = Mapping[str, Tensor]
 """A classification head: its parameters by their names in the base model."""
@@ -51,6 +53,29 @@ def give_head(model: Any, head: Head, name: str = "the adapter") -> None:
     put_head(model, head, name)
 
 
+def refuse_made_up(model: Any, head: Container[str], name: str) -> None:
+    """Refuse a classifier of which neither the base model nor the adapter has all parameters.
+
+    The pooler of DeBERTa is such a case: PEFT saves it only where it is told to (modules_to_save).
+
+    Args:
+        model: As `load_model` has loaded it.
+        head: The parameters that the adapter brings.
+        name: What messages call the adapter.
+
+    Raises:
+        MismatchError: Some are in neither of them.
+    """
+    lacking = sorted(key for key in made_up(model) if key not in head)
+    if lacking:
+        modules = sorted({key.rpartition(".")[0] for key in lacking})
+        raise MismatchError(
+            f"{name}: {some_of(lacking)} of {type(model).__name__} are neither in the base model nor in the adapter: "
+            "transformers makes them up, and did so when the adapter was trained, so that nobody knows what it "
+            f"answered; train it again with them among its modules_to_save ({', '.join(modules)})"
+        )
+
+
 def misfit(shapes: Shapes, kind: str, name: str) -> MismatchError:
     """Return the refusal of a head that a model has no place for."""
     return MismatchError(
@@ -66,7 +91,7 @@ def put_head(model: nn.Module, head: Head, name: str = "the adapter") -> None:
         MismatchError: The model has no parameter of that name, or in another shape.
     """
     parameters: dict[str, list[Tensor]] = {}
-    for key, parameter in model.named_parameters():
+    for key, parameter in model.named_parameters(remove_duplicate=False):
         parameters.setdefault(WRAPPED.sub("", key), []).append(parameter)
     with torch.no_grad():
         for key, value in head.items():

@@ -21,6 +21,8 @@ from pcb_peft.runtime.shown import shown
 WITH_LOGITS = frozenset({"CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "SEQ_2_SEQ_LM"})
 """PEFT's task types whose models answer with logits; others have hidden states only."""
 
+MADE_UP = "_made_up_parameters"  # attribute of a model
+
 
 def load_base(
     base_model: str | Path | Any,
@@ -128,15 +130,28 @@ def load_model(
                 model = dequantised_model(base, class_name, dtype, **options)
             else:
                 model_class = getattr(transformers, class_name)
-                model = model_class.from_pretrained(
-                    source, dtype=dtype, trust_remote_code=False, **options
+                model, found = model_class.from_pretrained(
+                    source,
+                    dtype=dtype,
+                    trust_remote_code=False,
+                    output_loading_info=True,
+                    **options,
                 )
+                setattr(model, MADE_UP, frozenset(found["missing_keys"]))
         except (ImportError, *TRANSFORMERS_ERRORS) as error:
             if not dequantize and getattr(config, "quantization_config", None):
                 reason = f"and transformers cannot compute with it on this machine ({shown(error)})"
                 raise _quantised_error(source, reason) from error
             raise unreadable_config(source, error) from error
     return model.eval()
+
+
+def made_up(model: Any) -> frozenset[str]:
+    """Return the parameters that the files of a model lack: transformers gave them random values.
+
+    Those of a model that was given in memory are not known, and none of a quantised one are.
+    """
+    return getattr(model, MADE_UP, frozenset[str]())
 
 
 def _holds_codes(model: Any) -> bool:

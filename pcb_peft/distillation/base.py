@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.base.canonical import CLASSIFIERS
+from pcb_peft.data.live_heads import refuse_made_up
 from pcb_peft.errors import MismatchError, UnsupportedError
 
 Head = dict[str, Tensor]
@@ -22,7 +23,7 @@ def head_of(adapter: Adapter, model: Any) -> Head:
 
     Raises:
         UnsupportedError: It replaces rows of an embedding, or it is a classifier without its head.
-        MismatchError: The model has no such parameters.
+        MismatchError: The model has no such parameters, or the adapter lacks a layer of its head.
     """
     if adapter.head.rows:
         raise UnsupportedError(
@@ -33,6 +34,8 @@ def head_of(adapter: Adapter, model: Any) -> Head:
             f"{adapter.name} is a classifier without a classification head in its files, so what it answers is not "
             "known; save it with its head (modules_to_save)"
         )
+    if adapter.task_type in CLASSIFIERS:
+        refuse_made_up(model, adapter.head.parameters, adapter.name)
     known = dict(model.named_parameters())
     for name in adapter.head.parameters:
         if name not in known:

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from pcb_peft.base.canonical import AUTO_CLASSES
 from pcb_peft.base.fitting_head import classes_of_head
-from pcb_peft.data.live_heads import Head, give_head, misfit, put_head, wrapped_by_peft
+from pcb_peft.data.live_heads import (
+    Head,
+    give_head,
+    misfit,
+    put_head,
+    refuse_made_up,
+    wrapped_by_peft,
+)
 from pcb_peft.data.models import input_embeddings, load_config, load_model, task_type_of
 from pcb_peft.runtime.paths import expanded
 
@@ -117,7 +124,7 @@ class ModelHost:
 
         Raises:
             BaseModelError: The base model cannot be loaded.
-            MismatchError: The adapter or the head does not fit it.
+            MismatchError: The adapter or the head does not fit it, or the head lacks a layer.
         """
         wanted = task_type, checkpoint or self.base_model, place
         if self._worn is not None and self._worn == wanted:
@@ -135,6 +142,7 @@ class ModelHost:
         if head:
             give_head(model, head, name)
             self._heads |= {key.rpartition(".")[0] for key in head}
+            refuse_made_up(model, head, name)
         if place is None:
             return
         self._loaded = None  # until it is known that the adapter has left nothing behind

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from pcb_peft.data.batches import IGNORED
+from pcb_peft.data.batches import IGNORED, name_padding
 from pcb_peft.data.models import accepted_arguments
 from pcb_peft.evaluation.choices import Likelihood, picked, shared_likelihoods
 from pcb_peft.evaluation.runner import Batch, Encoded, Runner
@@ -15,8 +15,7 @@ from pcb_peft.evaluation.texts import TextTask
 def outcomes_of(runner: Runner, model: Any, task: TextTask) -> list[float]:
     """Run a task's texts; one number per text: 1 or 0 for right or wrong, or the loss."""
     encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
-    if model.config.pad_token_id is None:  # a classifier on a decoder looks for it
-        model.config.pad_token_id = runner.tokenizer.pad_token_id
+    name_padding(model, runner.tokenizer)
     with torch.inference_mode():
         return OUTCOMES[task.measure](runner, model, task, encoder_decoder)
 

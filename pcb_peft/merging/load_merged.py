@@ -13,7 +13,7 @@ from pcb_peft.adapters.loading import load_adapter
 from pcb_peft.adapters.own_head import files_with_head
 from pcb_peft.adapters.source import Source
 from pcb_peft.base.canonical import AUTO_CLASSES
-from pcb_peft.data.live_heads import Head, give_head, wrapped_by_peft
+from pcb_peft.data.live_heads import Head, give_head, refuse_made_up, wrapped_by_peft
 from pcb_peft.data.models import input_embeddings, load_model
 from pcb_peft.deltas.replacements import Replacements
 from pcb_peft.errors import BaseModelError, OptionError
@@ -62,6 +62,7 @@ def load_merged(
     _fit_vocabulary(model, parameters)
     if parameters:
         give_head(model, parameters, headed.name)
+        refuse_made_up(model, parameters, headed.name)
         _name_classes(model, headed.head)
     with private_directory() as folder:
         place = _written(opened, headed, head, Path(folder) / "adapter")
