@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,7 +23,7 @@ MARKS = {
 }
 """Where the tables stand on a page, by the texts that were measured."""
 BASE = "no merge: the base model"
-RANK = "rank="
+RANK, DENSITY = "rank=", "density="
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -217,37 +217,46 @@ def put_into(page: Path, merges: Sequence[Merge]) -> None:
 
 
 def draw(merges: Sequence[Merge], folder: Path) -> None:
-    """Draw what is kept on average against the rank, and against the number of adapters; one picture per pool."""
+    """Draw what is kept on average against rank, density and number of adapters; one picture per pool."""
     folder.mkdir(parents=True, exist_ok=True)
     tested = [merge for merge in merges if merge.split == "test"]
     for pool in dict.fromkeys(merge.pool for merge in tested):
         of_pool = [m for m in tested if m.pool == pool and m.setting != BASE]
         everything = max(merge.count for merge in of_pool)
-        by_rank = [m for m in of_pool if m.count == everything and not m.setting.startswith("peft")]
-        _picture(by_rank, _rank, "rank", folder / f"{pool}-rank.png")
+        ours = [m for m in of_pool if m.count == everything and ":" not in m.setting]
+        sparse = [merge for merge in ours if DENSITY in merge.setting]
         lossless = [merge for merge in of_pool if RANK not in merge.setting]
+        _picture(ours, _rank, "rank", folder / f"{pool}-rank.png")
+        _picture(sparse, lambda m: _named(m, DENSITY), "density", folder / f"{pool}-density.png")
         _picture(lossless, lambda m: m.count, "adapters", folder / f"{pool}-adapters.png")
 
 
 def _rank(merge: Merge) -> float:
     """The rank that a setting names; lossless is drawn as the largest possible one."""
-    words = [word for word in merge.setting.split() if word.startswith(RANK)]
-    return float(words[0].removeprefix(RANK)) if words else 16.0 * merge.count
+    return _named(merge, RANK, 16.0 * merge.count)
 
 
-def _method(merge: Merge) -> str:
-    return " ".join(word for word in merge.setting.split() if not word.startswith(RANK))
+def _named(merge: Merge, name: str, default: float = 0.0) -> float:
+    """The number that a setting has behind a name such as ``rank=``."""
+    words = [word for word in merge.setting.split() if word.startswith(name)]
+    return float(words[0].removeprefix(name)) if words else default
 
 
-def _picture(merges: Sequence[Merge], place: Any, label: str, file: Path) -> None:
+def _picture(
+    merges: Sequence[Merge], place: Callable[[Merge], float], label: str, file: Path
+) -> None:
     """Lines of the methods that were measured at two places or more."""
+
+    def method(merge: Merge) -> str:
+        return " ".join(w for w in merge.setting.split() if not w.startswith(f"{label}="))
+
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots()
-    for method, given in itertools.groupby(sorted(merges, key=_method), _method):
+    for name, given in itertools.groupby(sorted(merges, key=method), method):
         points: dict[float, list[tuple[float, float]]] = {}
         for merge in given:
             points.setdefault(place(merge), []).append(merge.at_one.mean)
@@ -255,7 +264,7 @@ def _picture(merges: Sequence[Merge], place: Any, label: str, file: Path) -> Non
             places = sorted(points)
             means = [100 * fmean(mean for mean, _ in points[p]) for p in places]
             noise = [100 * math.hypot(*(e for _, e in points[p])) / len(points[p]) for p in places]
-            axes.errorbar(places, means, noise, marker="o", capsize=3, label=method)
+            axes.errorbar(places, means, noise, marker="o", capsize=3, label=name)
     axes.set(xlabel=label, ylabel="kept on average with every weight at 1, %")
     if axes.containers:
         axes.legend()
