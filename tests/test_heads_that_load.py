@@ -24,6 +24,7 @@ from pcb_peft import (
 )
 from pcb_peft.commands import cli
 from pcb_peft.data.live_heads import put_head
+from pcb_peft.deltas.replacements import ReplacedParameter, Replacements
 from pcb_peft.formats.keys import AUTOMATIC_HEADS
 
 pytestmark = pytest.mark.slow  # whole models: the parts are tested by themselves
@@ -90,6 +91,28 @@ def test_the_head_of_each_task_is_loaded_with_the_names_of_its_classes(tasks):
     spam = load_merged(bert(tasks, "SEQ_CLS", 7), merged, head="spam")  # of another task's size
     assert torch.equal(logits(spam), head_first(tasks, merged, "spam", 2))
     assert isinstance(spam, peft.PeftModelForSequenceClassification)
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("DistilBert", ("pre_classifier", "classifier")),  # in a file: classifier, pre_classifier
+        ("DebertaV2", ("pooler", "classifier")),
+        ("XLNet", ("sequence_summary", "logits_proj")),
+        ("Roberta", ("classifier",)),
+        ("Bert", ("classifier",)),
+    ],
+)
+def test_the_classes_of_a_head_of_several_layers_are_those_of_the_last_one(name, head):
+    sizes = {"vocab_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1, "num_labels": 5}
+    sizes |= {"d_model": 32, "d_head": 16} if name == "XLNet" else {"hidden_size": 32}
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    with torch.device("meta"):
+        model = getattr(transformers, f"{name}ForSequenceClassification")(config)
+    shapes = {key: tuple(x.shape) for key, x in model.state_dict().items() if key.startswith(head)}
+    assert len(shapes) >= 2
+    saved = {key: ReplacedParameter(shape, torch.empty) for key, shape in sorted(shapes.items())}
+    assert Replacements(parameters=saved).classes == 5
 
 
 def test_the_directory_of_one_head_is_loaded_by_peft_alone(tasks, capsys):

@@ -149,9 +149,7 @@ def _head_options(head: Replacements) -> str:
     labels = head.task.labels
     if labels:
         return f", num_labels={len(labels)}, id2label={dict(enumerate(labels))!r}"
-    matrices = (new for name, new in head.parameters.items() if name.endswith(".weight"))
-    sizes = [new.shape[0] for new in matrices if new.shape]
-    return f", num_labels={sizes[-1]}" if sizes else ""
+    return f", num_labels={head.classes}" if head.classes else ""
 
 
 def _classes(head: Replacements) -> str:

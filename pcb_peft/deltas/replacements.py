@@ -105,6 +105,17 @@ class Replacements:
     def __bool__(self) -> bool:
         return bool(self.parameters or self.rows)
 
+    @property
+    def classes(self) -> int | None:
+        """The number of classes of a classification head; None if no matrix is replaced.
+
+        Of several layers it is that of the last one, whose output no other layer reads: a head of DistilBERT is a
+        `pre_classifier` (384, 384) and a `classifier` (6, 384).
+        """
+        shapes = [new.shape for new in self.parameters.values() if len(new.shape) == 2]
+        given, read = {rows for rows, _ in shapes}, {columns for _, columns in shapes}
+        return min(given - read or given, default=None)
+
     def joined(self, other: "Replacements") -> "Replacements":
         """Return these replacements, and those of another adapter; where both replace a parameter, the other's.
 
