@@ -8,10 +8,9 @@ from typing import Any
 
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.source import Source
-from pcb_peft.base.canonical import AUTO_CLASSES, CLASSIFIERS
-from pcb_peft.base.fitting_head import classes_of_head
-from pcb_peft.data.live_heads import misfit, refuse_made_up
-from pcb_peft.data.models import load_base, load_config
+from pcb_peft.base.canonical import CLASSIFIERS
+from pcb_peft.data.live_heads import refuse_made_up
+from pcb_peft.data.models import load_base
 from pcb_peft.errors import MismatchError
 from pcb_peft.runtime.paths import expanded
 
@@ -26,14 +25,16 @@ def adapted_model(
 
     Raises:
         BaseModelError: The base model cannot be loaded.
-        MismatchError: PEFT found no place for a module of the adapter, or the base model none for its head.
+        MismatchError: PEFT found no place for a module of the adapter, or its head lacks a layer.
     """
     from peft import PeftModel
 
     given = not isinstance(base_model, str | Path)
-    classes = {} if given else _number_of_classes(adapter, str(base_model))
-    base = load_base(base_model, adapter.task_type, dequantize=dequantize, **classes)
-    if adapter.task_type in CLASSIFIERS:
+    is_classifier = adapter.task_type in CLASSIFIERS
+    classes = adapter.head.classes if is_classifier else None
+    sized: dict[str, Any] = {} if classes is None else {"num_labels": classes}
+    base = load_base(base_model, adapter.task_type, dequantize=dequantize, **sized)
+    if is_classifier:
         refuse_made_up(base, adapter.head.parameters, adapter.name)
     with warnings.catch_warnings():  # peft asks transformers for this under its old name
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
@@ -74,19 +75,3 @@ def _peft_arguments(source: Source) -> tuple[str, dict[str, Any]]:
         return str(directory / source.subfolder if source.subfolder else directory), {}
     options = {"revision": source.revision, "subfolder": source.subfolder}
     return source.path, {name: value for name, value in options.items() if value is not None}
-
-
-def _number_of_classes(adapter: Adapter, base_model: str) -> dict[str, Any]:
-    """Return the number of classes of the adapter's head, as an argument of ``from_pretrained``.
-
-    Raises:
-        MismatchError: The base model's classifier has no such head.
-    """
-    shapes = {name: new.shape for name, new in adapter.head.parameters.items()}
-    task = adapter.task_type
-    if task not in CLASSIFIERS or not shapes:
-        return {}
-    classes = classes_of_head(shapes, load_config(base_model), task)
-    if classes is None:
-        raise misfit(shapes, AUTO_CLASSES[task], adapter.name)
-    return {"num_labels": classes}

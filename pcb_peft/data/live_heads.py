@@ -1,5 +1,6 @@
 """Heads in models of transformers: a classifier gets the values of a head, and as many classes as it has."""
 
+import copy
 import re
 import warnings
 from collections.abc import Container, Mapping
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pcb_peft.base.fitting_head import Shapes, model_with_head, without_values
+from pcb_peft.base.fitting_head import model_with_head
 from pcb_peft.data.models import made_up
 from pcb_peft.errors import MismatchError
 from pcb_peft.runtime.shown import some_of
@@ -38,18 +39,20 @@ def give_head(model: Any, head: Head, name: str = "the adapter") -> None:
     if all(key in present and present[key].shape == value.shape for key, value in head.items()):
         put_head(model, head, name)
         return
-    shapes = {key: tuple(value.shape) for key, value in head.items()}
-    fresh = model_with_head(
-        shapes, lambda classes: without_values(type(model), model.config, classes)
-    )
-    if fresh is None:
-        raise misfit(shapes, type(model).__name__, name)
-    model.config.num_labels = fresh.config.num_labels
-    for key, values in fresh.state_dict().items():
-        if key in present and values.shape != present[key].shape:
-            _replace(model, key, values.shape)
+    classes = _classes(model, head)
+    if classes is None:
+        shapes = {key: tuple(value.shape) for key, value in head.items()}
+        raise MismatchError(
+            f"the head of {name} has {shapes}, which does not fit {type(model).__name__}; give the base model and the "
+            "class that the adapter was trained on"
+        )
+    model.config.num_labels = classes
+    fresh = _skeleton(model, classes).state_dict()
+    for key in fresh:
+        if key in present and fresh[key].shape != present[key].shape:
+            _replace(model, key, fresh[key].shape)
     if hasattr(model, "num_labels"):
-        model.num_labels = fresh.config.num_labels
+        model.num_labels = classes
     put_head(model, head, name)
 
 
@@ -76,14 +79,6 @@ def refuse_made_up(model: Any, head: Container[str], name: str) -> None:
         )
 
 
-def misfit(shapes: Shapes, kind: str, name: str) -> MismatchError:
-    """Return the refusal of a head that a model has no place for."""
-    return MismatchError(
-        f"the head of {name} has {dict(shapes)}, which does not fit {kind}; give the base model and the class that the "
-        "adapter was trained on"
-    )
-
-
 def put_head(model: nn.Module, head: Head, name: str = "the adapter") -> None:
     """Copy a head's values into a model, also where PEFT has wrapped the head.
 
@@ -100,6 +95,21 @@ def put_head(model: nn.Module, head: Head, name: str = "the adapter") -> None:
                 raise MismatchError(f"the head of {name}: {key} is not in {type(model).__name__}")
             for place in places:
                 place.copy_(value)
+
+
+def _classes(model: Any, head: Head) -> int | None:
+    """Number of classes of a head: the number that gives the model's head the shapes of this one."""
+    shapes = {key: tuple(value.shape) for key, value in head.items()}
+    fitting = model_with_head(shapes, lambda classes: _skeleton(model, classes))
+    return None if fitting is None else fitting.config.num_labels
+
+
+def _skeleton(model: Any, classes: int) -> nn.Module:
+    """The same architecture with so many classes, without values."""
+    config = copy.deepcopy(model.config)
+    config.num_labels = classes
+    with torch.device("meta"):
+        return type(model)(config)
 
 
 def _replace(model: nn.Module, key: str, shape: torch.Size) -> None:

@@ -207,7 +207,7 @@ def job_of(pair: Pair, host: ModelHost, settings: Settings, task_type: str | Non
     task_type = "SEQ_CLS" if head else stated or host.task_type()
     if callable(pair.data) or pair.harness_task:
         return Job(pair, task_type)
-    classes = host.classes_of(head, pair.name) if head else None
+    classes = pair.adapter.head.classes if pair.adapter and head else None
     if classes is None and task_type == host.task_type() == "SEQ_CLS":
         classes = host.config().num_labels
     texts = read_task(

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from pcb_peft.base.canonical import AUTO_CLASSES
-from pcb_peft.base.fitting_head import classes_of_head
 from pcb_peft.data.live_heads import (
     Head,
     give_head,
-    misfit,
     put_head,
     refuse_made_up,
     wrapped_by_peft,
@@ -86,18 +84,6 @@ class ModelHost:
             BaseModelError: There is none.
         """
         return load_config(self.base_model)
-
-    def classes_of(self, head: Head, name: str) -> int:
-        """Return the number of classes of a head.
-
-        Raises:
-            MismatchError: The base model's classifier has no such head.
-        """
-        shapes = {key: tuple(values.shape) for key, values in head.items()}
-        classes = classes_of_head(shapes, self.config(), "SEQ_CLS")
-        if classes is None:
-            raise misfit(shapes, AUTO_CLASSES["SEQ_CLS"], name)
-        return classes
 
     def task_type(self) -> str:
         """PEFT's word for what the base model was built for, such as CAUSAL_LM."""

@@ -8,9 +8,7 @@ import torch
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.base.canonical import AUTO_CLASSES, CLASSIFIERS
 from pcb_peft.base.casting import cast_model
-from pcb_peft.base.fitting_head import classes_of_head
 from pcb_peft.base.model import BaseModel
-from pcb_peft.data.models import load_config
 from pcb_peft.errors import OptionError
 from pcb_peft.exporting.profile import Profile, Request
 
@@ -34,11 +32,9 @@ def _loading(request: Request) -> list[str]:
     auto = AUTO_CLASSES.get(task or "", "AutoModelForCausalLM")
     if not heads:
         return [f'{auto}.from_pretrained("{output}")' + (", or your class" if task is None else "")]
-    shapes = {name: new.shape for name, new in kept.parameters.items()}
-    classes = classes_of_head(shapes, load_config(str(output)), task) if task in CLASSIFIERS else 0
-    count = f", num_labels={classes}" if classes else ""
+    classes = f", num_labels={kept.classes}" if task in CLASSIFIERS else ""
     return [
-        f'model = {auto}.from_pretrained("{output}"{count})',
+        f'model = {auto}.from_pretrained("{output}"{classes})',
         f'model.load_state_dict(safetensors.torch.load_file("{heads[0]}"), strict=False)  # the head',
     ]
 
