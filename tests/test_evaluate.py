@@ -23,8 +23,10 @@ from pcb_peft import (
     load_adapter,
     merge_adapters,
 )
+from pcb_peft.adapters.adapter import Adapter, DeltaMapping
 from pcb_peft.commands.demo import base_model_folder, examples_folder
 from pcb_peft.evaluation.host import ModelHost, Place
+from pcb_peft.evaluation.pairing import pair
 from pcb_peft.evaluation.runner import Runner
 from pcb_peft.evaluation.tables import markdown_table
 from pcb_peft.runtime.progress import tracker
@@ -252,8 +254,6 @@ def test_data_find_their_adapters(tmp_path: Path, directory: Path, cache: Path):
     found = evaluate(directory, ADAPTERS[2:], BASE, by_folder, limit=TEXTS, cache=cache)
     assert found["subj"].adapter is not None
     assert found["subj"].adapter.value > 0.8
-    with pytest.raises(OptionError, match=r"2 adapters .* and 1 data"):
-        evaluate(directory, ADAPTERS[2:], BASE, [by_folder[0]], cache=cache)
     with pytest.raises(OptionError, match="nothing to measure on"):
         evaluate(directory, ADAPTERS, BASE, [], cache=cache)
     some = evaluate(directory, ADAPTERS, BASE, {"subj": FILES[3]}, limit=TEXTS, cache=cache)
@@ -406,3 +406,48 @@ def test_a_limit_is_spread_over_a_sorted_file(directory: Path, cache: Path):
     found = evaluate(directory, [ADAPTERS[3]], BASE, [ordered], limit=10, cache=cache)["subj"]
     some = evaluate(directory, [ADAPTERS[3]], BASE, [ordered[::10]], cache=cache)["subj"]
     assert found.merged == some.merged
+
+
+NUMBERS = {"subj": ["0", "1"], "mr_sentiment": ["LABEL_0", "LABEL_1"]}
+
+
+@pytest.mark.parametrize("task", NUMBERS)
+def test_labels_that_number_the_rows_of_the_head(directory: Path, cache: Path, task: str):
+    """Of a CSV file, or of a model whose classes transformers has named."""
+    names = json.loads((LORA / task / "task.json").read_text())["labels"]
+    some = rows(task)
+    wanted = evaluate(directory, ADAPTERS, BASE, {task: some}, cache=cache).tasks[0].merged
+    numbered = [{**row, "label": NUMBERS[task][names.index(row["label"])]} for row in some]
+    found = evaluate(directory, ADAPTERS, BASE, {task: numbered}, cache=cache).tasks[0].merged
+    assert found == wanted
+    wrong = [*numbered, {**numbered[0], "label": NUMBERS[task][0].replace("0", "2")}]
+    with pytest.raises(OptionError, match=r"labels that the adapter does not know: .*2"):
+        evaluate(directory, ADAPTERS, BASE, {task: wrong}, cache=cache)
+
+
+@pytest.mark.parametrize(
+    ("adapters", "files", "wanted"),
+    [
+        ("a b", "b.jsonl a.jsonl", {"a": "a.jsonl", "b": "b.jsonl"}),
+        ("a a-b", "a-b-test.jsonl a_test.jsonl", {"a": "a_test.jsonl", "a-b": "a-b-test.jsonl"}),
+        ("a b", "x/b/test.jsonl", {"b": "x/b/test.jsonl"}),
+        ("a b", "one.jsonl two.jsonl", {"a": "one.jsonl", "b": "two.jsonl"}),
+        ("a b", "one.jsonl b.jsonl", {"a": "one.jsonl", "b": "b.jsonl"}),
+        (
+            "a b",
+            "b-test.jsonl two.jsonl",
+            "b-test.jsonl is called after b, .* of a; .*--data NAME=FILE",
+        ),
+        ("a b", "one.jsonl", r"number of data: 1, of adapters: 2 \(a, b\)"),
+        ("a b", "a.jsonl a-test.jsonl two.jsonl", "number of data: 3"),
+    ],
+)
+def test_files_are_paired_by_name_or_in_order(
+    adapters: str, files: str, wanted: dict[str, str] | str
+):
+    given = [Adapter(name=name, modules=DeltaMapping({})) for name in adapters.split()]
+    if isinstance(wanted, str):
+        with pytest.raises(OptionError, match=wanted):
+            pair(given, files.split())
+    else:
+        assert {one.name: one.data for one in pair(given, files.split())[0]} == wanted

@@ -87,6 +87,14 @@ def test_files_by_name(run: Run):
     assert code == 64
     assert "some files have a name and some have none" in err
     assert run(f"{EVALUATE} --rename ab")[0] == 64
+    code, _, err = run(
+        "evaluate merged --data subj={data}/subj.jsonl subj={data}/clinc_domain.jsonl"
+    )
+    assert code == 64
+    assert "--data: 'subj' is given twice" in err
+    code, _, err = run("evaluate merge --data {data}/subj.jsonl")
+    assert code == 2
+    assert "there is no directory merge; did you mean ./merged?" in err
 
 
 def test_the_error_of_an_unknown_label_shows_the_flag(run: Run, place: Path):

@@ -156,8 +156,18 @@ def test_choices_of_each_row(base: Path, adapters: list[Path], merge: Path):
 
 def test_rows_that_cannot_be_measured_so(base: Path, adapters: list[Path], merge: Path):
     texts = [{"text": "a b"}]
-    with pytest.raises(OptionError, match="answer, label, which the measure exact needs"):
+    with pytest.raises(
+        OptionError, match=r"1 of 1 rows have no `label` or `answer`, .*measure exact"
+    ):
         evaluate(merge, adapters[:1], base, [texts], measure="exact", cache=False)
+    for key, row in {
+        "answer": {"answer": "b"},
+        "choices": {"answer": "b", "choices": ["b", "c"]},
+    }.items():
+        some = [{"prompt": "a"} | row, {"prompt": "a", "answer": "b"}]
+        some[1] |= {key: None}  # null, as datasets write it
+        with pytest.raises(OptionError, match=f"1 of 2 rows have no .*`{key}`, such as row 2"):
+            evaluate(merge, adapters[:1], base, [some], cache=False)
     with pytest.raises(OptionError, match="no classification head"):
         evaluate(merge, adapters[:1], base, [texts], measure="head", cache=False)
     with pytest.raises(OptionError, match="`text` or `prompt`"):

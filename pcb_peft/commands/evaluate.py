@@ -34,7 +34,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         default=(),
         metavar="[NAME=]FILE",
         help='one file of JSON lines per adapter, such as {"text": "...", "label": "..."}, or {"prompt": "...", '
-        '"answer": "..."} for language models; in the order of the adapters, or named as they are',
+        '"answer": "..."} for language models; in the order of the adapters, or named as they are: math-lora.jsonl, '
+        "math-lora-test.jsonl, math-lora=FILE",
     )
     parser.add_argument(
         "--tasks",
@@ -243,12 +244,14 @@ def _pairs(flag: str, words: Sequence[str]) -> list[tuple[str, str]]:
     """The two sides of each NAME=VALUE.
 
     Raises:
-        UsageError: A word is not of that form.
+        UsageError: A word is not of that form, or two give the same name.
     """
     pairs = [word.partition("=") for word in words]
     for word, (name, equals, value) in zip(words, pairs, strict=True):
         if not (name and equals and value):
             raise UsageError(f"{flag}: {word!r} is not of the form NAME=VALUE", "")
+        if [first for first, _, _ in pairs].count(name) > 1:
+            raise UsageError(f"{flag}: {name!r} is given twice", "give each name once")
     return [(name, value) for name, _, value in pairs]
 
 

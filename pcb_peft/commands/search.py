@@ -25,7 +25,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("start", nargs="+", help="adapters, or one recipe (.yaml) to start from")
     parser.add_argument("--base-model", help="directory or hub id (default: what the recipe says)")
     for flag, what in (
-        ("--data", "validation texts: one file of JSON lines per adapter, in order or by name"),
+        (
+            "--data",
+            "validation texts: one file of JSON lines per adapter, in order or by name, as for evaluate",
+        ),
         (
             "--test-data",
             "texts for the winner alone (default: one half of the texts of --data, which is then not searched on)",

@@ -196,15 +196,20 @@ def _loaded(
     base = base_model or next((a.base_model for a in loaded if a.base_model), None)
     if base is None:
         unnamed = (
-            f"; adapters and base model are read from {FILE_NAME} in a merge's directory, and {merged} has none"
+            f"; adapters and base model are read from {FILE_NAME} in a merge's directory, and {_lack(merged)}"
             if recipe is None and adapters is None
             else ""
         )
-        hint = similar_path(merged) if isinstance(merged, str) else ""
-        raise OptionError(
-            f"the base model is not known: give base_model (--base-model){unnamed}{hint and f'; {hint}'}"
-        )
+        raise OptionError(f"the base model is not known: give base_model (--base-model){unnamed}")
     return loaded, str(base), settings
+
+
+def _lack(merged: AdapterLike) -> str:
+    """The reason why no recipe was read."""
+    if not isinstance(merged, str | Path) or expanded(merged).is_dir():
+        return f"{merged} has none"
+    hint = similar_path(str(merged))
+    return f"there is no directory {merged}{hint and f'; {hint}'}"
 
 
 def _recipe(merged: AdapterLike) -> Recipe | None:

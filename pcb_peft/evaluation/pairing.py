@@ -1,6 +1,7 @@
 """Pairs of adapters and their data."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,6 +17,7 @@ TaskData: TypeAlias = Rows | Measure
 """A ``.jsonl`` file, rows, a function that measures, or "lm-eval:NAME" for a task of lm-evaluation-harness."""
 
 HARNESS = "lm-eval:"
+_BY_NAME = "by name (data={name: …}, --data NAME=FILE)"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -47,7 +49,8 @@ def pair(
     Args:
         adapters: Of different names.
         data: By the adapter's name (other names are tasks that no adapter was trained on); or one per adapter, in
-            order, unless the names of the files, or of their folders, are those of the adapters.
+            order, unless the names of the files begin with those of the adapters (subj-test.jsonl), or their folders
+            are called so.
 
     Returns:
         The pairs, and notes on how they were found.
@@ -62,6 +65,8 @@ def pair(
     by_name = {adapter.name: adapter for adapter in adapters}
     unused = [name for name in by_name if name not in data]
     notes = [f"not measured, because there are no data: {', '.join(unused)}"] if unused else []
+    if unused and (others := [name for name in data if name not in by_name]):
+        notes.append(f"measured as tasks that no adapter was trained on: {', '.join(others)}")
     return [Pair(name, by_name.get(name), given) for name, given in data.items()], notes
 
 
@@ -80,23 +85,33 @@ def _named(names: Sequence[str], data: Sequence[TaskData]) -> dict[str, TaskData
         OptionError: Neither their names nor their number says which is whose.
     """
     found = [_name(given, names) for given in data]
-    if data and set(names) <= set(found) and len(set(found)) == len(found):
+    all_known = set(names) <= set(found) or (len(data) < len(names) and set(found) <= set(names))
+    if names and all_known and len(set(found)) == len(found):
         return dict(zip(map(str, found), data, strict=True))
     if not names:
         return {_name(given, ()) or f"task {n}": given for n, given in enumerate(data, 1)}
     if len(data) != len(names):
         raise OptionError(
-            f"{len(names)} adapters ({', '.join(names)}) and {len(data)} data: give one per adapter, in order, or by "
-            "name (data={name: …}, --data NAME=FILE)"
+            f"number of data: {len(data)}, of adapters: {len(names)} ({', '.join(names)}); give one per adapter, in "
+            f"order, or {_BY_NAME}"
         )
+    for name, called, given in zip(names, found, data, strict=True):
+        if called in names and called != name:
+            raise OptionError(
+                f"{given} is called after {called}, and in the order of the adapters it would be the data of {name}; "
+                f"give all data {_BY_NAME}"
+            )
     return dict(zip(names, data, strict=True))
 
 
 def _name(given: TaskData, names: Sequence[str]) -> str | None:
-    """The name that data have: that of the file, or of its folder if an adapter is called so."""
+    """The name that data have: that of the adapter after which the file or its folder is called, or the file's own."""
     if not isinstance(given, str | Path):
         return None
     if str(given).startswith(HARNESS):
         return Path(str(given).removeprefix(HARNESS)).stem
     path = Path(given)
-    return path.parent.name if path.parent.name in names else path.stem
+    if path.parent.name in names:
+        return path.parent.name
+    begins = (name for name in names if re.match(rf"{re.escape(name)}([-_. ]|$)", path.stem))
+    return max(begins, key=len, default=path.stem)

@@ -145,9 +145,11 @@ def _rows(name: str, data: Rows) -> list[Row]:
 
 
 def _renamed(row: Row, rename: Mapping[str, str]) -> Row:
+    """The row with the labels that the head knows; what is null is not there."""
     return {
         key: rename.get(value, value) if key in ("label", "answer") else value
         for key, value in row.items()
+        if value is not None
     }
 
 
@@ -161,7 +163,7 @@ def _measure(
     """
     if measure not in ("auto", *MEASURES):
         raise OptionError(f"measure is {quoted(measure)}; it must be auto, {', '.join(MEASURES)}")
-    has = {key for key in ("label", "answer", "choices") if all(key in row for row in rows)}
+    has = {key for row in rows for key in row}
     language_model = task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
     if measure == "auto":
         measure = _suiting(has, language_model, classes)
@@ -171,25 +173,41 @@ def _measure(
             "an adapter that was saved with its head"
         )
     _check_model(name, measure, language_model)
-    needed = NEEDED.get(measure, set())
-    if needed and not has & needed:
-        raise OptionError(
-            f"{name}: a row has none of {', '.join(sorted(needed))}, which the measure {measure} needs in every row"
-        )
+    for keys in NEEDED[measure]:
+        _check_every(name, rows, measure, keys)
+    if measure == "choose" and "choices" in has:
+        _check_every(name, rows, measure, ("choices",))
     return measure
 
 
-NEEDED = {
-    "head": {"label"},
-    "nearest": {"label"},
-    "choose": {"label", "answer"},
-    "exact": {"label", "answer"},
+NEEDED: Mapping[str, Sequence[tuple[str, ...]]] = {
+    "head": [("text",), ("label",)],
+    "nearest": [("text",), ("label",)],
+    "choose": [("label", "answer")],
+    "exact": [("label", "answer")],
+    "loss": [],
 }
-"""What every row must have for a measure: one of these."""
+"""What every row must have for a measure: one key of each of these."""
+
+
+def _check_every(name: str, rows: Sequence[Row], measure: str, keys: tuple[str, ...]) -> None:
+    """Refuse rows without any of some keys.
+
+    Raises:
+        OptionError: There are some; the message says how many, and shows the first one.
+    """
+    lacking = [n for n, row in enumerate(rows, 1) if not any(key in row for key in keys)]
+    if lacking:
+        words = " or ".join(f"`{key}`" for key in keys)
+        first = quoted(dict(rows[lacking[0] - 1]))
+        raise OptionError(
+            f"{name}: {len(lacking)} of {len(rows)} rows have no {words}, such as row {lacking[0]}: {first}; every row "
+            f"needs it for the measure {measure} ({MEASURES[measure]})"
+        )
 
 
 def _suiting(has: Collection[str], language_model: bool, classes: int | None) -> str:
-    """The measure that suits what all rows have."""
+    """The measure that suits what rows have."""
     if not language_model and (classes is not None or "label" in has):
         return "head" if classes is not None else "nearest"
     if "label" in has or "choices" in has:
@@ -226,21 +244,28 @@ def _head_labels(
     Raises:
         OptionError: Nobody says which they are.
     """
-    if all(isinstance(row["label"], int) for row in rows):
-        return tuple(map(str, range(classes)))
     known = labels or adapter_labels(adapter)
+    data = {str(row["label"]) for row in rows}
+    numbered = [tuple(form.format(n) for n in range(classes)) for form in ROW_NUMBERS]
+    fitting = [names for names in (known, *numbered) if data <= set(names)]
+    if fitting and fitting[0] is not known:
+        return fitting[0]
     if not known:
-        data = sorted({str(row["label"]) for row in rows})
+        given = sorted(data)
         raise OptionError(
             f"{name}: the head has {classes} rows, and neither task.json nor config.json beside the adapter says which "
-            f"class is which; give the names in the order of the rows. The data has {', '.join(data)}: in this order "
-            f"if the adapter was trained on sorted labels (labels={{{quoted(name)}: {data}}})"
+            f"class is which; give the names in the order of the rows. The data has {', '.join(given)}: in this order "
+            f"if the adapter was trained on sorted labels (labels={{{quoted(name)}: {given}}})"
         )
     if len(known) != classes:
         raise OptionError(
             f"{name}: there are {len(known)} labels ({', '.join(known)}), and the head has {classes} rows"
         )
     return known
+
+
+ROW_NUMBERS = ("{}", "LABEL_{}")
+"""Labels that number the rows of a head, from 0: plain numbers, and the names that transformers makes up."""
 
 
 def adapter_labels(adapter: Adapter | None) -> Sequence[str]:
