@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,7 @@ from pcb_peft.evaluation.host import ModelHost, Place
 from pcb_peft.evaluation.pairing import pair
 from pcb_peft.evaluation.runner import Runner
 from pcb_peft.evaluation.tables import markdown_table
+from pcb_peft.evaluation.texts import TextTask
 from pcb_peft.runtime.progress import tracker
 from pcb_peft.writing.manifest import foreign_file
 
@@ -408,6 +411,18 @@ def test_a_limit_is_spread_over_a_sorted_file(directory: Path, cache: Path):
     assert found.merged == some.merged
 
 
+def test_an_adapter_that_does_no_better_than_a_guess_is_doubted(directory: Path, cache: Path):
+    """Its labels are in another order than the rows of its head."""
+    swapped = {"subjective": "objective", "objective": "subjective"}
+    wrong = [{**row, "label": swapped[row["label"]]} for row in rows("subj")]
+    notes = evaluate(directory, ADAPTERS, BASE, {"subj": wrong}, cache=cache).notes
+    assert any(
+        re.match(r"subj: its own adapter is right on \d.* a guess \(50.0%\)", n) for n in notes
+    )
+    notes = evaluate(directory, ADAPTERS, BASE, {"subj": rows("subj")}, cache=cache).notes
+    assert not any("guess" in note for note in notes)
+
+
 NUMBERS = {"subj": ["0", "1"], "mr_sentiment": ["LABEL_0", "LABEL_1"]}
 
 
@@ -451,3 +466,17 @@ def test_files_are_paired_by_name_or_in_order(
             pair(given, files.split())
     else:
         assert {one.name: one.data for one in pair(given, files.split())[0]} == wanted
+
+
+@pytest.mark.parametrize("labels", ["ab", "abcd", "aabb", "a" * 8 + "b" * 8])
+def test_a_limit_takes_of_each_label_its_share_where_labels_take_turns(labels: str):
+    given = [{"text": f"text {n}", "label": labels[n % len(labels)]} for n in range(800)]
+    task = TextTask(name="turns", rows=tuple(given), measure="head")
+    for count in (100, 200, 300):
+        taken = [row["label"] for row in task.first(count).rows]
+        assert len(taken) == count
+        for label in set(labels):
+            assert taken.count(label) / count == pytest.approx(1 / len(set(labels)), abs=0.15)
+    in_order = [{"text": str(n), "label": "ab"[n // 400]} for n in range(800)]
+    sorted_file = dataclasses.replace(task, rows=tuple(in_order))
+    assert [row["text"] for row in sorted_file.first(4).rows] == ["0", "200", "400", "600"]

@@ -18,6 +18,7 @@ from pcb_peft.evaluation.budget import PROBED, SHARE, parse_budget, texts_within
 from pcb_peft.evaluation.cache import OutcomeCache, default_cache_directory
 from pcb_peft.evaluation.harness import harness_outcomes, harness_version
 from pcb_peft.evaluation.host import ModelHost
+from pcb_peft.evaluation.intervals import wilson_interval
 from pcb_peft.evaluation.measures import outcomes_of
 from pcb_peft.evaluation.pairing import Pair
 from pcb_peft.evaluation.runner import Runner
@@ -186,6 +187,17 @@ class Bench:
 
         run()  # loads the model
         return current().reduce(tokens_per_second(run), min)
+
+
+def no_better_than_guessing(job: Job, own: Score) -> list[str]:
+    """A note where a task's own adapter does no better on its texts than a guess would; else none."""
+    chance = job.texts.chance() if job.texts else 0.0
+    if not own.outcomes or wilson_interval(sum(own.outcomes), len(own.outcomes))[0] > chance:
+        return []
+    return [
+        f"{job.name}: its own adapter is right on {own.value:.1%} of the texts, no better than a guess ({chance:.1%}): "
+        "look whether the texts are those of its task, and the labels in the order of the head's rows"
+    ]
 
 
 def limited(job: Job, count: int | None) -> Job:

@@ -15,7 +15,15 @@ from pcb_peft.adapters.names import named_apart
 from pcb_peft.adapters.source import Source
 from pcb_peft.base.model import lazy_base
 from pcb_peft.errors import OptionError
-from pcb_peft.evaluation.bench import Bench, Job, job_of, limited, open_bench, versions
+from pcb_peft.evaluation.bench import (
+    Bench,
+    Job,
+    job_of,
+    limited,
+    no_better_than_guessing,
+    open_bench,
+    versions,
+)
 from pcb_peft.evaluation.card import write_to_card as write_card
 from pcb_peft.evaluation.controls import random_adapter, uniform_soup
 from pcb_peft.evaluation.evaluation import Evaluation
@@ -164,11 +172,13 @@ def _evaluated(
         subjects = _subjects(maker, merged, against, adapters if controls else ())
         jobs = _within_budget(bench, jobs, len(subjects), settings)
         scores = _scores(bench, jobs, subjects, maker, settings)
+    own = [(job, row.adapter) for job, row in zip(jobs, scores, strict=True) if row.adapter]
+    guessing = [note for job, score in own for note in no_better_than_guessing(job, score)]
     return Evaluation(
         name=subjects["merged"].title,
         tasks=worst_first(scores),
         settings=_facts(base, subjects["merged"], scores, settings),
-        notes=(*notes, *_notes(scores)),
+        notes=(*notes, *guessing, *_notes(scores)),
     )
 
 

@@ -2,8 +2,12 @@
 
 import dataclasses
 import difflib
+import math
+import random
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TypeAlias
 
 from pcb_peft.adapters.adapter import Adapter
@@ -51,8 +55,15 @@ class TextTask:
     length_normalised: bool = False
 
     def first(self, count: int | None) -> "TextTask":
-        """The same task with at most so many texts, evenly spread: a file may be sorted by label."""
-        return dataclasses.replace(self, rows=spread(self.rows, count))
+        """The same task with at most so many texts, evenly spread: a file may be sorted by label.
+
+        Where labels take turns, evenly spread texts may all have the same one; then they are drawn at random.
+        """
+        rows = spread(self.rows, count)
+        if not _has_like_labels(rows, self.rows):
+            places = random.Random(0).sample(range(len(self.rows)), len(rows))
+            rows = tuple(self.rows[place] for place in sorted(places))
+        return dataclasses.replace(self, rows=rows)
 
     def digest(self) -> str:
         """SHA-256 of all that the task's outcomes depend on."""
@@ -65,6 +76,12 @@ class TextTask:
                 "length_normalised": self.length_normalised,
             }
         )
+
+    def chance(self) -> float:
+        """Return the score of a guess; 0 where answers are written, or losses measured."""
+        if self.measure in ("exact", "loss"):
+            return 0.0
+        return fmean(1 / max(1, len(self.choices(row))) for row in self.rows)
 
     def class_of(self, row: Row) -> int:
         """The row of the head that is the right class."""
@@ -82,6 +99,22 @@ class TextTask:
     def choices(self, row: Row) -> Sequence[str]:
         """The answers to choose from."""
         return tuple(map(str, row["choices"])) if "choices" in row else self.labels
+
+
+def _has_like_labels(some: Sequence[Row], rows: Sequence[Row]) -> bool:
+    """True if each frequent label has about the same share of some rows as of all, as in a random sample."""
+    taken, given = (Counter(row.get("label", row.get("answer")) for row in r) for r in (some, rows))
+    shares = {label: count / len(rows) for label, count in given.items()}
+    return all(
+        abs(taken[label] / len(some) - share)
+        <= UNLIKELY * math.sqrt(share * (1 - share) / len(some))
+        for label, share in shares.items()
+        if share * len(some) >= FREQUENT
+    )
+
+
+UNLIKELY = 4  # standard errors between the share of a label in a sample and in all rows
+FREQUENT = 5  # rows of a label that a sample should have, for its share to be judged
 
 
 Rows: TypeAlias = str | Path | Sequence[Any]

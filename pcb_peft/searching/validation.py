@@ -10,11 +10,19 @@ from typing import Any
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.response import responses
 from pcb_peft.errors import OptionError
-from pcb_peft.evaluation.bench import Bench, Job, job_of, limited, open_bench
+from pcb_peft.evaluation.bench import (
+    Bench,
+    Job,
+    job_of,
+    limited,
+    no_better_than_guessing,
+    open_bench,
+)
 from pcb_peft.evaluation.pairing import Pair, pair
 from pcb_peft.evaluation.settings import Settings
 from pcb_peft.evaluation.subjects import SubjectMaker
 from pcb_peft.recipes.recipe import Recipe
+from pcb_peft.runtime.progress import say
 from pcb_peft.runtime.scratch import shared_directory
 
 
@@ -97,11 +105,16 @@ def prepare(
         given = _jobs(bench, tested, settings)
         test = {job.name: _rows(limited(job, settings.limit)) for job in given}
     jobs = [limited(job, settings.limit) for job in jobs]
+    if own is None:
+        own, doubts = _own(bench, base, jobs)
+        notes += doubts
+        for doubt in doubts:
+            say(doubt, settings.progress)
     return Validation(
         bench=bench,
         base_model=base,
         jobs=jobs,
-        own=_own(bench, base, jobs) if own is None else own,
+        own=own,
         test=test,
         labels={job.name: job.texts.labels for job in jobs if job.texts and job.texts.labels},
         digest=tuple(job.texts.digest() if job.texts else job.name for job in jobs),
@@ -141,9 +154,10 @@ def _rows(job: Job) -> Any:
     return list(job.texts.rows) if job.texts else job.pair.data
 
 
-def _own(bench: Bench, base: str, jobs: Sequence[Job]) -> dict[str, float]:
-    """The score of each task's own adapter."""
+def _own(bench: Bench, base: str, jobs: Sequence[Job]) -> tuple[dict[str, float], list[str]]:
+    """The score of each task's own adapter, and notes on adapters that do not know their task."""
     own: dict[str, float] = {}
+    notes: list[str] = []
     with shared_directory() as scratch:
         maker = _maker(bench, base, scratch)
         for job in jobs:
@@ -151,10 +165,15 @@ def _own(bench: Bench, base: str, jobs: Sequence[Job]) -> dict[str, float]:
                 raise OptionError(
                     f"{job.name} is no adapter's task, with nothing to compare with; name the data as the adapter"
                 )
-            own[job.name] = bench.score(maker.make(job.adapter, job.name), job).value
+            score = bench.score(maker.make(job.adapter, job.name), job)
+            own[job.name] = score.value
+            notes += no_better_than_guessing(job, score)
             if own[job.name] <= 0:
-                raise OptionError(f"{job.name}: the adapter alone scores 0 on its own texts")
-    return own
+                raise OptionError(
+                    f"{job.name}: the adapter alone scores 0 on its own texts, so that there is nothing to keep; look "
+                    "whether they are those of its task, and the labels in the order of the head's rows"
+                )
+    return own, notes
 
 
 def _maker(bench: Bench, base_model: str, scratch: Path) -> SubjectMaker:
