@@ -34,8 +34,9 @@ from pcb_peft.commands import cli
 from pcb_peft.searching.climb import climb
 from pcb_peft.searching.knobs import Choice, Interval, Knob
 from pcb_peft.searching.optimisers import OPTIMISERS, optimiser_named
+from pcb_peft.searching.result import GroupMerge, SearchResult
 from pcb_peft.searching.space import SearchSpace, search_space
-from pcb_peft.searching.together import LeftOut
+from pcb_peft.searching.together import LeftOut, losing_nothing
 from pcb_peft.searching.trials import Objective, Trial, TrialLog
 
 pytestmark = pytest.mark.slow  # whole models: the parts are tested by themselves
@@ -188,8 +189,9 @@ def test_a_search_goes_on_from_its_log(
     more = run(5, log).trials
     assert more[:4] == again
     assert len(more) == 5
-    with pytest.raises(OptionError, match="log of another search"):
-        run(4, log, objective="worst")
+    for other in ({"objective": "worst"}, {"max_length": 8}, {"dtype": torch.bfloat16}):
+        with pytest.raises(OptionError, match="log of another search"):
+            run(4, log, **other)
 
 
 @pytest.mark.slow
@@ -320,6 +322,30 @@ def test_adapters_that_go_together(base: Path, adapters: list[Path], tmp_path: P
     lines = log.read_text()
     assert search(recipe, data, log=log, **options).groupings == found.groupings
     assert log.read_text() == lines  # nothing was merged again
+
+
+def test_a_merge_that_loses_no_task_need_not_be_the_winner(tmp_path: Path):
+    def trial(number: int, kept: Mapping[float, tuple[float, float]]) -> Trial:
+        tasks = {scale: {"a": a, "b": b} for scale, (a, b) in kept.items()}
+        return Trial(number=number, candidate={}, members=("a", "b"), kept=tasks)
+
+    mean = Objective.named("mean")
+    winner = trial(0, {1.0: (1.2, 0.7), 1.25: (0.8, 0.8)})
+    safe = trial(1, {1.0: (0.9, 0.75), 1.25: (0.9, 0.85)})
+    assert losing_nothing([winner, safe], mean, 0.8) == (safe, 1.25)
+    assert losing_nothing([winner], mean, 0.8) == (winner, 1.25)
+    assert losing_nothing([winner, safe], mean, 0.9) is None
+    one, other = (Recipe.parse(adapters=["a", "b"], scale=scale) for scale in (1.0, 1.25))
+    found = SearchResult(
+        recipe=one,
+        best=winner,
+        trials=(winner, safe),
+        objective=mean,
+        merges=(GroupMerge(members=("a", "b"), recipe=other),),
+    )
+    assert "one merge loses no task, and it is not the winner" in str(found)
+    files = found.save(tmp_path / "best.yaml")
+    assert [read_recipe(file).scale for file in files] == [1.0, 1.25]
 
 
 KNOBS: dict[str, Knob] = {

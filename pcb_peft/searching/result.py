@@ -85,7 +85,8 @@ class SearchResult:
         """Write the winning recipe, those of several merges beside it, and if wanted the picture.
 
         Args:
-            recipe: The file of the winner; several merges are `NAME-1.yaml`, `NAME-2.yaml` …
+            recipe: The file of the winner; several merges, or one beside it that loses no task, are `NAME-1.yaml`,
+                `NAME-2.yaml` …
             picture: A file that ends in .png, .svg or .pdf.
             overwrite: Replace files that exist: True, if a search wrote them; "all", whatever they hold.
 
@@ -99,7 +100,7 @@ class SearchResult:
         recipe = Path(recipe)
         files = {recipe: self.recipe}
         several = [merge.recipe for merge in self.merges if merge.recipe is not None]
-        if len(self.merges) > 1:
+        if several != [self.recipe]:
             for number, one in enumerate(several, 1):
                 files[recipe.with_name(f"{recipe.stem}-{number}{recipe.suffix}")] = one
         for path, content in files.items():
@@ -171,7 +172,7 @@ class SearchResult:
             lines.append(self._several())
         if self.test is not None:
             lines += ["", TEST, str(self.test), self._gain()]
-        for merge in self.merges if len(self.merges) > 1 else ():
+        for merge in self.merges:
             if merge.test is not None:
                 lines += ["", f"The merge of {' + '.join(merge.members)}:", str(merge.test)]
         return "\n".join([*lines, *self.notes])
@@ -184,7 +185,10 @@ class SearchResult:
 
     def _several(self) -> str:
         if len(self.merges) == 1:
-            return "one merge loses no task"
+            winner = self.merges[0].recipe == self.recipe
+            return "one merge loses no task" + (
+                "" if winner else ", and it is not the winner, which scores higher and loses one"
+            )
         alone = [merge.members[0] for merge in self.merges if merge.recipe is None]
         words = f"{len(self.merges)} merges are the fewest that lose no task"
         return words + (f"; use {', '.join(alone)} alone, as it is" if alone else "")

@@ -17,7 +17,14 @@ from pcb_peft.runtime.progress import say, tracker
 from pcb_peft.searching.knobs import Candidate
 from pcb_peft.searching.optimisers import Optimiser
 from pcb_peft.searching.result import GroupMerge, SearchResult, described
-from pcb_peft.searching.together import Group, Grouping, fewest, groupings, leave_one_out
+from pcb_peft.searching.together import (
+    Group,
+    Grouping,
+    fewest,
+    groupings,
+    leave_one_out,
+    losing_nothing,
+)
 from pcb_peft.searching.trials import SEARCH, Proposal, Trial, TrialLog
 from pcb_peft.searching.trying import Trier
 from pcb_peft.searching.workers import TryAll
@@ -226,7 +233,7 @@ class Run:
             test=self._tested(recipe, self.trier.space.names, settings, self.trier.space.recipe),
             left_out=tuple(left_out),
             groupings=tuple(found),
-            merges=self._merges(best, chosen, settings) if chosen else (),
+            merges=self._merges(done, chosen, settings) if chosen else (),
             notes=(*self.trier.validation.notes, *notes, *self._on_the_end(done)),
         )
 
@@ -243,10 +250,16 @@ class Run:
         return notes
 
     def _merges(
-        self, best: Trial, grouping: Grouping, settings: Settings
+        self, done: Sequence[Trial], grouping: Grouping, settings: Settings
     ) -> tuple[GroupMerge, ...]:
-        """The merge of each group."""
+        """The merge of each group of the winner's; or one of all, if a trial beside the winner loses no task."""
         merges: list[GroupMerge] = []
+        best, names = self._best(done), self.trier.space.names
+        point = losing_nothing(done, self.trier.objective, settings.threshold)
+        if len(grouping.groups) > 1 and point is not None:
+            recipe = self.trier.space.recipe_of(point[0].candidate, point[1])
+            test = self._tested(recipe, names, settings)
+            return (GroupMerge(members=names, recipe=recipe, test=test),)
         for group, scale in zip(grouping.groups, grouping.scales, strict=True):
             if len(group) == 1:
                 merges.append(GroupMerge(members=group))

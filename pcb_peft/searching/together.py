@@ -127,6 +127,27 @@ def fewest(found: Sequence[Grouping], threshold: float) -> Grouping:
     return next(one for one in found if min(one.kept.values()) >= min(threshold, 1.0))
 
 
+def losing_nothing(
+    trials: Sequence[Trial], objective: Objective, threshold: float
+) -> tuple[Trial, float] | None:
+    """Return the best merge of all adapters that loses no task, with its common weight; None if there is none.
+
+    It need not be the winner, which may keep more on average.
+
+    Args:
+        trials: Merges of all adapters.
+        objective: What the best is chosen by.
+        threshold: What has to be kept of every task.
+    """
+    points = [
+        (trial, scale)
+        for trial in trials
+        for scale, kept in trial.kept.items()
+        if min(kept.values()) >= min(threshold, 1.0)
+    ]
+    return max(points, key=lambda point: objective(point[0].kept[point[1]]), default=None)
+
+
 def _affinity(one: Group, other: Group, scores: Mapping[frozenset[str], float]) -> float:
     """The share that the pairs from one group to another keep on average."""
     return fmean(scores[frozenset(pair)] for pair in itertools.product(one, other))

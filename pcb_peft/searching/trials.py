@@ -208,8 +208,8 @@ class TrialLog:
         head = checked(lines[0], _Head, f"{self.path}, line 1", OptionError, _REPAIR)
         if head.search != self.search:
             raise OptionError(
-                f"{self.path} is the log of another search (other adapters, texts or knobs); give another file: log=…, "
-                "--log …"
+                f"{self.path} is the log of another search (other adapters, texts, knobs, base model or measure); "
+                "give another file: log=…, --log …"
             )
         trials = [
             Trial.from_line(line, f"{self.path}, trial {number}")
