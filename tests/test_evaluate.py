@@ -243,8 +243,13 @@ def test_a_head_whose_labels_nobody_names(tmp_path: Path, cache: Path):
     labels = {tmp_path.name: ["objective", "subjective"]}
     found = evaluate(tmp_path, [tmp_path], BASE, [FILES[3]], labels=labels, limit=8, cache=cache)
     assert found.tasks[0].merged.value > 0.5
-    with pytest.raises(OptionError, match="there are 3 labels"):
-        evaluate(tmp_path, [tmp_path], BASE, [FILES[3]], labels={tmp_path.name: "abc"}, cache=cache)
+    for data in ([FILES[3]], [[{"text": "A", "label": 0}]]):
+        with pytest.raises(OptionError, match="there are 3 labels"):
+            evaluate(tmp_path, [tmp_path], BASE, data, labels={tmp_path.name: "abc"}, cache=cache)
+    with pytest.raises(OptionError, match=r"'subjj', which is no task here; did you mean 'subj'\?"):
+        evaluate(tmp_path, [ADAPTERS[3]], BASE, [FILES[3]], labels={"subjj": "ab"}, cache=cache)
+    with pytest.raises(OptionError, match=r"arc_easy is for language models, .* SEQ_CLS"):
+        evaluate(ADAPTERS[3], [ADAPTERS[3]], BASE, tasks=["arc_easy"], cache=cache)
 
 
 def test_data_find_their_adapters(tmp_path: Path, directory: Path, cache: Path):

@@ -56,6 +56,10 @@ def test_a_pipeline_fails_below_a_limit(run: Run, place: Path):
     assert out.splitlines()[-1] == "below 80%: clinc_domain"
     assert json.loads((place / "log.jsonl").read_text())["lost"] == ["clinc_domain"]
     assert run(f"{EVALUATE} --fail-below 0.1")[0] == 0
+    for share in ("80", "nan"):  # with nan, no task would ever be below
+        code, _, err = run(f"{EVALUATE} --threshold 0.8 --fail-below {share}")
+        assert code == 64
+        assert f"--fail-below is {share}; it must be a share from 0 to 1" in err
 
 
 def test_the_page_has_the_table(run: Run, place: Path):

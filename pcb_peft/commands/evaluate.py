@@ -183,11 +183,15 @@ def _run(parsed: argparse.Namespace) -> Answer:
 
 
 def _check_outputs(parsed: argparse.Namespace) -> None:
-    """Refuse files that could not be written after the evaluation."""
+    """Refuse a limit that is none, and files that could not be written after the evaluation."""
     from pcb_peft.reporting.merge_record import record_of
     from pcb_peft.reporting.page import is_report
     from pcb_peft.writing.targets import check_file_target
 
+    if parsed.fail_below is not None and not 0 <= parsed.fail_below <= 1:  # nan is not
+        raise UsageError(
+            f"--fail-below is {parsed.fail_below:g}; it must be a share from 0 to 1", "0.8 is 80 %"
+        )
     texts = [file_of(word) for word in parsed.data]
     if parsed.log:
         check_file_target(parsed.log, overwrite="all", inputs=texts)  # a line is added

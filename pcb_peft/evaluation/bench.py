@@ -25,11 +25,13 @@ from pcb_peft.evaluation.runner import Runner
 from pcb_peft.evaluation.scores import Score
 from pcb_peft.evaluation.settings import Settings
 from pcb_peft.evaluation.subjects import BASE, Subject, head_of
-from pcb_peft.evaluation.texts import METRIC, TextTask, read_task
+from pcb_peft.evaluation.texts import LANGUAGE_MODELS, METRIC, TextTask, read_task
+from pcb_peft.plugins.options import did_you_mean
 from pcb_peft.runtime.paths import expanded
 from pcb_peft.runtime.processes import current
 from pcb_peft.runtime.progress import Track, tracker
 from pcb_peft.runtime.resources import working_device
+from pcb_peft.runtime.shown import quoted
 
 SAMPLED = 64  # texts whose tokens are counted to estimate those of all
 
@@ -205,6 +207,30 @@ def limited(job: Job, count: int | None) -> Job:
     return dataclasses.replace(job, texts=job.texts.first(count)) if job.texts else job
 
 
+def jobs_of(
+    pairs: Sequence[Pair], host: ModelHost, settings: Settings, task_type: str | None = None
+) -> list[Job]:
+    """Read the data of all tasks.
+
+    Args:
+        pairs: The tasks.
+        host: The base model.
+        settings: How they are measured.
+        task_type: As in `job_of`.
+
+    Raises:
+        OptionError: Labels are given for a task that is not there; and what `job_of` raises.
+    """
+    names = [pair.name for pair in pairs]
+    for name in settings.labels:
+        if name not in names:
+            raise OptionError(
+                f"labels (--labels) names {quoted(name)}, which is no task here{did_you_mean(name, names)}; the tasks "
+                f"are {', '.join(names)}"
+            )
+    return [job_of(pair, host, settings, task_type) for pair in pairs]
+
+
 def job_of(pair: Pair, host: ModelHost, settings: Settings, task_type: str | None = None) -> Job:
     """Read a task's data; errors are `read_task`'s.
 
@@ -217,6 +243,11 @@ def job_of(pair: Pair, host: ModelHost, settings: Settings, task_type: str | Non
     head = head_of(pair.adapter)
     stated = pair.adapter.task_type if pair.adapter else task_type
     task_type = "SEQ_CLS" if head else stated or host.task_type()
+    if pair.harness_task and task_type not in LANGUAGE_MODELS:
+        raise OptionError(
+            f"lm-eval:{pair.harness_task} is for language models, and the task type here is {task_type}; give data "
+            "with labels (data, --data)"
+        )
     if callable(pair.data) or pair.harness_task:
         return Job(pair, task_type)
     classes = pair.adapter.head.classes if pair.adapter and head else None

@@ -18,7 +18,7 @@ from pcb_peft.errors import OptionError
 from pcb_peft.evaluation.bench import (
     Bench,
     Job,
-    job_of,
+    jobs_of,
     limited,
     no_better_than_guessing,
     open_bench,
@@ -166,7 +166,7 @@ def _evaluated(
     pairs, notes = pair(adapters, _with_harness(data, tasks, adapters))
     bench = open_bench(base, settings)
     kind = next((adapter.task_type for adapter in adapters if adapter.task_type), None)
-    jobs = [job_of(one, bench.host, settings, kind) for one in pairs]
+    jobs = jobs_of(pairs, bench.host, settings, kind)
     with shared_directory() as scratch:
         maker = SubjectMaker(base, settings.dequantize, scratch, bench.cache)
         subjects = _subjects(maker, merged, against, adapters if controls else ())

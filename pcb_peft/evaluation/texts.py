@@ -25,6 +25,9 @@ MEASURES = {
 }
 """How a task can be measured, beside a function of the user's and lm-evaluation-harness."""
 
+LANGUAGE_MODELS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+"""PEFT's task types whose models write."""
+
 METRIC = {
     "head": "accuracy",
     "choose": "accuracy",
@@ -197,7 +200,7 @@ def _measure(
     if measure not in ("auto", *MEASURES):
         raise OptionError(f"measure is {quoted(measure)}; it must be auto, {', '.join(MEASURES)}")
     has = {key for row in rows for key in row}
-    language_model = task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+    language_model = task_type in LANGUAGE_MODELS
     if measure == "auto":
         measure = _suiting(has, language_model, classes)
     if measure == "head" and classes is None:
@@ -256,8 +259,8 @@ def _check_model(name: str, measure: str, language_model: bool) -> None:
     """
     if measure not in ("head", "nearest") and not language_model:
         raise OptionError(
-            f"{name}: the base model is an encoder, which writes nothing: give rows with a `label`, a causal language "
-            "model, or a function that measures"
+            f"{name}: the base model is an encoder, which writes nothing, and the measure {measure} is for language "
+            "models: give rows with a `label`, without --measure (measure=…), or a function that measures"
         )
     if measure == "nearest" and language_model:
         raise OptionError(
@@ -278,6 +281,8 @@ def _head_labels(
         OptionError: Nobody says which they are.
     """
     known = labels or adapter_labels(adapter)
+    if labels:
+        _check_count(name, labels, classes)
     data = {str(row["label"]) for row in rows}
     numbered = [tuple(form.format(n) for n in range(classes)) for form in ROW_NUMBERS]
     fitting = [names for names in (known, *numbered) if data <= set(names)]
@@ -290,11 +295,16 @@ def _head_labels(
             f"class is which; give the names in the order of the rows. The data has {', '.join(given)}: in this order "
             f"if the adapter was trained on sorted labels (labels={{{quoted(name)}: {given}}})"
         )
+    _check_count(name, known, classes)
+    return known
+
+
+def _check_count(name: str, known: Sequence[str], classes: int) -> None:
+    """Raises OptionError where there are not as many names as classes."""
     if len(known) != classes:
         raise OptionError(
             f"{name}: there are {len(known)} labels ({', '.join(known)}), and the head has {classes} rows"
         )
-    return known
 
 
 ROW_NUMBERS = ("{}", "LABEL_{}")

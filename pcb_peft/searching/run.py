@@ -280,7 +280,8 @@ class Run:
             return None
         adapters = [adapter for adapter in self.trier.adapters if adapter.name in members]
         options = {f.name: getattr(settings, f.name) for f in dataclasses.fields(Settings)}
-        options |= {"labels": {**settings.labels, **validation.labels}, "rename": {}}
+        labels = {**settings.labels, **validation.labels}
+        options |= {"labels": {n: labels[n] for n in labels if n in test}, "rename": {}}
         return evaluate(
             merge(recipe, adapters, progress=False),
             adapters,

@@ -13,12 +13,12 @@ from pcb_peft.errors import OptionError
 from pcb_peft.evaluation.bench import (
     Bench,
     Job,
-    job_of,
+    jobs_of,
     limited,
     no_better_than_guessing,
     open_bench,
 )
-from pcb_peft.evaluation.pairing import Pair, pair
+from pcb_peft.evaluation.pairing import pair
 from pcb_peft.evaluation.settings import Settings
 from pcb_peft.evaluation.subjects import SubjectMaker
 from pcb_peft.recipes.recipe import Recipe
@@ -96,13 +96,19 @@ def prepare(
         raise OptionError("the base model is not known: give base_model (--base-model)")
     pairs, notes = pair(adapters, data)
     tested = None if test_data is None else pair(adapters, test_data)[0]
+    unseen = [a.name for a in adapters if a.name not in [one.name for one in pairs]]
+    if unseen:
+        notes = [
+            f"no data for {', '.join(unseen)}: the search does not mind if their tasks are lost"
+        ]
+        say(notes[0], settings.progress)
     bench = open_bench(base, settings)
-    jobs = _jobs(bench, pairs, settings)
+    jobs = jobs_of(pairs, bench.host, settings)
     if tested is None:
         jobs, test, said = _split(jobs, settings.limit)
         notes += said
     else:
-        given = _jobs(bench, tested, settings)
+        given = jobs_of(tested, bench.host, settings)
         test = {job.name: _rows(limited(job, settings.limit)) for job in given}
     jobs = [limited(job, settings.limit) for job in jobs]
     if own is None:
@@ -120,10 +126,6 @@ def prepare(
         digest=tuple(job.texts.digest() if job.texts else job.name for job in jobs),
         notes=tuple(notes),
     )
-
-
-def _jobs(bench: Bench, pairs: Sequence[Pair], settings: Settings) -> list[Job]:
-    return [job_of(one, bench.host, settings) for one in pairs]
 
 
 def _split(jobs: Sequence[Job], limit: int | None) -> tuple[list[Job], dict[str, Any], list[str]]:
