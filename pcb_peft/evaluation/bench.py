@@ -194,7 +194,7 @@ class Bench:
 def no_better_than_guessing(job: Job, own: Score) -> list[str]:
     """A note where a task's own adapter does no better on its texts than a guess would; else none."""
     chance = job.texts.chance() if job.texts else 0.0
-    if not own.outcomes or wilson_interval(sum(own.outcomes), len(own.outcomes))[0] > chance:
+    if not chance or wilson_interval(sum(own.outcomes), len(own.outcomes))[0] > chance:
         return []
     return [
         f"{job.name}: its own adapter is right on {own.value:.1%} of the texts, no better than a guess ({chance:.1%}): "

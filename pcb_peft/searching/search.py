@@ -106,9 +106,7 @@ def search(  # noqa: PLR0913  (every choice of a search, by name)
     trier = Trier(space=space, adapters=adapters, validation=validation, objective=goal)
     there = functools.partial(_trier, recipe, space, goal, data, test_data, chosen, validation.own)
     files = [a.source and (a.source.sha256, a.source.config_sha256) for a in adapters]
-    measuring = validation.bench.base_digest, chosen.max_length, str(chosen.dtype)
-    facts = [recipe.to_yaml(), files, repr(space.knobs), validation.digest, measuring]
-    facts += [goal.worst, name, seed]
+    facts = [recipe.to_yaml(), files, repr(space.knobs), validation.facts, goal.worst, name, seed]
     trial_log = TrialLog(None if log is None else Path(log), digest_of(facts), trials)
     logged, planned = trial_log.read()
     with trying(trier, there, workers) as try_all:

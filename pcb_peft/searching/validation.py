@@ -37,7 +37,7 @@ class Validation:
         own: The score of each task's adapter on them, by task.
         test: Texts for the winner, by task.
         labels: The names of the classes and answers, by task.
-        digest: A hash of the texts.
+        facts: All that the scores depend on, beside the merges: hashes of the texts and the base model, settings.
         notes: What is worth knowing about the texts.
     """
 
@@ -47,7 +47,7 @@ class Validation:
     own: Mapping[str, float]
     test: Mapping[str, Any]
     labels: Mapping[str, Sequence[str]]
-    digest: tuple[str, ...]
+    facts: Sequence[object]
     notes: tuple[str, ...]
 
     def kept(self, merged: Adapter, names: Collection[str]) -> dict[str, float]:
@@ -123,7 +123,12 @@ def prepare(
         own=own,
         test=test,
         labels={job.name: job.texts.labels for job in jobs if job.texts and job.texts.labels},
-        digest=tuple(job.texts.digest() if job.texts else job.name for job in jobs),
+        facts=(
+            [job.texts.digest() if job.texts else job.name for job in jobs],
+            bench.base_digest,
+            settings.max_length,
+            str(settings.dtype),
+        ),
         notes=tuple(notes),
     )
 
