@@ -289,6 +289,8 @@ def test_leaving_one_out(base: Path, adapters: list[Path]):
         assert one.kept < 0.9
         assert one.kept_without > 0.9
     assert "without adapter2 the others gain" in str(found)
+    some = search(recipe, {"adapter1": data[0]}, vary={}, trials=1, cache=False)
+    assert "no data for adapter2: the search does not mind if their tasks are lost" in str(some)
     assert str(LeftOut("c", 0.801, 0.805)).startswith("without c the others gain nothing:")
     assert str(LeftOut("c", 0.80, 0.75)).startswith("without c the others lose 5.0 points:")
 

@@ -175,7 +175,8 @@ class SearchResult:
         for merge in self.merges:
             if merge.test is not None:
                 lines += ["", f"The merge of {' + '.join(merge.members)}:", str(merge.test)]
-        return "\n".join([*lines, *self.notes])
+        said = self.test.notes if self.test is not None else ()
+        return "\n".join([*lines, *(note for note in self.notes if note not in said)])
 
     def _row(self, trial: Trial) -> tuple[str, ...]:
         scale, score = trial.best(self.objective)

@@ -54,8 +54,9 @@ def search(  # noqa: PLR0913  (every choice of a search, by name)
 ) -> SearchResult:
     """Search for the recipe that keeps most of all tasks.
 
-    The first trial is the recipe that the search starts from. Each trial merges once, and measures that merge at
-    several common weights, because a merge is linear in them. A search that was stopped goes on from its log.
+    The first trial is the recipe that the search starts from, or the nearest one that may be tried. Each trial merges
+    once, and measures that merge at several common weights, because a merge is linear in them. A search that was
+    stopped goes on from its log.
 
     Args:
         start: A recipe or its file, or adapters.
