@@ -12,7 +12,7 @@ from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.loading import load_adapter
 from pcb_peft.adapters.own_head import files_with_head
 from pcb_peft.adapters.source import Source
-from pcb_peft.base.canonical import AUTO_CLASSES
+from pcb_peft.base.canonical import AUTO_CLASSES, CLASSIFIERS
 from pcb_peft.data.live_heads import Head, give_head, refuse_made_up, wrapped_by_peft
 from pcb_peft.data.models import input_embeddings, load_model
 from pcb_peft.deltas.replacements import Replacements
@@ -62,7 +62,8 @@ def load_merged(
     _fit_vocabulary(model, parameters)
     if parameters:
         give_head(model, parameters, headed.name)
-        refuse_made_up(model, parameters, headed.name)
+        if _task_of(headed) in CLASSIFIERS:
+            refuse_made_up(model, parameters, headed.name)
         _name_classes(model, headed.head)
     with private_directory() as folder:
         place = _written(opened, headed, head, Path(folder) / "adapter")
@@ -118,7 +119,7 @@ def _class_of(adapter: Adapter) -> str:
     import transformers
 
     mapped = str((adapter.auto_mapping or {}).get("base_model_class"))
-    task = adapter.task_type or adapter.head.task.task_type
+    task = _task_of(adapter)
     if task in AUTO_CLASSES:
         return AUTO_CLASSES[str(task)]
     if hasattr(transformers, mapped):
@@ -127,6 +128,11 @@ def _class_of(adapter: Adapter) -> str:
         f"{adapter.name}: neither its task type ({task}) nor its auto_mapping says which class of transformers it "
         "belongs to; load the base model yourself, and give that: load_merged(model, …)"
     )
+
+
+def _task_of(adapter: Adapter) -> str | None:
+    """Return PEFT's task type for an adapter, or for the head that it was given."""
+    return adapter.task_type or adapter.head.task.task_type
 
 
 def _fit_vocabulary(model: Any, head: Head) -> None:
