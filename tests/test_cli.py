@@ -506,7 +506,7 @@ ERRORS = {  # command to words of the one line
     "merge math code -o @out --space dens": "no space 'dens'; did you mean 'dense'",
     "merge ./codr math -o @out": r"\./codr is neither .*; did you mean \./code\?",
     "fold math code -o @out": "code is an adapter, and no base model",
-    "evaluate codr --data math/adapter_config.json": r"codr has none; did you mean \./code",
+    "evaluate codr --data math/adapter_config.json": r"no directory codr; did you mean \./code",
     "evaluate math --data math/adapter_config.json --log @no/log": "lies in .*, which does not exist",
     "search math code --data math/adapter_config.json -o @no/best.yaml": "which does not exist",
     "search math code --data math/adapter_config.json -o math/best.yaml": "from which the output",
