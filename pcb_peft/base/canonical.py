@@ -56,6 +56,9 @@ CLASS_ENDS = {
 CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
 """Task types whose models have a head with a row per class."""
 
+LANGUAGE_MODELS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+"""Task types whose models write."""
+
 
 def task_type_of_class(name: str) -> str | None:
     """Return PEFT's task type for a class of transformers, by the end of its name; None if it says nothing."""

@@ -64,9 +64,7 @@ def batches_of(
     _check_counts(batch_size=batch_size, max_length=max_length, limit=limit)
     if labels is not None and (isinstance(labels, str) or not _are_texts(labels)):
         raise OptionError(f"labels is {quoted(labels)}; it must be a list of the classes' names")
-    rows = read_rows(data)
-    if limit is not None and limit < len(rows):  # spread, because a file may be sorted by label
-        rows = [rows[index * len(rows) // limit] for index in range(limit)]
+    rows = [*spread(read_rows(data), limit)]
     causal = _is_causal(model)
     if with_labels and not causal:
         stated = getattr(model.config, "num_labels", 0)

@@ -15,8 +15,6 @@ from pcb_peft.errors import MismatchError, UnsupportedError
 Head = dict[str, Tensor]
 """An adapter's own parameters, such as its classifier, by their names in the base model."""
 
-GENERATING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
-
 
 def head_of(adapter: Adapter, model: Any) -> Head:
     """Return the parameters that an adapter replaces, on the model's device.

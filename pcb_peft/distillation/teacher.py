@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.base.canonical import LANGUAGE_MODELS
 from pcb_peft.data.live_adapters import with_adapter
 from pcb_peft.data.models import WITH_LOGITS, accepted_arguments
-from pcb_peft.distillation.base import GENERATING, Head, call, head_in_place
+from pcb_peft.distillation.base import Head, call, head_in_place
 from pcb_peft.distillation.targets import States, Target, distribution
 
 Batch = dict[str, Tensor]
@@ -84,7 +85,7 @@ class Reader:
         with torch.no_grad(), with_adapter(model, adapter):
             for first in range(0, len(texts), BATCH_TEXTS):
                 some, starts = texts[first : first + BATCH_TEXTS], [0] * BATCH_TEXTS
-                if self.task_type in GENERATING and self.new_tokens:
+                if self.task_type in LANGUAGE_MODELS and self.new_tokens:
                     some, starts = self._continued(model, head, some)
                 starts = starts[: len(some)]
                 outputs = self.outputs(model, head, some, starts)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.base.canonical import LANGUAGE_MODELS
 from pcb_peft.data.batches import longest_text, spread
 from pcb_peft.data.live_heads import Head
 from pcb_peft.data.models import load_tokenizer
@@ -24,8 +25,8 @@ from pcb_peft.evaluation.pairing import Pair
 from pcb_peft.evaluation.runner import Runner
 from pcb_peft.evaluation.scores import Score
 from pcb_peft.evaluation.settings import Settings
-from pcb_peft.evaluation.subjects import BASE, Subject, head_of
-from pcb_peft.evaluation.texts import LANGUAGE_MODELS, METRIC, TextTask, read_task
+from pcb_peft.evaluation.subjects import BASE, Subject, head_parameters
+from pcb_peft.evaluation.texts import METRIC, TextTask, read_task
 from pcb_peft.plugins.options import did_you_mean
 from pcb_peft.runtime.paths import expanded
 from pcb_peft.runtime.processes import current
@@ -103,8 +104,7 @@ class Bench:
     def _outcomes(self, subject: Subject, job: Job) -> list[float]:
         if self.base_digest is None:
             return self._run(subject, job)
-        head = head_of(job.adapter)
-        own = job.adapter.source if job.adapter and head else None
+        own = job.adapter.source if job.adapter and head_parameters(job.adapter) else None
         key = {
             "base": self.base_digest,
             "subject": subject.digest,
@@ -240,7 +240,7 @@ def job_of(pair: Pair, host: ModelHost, settings: Settings, task_type: str | Non
         settings: How it is measured.
         task_type: PEFT's word for the model of a task that no adapter was trained on; None: what the base model says.
     """
-    head = head_of(pair.adapter)
+    head = head_parameters(pair.adapter)
     stated = pair.adapter.task_type if pair.adapter else task_type
     task_type = "SEQ_CLS" if head else stated or host.task_type()
     if pair.harness_task and task_type not in LANGUAGE_MODELS:

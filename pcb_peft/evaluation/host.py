@@ -9,13 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pcb_peft.base.canonical import AUTO_CLASSES
-from pcb_peft.data.live_heads import (
-    Head,
-    give_head,
-    put_head,
-    refuse_made_up,
-    wrapped_by_peft,
-)
+from pcb_peft.data.live_heads import Head, give_head, put_head, refuse_made_up, wrapped_by_peft
 from pcb_peft.data.models import input_embeddings, load_config, load_model, task_type_of
 from pcb_peft.runtime.paths import expanded
 

@@ -9,8 +9,10 @@ from torch import Tensor
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.loading import load_adapter
 from pcb_peft.adapters.source import Source
+from pcb_peft.base.canonical import LANGUAGE_MODELS
 from pcb_peft.data.live_heads import Head
 from pcb_peft.deltas.delta import Dense
+from pcb_peft.deltas.replacements import ReplacedParameter
 from pcb_peft.evaluation.cache import OutcomeCache
 from pcb_peft.evaluation.host import Place
 from pcb_peft.formats.checkpoint import CONFIG
@@ -53,11 +55,16 @@ BASE = Subject(name="base", title="base", digest="")
 
 
 def head_of(adapter: Adapter | None) -> dict[str, Tensor] | None:
-    """The classification head that an adapter replaces; None where it has none."""
-    if adapter is None or adapter.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
-        return None
+    """Read the classification head that an adapter replaces; None where it has none."""
+    return {name: read() for name, read in head_parameters(adapter).items()} or None
+
+
+def head_parameters(adapter: Adapter | None) -> dict[str, ReplacedParameter]:
+    """The parameters of an adapter's classification head, before they are read; empty where it has none."""
+    if adapter is None or adapter.task_type in LANGUAGE_MODELS:
+        return {}
     parameters = adapter.head.parameters
-    return {n: read() for n, read in parameters.items() if "embed" not in n.lower()} or None
+    return {name: new for name, new in parameters.items() if "embed" not in name.lower()}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

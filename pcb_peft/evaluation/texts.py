@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any, TypeAlias
 
 from pcb_peft.adapters.adapter import Adapter
+from pcb_peft.base.canonical import LANGUAGE_MODELS
 from pcb_peft.data.batches import Row, read_rows, spread
 from pcb_peft.errors import OptionError
 from pcb_peft.evaluation.cache import digest_of
@@ -24,9 +25,6 @@ MEASURES = {
     "loss": "1/perplexity of the answers, or of the texts where there are none",
 }
 """How a task can be measured, beside a function of the user's and lm-evaluation-harness."""
-
-LANGUAGE_MODELS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
-"""PEFT's task types whose models write."""
 
 METRIC = {
     "head": "accuracy",

@@ -233,7 +233,7 @@ class Run:
             test=self._tested(recipe, self.trier.space.names, settings, self.trier.space.recipe),
             left_out=tuple(left_out),
             groupings=tuple(found),
-            merges=self._merges(done, chosen, settings) if chosen else (),
+            merges=self._merges(best, done, chosen, settings) if chosen else (),
             notes=(*self.trier.validation.notes, *notes, *self._on_the_end(done)),
         )
 
@@ -250,14 +250,14 @@ class Run:
         return notes
 
     def _merges(
-        self, done: Sequence[Trial], grouping: Grouping, settings: Settings
+        self, best: Trial, done: Sequence[Trial], grouping: Grouping, settings: Settings
     ) -> tuple[GroupMerge, ...]:
         """The merge of each group of the winner's; or one of all, if a trial beside the winner loses no task."""
         merges: list[GroupMerge] = []
-        best, names = self._best(done), self.trier.space.names
         point = losing_nothing(done, self.trier.objective, settings.threshold)
         if len(grouping.groups) > 1 and point is not None:
-            recipe = self.trier.space.recipe_of(point[0].candidate, point[1])
+            names, (trial, scale) = self.trier.space.names, point
+            recipe = self.trier.space.recipe_of(trial.candidate, scale)
             test = self._tested(recipe, names, settings)
             return (GroupMerge(members=names, recipe=recipe, test=test),)
         for group, scale in zip(grouping.groups, grouping.scales, strict=True):

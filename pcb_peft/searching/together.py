@@ -124,7 +124,7 @@ def fewest(found: Sequence[Grouping], threshold: float) -> Grouping:
         found: Groupings, from one merge of all to none.
         threshold: What has to be kept of every task.
     """
-    return next(one for one in found if min(one.kept.values()) >= min(threshold, 1.0))
+    return next(one for one in found if _loses_nothing(one.kept, threshold))
 
 
 def losing_nothing(
@@ -143,9 +143,14 @@ def losing_nothing(
         (trial, scale)
         for trial in trials
         for scale, kept in trial.kept.items()
-        if min(kept.values()) >= min(threshold, 1.0)
+        if _loses_nothing(kept, threshold)
     ]
     return max(points, key=lambda point: objective(point[0].kept[point[1]]), default=None)
+
+
+def _loses_nothing(kept: Mapping[str, float], threshold: float) -> bool:
+    """True if every task keeps enough; where all of it is kept, a higher threshold asks for no more."""
+    return min(kept.values()) >= min(threshold, 1.0)
 
 
 def _affinity(one: Group, other: Group, scores: Mapping[frozenset[str], float]) -> float:
