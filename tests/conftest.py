@@ -183,6 +183,11 @@ class Workshop:
             self.assert_close(found, delta, tolerance, module)
 
 
+def pytest_runtest_setup() -> None:
+    """A test draws the same numbers in every run, alone or after others."""
+    torch.manual_seed(0)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With `-n`, all tests of a file run in one process: what they share is made once."""

@@ -194,4 +194,5 @@ def test_a_merge_in_memory_is_pickled_with_its_weights_by_block(tmp_path):
     weights = [1, {"blocks": numbers}]
     merged = merge_adapters([tmp_path / "a.safetensors"] * 2, "linear", weights, rank="full")
     again = pickle.loads(pickle.dumps(merged)).delta(name)
-    assert torch.allclose(again, 4 * load_adapter(tmp_path / "a.safetensors").delta(name))
+    expected = 4 * load_adapter(tmp_path / "a.safetensors").delta(name)
+    torch.testing.assert_close(again, expected, rtol=0, atol=1e-6 * expected.abs().max().item())
