@@ -11,7 +11,9 @@ from torch import nn
 
 from pcb_peft.data.batches import IGNORED
 from pcb_peft.evaluation.choices import shared_likelihoods
+from pcb_peft.evaluation.measures import outcomes_of
 from pcb_peft.evaluation.runner import Encoded, Runner
+from pcb_peft.evaluation.texts import TextTask
 from pcb_peft.runtime.progress import tracker
 
 SIZES = {
@@ -107,7 +109,7 @@ def test_answers_of_one_token_need_no_second_look():
     model.register_forward_hook(lambda *_: calls.append(1))
     texts = [[answered([3, 4], [5]), answered([3, 4], [6])], [answered([3], [5])]]
     assert shared_likelihoods(runner(8), model, "texts", texts)
-    assert len(calls) == 2  # one of them asks what the model keeps
+    assert len(calls) == 6  # the first five ask what the model keeps, and whether it reads alike
 
 
 @torch.inference_mode()
@@ -116,3 +118,43 @@ def test_prompts_that_cannot_be_read_once():
     assert shared_likelihoods(runner(8), llama().eval(), "texts", other) is None
     state = shared_likelihoods(runner(8), mamba().eval(), "texts", TEXTS)
     assert state is None
+
+
+def cpm_ant() -> nn.Module:
+    """It takes no second look at answers: it adds a prompt of its own to all that it reads."""
+    config = transformers.CpmAntConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, dim_head=8
+    )
+    config.dim_ff = 24
+    return transformers.CpmAntForCausalLM(config)
+
+
+def xlm_roberta_xl() -> nn.Module:
+    """It counts positions from 2."""
+    sizes = {key: SIZES[key] for key in SIZES if key != "num_key_value_heads"}
+    config = transformers.XLMRobertaXLConfig(**sizes, max_position_embeddings=64, is_decoder=True)
+    return transformers.XLMRobertaXLForCausalLM(config)
+
+
+@pytest.mark.parametrize("build", [cpm_ant, xlm_roberta_xl])
+@torch.inference_mode()
+def test_a_model_that_reads_in_a_way_of_its_own_reads_whole_texts(build: Callable[[], nn.Module]):
+    model = build().eval()
+    assert shared_likelihoods(runner(8), model, "texts", TEXTS) is None
+
+
+@torch.inference_mode()
+def test_a_model_that_sees_padding_reads_one_text_at_a_time():
+    model = cpm_ant().eval()
+    letters = {letter: place for place, letter in enumerate("_abcdefgh")}
+    tokenizer = type("Tokenizer", (), {"pad_token_id": 0})
+    tokenizer.__call__ = lambda _, text: {"input_ids": [letters[one] for one in text.split()]}
+    rows = tuple({"text": text} for text in ("a b c d", "h a g b f c e d", "c a f e"))
+    task = TextTask(name="letters", rows=rows, measure="loss")
+    found = outcomes_of(
+        Runner(tokenizer(), torch.device("cpu"), 8, 64, tracker(False)), model, task
+    )
+    for loss, row in zip(found, rows, strict=True):
+        tokens = torch.tensor([tokenizer()(row["text"])["input_ids"]])
+        logits = model(input_ids=tokens).logits[0, :-1]
+        assert loss == pytest.approx(float(nn.functional.cross_entropy(logits, tokens[0, 1:])))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,6 +48,15 @@ class Question:
         rests = [row[shared:-1] for row in tokens]
         return cls(tokens[0][:shared], rests, [row[shared:] for row in labels])
 
+    def beginning(self) -> "Question":
+        """Return at most eight tokens of the prompt, and four of two answers."""
+        rests, targets = ([row[:4] for row in rows[:2]] for rows in (self.rests, self.targets))
+        return Question(
+            self.prompt[:8],
+            rests,
+            [row[: len(rest) + 1] for row, rest in zip(targets, rests, strict=True)],
+        )
+
 
 def shared_likelihoods(
     runner: Runner, model: Any, what: str, texts: Sequence[Sequence[Encoded]]
@@ -62,6 +72,8 @@ def shared_likelihoods(
     questions = [Question.of(answers) for answers in texts]
     known = [question for question in questions if question is not None]
     if len(known) < len(texts) or not _keeps_what_it_read(model, known[0].prompt[:1], runner):
+        return None
+    if not _agrees_with_whole_texts(runner, model, known):
         return None
     more = any(rest for question in known for rest in question.rests)
     answers = max(len(question.rests) for question in known) if more else 1
@@ -82,6 +94,30 @@ def _keeps_what_it_read(model: Any, tokens: list[int], runner: Runner) -> bool:
     cache = _cache(output)
     kinds = (DynamicLayer, DynamicSlidingWindowLayer)
     return type(cache) is DynamicCache and all(type(layer) in kinds for layer in cache.layers)
+
+
+def _agrees_with_whole_texts(runner: Runner, model: Any, questions: Sequence[Question]) -> bool:
+    """True if a short and a long prompt, read once and together, give what their whole texts give.
+
+    Some models count positions in a way of their own, or take one token at a time after what they have kept.
+    """
+    by_length = sorted(questions, key=lambda question: len(question.prompt))
+    tried = [question.beginning() for question in (by_length[0], by_length[-1])]
+    try:
+        together = _likelihoods(runner, model, tried)
+    except Exception:  # noqa: BLE001  (each model refuses in a way of its own; whole texts are read instead)
+        return False
+    device = runner.device
+    for question, likelihoods in zip(tried, together, strict=True):
+        for rest, target, (total, _) in zip(
+            question.rests, question.targets, likelihoods, strict=True
+        ):
+            tokens = torch.tensor([question.prompt + rest], device=device)
+            logits = model(input_ids=tokens, use_cache=False).logits[:, len(question.prompt) - 1 :]
+            alone = picked(logits, torch.tensor([target], device=device)).sum().item()
+            if not same_likelihood(total, alone, logits.dtype):
+                return False
+    return True
 
 
 def _likelihoods(
@@ -137,6 +173,12 @@ def _run(model: Any, positions: Tensor, cache: Any = None, **given: Any) -> Any:
         given |= {next((name for name in CACHES if name in takes), CACHES[-1]): cache}
     optional = ("position_ids", "logits_to_keep")
     return model(**{k: v for k, v in given.items() if k not in optional or k in takes})
+
+
+def same_likelihood(one: float, other: float, dtype: torch.dtype) -> bool:
+    """True if two log-likelihoods differ by no more than a model of this dtype rounds."""
+    rounding = 1e-3 if dtype == torch.float32 else 0.1
+    return math.isclose(one, other, rel_tol=rounding, abs_tol=rounding)
 
 
 def picked(logits: Tensor, targets: Tensor) -> Tensor:

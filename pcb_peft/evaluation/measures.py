@@ -1,13 +1,19 @@
 """Five ways to measure a model on texts. Each gives one number per text."""
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from pcb_peft.data.batches import IGNORED, name_padding
 from pcb_peft.data.models import accepted_arguments
-from pcb_peft.evaluation.choices import Likelihood, picked, shared_likelihoods
+from pcb_peft.evaluation.choices import (
+    Likelihood,
+    picked,
+    same_likelihood,
+    shared_likelihoods,
+)
 from pcb_peft.evaluation.runner import Batch, Encoded, Runner
 from pcb_peft.evaluation.texts import TextTask
 
@@ -142,7 +148,29 @@ def _log_likelihoods(
         counts = (labels != IGNORED).sum(-1).clamp(min=1)
         return list(zip(totals.tolist(), counts.tolist(), strict=True))
 
+    if not _padding_changes_nothing(runner, model.dtype, measure, texts):
+        runner = dataclasses.replace(runner, batch_size=1)
     return runner.run(texts, measure, what)
+
+
+def _padding_changes_nothing(
+    runner: Runner,
+    dtype: torch.dtype,
+    measure: Callable[[Batch], list[Likelihood]],
+    texts: Sequence[Encoded],
+) -> bool:
+    """True if a short text is as likely beside a longer one as alone.
+
+    It is not in every model: some share a limited number of places for tokens among all texts of a batch.
+    """
+    by_length = sorted(texts, key=lambda text: len(text["input_ids"]))
+    long = by_length[-1]
+    short = next((text for text in by_length if len(text["input_ids"]) > 2), long)
+    longer = {key: values[: len(short["input_ids"]) + 8] for key, values in long.items()}
+    (alone, _), (beside, _) = (
+        measure(runner.padded(batch, "right"))[0] for batch in ([short], [short, longer])
+    )
+    return same_likelihood(alone, beside, dtype)
 
 
 def _line(text: str) -> str:
