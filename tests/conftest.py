@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import jinja2
 import models
 import peft
 import pytest
@@ -185,7 +187,7 @@ class Workshop:
 
 def pytest_runtest_setup() -> None:
     """A test draws the same numbers in every run, alone or after others."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed asks for all kinds of GPUs, too
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -205,6 +207,14 @@ def offline() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_template() -> Iterator[None]:
+    """PEFT writes a card beside each adapter: the Hub's template for it is compiled once, not each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jinja2.Template", functools.lru_cache(jinja2.Template))
         yield
 
 
