@@ -74,6 +74,12 @@ def test_nor_in_feedforward_modules_nor_in_overrides(tmp_path, expression):
     assert not Override(modules=f"re:{expression}").matches(LONG)
 
 
+@pytest.mark.parametrize("expression", FOR_EVER)
+def test_nor_in_target_modules_beside_target_parameters(tmp_path, expression):
+    fields = {"target_modules": expression, "target_parameters": ["down_proj"]}
+    assert load_adapter(lora_of(tmp_path / "a", r=2, peft_version="0.19.0", **fields)).modules
+
+
 @pytest.mark.parametrize("expression", ["(?!x).*", r"(a)\1", "(", "a{1001}", "(x)" * 10_000])
 def test_what_cannot_be_matched_in_linear_time_is_refused_by_name(tmp_path, expression):
     with pytest.raises(AdapterError, match=r"rank_pattern.*expression"):

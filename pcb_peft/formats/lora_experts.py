@@ -32,6 +32,7 @@ from torch import Tensor
 from pcb_peft.deltas.delta import LowRank
 from pcb_peft.deltas.layout import CONV1D, LINEAR, ParameterForm
 from pcb_peft.errors import AdapterError, UnsupportedError
+from pcb_peft.files.patterns import Expression
 from pcb_peft.formats.base_weights import Base
 from pcb_peft.formats.checkpoint import Tensors, read_finite
 from pcb_peft.formats.keys import PREFIX
@@ -140,7 +141,7 @@ def _is_targeted(config: Config, module: str) -> bool:
     """Return whether `target_modules` names a module."""
     targets = config.get("target_modules") or []
     if isinstance(targets, str):
-        return re.fullmatch(targets, module) is not None
+        return Expression(targets, "target_modules", AdapterError).fits(module)
     return any(f".{module}".endswith(f".{target}") for target in targets)
 
 
