@@ -21,6 +21,7 @@ from pcb_peft import (
     MergedAdapter,
     MismatchError,
     OptionError,
+    OutputError,
     evaluate,
     load_adapter,
     merge_adapters,
@@ -297,6 +298,21 @@ def test_what_is_not_allowed(directory: Path, options: dict[str, object], messag
     arguments = {"adapters": [ADAPTERS[3]], "base_model": BASE, "data": [FILES[3]], "cache": False}
     with pytest.raises(OptionError, match=message):
         evaluate(directory, **{**arguments, **options})
+
+
+def test_what_could_not_be_written_afterwards_is_refused_before_anything_runs(tmp_path: Path):
+    def never(_: object) -> float:
+        raise AssertionError("a model was run")
+
+    def run(merged: object, **options: object):
+        evaluate(merged, [ADAPTERS[3]], BASE, {"subj": never}, cache=False, **options)
+
+    with pytest.raises(OptionError, match="the merge is in memory"):
+        run(load_adapter(ADAPTERS[3]), write_to_card=True)
+    with pytest.raises(OptionError, match="someone/merged is no directory here"):
+        run("someone/merged", write_to_card=True)
+    with pytest.raises(OutputError, match="does not exist"):
+        run(ADAPTERS[3], log=tmp_path / "missing" / "log.jsonl")
 
 
 @pytest.mark.slow

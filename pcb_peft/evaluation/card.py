@@ -15,8 +15,8 @@ from pcb_peft.files.yaml_text import load_yaml
 from pcb_peft.runtime.shown import quoted, shown
 from pcb_peft.writing.atomic import write_file_atomically
 from pcb_peft.writing.manifest import foreign_file, update_manifest
+from pcb_peft.writing.model_card import CARD
 
-CARD, FILE = "README.md", EVALUATION_FILE
 _CORRECT = "correct them, or take the card away"
 BEGIN, END = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"
 
@@ -38,9 +38,9 @@ def write_to_card(evaluation: Evaluation, directory: str | Path) -> None:
     try:
         only_ours = foreign_file(directory) is None
         _replace(card, _with_table(card, evaluation))
-        _replace(directory / FILE, json.dumps(evaluation.as_dict(), indent=2) + "\n")
+        _replace(directory / EVALUATION_FILE, json.dumps(evaluation.as_dict(), indent=2) + "\n")
         if only_ours:
-            update_manifest(directory, (CARD, FILE))
+            update_manifest(directory, (CARD, EVALUATION_FILE))
     except OSError as error:
         raise OutputError(
             f"{directory}: the evaluation cannot be written into {CARD}: {error}"

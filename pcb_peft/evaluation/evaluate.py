@@ -38,6 +38,7 @@ from pcb_peft.runtime.processes import current
 from pcb_peft.runtime.scratch import shared_directory
 from pcb_peft.writing.lines import append_line
 from pcb_peft.writing.model_card import public_name
+from pcb_peft.writing.targets import check_file_target
 
 AdapterLike: TypeAlias = str | Path | Source | tuple[Any, str] | Adapter
 
@@ -146,10 +147,33 @@ def evaluate(  # noqa: PLR0913  (every choice of an evaluation, by name)
         cache=cache,
         progress=progress,
     )
+    if log is not None:
+        log = expanded(log)
+        check_file_target(log, overwrite="all")  # a line is added
+    card_directory = _directory(merged) if write_to_card else None
     loaded, base, settings = _loaded(merged, adapters, base_model, settings)
     result = _evaluated(merged, loaded, base, data, tasks, against, settings, controls=controls)
-    _write(result, log, merged if write_to_card else None)
+    _write(result, log, card_directory)
     return result
+
+
+def _directory(merged: AdapterLike) -> Path:
+    """The directory of a saved merge.
+
+    Raises:
+        OptionError: The merge is in none.
+    """
+    if not isinstance(merged, str | Path):
+        raise OptionError(
+            "write_to_card: the merge is in memory; save it, and evaluate its directory"
+        )
+    directory = expanded(merged)
+    if not directory.is_dir():
+        hint = similar_path(str(merged))
+        raise OptionError(
+            f"write_to_card (--write-to-card): {merged} is no directory here{hint and f'; {hint}'}"
+        )
+    return directory
 
 
 def _evaluated(
@@ -333,21 +357,17 @@ def _notes(scores: Sequence[TaskScores]) -> list[str]:
     ]
 
 
-def _write(result: Evaluation, log: str | Path | None, card: AdapterLike | None) -> None:
+def _write(result: Evaluation, log: Path | None, card_directory: Path | None) -> None:
     """Append to the log and write the card, in one process.
 
     Raises:
         OutputError: That cannot be done.
     """
-    if card is not None and not isinstance(card, str | Path):
-        raise OptionError(
-            "write_to_card: the merge is in memory; save it, and evaluate its directory"
-        )
     if current().is_main:
         if log is not None:
-            _append(Path(log), result)
-        if card is not None:
-            write_card(result, card)
+            _append(log, result)
+        if card_directory is not None:
+            write_card(result, card_directory)
     current().barrier()
 
 
