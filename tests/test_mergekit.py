@@ -3,6 +3,7 @@
 And its YAML files are read.
 """
 
+import warnings
 from pathlib import Path
 
 import peft
@@ -60,6 +61,7 @@ def test_it_is_what_mergekit_makes(case):
 LORA = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 LAYERS = ("model.layers.0.", "model.layers.1.")
 BASE = {"base_model": "base"}
+TWO_BASES = [{"model": f"{name}+a", "parameters": {"weight": 1}} for name in ("one", "other")]
 TWICE = [{"model": "base+a", "parameters": {"weight": 2}}]
 
 
@@ -113,6 +115,61 @@ def test_mergekits_gradients_and_filters_are_understood(three: list[Path], tmp_p
     assert_sum(file, three[:1], lambda module: (0.25 if "q_proj" in module else 2,))
 
 
+def test_each_parameter_takes_the_first_filter_that_a_module_meets(
+    three: list[Path], tmp_path: Path
+):
+    """Filters of different models meet in one module, and one that meets none is of no effect."""
+    query, attention = {"filter": "q_proj", "value": 3}, {"filter": "self_attn", "value": 0.5}
+    first = [{"filter": "lm_head", "value": 9}, attention, {"value": 2}]
+    second = [query, {"filter": "layers.1.", "value": 5}, {"filter": "weight", "value": 7}]
+    third = [{**query, "value": 1}, {**attention, "value": 4}, {"value": 1}]
+    each = weights(first, second, third)
+    file = file_of(tmp_path, three, each, merge_method="task_arithmetic")
+
+    def wanted(module):
+        asked = "q_proj" in module
+        return 0.5, 3 if asked else 5 if "layers.1." in module else 7, 1 if asked else 4
+
+    assert_sum(file, three, wanted)
+
+
+def test_a_weight_of_zero_takes_no_part_in_mergekits_means(three: list[Path], tmp_path: Path):
+    """Nor does it make the others longer."""
+    turn = {"merge_method": "slerp", "base_model": f"base+{three[0]}", "parameters": {"t": [0, 1]}}
+    for each, content, first in (
+        ([{}, {}], turn, True),
+        (weights([1, 0], [0, 1]), {"merge_method": "multislerp"}, True),
+        (weights(0, 3), {"merge_method": "nuslerp"}, False),
+        (weights(0, 3), {"merge_method": "ties"}, False),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            file = file_of(tmp_path, three[:2], each, **content)
+            assert_sum(
+                file,
+                three[:2],
+                lambda module, first=first: (1, 0) if first and LAYERS[0] in module else (0, 1),
+            )
+
+
+def test_a_base_model_with_one_of_the_adapters_is_no_difference(three: list[Path], tmp_path: Path):
+    """Δ0 + 0.5 (Δ0 − Δ0) + 0.2 (Δ − Δ0)."""
+    on_top = {"merge_method": "task_arithmetic", "base_model": f"base+{three[0]}"}
+    file = file_of(tmp_path, three[:2], weights(0.5, 0.2), **on_top)
+    assert_sum(file, three[:2], lambda _: (0.8, 0.2))
+
+
+def test_one_slice_of_all_layers_has_parameters(three: list[Path], tmp_path: Path):
+    sources = [{"model": f"base+{adapter}", "layer_range": [0, 2]} for adapter in three[:2]]
+    sources[1]["parameters"] = {"weight": 3}
+    slices = [{"sources": sources, "parameters": {"weight": 0.25}}]
+    content = {**BASE, "merge_method": "task_arithmetic", "parameters": {"weight": 9}}
+    file = tmp_path / "mergekit.yaml"
+    file.write_text(yaml.safe_dump({**content, "slices": slices}))
+    with pytest.warns(UserWarning, match=r"layer_range \[0, 2\] is taken for all layers"):
+        assert_sum(file, three[:2], lambda _: (0.25, 3))
+
+
 def test_mergekits_other_methods_are_understood(three: list[Path], tmp_path: Path):
     given = [{"weight": 0.3, "density": 0.5}] * 3
     recipe = read_recipe(file_of(tmp_path, three, given, merge_method="ties"))
@@ -135,6 +192,24 @@ def test_mergekits_other_methods_are_understood(three: list[Path], tmp_path: Pat
 
 
 @pytest.mark.parametrize(
+    ("each", "content", "message"),
+    [
+        (weights([0, 1], 1), {"merge_method": "linear"}, "sum of the weights in each layer"),
+        (weights([0, 1], [1, 0]), {"merge_method": "linear"}, None),
+        (weights(1, 1), {"merge_method": "multislerp", "base_model": None}, "one whole weight"),
+        (weights(1, 1), {"merge_method": "multislerp"}, None),
+        ([{}, {}], {"merge_method": "model_stock"}, "point away from each other"),
+    ],
+)
+def test_what_differs_from_mergekits_numbers_is_said(each, content, message, tmp_path: Path):
+    file = file_of(tmp_path, [Path("a"), Path("b")], each, **content)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        read_recipe(file)
+    assert [message in str(warning.message) for warning in said] == ([True] if message else [])
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ({"merge_method": "nearswap"}, "nearswap .* is not among the methods here"),
@@ -149,6 +224,13 @@ def test_mergekits_other_methods_are_understood(three: list[Path], tmp_path: Pat
         ({"merge_method": "linear", "models": TWICE, "parameters": {"normalize": False}}, "scales"),
         ({"merge_method": "passthrough", "models": []}, "stacks layers"),
         ({"merge_method": "ties", "models": None, "slices": [{}, {}]}, "one after the other"),
+        (
+            {"merge_method": "breadcrumbs", "parameters": {"rescale": True}},
+            "rescale is True, .*out",
+        ),
+        ({"merge_method": "linear", "parameters": {"normalize": [1, 0]}}, "true or false here"),
+        ({"merge_method": "ties", "models": [{"model": "base+a", "weight": 1}]}, "has 'weight'"),
+        ({"merge_method": "linear", "models": TWO_BASES, "base_model": None}, "different base mod"),
     ],
 )
 def test_what_of_mergekit_is_not_covered_is_recognised(content, message: str, tmp_path: Path):

@@ -79,6 +79,8 @@ def _explained(message: str, content: Any) -> str:
     place = ".".join(map(str, steps))
     if missing := re.fullmatch(r"Object missing required field `(.+)`", problem):
         return f"{place}.{missing[1]} is missing".removeprefix(".")
+    if unknown := re.fullmatch(r"Object contains unknown field `(.+)`", problem):
+        return f"{place} has {quoted(unknown[1])}, which means nothing there"
     words = re.search(r"Expected `([^`]+)`(.*?)(, got .*)?$", problem)
     wanted = shown(problem) if words is None else f"{_in_words(words[1])}{words[2]}"
     inside = " of such values" if "[...]" in path else ""

@@ -182,7 +182,7 @@ def _distributed(
 ) -> list[Setting]:
     """Each setting with its modules; the first override that matches a module wins."""
     for override, _ in overrides:
-        if not any(map(override.matches, adapter_set.modules)):
+        if not override.optional and not any(map(override.matches, adapter_set.modules)):
             example = next(iter(adapter_set.modules), "none: the adapters hold no deltas")
             raise OptionError(
                 f"overrides: {override.modules!r} matches no module; one of them is {example}"

@@ -9,7 +9,7 @@ from pcb_peft.errors import OptionError
 from pcb_peft.files.schema import Count, Number, checked
 
 
-class _Condition(msgspec.Struct):
+class _Condition(msgspec.Struct, forbid_unknown_fields=True):
     """A value for the modules that match a filter."""
 
     value: bool | Number | list[Number]
@@ -19,7 +19,7 @@ class _Condition(msgspec.Struct):
 _Setting: TypeAlias = bool | Number | _Condition | list[Number | _Condition] | None
 
 
-class _Entry(msgspec.Struct):
+class _Entry(msgspec.Struct, forbid_unknown_fields=True):
     """A model with its own parameters."""
 
     model: str
@@ -27,10 +27,11 @@ class _Entry(msgspec.Struct):
     layer_range: tuple[Count, Count] | None = None
 
 
-class _Slice(msgspec.Struct):
+class _Slice(msgspec.Struct, forbid_unknown_fields=True):
     """Some layers of some models."""
 
     sources: list[_Entry] | None = None
+    parameters: dict[str, _Setting] | None = None
 
 
 class _File(msgspec.Struct):

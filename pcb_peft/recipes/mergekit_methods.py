@@ -22,6 +22,8 @@ class Meaning:
         averages: Whether it averages the entries that agree on a sign.
         counts_base: Whether the base model may be one of the models, and counts in the mean.
         turns: Whether it turns from the first model, which is the base model, to the second.
+        on_sphere: Whether it mixes directions, and gives them the mean of all lengths.
+        whole_without_base: Whether mergekit mixes whole weights where no base model is named.
         difference: How its numbers differ from mergekit's.
     """
 
@@ -38,6 +40,8 @@ class Meaning:
     averages: bool = False
     counts_base: bool = False
     turns: bool = False
+    on_sphere: bool = False
+    whole_without_base: bool = False
     difference: str = ""
 
 
@@ -114,11 +118,15 @@ MEANINGS: dict[str, Meaning] = {
             method="model_stock",
             weighted=False,
             off=("filter_wise",),
+            difference="where adapters point away from each other mergekit turns their average around, and here "
+            "it is 0; an adapter that does not change a module counts there, and here it does not",
         ),
         Meaning(
             name="multislerp",
             method="multislerp",
             normalised=True,
+            on_sphere=True,
+            whole_without_base=True,
             off=("eps",),
         ),
         Meaning(
@@ -134,12 +142,15 @@ MEANINGS: dict[str, Meaning] = {
             options={"t": (None, 1.0, None)},
             weighted=False,
             turns=True,
+            on_sphere=True,
             difference=WHOLE,
         ),
         Meaning(
             name="nuslerp",
             method="slerp",
             normalised=True,
+            on_sphere=True,
+            whole_without_base=True,
             off=("nuslerp_flatten", "nuslerp_row_wise"),
             difference="mergekit turns vectors of their own lengths, and here their directions are turned",
         ),

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pcb_peft.errors import OptionError
 from pcb_peft.files.patterns import Expression
-from pcb_peft.recipes.fields import a_mapping, a_name, one_of, parse_fields, unnamed
+from pcb_peft.recipes.fields import a_mapping, a_name, a_truth, one_of, parse_fields, unnamed
 from pcb_peft.recipes.weights import Weight, plain, read_weights
 from pcb_peft.runtime.shown import quoted
 
@@ -19,7 +19,7 @@ Scope: TypeAlias = Literal["auto", "global", "module"]
 """Where a method's statistics are taken: over the whole adapter, in each module, or the method's own choice."""
 
 SCOPES: tuple[Scope, ...] = ("auto", "global", "module")
-REGEX = "re:"
+REGEX, AND = "re:", "&"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,12 +27,14 @@ class Override:
     """A change for some modules; None, or an absent option, leaves it as the recipe has it.
 
     Attributes:
-        modules: A glob (``*.mlp.*``), or a regular expression after ``re:``, that matches a whole module path.
+        modules: A glob (``*.mlp.*``), several that must all match (``*.mlp.* & *.3.*``), or a regular expression after
+            ``re:``; each matches a whole module path.
         method: With another method, the recipe's options do not apply to these modules.
         space: A name from `list_spaces()`.
         scope: "global" is then over these modules.
         weights: One per adapter.
         options: Options of the method and the space.
+        optional: True if it may match no module.
     """
 
     modules: Annotated[str, a_name]
@@ -43,6 +45,7 @@ class Override:
     options: Annotated[Mapping[str, Any], a_mapping] = dataclasses.field(
         default_factory=dict[str, Any]
     )
+    optional: Annotated[bool, a_truth] = False
 
     def matches(self, module: str) -> bool:
         """True if the override applies to a module.
@@ -51,7 +54,8 @@ class Override:
             OptionError: The regular expression is none, or one that may take for ever.
         """
         if not self.modules.startswith(REGEX):
-            return fnmatch.fnmatchcase(module, self.modules)
+            globs = self.modules.split(AND)
+            return all(fnmatch.fnmatchcase(module, one.strip()) for one in globs)
         return _expression(self.modules.removeprefix(REGEX)).fits(module)
 
     def as_dict(self) -> dict[str, Any]:
