@@ -147,14 +147,23 @@ def evaluate(  # noqa: PLR0913  (every choice of an evaluation, by name)
         cache=cache,
         progress=progress,
     )
+    outputs = _outputs(log, merged if write_to_card else None)
+    loaded, base, settings = _loaded(merged, adapters, base_model, settings)
+    result = _evaluated(merged, loaded, base, data, tasks, against, settings, controls=controls)
+    return _written(result, *outputs)
+
+
+def _outputs(log: str | Path | None, merged: AdapterLike | None) -> tuple[Path | None, Path | None]:
+    """The log, and the directory of a merge whose card is written; None for what is not.
+
+    Raises:
+        OptionError: The merge is in no directory.
+        OutputError: The log cannot be written.
+    """
     if log is not None:
         log = expanded(log)
         check_file_target(log, overwrite="all")  # a line is added
-    card_directory = _directory(merged) if write_to_card else None
-    loaded, base, settings = _loaded(merged, adapters, base_model, settings)
-    result = _evaluated(merged, loaded, base, data, tasks, against, settings, controls=controls)
-    _write(result, log, card_directory)
-    return result
+    return log, None if merged is None else _directory(merged)
 
 
 def _directory(merged: AdapterLike) -> Path:
@@ -357,8 +366,8 @@ def _notes(scores: Sequence[TaskScores]) -> list[str]:
     ]
 
 
-def _write(result: Evaluation, log: Path | None, card_directory: Path | None) -> None:
-    """Append to the log and write the card, in one process.
+def _written(result: Evaluation, log: Path | None, card_directory: Path | None) -> Evaluation:
+    """Append to the log and write the card, in one process; return what was written.
 
     Raises:
         OutputError: That cannot be done.
@@ -369,6 +378,7 @@ def _write(result: Evaluation, log: Path | None, card_directory: Path | None) ->
         if card_directory is not None:
             write_card(result, card_directory)
     current().barrier()
+    return result
 
 
 def _append(log: Path, result: Evaluation) -> None:

@@ -115,7 +115,7 @@ class ModelHost:
         yield self._model
 
     def _put_on(self, wanted: tuple[str, str, Place | None], head: Head, name: str) -> None:
-        """Take off what the model wears, and put on an adapter."""
+        """Take the current adapter out of the model, and put another one in."""
         self._take_off()
         task_type, source, place = wanted
         model = self._plain(task_type, source)

@@ -170,15 +170,14 @@ def _on_top(
     weights: list[Gradient],
     settings: Settings,
 ) -> tuple[list[dict[str, str]], list[Gradient]]:
-    """The merge on a base model that wears an adapter itself: Δ0 + Σ w (Δ − Δ0), for a sum.
+    """The merge on a base model with an adapter: Δ0 + Σ w (Δ − Δ0), for a sum.
 
     Raises:
         OptionError: It is no sum.
     """
     own = _located(base_adapter)
-    if own in adapters and (
-        meaning.counts_base or meaning.turns
-    ):  # it is one of those that are mixed
+    is_mixed_itself = meaning.counts_base or meaning.turns
+    if own in adapters and is_mixed_itself:
         return adapters, weights
     if not meaning.exact_in_any_space or settings.scale != 1 or any(settings.selections()):
         raise OptionError(
