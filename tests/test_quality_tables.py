@@ -129,6 +129,17 @@ def test_the_tables_of_the_documents_are_those_of_the_results(scripts: SimpleNam
         assert shown.strip() == scripts.tables.tables(merges, split).strip()
 
 
+def test_plots_are_drawn_of_all_results(scripts: SimpleNamespace, tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    scripts.tables.draw(
+        scripts.tables.read(*sorted((SCRIPTS / "results").glob("*.jsonl"))), tmp_path
+    )
+    images = SCRIPTS.parents[1] / "docs" / "images"
+    for name in ("minilm-rank", "minilm-density", "minilm8-adapters"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000, name
+        assert (images / f"{name}.png").is_file()
+
+
 def test_what_methods_say_was_measured_is_what_the_results_say(scripts: SimpleNamespace):
     found: dict[tuple[str, str], object] = {}
     merges = scripts.tables.read(*sorted((SCRIPTS / "results").glob("*.jsonl")))

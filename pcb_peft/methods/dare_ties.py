@@ -8,7 +8,7 @@ from pcb_peft.plugins.options import Density, Election
 from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 
-@merge_method("dare_ties", paper="arXiv:2311.03099", scope="module")
+@merge_method("dare_ties", paper="arXiv:2311.03099", space="knots", scope="module")
 def dare_ties(
     tasks: TaskVectors,
     *,
@@ -18,7 +18,8 @@ def dare_ties(
 ) -> Merged:
     """Drop entries at random, rescale the rest, elect a sign per entry, average those that have it.
 
-    No statistics are taken, so both scopes give the same result.
+    No statistics are taken, so both scopes give the same result. In `core` space a few entries hold most of
+    a task vector, and luck decides which of them are kept.
 
     Args:
         density: Probability with which an entry is kept; the paper's 1 − p.
@@ -27,7 +28,7 @@ def dare_ties(
 
     Good at: fully fine-tuned models with much redundancy, says the paper of DARE.
 
-    Measured: LoRA 63.6 (22.0).
+    Measured: LoRA 85.0 (61.4).
 
     Source: Yu et al. 2024, the two steps of DARE, before Yadav et al. 2023, algorithm 1. Differences: dropping replaces
     trimming, as in PEFT and mergekit; masks as in `dare_linear`; weights and signs as in `ties`. With the same masks

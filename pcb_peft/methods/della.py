@@ -11,7 +11,7 @@ from pcb_peft.plugins.options import Density, Range
 from pcb_peft.tasks.task_vectors import Merged, TaskVectors
 
 
-@merge_method("della", paper="arXiv:2406.11617", scope="module")
+@merge_method("della", paper="arXiv:2406.11617", space="knots", scope="module")
 def della(
     tasks: TaskVectors,
     *,
@@ -23,6 +23,7 @@ def della(
 
     MAGPRUNE sorts the n entries of a row by |τ|. The entry at position r (0 is the smallest) is kept with probability
     p_r = density + ε (r/(n − 1) − ½), and divided by p_r. No statistics are taken, so both scopes give the same result.
+    In `core` space a few entries hold most of a task vector, and luck decides which of them are kept.
 
     Args:
         density: Mean probability with which an entry is kept; the paper's 1 − p.
@@ -32,7 +33,7 @@ def della(
 
     Good at: fully fine-tuned models with much redundancy, says its paper; the best method here that drops at random.
 
-    Measured: LoRA 78.3 (50.7).
+    Measured: LoRA 85.3 (64.8).
 
     Source: Deep et al. 2024, steps drop (MAGPRUNE), elect and fuse, and github.com/declare-lab/della at 0641b61, whose
     `window_size` is ε and whose `normalize` is the mean. Differences: ε is reduced where needed; a row is a row of the
