@@ -27,8 +27,9 @@ from pcb_peft import (
     merge_adapters,
 )
 from pcb_peft.adapters.adapter import Adapter, DeltaMapping
+from pcb_peft.adapters.source import Source
 from pcb_peft.commands.demo import base_model_folder, examples_folder
-from pcb_peft.evaluation.host import ModelHost, Place
+from pcb_peft.evaluation.host import ModelHost
 from pcb_peft.evaluation.pairing import pair
 from pcb_peft.evaluation.runner import Runner
 from pcb_peft.evaluation.tables import markdown_table
@@ -321,10 +322,10 @@ def test_the_host_is_the_base_model_again_after_each_adapter(directory: Path):
     heads = [load_adapter(path).head.read() for path in ADAPTERS]
     tokens = AutoTokenizer.from_pretrained(BASE)("what a day", return_tensors="pt")
 
-    def logits(place: Path | None, head: int) -> torch.Tensor:
-        worn = None if place is None else Place(str(place))
-        with host.adapted("SEQ_CLS", worn, heads[head]) as model, torch.no_grad():
-            return model(**tokens).logits
+    def logits(adapter: Path | None, head: int) -> torch.Tensor:
+        source = None if adapter is None else Source(str(adapter))
+        with torch.no_grad():
+            return host.adapted("SEQ_CLS", source, heads[head])(**tokens).logits
 
     before = logits(None, 0)
     merged = logits(directory, 0)
@@ -352,13 +353,11 @@ def test_an_adapter_that_changes_the_base_leaves_nothing_behind(
     changed.save_pretrained(tmp_path, save_embedding_layers=False)
     host = ModelHost(str(BASE))
     head = {"classifier.weight": torch.ones(2, 384), "classifier.bias": torch.zeros(2)}
-    with host.adapted("SEQ_CLS", None, head) as model:
-        before = {name: value.clone() for name, value in model.named_parameters()}
-    with host.adapted("SEQ_CLS", Place(str(tmp_path)), head):
-        pass
-    with host.adapted("SEQ_CLS", None, head) as model:
-        for name, value in model.named_parameters():
-            assert torch.equal(value, before[name]), name
+    model = host.adapted("SEQ_CLS", None, head)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    host.adapted("SEQ_CLS", Source(str(tmp_path)), head)
+    for name, value in host.adapted("SEQ_CLS", None, head).named_parameters():
+        assert torch.equal(value, before[name]), name
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path):

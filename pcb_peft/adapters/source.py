@@ -75,6 +75,15 @@ class Source:
         """The path with the subfolder; it need not exist."""
         return str(Path(self.path, self.subfolder)) if self.subfolder else self.path
 
+    def for_peft(self) -> dict[str, Any]:
+        """Return the arguments of `PeftModel.from_pretrained` that say where the adapter is."""
+        directory = expanded(self.path)
+        if directory.is_dir():
+            return {"model_id": str(directory / (self.subfolder or ""))}
+        options = {"revision": self.revision, "subfolder": self.subfolder}
+        given = {name: value for name, value in options.items() if value is not None}
+        return {"model_id": self.path, **given}
+
     @property
     def name(self) -> str:
         """Last part of the path, for messages and reports."""

@@ -12,7 +12,6 @@ from pcb_peft.base.canonical import CLASSIFIERS
 from pcb_peft.data.live_heads import refuse_made_up
 from pcb_peft.data.models import load_base
 from pcb_peft.errors import MismatchError
-from pcb_peft.runtime.paths import expanded
 
 
 @contextlib.contextmanager
@@ -38,9 +37,8 @@ def adapted_model(
         refuse_made_up(base, adapter.head.parameters, adapter.name)
     with warnings.catch_warnings():  # peft asks transformers for this under its old name
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-        directory, options = _peft_arguments(source)
         try:
-            model = PeftModel.from_pretrained(base, directory, is_trainable=True, **options).eval()
+            model = PeftModel.from_pretrained(base, **source.for_peft(), is_trainable=True).eval()
         except (RuntimeError, ValueError) as error:
             raise MismatchError(f"{adapter.name} does not fit the base model: {error}") from error
     try:
@@ -66,12 +64,3 @@ def _check_layers(model: Any, adapter: Adapter) -> None:
                 f"{adapter.name}: PEFT put no adapter of shape {entry.shape} on {module} of {type(base).__name__}; "
                 "give the model that the adapter was trained on"
             )
-
-
-def _peft_arguments(source: Source) -> tuple[str, dict[str, Any]]:
-    """The path or id, and the keyword arguments, with which PEFT finds an adapter."""
-    directory = expanded(source.path)
-    if directory.is_dir():
-        return str(directory / source.subfolder if source.subfolder else directory), {}
-    options = {"revision": source.revision, "subfolder": source.subfolder}
-    return source.path, {name: value for name, value in options.items() if value is not None}

@@ -119,21 +119,21 @@ class Bench:
         return self.cache.get(key, lambda: self._run(subject, job))
 
     def _run(self, subject: Subject, job: Job) -> list[float]:
-        with self._model(subject, job) as model:
-            if job.texts is not None:
-                return outcomes_of(self.runner, model, job.texts)
-            return harness_outcomes(
-                model,
-                self.runner.tokenizer,
-                str(job.pair.harness_task),
-                batch_size=self.runner.batch_size,
-                limit=self.limit,
-            )
+        model = self._model(subject, job)
+        if job.texts is not None:
+            return outcomes_of(self.runner, model, job.texts)
+        return harness_outcomes(
+            model,
+            self.runner.tokenizer,
+            str(job.pair.harness_task),
+            batch_size=self.runner.batch_size,
+            limit=self.limit,
+        )
 
     def _model(self, subject: Subject, job: Job) -> Any:
         head: Head | None = subject.head_for(job.adapter) if job.task_type == "SEQ_CLS" else None
         return self.host.adapted(
-            job.task_type, subject.place, head, name=subject.name, checkpoint=subject.checkpoint
+            job.task_type, subject.source, head, name=subject.name, checkpoint=subject.checkpoint
         )
 
     def _measured(self, subject: Subject, job: Job) -> float:
@@ -143,7 +143,8 @@ class Bench:
             OptionError: It is no number.
         """
         measure: Any = job.pair.data
-        with self._model(subject, job) as model, torch.inference_mode():
+        model = self._model(subject, job)
+        with torch.inference_mode():
             value = current().reduce(measure(model), lambda values: values[0])
         try:
             return float(value)

@@ -1,49 +1,22 @@
-"""The one model in memory: a base model that puts on one adapter after another, loaded by PEFT as users load it."""
+"""The one model in memory: a base model with one adapter after another, loaded by PEFT as users load it."""
 
-import contextlib
-import dataclasses
-from collections.abc import Generator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pcb_peft.adapters.source import Source
 from pcb_peft.base.canonical import AUTO_CLASSES
 from pcb_peft.data.live_heads import Head, give_head, put_head, refuse_made_up, wrapped_by_peft
 from pcb_peft.data.models import input_embeddings, load_config, load_model, task_type_of
-from pcb_peft.runtime.paths import expanded
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Place:
-    """The place at which PEFT finds an adapter.
-
-    Attributes:
-        path: A directory or a hub id.
-        revision: Of the hub repository.
-        subfolder: In the directory or the repository.
-    """
-
-    path: str
-    revision: str | None = None
-    subfolder: str | None = None
-
-    def arguments(self) -> dict[str, Any]:
-        """Arguments of `PeftModel.from_pretrained`, beside the model."""
-        directory = expanded(self.path)
-        if directory.is_dir():
-            return {"model_id": str(directory / (self.subfolder or ""))}
-        options = {"revision": self.revision, "subfolder": self.subfolder}
-        given = {name: value for name, value in options.items() if value is not None}
-        return {"model_id": self.path, **given}
 
 
 class ModelHost:
     """A base model in memory.
 
-    It is loaded once per class of transformers. An adapter stays on until another one is asked for, so that tasks of
-    one merge change the head alone. On a CPU, PEFT adds a LoRA or an (IA)³ to the weights: then a text takes the time
-    that the base model takes. When an adapter is taken off, the weights are compared with what they were before.
+    It is loaded once per class of transformers. An adapter stays loaded until another one is asked for, so that tasks
+    of one merge change the head alone. On a CPU, PEFT adds a LoRA or an (IA)³ to the weights: then a text takes the
+    time that the base model takes. When an adapter is unloaded, the weights are compared with what they were before.
     """
 
     def __init__(
@@ -61,14 +34,16 @@ class ModelHost:
         self._model: Any = None
         self._class: tuple[str, str] | None = None  # source and class
         self._loaded: tuple[str, str] | None = None  # the same, if nothing has changed the model
-        self._worn: tuple[str, str, Place | None] | None = None
+        self._adapted: tuple[str, str, Source | None] | None = (
+            None  # the loaded class, model and adapter
+        )
         self._sums: dict[str, float] = {}
         self._unmerged: list[tuple[nn.Parameter, Tensor]] = []  # weights without the adapter
         self._heads: set[str] = set()  # modules that heads were put into
 
     def release(self) -> None:
         """Forget the model, so that its memory is free."""
-        self._model = self._loaded = self._worn = None
+        self._model = self._loaded = self._adapted = None
         self._unmerged = []
 
     def config(self) -> Any:
@@ -83,21 +58,20 @@ class ModelHost:
         """PEFT's word for what the base model was built for, such as CAUSAL_LM."""
         return task_type_of(self.config())
 
-    @contextlib.contextmanager
     def adapted(
         self,
         task_type: str,
-        place: Place | None = None,
+        adapter: Source | None = None,
         head: Head | None = None,
         *,
         name: str = "the adapter",
         checkpoint: str | None = None,
-    ) -> Generator[Any]:
-        """The model with one adapter, in evaluation mode.
+    ) -> Any:
+        """The model with one adapter, in evaluation mode, until the next call.
 
         Args:
             task_type: A key of `AUTO_CLASSES`.
-            place: The adapter; None for the base model alone.
+            adapter: Where the adapter is; None for the base model alone.
             head: The classification head; None where the base model's, or the adapter's in its file, is right.
             name: What messages call the adapter.
             checkpoint: A whole model to load in the place of the base model, such as a folded merge.
@@ -106,38 +80,38 @@ class ModelHost:
             BaseModelError: The base model cannot be loaded.
             MismatchError: The adapter or the head does not fit it, or the head lacks a layer.
         """
-        wanted = task_type, checkpoint or self.base_model, place
-        if self._worn is not None and self._worn == wanted:
+        wanted = task_type, checkpoint or self.base_model, adapter
+        if self._adapted == wanted:
             if head:
                 give_head(self._model.get_base_model(), head, name)
         else:
-            self._put_on(wanted, head or {}, name)
-        yield self._model
+            self._load(wanted, head or {}, name)
+        return self._model
 
-    def _put_on(self, wanted: tuple[str, str, Place | None], head: Head, name: str) -> None:
-        """Take the current adapter out of the model, and put another one in."""
-        self._take_off()
-        task_type, source, place = wanted
-        model = self._plain(task_type, source)
+    def _load(self, wanted: tuple[str, str, Source | None], head: Head, name: str) -> None:
+        """Unload the adapter, and load another one."""
+        self._unload()
+        task_type, base_model, adapter = wanted
+        model = self._plain(task_type, base_model)
         if head:
             give_head(model, head, name)
             self._heads |= {key.rpartition(".")[0] for key in head}
             refuse_made_up(model, head, name)
-        if place is None:
+        if adapter is None:
             return
         self._loaded = None  # until it is known that the adapter has left nothing behind
-        wearing = wrapped_by_peft(model, place.arguments(), name, head)
-        put_head(wearing.get_base_model(), head, name)
-        self._model, self._worn = wearing.to(self.device).eval(), wanted
+        adapted = wrapped_by_peft(model, adapter.for_peft(), name, head)
+        put_head(adapted.get_base_model(), head, name)
+        self._model, self._adapted = adapted.to(self.device).eval(), wanted
         if self.device.type == "cpu":
             self._unmerged = _added_to_weights(self._model)
 
-    def _take_off(self) -> None:
+    def _unload(self) -> None:
         """Unload the adapter; the model is kept if its weights are what they were.
 
         PiSSA changes them, and trained embeddings stay behind: then the model is loaded again.
         """
-        if self._worn is None:
+        if self._adapted is None:
             return
         self._model = self._model.unload()
         for parameter, values in self._unmerged:
@@ -150,7 +124,7 @@ class ModelHost:
             if name.rpartition(".")[0] not in self._heads
         )
         self._loaded = self._class if same else None
-        self._worn = None
+        self._adapted = None
 
     def _plain(self, task_type: str, source: str) -> Any:
         wanted = source, AUTO_CLASSES.get(task_type, AUTO_CLASSES["FEATURE_EXTRACTION"])

@@ -14,7 +14,6 @@ from pcb_peft.data.live_heads import Head
 from pcb_peft.deltas.delta import Dense
 from pcb_peft.deltas.replacements import ReplacedParameter
 from pcb_peft.evaluation.cache import OutcomeCache
-from pcb_peft.evaluation.host import Place
 from pcb_peft.formats.checkpoint import CONFIG
 from pcb_peft.runtime.paths import expanded
 
@@ -27,7 +26,7 @@ class Subject:
         name: For messages.
         title: The name that tables give it.
         digest: SHA-256 of what it adds to the base model.
-        place: The adapter, where PEFT finds it; None for a whole model.
+        source: Where PEFT finds the adapter; None for a whole model.
         checkpoint: A whole model, such as a folded merge; None for an adapter, or the base model.
         adapter: What was read of it.
     """
@@ -35,7 +34,7 @@ class Subject:
     name: str
     title: str
     digest: str
-    place: Place | None = None
+    source: Source | None = None
     checkpoint: str | None = None
     adapter: Adapter | None = None
 
@@ -127,7 +126,7 @@ def _in_files(adapter: Adapter, source: Source, name: str) -> Subject:
         name=name,
         title=adapter.name,
         digest=f"{source.sha256} {source.config_sha256}",
-        place=Place(source.path, source.revision, source.subfolder),
+        source=source,
         adapter=adapter,
     )
 
