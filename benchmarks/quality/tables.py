@@ -226,7 +226,8 @@ def draw(merges: Sequence[Merge], folder: Path) -> None:
         ours = [m for m in of_pool if m.count == everything and ":" not in m.setting]
         sparse = [merge for merge in ours if DENSITY in merge.setting]
         lossless = [merge for merge in of_pool if RANK not in merge.setting]
-        _picture(ours, _rank, "rank", folder / f"{pool}-rank.png")
+        adapters = [merge for merge in ours if f"{RANK}full" not in merge.setting]
+        _picture(adapters, _rank, "rank", folder / f"{pool}-rank.png")
         _picture(sparse, lambda m: _named(m, DENSITY), "density", folder / f"{pool}-density.png")
         _picture(lossless, lambda m: m.count, "adapters", folder / f"{pool}-adapters.png")
 

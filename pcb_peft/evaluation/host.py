@@ -34,9 +34,7 @@ class ModelHost:
         self._model: Any = None
         self._class: tuple[str, str] | None = None  # source and class
         self._loaded: tuple[str, str] | None = None  # the same, if nothing has changed the model
-        self._adapted: tuple[str, str, Source | None] | None = (
-            None  # the loaded class, model and adapter
-        )
+        self._adapted: tuple[str, str, Source | None] | None = None  # class, model and adapter
         self._sums: dict[str, float] = {}
         self._unmerged: list[tuple[nn.Parameter, Tensor]] = []  # weights without the adapter
         self._heads: set[str] = set()  # modules that heads were put into
