@@ -1,7 +1,6 @@
 """Five ways to measure a model on texts. Each gives one number per text."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -94,13 +93,10 @@ def by_loss(runner: Runner, model: Any, task: TextTask, encoder_decoder: bool) -
 def by_exact_match(
     runner: Runner, model: Any, task: TextTask, encoder_decoder: bool
 ) -> list[float]:
-    """1 where the model first generates the lines of the right answer, but for spaces."""
+    """1 where the first line that the model generates is the right answer, but for spaces."""
     words, answers = runner.tokenizer, [str(task.answer(row)) for row in task.rows]
     longest = max(len(words(answer)["input_ids"]) for answer in answers) + 4
-    encode = (
-        runner.encode if encoder_decoder else functools.partial(runner.encode_end, room=longest)
-    )
-    texts = [encode(task.prompt(row)) for row in task.rows]
+    texts = [runner.encode(task.prompt(row)) for row in task.rows]
 
     def generate(batch: Batch) -> list[str]:
         tokens = model.generate(
@@ -110,7 +106,7 @@ def by_exact_match(
         return words.batch_decode(new, skip_special_tokens=True)
 
     generated = runner.run(texts, generate, task.name, side="right" if encoder_decoder else "left")
-    return [float(_begins(text, answer)) for text, answer in zip(generated, answers, strict=True)]
+    return [float(_line(a) == _line(b)) for a, b in zip(generated, answers, strict=True)]
 
 
 OUTCOMES = {
@@ -177,12 +173,7 @@ def _padding_changes_nothing(
     return same_likelihood(alone, beside, dtype)
 
 
-def _begins(text: str, answer: str) -> bool:
-    """True if a text begins with all lines of an answer; with an empty one, if it is empty."""
-    wanted = _lines(answer)
-    return _lines(text)[: max(1, len(wanted))] == wanted
-
-
-def _lines(text: str) -> list[str]:
-    """The lines with single spaces, without empty ones before and after."""
-    return [" ".join(line.split()) for line in text.strip().splitlines()]
+def _line(text: str) -> str:
+    """The first line with single spaces."""
+    lines = text.strip().splitlines()
+    return " ".join(lines[0].split()) if lines else ""
