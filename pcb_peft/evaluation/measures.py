@@ -20,15 +20,13 @@ from pcb_peft.evaluation.texts import TextTask
 
 def outcomes_of(runner: Runner, model: Any, task: TextTask) -> list[float]:
     """Run a task's texts; one number per text: 1 or 0 for right or wrong, or the loss."""
-    encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
     name_padding(model, runner.tokenizer)
     with torch.inference_mode():
-        return OUTCOMES[task.measure](runner, model, task, encoder_decoder)
+        return OUTCOMES[task.measure](runner, model, task)
 
 
-def by_head(runner: Runner, model: Any, task: TextTask, encoder_decoder: bool) -> list[float]:
+def by_head(runner: Runner, model: Any, task: TextTask) -> list[float]:
     """1 where the class with the largest logit is the right one."""
-    del encoder_decoder
     texts = [runner.encode(str(row["text"]), row.get("text_pair")) for row in task.rows]
     predicted = runner.run(
         texts, lambda batch: model(**batch).logits.argmax(-1).tolist(), task.name
@@ -37,12 +35,11 @@ def by_head(runner: Runner, model: Any, task: TextTask, encoder_decoder: bool) -
     return [float(a == b) for a, b in zip(predicted, answers, strict=True)]
 
 
-def by_nearest(runner: Runner, model: Any, task: TextTask, encoder_decoder: bool) -> list[float]:
+def by_nearest(runner: Runner, model: Any, task: TextTask) -> list[float]:
     """1 where the name of the right label is nearest to the text, by the cosine of their embeddings.
 
     An embedding is the mean of the encoder's outputs over the tokens.
     """
-    del encoder_decoder
     encoder = getattr(model, "get_base_model", lambda: model)().base_model
     names = [runner.encode(label) for label in task.labels]
     texts = [runner.encode(str(row["text"]), row.get("text_pair")) for row in task.rows]
@@ -58,16 +55,18 @@ def by_nearest(runner: Runner, model: Any, task: TextTask, encoder_decoder: bool
     return [float(a == b) for a, b in zip(nearest, answers, strict=True)]
 
 
-def by_choice(runner: Runner, model: Any, task: TextTask, encoder_decoder: bool) -> list[float]:
+def by_choice(runner: Runner, model: Any, task: TextTask) -> list[float]:
     """1 where the right answer is the most likely one."""
     texts = [
-        [_answered(runner, task, row, choice, encoder_decoder) for choice in task.choices(row)]
+        [_answered(runner, model, task, row, choice) for choice in task.choices(row)]
         for row in task.rows
     ]
-    found = None if encoder_decoder else shared_likelihoods(runner, model, task.name, texts)
+    found = None
+    if not _is_encoder_decoder(model):
+        found = shared_likelihoods(runner, model, task.name, texts)
     if found is None:
         every = [text for answers in texts for text in answers]
-        scored = iter(_log_likelihoods(runner, model, task.name, every, encoder_decoder))
+        scored = iter(_log_likelihoods(runner, model, task.name, every))
         found = [[next(scored) for _ in answers] for answers in texts]
     outcomes: list[float] = []
     for row, likelihoods in zip(task.rows, found, strict=True):
@@ -77,7 +76,7 @@ def by_choice(runner: Runner, model: Any, task: TextTask, encoder_decoder: bool)
     return outcomes
 
 
-def by_loss(runner: Runner, model: Any, task: TextTask, encoder_decoder: bool) -> list[float]:
+def by_loss(runner: Runner, model: Any, task: TextTask) -> list[float]:
     """The mean loss per token of each text's answer, or of the text where it has none."""
     texts = []
     for row in task.rows:
@@ -85,15 +84,14 @@ def by_loss(runner: Runner, model: Any, task: TextTask, encoder_decoder: bool) -
         if answer is None:
             texts.append(runner.encode_answer("", task.prompt(row)))
         else:
-            texts.append(_answered(runner, task, row, answer, encoder_decoder))
-    scored = _log_likelihoods(runner, model, task.name, texts, encoder_decoder)
+            texts.append(_answered(runner, model, task, row, answer))
+    scored = _log_likelihoods(runner, model, task.name, texts)
     return [-total / tokens for total, tokens in scored]
 
 
-def by_exact_match(
-    runner: Runner, model: Any, task: TextTask, encoder_decoder: bool
-) -> list[float]:
+def by_exact_match(runner: Runner, model: Any, task: TextTask) -> list[float]:
     """1 where the first line that the model generates is the right answer, but for spaces."""
+    encoder_decoder = _is_encoder_decoder(model)
     words, answers = runner.tokenizer, [str(task.answer(row)) for row in task.rows]
     longest = max(len(words(answer)["input_ids"]) for answer in answers) + 4
     texts = [runner.encode(task.prompt(row)) for row in task.rows]
@@ -119,20 +117,25 @@ OUTCOMES = {
 """The functions of `MEASURES`."""
 
 
+def _is_encoder_decoder(model: Any) -> bool:
+    return bool(getattr(model.config, "is_encoder_decoder", False))
+
+
 def _answered(
-    runner: Runner, task: TextTask, row: Mapping[str, Any], answer: str, encoder_decoder: bool
+    runner: Runner, model: Any, task: TextTask, row: Mapping[str, Any], answer: str
 ) -> Encoded:
     prompt = task.prompt(row)
-    if encoder_decoder:
+    if _is_encoder_decoder(model):
         return runner.encode_target(prompt, answer)
     separator = "" if prompt[-1:].isspace() or answer[:1].isspace() else task.separator
     return runner.encode_answer(prompt, separator + answer)
 
 
 def _log_likelihoods(
-    runner: Runner, model: Any, what: str, texts: Sequence[Encoded], encoder_decoder: bool
+    runner: Runner, model: Any, what: str, texts: Sequence[Encoded]
 ) -> list[Likelihood]:
     """The log-likelihood of each text's labels, and how many tokens they are."""
+    encoder_decoder = _is_encoder_decoder(model)
     some_logits = not encoder_decoder and "logits_to_keep" in accepted_arguments(model)
 
     def measure(batch: Batch) -> list[Likelihood]:
