@@ -204,9 +204,9 @@ def test_a_killed_search_goes_on(
     code = (
         "import os; from pcb_peft.commands import cli; from pcb_peft.searching.trials import TrialLog\n"
         "append = TrialLog.append\n"
-        "def killed(log, trials):\n"
-        "    append(log, trials)\n"
-        f"    if trials[-1].number == 1: os.kill(os.getpid(), {signal.SIGKILL:d})\n"
+        "def killed(log, trial):\n"
+        "    append(log, trial)\n"
+        f"    if trial.number == 1: os.kill(os.getpid(), {signal.SIGKILL:d})\n"
         "TrialLog.append = killed; cli.main()"
     )
     assert launch(1, ["-c", code, *words, 200]).codes == [-signal.SIGKILL]
@@ -488,12 +488,12 @@ def test_whatever_a_kill_leaves_of_the_last_line_is_dropped(tmp_path: Path, left
     trial = Trial(number=0, candidate={"density": 0.1}, members=("a",), kept={1.5: {"a": 0.7}})
     log = TrialLog(tmp_path / "log", "this search", 7)
     assert log.read() == ([], 7)
-    log.append([trial])
+    log.append(trial)
     whole = (tmp_path / "log").read_bytes()
     with (tmp_path / "log").open("ab") as stream:
         stream.write(trial.to_json().encode()[:left])
     assert log.read() == ([trial], 7)
-    log.append([trial])
+    log.append(trial)
     assert dataclasses.replace(log, planned=9).read() == ([trial, trial], 7)
     assert (tmp_path / "log").read_bytes().startswith(whole)
 

@@ -329,7 +329,7 @@ def test_a_line_of_a_log_that_is_no_trial_is_named(tmp_path, line):
     log = TrialLog(tmp_path / "log", "this search", 7)
     assert log.read() == ([], 7)
     trial = Trial(number=0, candidate={"weights": 1.0}, members=("a",), kept={1.0: {"a": 0.5}})
-    log.append([trial])
+    log.append(trial)
     with (tmp_path / "log").open("a") as file:
         file.write(line + "\n")
     with pytest.raises(OptionError, match=r"log, trial 2.*take the line out"):

@@ -140,7 +140,7 @@ class Run:
             for n, candidate in enumerate(asked)
         ]
         for trial in self.try_all(proposals):
-            self.log.append([trial])
+            self.log.append(trial)
             done.append(trial)
             self._say(trial, done)
         self._tell(done[begin:])
@@ -191,7 +191,7 @@ class Run:
         trials = iter(self.try_all(missing))
         for proposal in tracker(self.progress)(missing, "which go together"):
             found[proposal.number] = trial = next(trials)
-            self.log.append([trial])
+            self.log.append(trial)
         return [trial for trial in found.values() if trial is not None]
 
     def _known(self, proposal: Proposal) -> Trial | None:

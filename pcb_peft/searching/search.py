@@ -105,12 +105,12 @@ def search(  # noqa: PLR0913  (every choice of a search, by name)
     optimiser_named(name, space.knobs, seed, trials)  # before anything is measured
     validation = prepare(recipe, adapters, data, test_data, chosen)
     trier = Trier(space=space, adapters=adapters, validation=validation, objective=goal)
-    there = functools.partial(_trier, recipe, space, goal, data, test_data, chosen, validation.own)
+    make = functools.partial(_trier, recipe, space, goal, data, test_data, chosen, validation.own)
     files = [a.source and (a.source.sha256, a.source.config_sha256) for a in adapters]
     facts = [recipe.to_yaml(), files, repr(space.knobs), validation.facts, goal.worst, name, seed]
     trial_log = TrialLog(None if log is None else Path(log), digest_of(facts), trials)
     logged, planned = trial_log.read()
-    with trying(trier, there, workers) as try_all:
+    with trying(trier, make, workers) as try_all:
         run = Run(
             trier=trier,
             optimiser=optimiser_named(name, space.knobs, seed, planned),

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -217,10 +217,9 @@ class TrialLog:
         ]
         return trials, head.planned
 
-    def append(self, trials: Sequence[Trial]) -> None:
-        """Write trials, and make sure that they are on the disk."""
-        for trial in trials:
-            self._write(trial.to_json())
+    def append(self, trial: Trial) -> None:
+        """Write a trial, and make sure that it is on the disk."""
+        self._write(trial.to_json())
 
     def _lines(self) -> list[Any]:
         if self.path is None or not self.path.exists():

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.errors import OptionError, UnsupportedError
@@ -12,9 +12,6 @@ from pcb_peft.searching.climb import climb
 from pcb_peft.searching.space import SearchSpace
 from pcb_peft.searching.trials import Objective, Proposal, Trial
 from pcb_peft.searching.validation import Validation
-
-Try = Callable[[Proposal], Trial]
-"""A function that tries a proposal."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,12 +22,12 @@ TryAll = Callable[[Sequence[Proposal]], Iterator[Trial]]
 
 
 @contextlib.contextmanager
-def trying(here: Trier, there: Callable[[], Trier], workers: int) -> Generator[TryAll]:
+def trying(trier: Trier, make_trier: Callable[[], Trier], workers: int) -> Generator[TryAll]:
     """Make a function that tries several proposals at a time.
 
     Args:
-        here: Tries in this process.
-        there: Makes what tries in another process; it must be picklable.
+        trier: Tries in this process.
+        make_trier: Makes what tries in another process; it must be picklable.
         workers: How many processes; 1: this one.
 
     Raises:
@@ -37,24 +37,24 @@ def trying(here: Trier, there: Callable[[], Trier], workers: int) -> Generator[T
     if workers < 1:
         raise OptionError(f"workers is {workers}; it must be 1 or more")
     if workers == 1:
-        yield lambda proposals: map(here, proposals)
+        yield lambda proposals: map(trier, proposals)
         return
     if current().size > 1:
         raise OptionError(
             "workers: the processes of accelerate launch share out the texts of one trial; use one of the two"
         )
     try:
-        pickle.dumps(there)
+        pickle.dumps(make_trier)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise OptionError(
             f"workers={workers}: what measures a task cannot be sent to another process ({error}); define functions at "
             "the top of a module, or take workers=1"
         ) from error
-    here.validation.release()
-    with _pool(there, workers) as pool:
+    trier.validation.release()
+    with _pool(make_trier, workers) as pool:
 
         def try_all(proposals: Sequence[Proposal]) -> Iterator[Trial]:
-            with _deaf_children():
+            with _starting_without_signals():
                 return pool.map(_try, proposals)
 
         try:
@@ -67,7 +67,7 @@ def trying(here: Trier, there: Callable[[], Trier], workers: int) -> Generator[T
 
 @contextlib.contextmanager
 def _pool(
-    there: Callable[[], Trier], workers: int
+    make_trier: Callable[[], Trier], workers: int
 ) -> Generator[concurrent.futures.ProcessPoolExecutor]:
     """Start processes that try; if the block ends with an exception, they end at once and not after their trials."""
     others = set(multiprocessing.active_children())
@@ -75,7 +75,7 @@ def _pool(
         workers,
         multiprocessing.get_context("spawn"),  # a fork of a process that has run torch may hang
         initializer=_begin,
-        initargs=(there, workers),
+        initargs=(make_trier, workers),
     )
     try:
         yield pool
@@ -92,8 +92,8 @@ _signals = contextlib.ExitStack()  # to the end of a process that tries
 
 
 @contextlib.contextmanager
-def _deaf_children() -> Generator[None]:
-    """Let processes that are started in this block not hear Ctrl-C and its like: this process hears, and ends them."""
+def _starting_without_signals() -> Generator[None]:
+    """Start processes in this block that do not receive Ctrl-C and the like: this process does, and ends them."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -104,14 +104,14 @@ def _deaf_children() -> Generator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _begin(make: Callable[[], Trier], workers: int) -> None:
+def _begin(make_trier: Callable[[], Trier], workers: int) -> None:
     import torch
 
     threading.Thread(target=_end_with_the_search, daemon=True).start()
     _signals.enter_context(raising_on_signals(lambda: None))
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
     with _ending():
-        _trier.append(make())
+        _trier.append(make_trier())
 
 
 def _try(proposal: Proposal) -> Trial:
