@@ -149,15 +149,19 @@ def run(base: Path, adapters: list[Path], texts: list[Path], log: Path | None, *
 
 @pytest.mark.slow
 def test_the_winner_is_measured_on_texts_that_were_not_searched_on(
-    base: Path, adapters: list[Path], texts: list[Path]
+    base: Path, adapters: list[Path], texts: list[Path], tmp_path: Path
 ):
-    found = run(base, adapters, texts, None, trials=2)
+    file = tmp_path / "twice.jsonl"  # each text twice, in the same half
+    file.write_text(texts[0].read_text() + "\n" + texts[0].read_text())
+    found = run(base, adapters, [file, texts[1]], None, trials=2)
     assert found.test is not None
-    assert {task.texts for task in found.test.tasks} == {6}
+    assert (found.test["adapter1"].texts, found.test["adapter2"].texts) == (12, 6)
+    assert "among the validation texts" not in str(found)
     assert "the other half is the test" in "".join(found.notes)
     assert "The winner keeps" in str(found)
     given = run(base, adapters, texts, None, test_data=texts, trials=1, vary={})
     assert {task.texts for task in given.test.tasks} == {12}
+    assert "adapter1: 12 of 12 test texts are among the validation texts" in str(given)
 
 
 @pytest.mark.parametrize(
@@ -192,6 +196,49 @@ def test_a_search_goes_on_from_its_log(
     for other in ({"objective": "worst"}, {"max_length": 8}, {"dtype": torch.bfloat16}):
         with pytest.raises(OptionError, match="log of another search"):
             run(4, log, **other)
+
+
+class Attentive:
+    """An optimiser whose proposals depend on all that it was asked and told, in order."""
+
+    def __init__(self, knobs: Mapping[str, Knob], seed: int, trials: int) -> None:
+        del seed, trials
+        self._knobs, self._heard = knobs, list[float | None]()
+
+    def ask(self) -> dict[str, Any]:
+        generator = random.Random(repr(self._heard))
+        self._heard.append(None)
+        return {name: knob.draw(generator) for name, knob in self._knobs.items()}
+
+    def tell(self, candidate: Mapping[str, Any], score: float) -> None:
+        del candidate
+        self._heard.append(score)
+
+
+def test_a_search_of_several_trials_at_a_time_goes_on_within_a_round(
+    base: Path, adapters: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The candidates that were asked for together are told together, though a stop came in between."""
+
+    @contextlib.contextmanager
+    def in_this_process(here, there, workers):
+        del there, workers
+        yield lambda proposals: map(here, proposals)
+
+    monkeypatch.setattr("pcb_peft.searching.search.trying", in_this_process)
+    monkeypatch.setitem(OPTIMISERS, "random", Attentive)
+    log, data = tmp_path / "log.jsonl", [nearness_to(adapter) for adapter in adapters]
+    given: dict[str, Any] = {"vary": {"weights": (0.5, 2.0)}, "optimiser": "random"}
+
+    def run() -> list[Any]:
+        options = {"trials": 4, "workers": 2, "log": log, "cache": False, **given}
+        found = search(adapters, data, base_model=base, **options)
+        return [(trial.number, trial.candidate, trial.kept) for trial in found.trials]
+
+    whole = run()  # the recipe, two at a time, and one
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(lines[:3]))
+    assert run() == whole
 
 
 @pytest.mark.slow

@@ -75,28 +75,35 @@ class Run:
                 self.progress,
             )
         begun = time.perf_counter() - sum(trial.seconds for trial in self.logged)
-        done = self._repeated()
+        done, asked, known = self._repeated(count)
         for _ in tracker(self.progress)(range(max(0, count - _merged(done))), "search"):
             enough = _merged(done) + 1
             while _merged(done) < min(enough, count):
                 if done and self._is_up(begun, seconds):
                     return done
-                asked = self._asked(done, count - _merged(done))
-                self._round(done, asked)
+                asked = asked or self._asked(done, count - _merged(done))
+                self._round(done, asked, known)
                 _check_failures(done, MOST_FAILURES if asked else len(done))
                 if not asked:
                     return done
+                asked, known = [], 0
         return done
 
-    def _repeated(self) -> list[Trial]:
-        """The trials in the log; the optimiser is brought to where it was."""
+    def _repeated(self, count: int) -> tuple[list[Trial], list[Candidate], int]:
+        """The trials in the log; the optimiser is brought to where it was.
+
+        Beside them the candidates of a round that a stop has cut off, and how many of these were tried.
+        """
         done: list[Trial] = []
         old = [trial for trial in self.logged if trial.step == SEARCH]
         while len(done) < len(old):
-            asked = self._asked(done, len(old) - len(done))
-            done += old[len(done) :][: max(1, len(asked))]
-            self._tell(done[-max(1, len(asked)) :])
-        return done
+            asked = self._asked(done, max(count - _merged(done), len(old) - len(done)))
+            known = old[len(done) :][: max(1, len(asked))]
+            done += known
+            if len(known) < len(asked):
+                return done, asked, len(known)
+            self._tell(known)
+        return done, [], 0
 
     def _asked(self, done: Sequence[Trial], most: int) -> list[Candidate]:
         """The next candidates, from the search space's start on; all processes get the same.
@@ -131,15 +138,15 @@ class Run:
         objective, space = self.trier.objective, self.trier.space
         return {space.key(trial.candidate): trial.best(objective)[1] for trial in done}
 
-    def _round(self, done: list[Trial], asked: Sequence[Candidate]) -> None:
-        """Try candidates, and tell the optimiser how they did."""
-        begin, names = len(done), self.trier.space.names
-        aim, best = self._aim(done)
+    def _round(self, done: list[Trial], asked: Sequence[Candidate], known: int) -> None:
+        """Try candidates, but for the first ones, which are known; tell the optimiser how all of them did."""
+        begin, names = len(done) - known, self.trier.space.names
+        aim, best = self._aim(done[:begin])
         proposals = [
             Proposal(number=begin + n, candidate=candidate, members=names, aim=aim, best=best)
             for n, candidate in enumerate(asked)
         ]
-        for trial in self.try_all(proposals):
+        for trial in self.try_all(proposals[known:]):
             self.log.append(trial)
             done.append(trial)
             self._say(trial, done)

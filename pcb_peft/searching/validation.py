@@ -9,6 +9,7 @@ from typing import Any
 
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.response import responses
+from pcb_peft.data.batches import Row
 from pcb_peft.errors import OptionError
 from pcb_peft.evaluation.bench import (
     Bench,
@@ -110,6 +111,7 @@ def prepare(
     else:
         given = jobs_of(tested, bench.host, settings)
         test = {job.name: _rows(limited(job, settings.limit)) for job in given}
+    notes += _on_the_test(jobs, test)
     jobs = [limited(job, settings.limit) for job in jobs]
     if own is None:
         own, doubts = _own(bench, base, jobs)
@@ -134,27 +136,54 @@ def prepare(
 
 
 def _split(jobs: Sequence[Job], limit: int | None) -> tuple[list[Job], dict[str, Any], list[str]]:
-    """A random half of the texts of each task for validation, the other half for the test; always the same halves."""
+    """A random half of the texts of each task for validation, the other half for the test; always the same halves.
+
+    Rows of the same text stay together.
+    """
     validation: list[Job] = []
     test: dict[str, Any] = {}
     for job in jobs:
-        if job.texts is None or len(job.texts.rows) < 2:
+        texts = list(dict.fromkeys(map(_text, job.texts.rows))) if job.texts else []
+        if len(texts) < 2:
             validation.append(job)
             continue
-        count = len(job.texts.rows)
-        chosen = {*random.Random(0).sample(range(count), (count + 1) // 2)}
-        halves = [_some(job, chosen), _some(job, {*range(count)} - chosen)]
+        chosen = random.Random(0).sample(texts, (len(texts) + 1) // 2)
+        halves = [_some(job, {*chosen}), _some(job, {*texts} - {*chosen})]
         validation.append(halves[0])
         test[job.name] = _rows(limited(halves[1], limit))
     note = "no test texts were given: the search saw one half of each file, and the other half is the test"
     return validation, test, [note] if test else []
 
 
-def _some(job: Job, places: Collection[int]) -> Job:
+def _some(job: Job, chosen: Collection[tuple[str, str]]) -> Job:
     """The same task with some of its texts."""
     texts = job.texts
-    rows = tuple(row for n, row in enumerate(texts.rows) if n in places) if texts else ()
+    rows = tuple(row for row in texts.rows if _text(row) in chosen) if texts else ()
     return dataclasses.replace(job, texts=texts and dataclasses.replace(texts, rows=rows))
+
+
+def _text(row: Row) -> tuple[str, str]:
+    """The text of a row, without its answer."""
+    return str(row.get("prompt", row.get("text"))), str(row.get("text_pair", ""))
+
+
+def _on_the_test(jobs: Sequence[Job], test: Mapping[str, Any]) -> list[str]:
+    """Notes on tasks that no text tests, and on test texts that the search sees, too."""
+    untested = [job.name for job in jobs if job.name not in test]
+    notes = [
+        f"no test for {name}: its score is on what the search chose by, and too good"
+        for name in untested
+    ]
+    for job in jobs:
+        rows = test.get(job.name) if job.texts else None
+        seen = {*map(_text, job.texts.rows)} if job.texts else set[tuple[str, str]]()
+        both = sum(_text(row) in seen for row in rows) if isinstance(rows, list) else 0
+        if both:
+            notes.append(
+                f"{job.name}: {both} of {len(rows or ())} test texts are among the validation texts, too, so that the "
+                "test is too good; take them out"
+            )
+    return notes
 
 
 def _rows(job: Job) -> Any:
