@@ -168,9 +168,24 @@ def test_a_function_measures(directory: Path, cache: Path):
     assert (found.tasks[0].base.value, found.tasks[0].merged.value) == (0, 36)
 
 
-def test_a_function_must_return_a_number(directory: Path):
-    with pytest.raises(OptionError, match="returned None"):
-        evaluate(directory, [ADAPTERS[0]], BASE, [lambda _: None], cache=False)
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, "returned None"),
+        (-0.5, r"returned -0.5 for \w+; it must .* exp\(-loss\)"),
+        (float("nan"), "nan"),
+    ],
+)
+def test_a_function_must_return_a_number(value: object, message: str, directory: Path):
+    with pytest.raises(OptionError, match=message):
+        evaluate(directory, [ADAPTERS[0]], BASE, [lambda _: value], cache=False)
+
+
+def test_of_an_adapter_that_scores_nothing_nothing_is_kept(directory: Path):
+    found = evaluate(directory, [ADAPTERS[0]], BASE, [lambda _: 0.0], cache=False)
+    assert (found.tasks[0].kept, found.mean_kept) == (None, None)
+    assert "scores 0, so that there is nothing to keep" in found.tasks[0].verdict
+    assert "in the form that it was trained on" in str(found)
 
 
 @pytest.mark.slow

@@ -56,6 +56,10 @@ def test_a_pipeline_fails_below_a_limit(run: Run, place: Path):
     assert out.splitlines()[-1] == "below 80%: clinc_domain"
     assert json.loads((place / "log.jsonl").read_text())["lost"] == ["clinc_domain"]
     assert run(f"{EVALUATE} --fail-below 0.1")[0] == 0
+    swapped = "--limit 4 --rename objective=subjective subjective=objective --fail-below 0.1"
+    code, out, _ = run(f"evaluate merged --data subj={{data}}/subj.jsonl {swapped}")
+    assert (code, out.splitlines()[-1]) == (3, "below 10%: subj")
+    assert "the adapter alone scores 0" in out
     for share in ("80", "nan"):  # with nan, no task would ever be below
         code, _, err = run(f"{EVALUATE} --threshold 0.8 --fail-below {share}")
         assert code == 64

@@ -146,6 +146,65 @@ def test_generated_answers_are_compared_to_the_letter(
     assert found.merged.outcomes == (1, 0, 1)
 
 
+def generated(
+    base: Path, merge: Path, tokens: list[int], count: int, end: int | None = None
+) -> list[int]:
+    """The tokens that follow others, up to one that ends them."""
+    prompt = torch.tensor([tokens])
+    made = model_with(base, merge).generate(
+        input_ids=prompt, max_new_tokens=count, do_sample=False, pad_token_id=0, eos_token_id=end
+    )
+    return made[0, len(tokens) :].tolist()
+
+
+def test_all_lines_of_an_answer_count(
+    base: Path, adapters: list[Path], merge: Path, tmp_path: Path
+):
+    """One of the tokens that the model generates is made the end of a line: it comes twice, with others between."""
+    known = tokenizer()
+    prompt, end = next(
+        (prompt, first)
+        for prompt in WORDS[4:]
+        for made in [generated(base, merge, known(prompt)["input_ids"], 12)]
+        for first, other, last in zip(made[1:], made[2:], made[3:], strict=False)
+        if first == last != other
+    )
+    words = [*WORDS]
+    words[end] = "\n"
+    lines = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    lines.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    with_lines = shutil.copytree(base, tmp_path / "base")
+    split = transformers.PreTrainedTokenizerFast(tokenizer_object=lines, pad_token="<pad>")
+    split.save_pretrained(with_lines)
+    made = generated(base, merge, known(prompt)["input_ids"], 12)
+    first, *more, _ = split.decode(made).split("\n")  # the last line may go on
+    answers = ["\n".join([first, *more]), "\n".join([first, "z z z"]), first]
+    rows = [{"prompt": prompt, "answer": answer} for answer in answers]
+    found = evaluate(merge, adapters[:1], with_lines, [rows], measure="exact", cache=False).tasks[0]
+    assert found.merged.outcomes == (1, 0, 1)
+
+
+def test_a_long_prompt_loses_its_beginning(
+    base: Path, adapters: list[Path], merge: Path, tmp_path: Path
+):
+    """And there is room for the answer: of 12 tokens, the prompt has 5 where the answer has three."""
+    words = tokenizer()
+    prompts = [f"{letter} " * 6 + f"{other} h i j k" for letter in "abcd" for other in "lmno"]
+    for prompt in prompts:
+        tokens = words(prompt)["input_ids"]
+        end = generated(base, merge, tokens[-5:], 3)[-1]
+        cut, whole = (generated(base, merge, given, 7, end) for given in (tokens[-5:], tokens))
+        if cut != whole and len(cut) == 3 and min(cut) > 3:  # no special tokens
+            break
+    else:
+        pytest.fail("the beginning of no prompt says anything")
+    ending = shutil.copytree(base, tmp_path / "base")
+    transformers.GenerationConfig(eos_token_id=end).save_pretrained(ending)
+    rows = [{"prompt": prompt, "answer": words.decode(cut)}]
+    found = evaluate(merge, adapters[:1], ending, [rows], max_length=12, cache=False).tasks[0]
+    assert found.merged.outcomes == (1,)
+
+
 def test_choices_of_each_row(base: Path, adapters: list[Path], merge: Path):
     rows = [{"prompt": "a", "choices": ["b", "c"], "answer": "c"}]
     assert evaluate(merge, adapters[:1], base, [rows], cache=False).tasks[0].texts == 1
@@ -211,6 +270,8 @@ def test_an_encoder_decoder(tmp_path: Path):
         input_ids=words("f g", return_tensors="pt")["input_ids"], max_new_tokens=6
     )
     answer = words.decode(made[0], skip_special_tokens=True)
+    with pytest.raises(OptionError, match="1 of 1 rows have no `label` or `answer`"):
+        evaluate(tmp_path / "adapter", data=[[{"text": "a b"}]], **options)
     exact = [{"prompt": "f g", "answer": answer or "a a"}]
     found = evaluate(tmp_path / "adapter", data=[exact], **options).tasks[0]
     assert found.metric == "exact match"

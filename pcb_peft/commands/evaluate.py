@@ -171,7 +171,7 @@ def _run(parsed: argparse.Namespace) -> Answer:
             overwrite=True,
             progress=progress_of(parsed),
         )
-    below = [task.name for task in result.tasks if _is_below(task.kept, parsed.fail_below)]
+    below = [task.name for task in result.tasks if _is_below(task, parsed.fail_below)]
     failed = [f"below {parsed.fail_below:.0%}: {', '.join(below)}"] if below else []
     page = [f"report for a browser: {parsed.report}"] if parsed.report else []
     return Answer(
@@ -200,8 +200,11 @@ def _check_outputs(parsed: argparse.Namespace) -> None:
         check_file_target(parsed.report, overwrite=True, inputs=texts, is_ours=is_report)
 
 
-def _is_below(kept: float | None, limit: float | None) -> bool:
-    return kept is not None and limit is not None and kept < limit
+def _is_below(task: Any, limit: float | None) -> bool:
+    """True for a task of an adapter that keeps too little, or has nothing to keep."""
+    if limit is None or task.adapter is None:
+        return False
+    return task.kept is None or task.kept < limit
 
 
 def measuring_of(parsed: argparse.Namespace) -> dict[str, Any]:

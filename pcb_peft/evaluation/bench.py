@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -140,18 +141,24 @@ class Bench:
         """The value that a user's function returns.
 
         Raises:
-            OptionError: It is no number.
+            OptionError: It is no number, or one of which no share can be kept.
         """
         measure: Any = job.pair.data
         model = self._model(subject, job)
         with torch.inference_mode():
             value = current().reduce(measure(model), lambda values: values[0])
         try:
-            return float(value)
+            score = float(value)
         except (TypeError, ValueError) as error:
             raise OptionError(
                 f"{job.name}: the function returned {value!r}; it must return a number, the higher the better"
             ) from error
+        if not 0 <= score < math.inf:  # nan is not
+            raise OptionError(
+                f"{job.name}: the function returned {score:g} for {subject.title}; it must return a number from 0 on, "
+                "the higher the better, of which a merge keeps a share: for a loss, return exp(-loss)"
+            )
+        return score
 
     def cut(self, jobs: Sequence[Job], passes: Sequence[int], budget: float | str) -> list[Job]:
         """The jobs with as many texts each as a budget allows.
@@ -194,6 +201,11 @@ class Bench:
 
 def no_better_than_guessing(job: Job, own: Score) -> list[str]:
     """A note where a task's own adapter does no better on its texts than a guess would; else none."""
+    if not own.value:
+        return [
+            f"{job.name}: its own adapter scores 0, so that there is nothing to keep: look whether the texts are those "
+            "of its task, with prompts and answers in the form that it was trained on"
+        ]
     chance = job.texts.chance() if job.texts else 0.0
     if not chance or wilson_interval(sum(own.outcomes), len(own.outcomes))[0] > chance:
         return []

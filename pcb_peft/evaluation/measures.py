@@ -1,6 +1,7 @@
 """Five ways to measure a model on texts. Each gives one number per text."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -90,11 +91,14 @@ def by_loss(runner: Runner, model: Any, task: TextTask) -> list[float]:
 
 
 def by_exact_match(runner: Runner, model: Any, task: TextTask) -> list[float]:
-    """1 where the first line that the model generates is the right answer, but for spaces."""
+    """1 where the model first generates the lines of the right answer, but for spaces."""
     encoder_decoder = _is_encoder_decoder(model)
     words, answers = runner.tokenizer, [str(task.answer(row)) for row in task.rows]
     longest = max(len(words(answer)["input_ids"]) for answer in answers) + 4
-    texts = [runner.encode(task.prompt(row)) for row in task.rows]
+    encode = (
+        runner.encode if encoder_decoder else functools.partial(runner.encode_end, room=longest)
+    )
+    texts = [encode(task.prompt(row)) for row in task.rows]
 
     def generate(batch: Batch) -> list[str]:
         tokens = model.generate(
@@ -104,7 +108,7 @@ def by_exact_match(runner: Runner, model: Any, task: TextTask) -> list[float]:
         return words.batch_decode(new, skip_special_tokens=True)
 
     generated = runner.run(texts, generate, task.name, side="right" if encoder_decoder else "left")
-    return [float(_line(a) == _line(b)) for a, b in zip(generated, answers, strict=True)]
+    return [float(_begins(text, answer)) for text, answer in zip(generated, answers, strict=True)]
 
 
 OUTCOMES = {
@@ -176,7 +180,12 @@ def _padding_changes_nothing(
     return same_likelihood(alone, beside, dtype)
 
 
-def _line(text: str) -> str:
-    """The first line with single spaces."""
-    lines = text.strip().splitlines()
-    return " ".join(lines[0].split()) if lines else ""
+def _begins(text: str, answer: str) -> bool:
+    """True if a text begins with all lines of an answer; with an empty one, if it is empty."""
+    wanted = _lines(answer)
+    return _lines(text)[: max(1, len(wanted))] == wanted
+
+
+def _lines(text: str) -> list[str]:
+    """The lines with single spaces, without empty ones before and after."""
+    return [" ".join(line.split()) for line in text.strip().splitlines()]

@@ -103,6 +103,11 @@ class Runner:
         options = {} if pair is None else {"text_pair": pair}
         return dict(self.tokenizer(text, truncation=True, max_length=self.max_length, **options))
 
+    def encode_end(self, text: str, room: int) -> Encoded:
+        """The last tokens of a text, so few that others have room after them: a prompt's end says what is asked."""
+        tokens = self.tokenizer(text)["input_ids"][-max(1, self.max_length - room) :]
+        return {"input_ids": tokens, "attention_mask": [1] * len(tokens)}
+
     def encode_answer(self, prompt: str, answer: str) -> Encoded:
         """The tokens of a prompt and its answer; the labels are those of the answer.
 

@@ -67,8 +67,10 @@ class TaskScores:
 
     @property
     def kept(self) -> float | None:
-        """The merge's score as a share of the adapter's own; None without an adapter."""
-        return None if self.adapter is None else _ratio(self.merged.value, self.adapter.value)
+        """The merge's score as a share of the adapter's own; None without an adapter, or if that scores 0."""
+        if self.adapter is None or not self.adapter.value:
+            return None
+        return self.merged.value / self.adapter.value
 
     @property
     def gain_kept(self) -> float | None:
@@ -106,6 +108,8 @@ class TaskScores:
         """The fate of the task, in words."""
         if self.adapter is None:
             return self._verdict_without_adapter()
+        if self.kept is None:
+            return "unclear: the adapter alone scores 0, so that there is nothing to keep"
         if self.lost:
             return f"LOST: {self._reason()}"
         if not self._better(self.adapter, self.base):
@@ -165,8 +169,3 @@ def worst_first(tasks: Sequence[TaskScores]) -> tuple[TaskScores, ...]:
         return not task.lost, task.kept is None, task.kept or 0.0
 
     return tuple(sorted(tasks, key=place))
-
-
-def _ratio(value: float, whole: float) -> float:
-    """The share; of nothing, everything is kept."""
-    return value / whole if whole else 1.0
