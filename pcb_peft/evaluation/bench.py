@@ -141,7 +141,7 @@ class Bench:
         """The value that a user's function returns.
 
         Raises:
-            OptionError: It is no number, or one of which no share can be kept.
+            OptionError: It is no number, or nan or infinite.
         """
         measure: Any = job.pair.data
         model = self._model(subject, job)
@@ -153,10 +153,10 @@ class Bench:
             raise OptionError(
                 f"{job.name}: the function returned {value!r}; it must return a number, the higher the better"
             ) from error
-        if not 0 <= score < math.inf:  # nan is not
+        if not math.isfinite(score):
             raise OptionError(
-                f"{job.name}: the function returned {score:g} for {subject.title}; it must return a number from 0 on, "
-                "the higher the better, of which a merge keeps a share: for a loss, return exp(-loss)"
+                f"{job.name}: the function returned {score:g} for {subject.title}; it must return a finite number, the "
+                "higher the better"
             )
         return score
 
@@ -201,10 +201,14 @@ class Bench:
 
 def no_better_than_guessing(job: Job, own: Score) -> list[str]:
     """A note where a task's own adapter does no better on its texts than a guess would; else none."""
-    if not own.value:
+    if own.value <= 0:
+        what = "return a score above 0, such as exp(-loss)"
+        if job.texts:
+            what = (
+                "look whether the texts are those of its task, in the form that it was trained on"
+            )
         return [
-            f"{job.name}: its own adapter scores 0, so that there is nothing to keep: look whether the texts are those "
-            "of its task, with prompts and answers in the form that it was trained on"
+            f"{job.name}: its own adapter scores {own.value:g}, of which nothing can be kept: {what}"
         ]
     chance = job.texts.chance() if job.texts else 0.0
     if not chance or wilson_interval(sum(own.outcomes), len(own.outcomes))[0] > chance:

@@ -67,8 +67,8 @@ class TaskScores:
 
     @property
     def kept(self) -> float | None:
-        """The merge's score as a share of the adapter's own; None without an adapter, or if that scores 0."""
-        if self.adapter is None or not self.adapter.value:
+        """The merge's score as a share of the adapter's own; None without an adapter, or if that scores 0 or less."""
+        if self.adapter is None or self.adapter.value <= 0:
             return None
         return self.merged.value / self.adapter.value
 
@@ -109,7 +109,7 @@ class TaskScores:
         if self.adapter is None:
             return self._verdict_without_adapter()
         if self.kept is None:
-            return "unclear: the adapter alone scores 0, so that there is nothing to keep"
+            return f"unclear: the adapter alone scores {self.adapter.value:g}, of which nothing can be kept"
         if self.lost:
             return f"LOST: {self._reason()}"
         if not self._better(self.adapter, self.base):
