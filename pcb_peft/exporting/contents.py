@@ -7,10 +7,10 @@ from typing import Literal, TypeAlias
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.deltas.delta import LowRank
 from pcb_peft.formats import LazyDelta
-from pcb_peft.runtime.shown import some_of
+from pcb_peft.runtime.shown import counted, some_of
 
 Kind: TypeAlias = Literal[
-    "dora", "ia3", "full", "head", "rows", "bias", "embedding", "output", "experts", "convolution"
+    "dora", "ia3", "full", "head", "rows", "bias", "embedding", "output", "experts"
 ]
 BECOMES_LORA: frozenset[Kind] = frozenset({"dora", "ia3", "full"})
 """Changes that a LoRA of some rank can be fitted to."""
@@ -40,7 +40,7 @@ def contents_of(adapter: Adapter) -> list[Content]:
     tests: dict[Kind, Callable[[LazyDelta], bool]] = {
         "dora": lambda entry: entry.kind.rescales,
         "ia3": lambda entry: entry.kind.multiplies,
-        "full": lambda entry: _is_dense(entry),
+        "full": _is_dense,
         "experts": lambda entry: entry.stacked,
     }
     words: dict[Kind, str] = {
@@ -81,8 +81,7 @@ def _is_output(module: str) -> bool:
 
 
 def _counted(kind: Kind, words: str, modules: list[str]) -> Content:
-    plural = "s" * (len(modules) != 1)
-    return Content(kind, f"{words} ({len(modules)} module{plural})", tuple(modules))
+    return Content(kind, f"{words} ({counted(len(modules), 'module')})", tuple(modules))
 
 
 def _named(kind: Kind, words: str, modules: Iterable[str]) -> Content:

@@ -70,7 +70,6 @@ TRANSFORMERS = Profile(
             "embedding",
             "output",
             "experts",
-            "convolution",
         }
     ),
     _write,

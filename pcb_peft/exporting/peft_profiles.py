@@ -59,9 +59,7 @@ PORTABLE = Profile(
 PEFT = Profile(
     "peft",
     "PEFT: the smallest exact form, with each module's own rank",
-    frozenset(
-        {"dora", "ia3", "head", "rows", "bias", "embedding", "output", "experts", "convolution"}
-    ),
+    frozenset({"dora", "ia3", "head", "rows", "bias", "embedding", "output", "experts"}),
     _write_smallest,
     tolerance=1e-4,
 )
