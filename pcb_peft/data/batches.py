@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pcb_peft.base.architecture import text_config
-from pcb_peft.data.models import load_tokenizer
+from pcb_peft.data.models import load_tokenizer, with_padding
 from pcb_peft.errors import OptionError
 from pcb_peft.files.json_text import parse_json, read_text
 from pcb_peft.files.schema import checked
@@ -191,13 +191,12 @@ def _with_numeric_label(row: Row, labels: Sequence[str] | None, number: int, cla
 
 
 def _loaded_tokenizer(tokenizer: Any, model: Any) -> Any:
-    """The tokenizer; one without a padding token pads with its end-of-text token, which is masked."""
+    """The tokenizer; it is the model's own where none is given."""
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(tokenizer)
     elif not callable(getattr(tokenizer, "pad", None)):
         tokenizer = load_tokenizer(model.get_base_model().name_or_path)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = with_padding(tokenizer)
     name_padding(model, tokenizer)
     tokenizer.padding_side = "right"
     return tokenizer

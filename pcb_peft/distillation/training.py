@@ -1,7 +1,7 @@
 """The training loop: one batch of each task at a time, the best state on held-out texts, a file to go on from."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -165,14 +165,17 @@ class Training:
 
     def _check(self, parameters: list[Any]) -> None:
         """Measure the held-out texts, and keep the state if it is the best so far."""
-        self.history[self.step] = self._measured(lambda lesson: lesson.held_out or lesson.texts)
+        self.history[self.step] = self._measured()
         if self.best_step == self.step:
             self.best = [parameter.detach().clone() for parameter in parameters]
 
     @torch.no_grad()
-    def _measured(self, texts_of: Callable[[Lesson], Sequence[Example]]) -> Divergences:
-        """The mean divergence of each task on some of its texts."""
-        own = {lesson.name: self._mean(lesson, texts_of(lesson)) for lesson in self._own()}
+    def _measured(self) -> Divergences:
+        """The mean divergence of each task on its held-out texts, or on all where none are held out."""
+        own = {
+            lesson.name: self._mean(lesson, lesson.held_out or lesson.texts)
+            for lesson in self._own()
+        }
         names = [lesson.name for lesson in self.lessons]
         values = torch.tensor([own.get(name, 0.0) for name in names])
         values = self.accelerator.reduce(values.to(self.accelerator.device), "sum").cpu()
