@@ -129,10 +129,12 @@ class Found:
                 "base model; nothing was written. Give the base model that the adapters were trained on "
                 "(base_model=…, --base-model …), or fold the adapter into it"
             )
-        more = f"; PEFT adapts {len(self.unfilled)} more, which stay as they are"
+        more = ""
+        if self.unfilled:
+            more = f"; PEFT adapts {len(self.unfilled)} more, which stay as they are"
         library = f"transformers {importlib.metadata.version('transformers')}"
         found = f"{count} of {count} modules load in PEFT {version} on {where} of {library}"
-        return found + more * bool(self.unfilled) + self._other_versions()
+        return found + more + self._other_versions()
 
     def _other_versions(self) -> str:
         """Return which other versions of PEFT and transformers would not find the experts, or misread them."""
@@ -141,8 +143,9 @@ class Found:
             others = "before" if installed_peft() >= AS_IT_IS else "since"
             border = ".".join(map(str, AS_IT_IS))
             turned = f"; PEFT {others} {border} may read its experts the other way round"
-            older = "; transformers 4 has these experts one by one, and would not find them"
-            return turned + older * stacked
+            if not stacked:
+                return turned
+            return f"{turned}; transformers 4 has these experts one by one, and would not find them"
         if stacked or not any(map(_SINGLE_EXPERT.search, self.files.tensors)):
             return ""
         return (

@@ -78,7 +78,8 @@ def _canonical(stored: Mapping[str, TensorInfo]) -> dict[str, str]:
     for name, module in modules.items():
         if is_canonical(new := names[module]):
             exchanged = halves_exchanged(module, new, model.get(module, (1, 1)))
-            renamed[name] = f"{new}.{_plain(name).rpartition('.')[2]}{EXCHANGED * exchanged}"
+            ending = EXCHANGED if exchanged else ""
+            renamed[name] = f"{new}.{_plain(name).rpartition('.')[2]}{ending}"
     return {name: renamed.get(name, name) for name in stored}
 
 

@@ -35,10 +35,11 @@ def add_output_arguments(parser: argparse.ArgumentParser, *, required: bool = Tr
 
 def add_overwrite_arguments(parser: argparse.ArgumentParser, what: str) -> None:
     """Add ``--overwrite`` and ``--overwrite-all``, for a file or a directory."""
+    written = "everything in it" if what == "directory" else "it"
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help=f"replace the {what} if pcb_peft wrote {'everything in ' * (what == 'directory')}it",
+        help=f"replace the {what} if pcb_peft wrote {written}",
     )
     parser.add_argument(
         "--overwrite-all",
@@ -68,7 +69,7 @@ def add_saving_arguments(parser: argparse.ArgumentParser, *, required: bool = Tr
 
 def add_dequantize(parser: Any, *, folds: bool = False) -> None:
     """Add ``--dequantize``."""
-    words = DEQUANTIZE + FOLD_IN_16_BITS * folds
+    words = DEQUANTIZE + FOLD_IN_16_BITS if folds else DEQUANTIZE
     parser.add_argument("--dequantize", action="store_true", help=words)
 
 

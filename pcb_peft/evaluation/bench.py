@@ -106,13 +106,14 @@ class Bench:
         if self.base_digest is None:
             return self._run(subject, job)
         own = job.adapter.source if job.adapter and head_parameters(job.adapter) else None
+        dequantised = " dequantised" if self.host.dequantize else ""
         key = {
             "base": self.base_digest,
             "subject": subject.digest,
-            "head": own and own.sha256,
+            "head": own.sha256 if own else None,
             "task": job.texts.digest() if job.texts else [job.pair.harness_task, self.limit],
             "class": job.task_type,
-            "dtype": str(self.host.dtype) + " dequantised" * self.host.dequantize,
+            "dtype": f"{self.host.dtype}{dequantised}",
             "device": self.host.device.type,
             "max_length": self.runner.max_length,
             "versions": versions(),

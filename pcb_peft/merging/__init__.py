@@ -1,1 +1,1 @@
-"""The merge: check, plan, compete, finish, report."""
+"""The merge: check, plan, merge, finish, report."""

@@ -24,6 +24,7 @@ from pcb_peft.merging.report_file import report_json
 from pcb_peft.recipes.recipe import FILE_NAME, Recipe
 from pcb_peft.recipes.weights import plain
 from pcb_peft.runtime.processes import current, union
+from pcb_peft.runtime.shown import counted
 from pcb_peft.writing.base_gap import BaseGap
 from pcb_peft.writing.model_card import Facts
 from pcb_peft.writing.targets import Overwrite
@@ -62,10 +63,10 @@ class MergedAdapter(Adapter):
     def _summary(self) -> str:
         recipe, ranks = self.recipe, [entry.rank for entry in self.modules.entries.values()]
         rank = max((rank for rank in ranks if rank is not None), default=None)
-        size = f"{len(ranks)} modules" + ("" if rank is None else f" of rank {rank}")
+        adapters, modules = counted(len(recipe.adapters), "adapter"), counted(len(ranks), "module")
+        of_rank = "" if rank is None else f" of rank {rank}"
         base = "" if self.base_model is None else f", base model {self.base_model}"
-        count = len(recipe.adapters)
-        return f"{count} adapter{'s' * (count > 1)} merged with {recipe.method} in {recipe.space} space, {size}{base}"
+        return f"{adapters} merged with {recipe.method} in {recipe.space} space, {modules}{of_rank}{base}"
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out pending modules: they are merged again from what `pending` holds."""

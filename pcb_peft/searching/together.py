@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
+from pcb_peft.runtime.shown import counted
 from pcb_peft.searching.trials import TOGETHER, WITHOUT, Objective, Trial
 
 Group = tuple[str, ...]
@@ -58,10 +59,9 @@ class Grouping:
     def __str__(self) -> str:
         worst = min(self.kept, key=self.kept.__getitem__)
         names = " | ".join(" + ".join(group) for group in self.groups)
-        count = len(self.groups)
         return (
-            f"{count} merge{'s' * (count > 1)}: {fmean(self.kept.values()):.1%} on average, {self.kept[worst]:.1%} of "
-            f"{worst}: {names}"
+            f"{counted(len(self.groups), 'merge')}: {fmean(self.kept.values()):.1%} on average, "
+            f"{self.kept[worst]:.1%} of {worst}: {names}"
         )
 
 

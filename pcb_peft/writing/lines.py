@@ -30,7 +30,7 @@ def append_line(path: Path, line: str) -> None:
     with writing(path), path.open("ab+") as stream:
         size = stream.seek(0, os.SEEK_END)
         stream.seek(max(0, size - 1))
-        cut_off = size > 0 and stream.read(1) != b"\n"
-        stream.write(("\n" * cut_off + line + "\n").encode())
+        is_cut_off = size > 0 and stream.read(1) != b"\n"
+        stream.write(f"\n{line}\n".encode() if is_cut_off else f"{line}\n".encode())
         stream.flush()
         os.fsync(stream.fileno())
