@@ -188,18 +188,19 @@ def starts(shapes: Sequence[tuple[int, int]]) -> list[tuple[int, tuple[int, int]
 ELEMENTWISE: dict[str, Callable[..., Array]] = {
     function.__name__: function
     for function in (
-        *(
-            linear,
-            ties,
-            magnitude_prune,
-            breadcrumbs,
-            dare_linear,
-            dare_ties,
-            della,
-            sce,
-            consensus,
-        ),
-        *(slerp, multislerp, karcher, model_stock),
+        linear,
+        ties,
+        magnitude_prune,
+        breadcrumbs,
+        dare_linear,
+        dare_ties,
+        della,
+        sce,
+        consensus,
+        slerp,
+        multislerp,
+        karcher,
+        model_stock,
     )
 }
 BY_FORMULA = {"pcb": transcriptions.pcb_es}  # test_formulas compares all of its formulas
