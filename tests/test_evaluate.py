@@ -29,6 +29,8 @@ from pcb_peft import (
 from pcb_peft.adapters.adapter import Adapter, DeltaMapping
 from pcb_peft.adapters.source import Source
 from pcb_peft.commands.demo import base_model_folder, examples_folder
+from pcb_peft.data.batches import read_rows
+from pcb_peft.data.models import load_tokenizer
 from pcb_peft.evaluation.host import ModelHost
 from pcb_peft.evaluation.pairing import pair
 from pcb_peft.evaluation.runner import Runner
@@ -153,6 +155,21 @@ def test_outcomes_come_from_the_cache(directory: Path, tmp_path: Path):
     assert run() == 0
     other = evaluate(directory, [ADAPTERS[3]], BASE, [FILES[3]], limit=9, cache=tmp_path)
     assert other.tasks[0].merged.value > 0.5
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "t5", "llama", "xlm-roberta"])
+def test_a_tokenizer_that_transformers_makes_up_is_none(kind: str, tmp_path: Path):
+    """It knows no word: all texts were the same to a model."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(OptionError, match=r"has no tokenizer.*--base-model"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(("content", "found"), [("", "there are no rows"), ("\n{}", "row 1 is {}")])
+def test_what_is_wrong_with_a_file_names_it(content: str, found: str, tmp_path: Path):
+    (tmp_path / "math.jsonl").write_text(content)
+    with pytest.raises(OptionError, match=f"math.jsonl, {found}"):
+        read_rows(tmp_path / "math.jsonl")
 
 
 def test_a_function_measures(directory: Path, cache: Path):

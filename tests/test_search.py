@@ -437,6 +437,8 @@ def test_packages_that_are_missing(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UnsupportedError, match=r"need matplotlib.*pcb-peft.plots"):
         search(adapters, [], base_model=base, plot="search.png")
+    with pytest.raises(OptionError, match="trials is 0; it must be 1 or more"):
+        search(adapters, [], base_model=base, trials=0)
     with pytest.raises(OptionError, match=r"must end in .png"):
         search(adapters, [], base_model=base, plot="search.jpeg2000")
 

@@ -113,16 +113,18 @@ def read_rows(data: str | Path | Sequence[Any], keys: Sequence[str] = ("text",))
     Raises:
         OptionError: The file cannot be read, or a row has no text.
     """
-    items: Sequence[Any] = data if not isinstance(data, str | Path) else _json_lines(expanded(data))
+    in_file = isinstance(data, str | Path)
+    items: Sequence[Any] = _json_lines(expanded(data)) if in_file else data
+    before = f"data: {data}, " if in_file else "data: "
     rows: list[Any] = [{"text": item} if isinstance(item, str) else item for item in items]
     for number, row in enumerate(rows, 1):
         if not isinstance(row, Mapping) or not any(isinstance(row.get(k), str) for k in keys):
             raise OptionError(
-                f"data: row {number} is {quoted(row)}; it must be an object with a string `{'` or `'.join(keys)}`"
+                f"{before}row {number} is {quoted(row)}; it must be an object with a string `{'` or `'.join(keys)}`"
             )
-        _check_row(row, number)
+        _check_row(row, f"{before}row {number}")
     if not rows:
-        raise OptionError("data: there are no rows; give at least one text")
+        raise OptionError(f"{before}there are no rows; give at least one text")
     return rows
 
 
@@ -144,14 +146,14 @@ class _Texts(msgspec.Struct):
     label: Annotated[int, msgspec.Meta(ge=0, le=1 << 31)] | str | None = None
 
 
-def _check_row(row: Mapping[str, Any], number: int) -> None:
+def _check_row(row: Mapping[str, Any], where: str) -> None:
     """Raise OptionError where a key of a row holds something else than it may, or no text that can be encoded."""
-    texts = checked(row, _Texts, f"data: row {number}", OptionError, "correct the row")
+    texts = checked(row, _Texts, where, OptionError, "correct the row")
     for key in ("text", "prompt", "text_pair", "answer"):
         text: str = getattr(texts, key) or ""
         if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
             raise OptionError(
-                f"data: row {number}: {key} is {quoted(text)}, with half a character (a surrogate); correct the row"
+                f"{where}: {key} is {quoted(text)}, with half a character (a surrogate); correct the row"
             )
 
 

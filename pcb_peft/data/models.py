@@ -21,6 +21,11 @@ from pcb_peft.runtime.shown import shown
 WITH_LOGITS = frozenset({"CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "SEQ_2_SEQ_LM"})
 """PEFT's task types whose models answer with logits; others have hidden states only."""
 
+GIVE_ONE = (
+    "give a directory of the base model that has one (--base-model), or in Python tokenizer=…"
+)
+"""The way out for a base model without a tokenizer."""
+
 MADE_UP = "_made_up_parameters"  # attribute of a model
 
 
@@ -187,7 +192,7 @@ def load_tokenizer(base_model: str | Path) -> Any:
     """Load a base model's tokenizer; one without a padding token pads with its last.
 
     Raises:
-        OptionError: There is none.
+        OptionError: There is none. Where only its words are missing, transformers makes up one that knows no word.
     """
     from transformers import AutoTokenizer
 
@@ -195,9 +200,12 @@ def load_tokenizer(base_model: str | Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
     except Exception as error:  # of the Rust library, too
         raise OptionError(
-            f"{base_model} has no tokenizer that can be loaded ({shown(error)}); give a directory of the base "
-            "model that has one (--base-model), or in Python tokenizer=…"
+            f"{base_model} has no tokenizer that can be loaded ({shown(error)}); {GIVE_ONE}"
         ) from error
+    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)) + 1:
+        raise OptionError(
+            f"{base_model} has no tokenizer: its files of words are missing, such as tokenizer.json; {GIVE_ONE}"
+        )
     return with_padding(tokenizer)
 
 

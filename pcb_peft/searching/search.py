@@ -96,6 +96,8 @@ def search(  # noqa: PLR0913  (every choice of a search, by name)
         >>> found.save("best.yaml")
     """
     check_picture(plot)
+    if trials < 1:
+        raise OptionError(f"trials is {trials}; it must be 1 or more")
     chosen, goal, seconds = _settings(settings), Objective.named(objective), _seconds(budget)
     recipe, adapters = _started(start, base_model, dequantize=chosen.dequantize)
     chosen = dataclasses.replace(chosen, dequantize=recipe.dequantize)
