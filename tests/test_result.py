@@ -231,7 +231,8 @@ def test_a_weak_merge_and_a_strong_one_are_pointed_out(workshop):
     assert "the merge is" not in str(scaled.scaled(float(factor[1])).report)
     hint = str(merge_adapters(paths, "linear", [0.1, 0.1]).report)
     scale = float(re.search(r"--set scale=([\d.]+)", hint).group(1))
-    better = merge_adapters(paths, "linear", [0.1, 0.1]).scaled(scale)
+    better = merge_adapters(paths, "linear", [0.1, 0.1], scale=scale)
+    assert better.recipe.scale == scale
     assert "the merge is" not in str(better.report)
     assert better.report.share == pytest.approx(2 ** (-1 / 3), rel=0.05)
 

@@ -65,6 +65,7 @@ def merge_adapters(  # noqa: PLR0913  (every choice of a merge, by name)
     seed: int = 0,
     progress: bool | None = None,
     *,
+    scale: float = 1.0,
     overrides: Sequence[OverrideLike] = (),
     before: StepsLike = (),
     after: StepsLike = (),
@@ -101,6 +102,7 @@ def merge_adapters(  # noqa: PLR0913  (every choice of a merge, by name)
         device: Where tiles are computed, such as "cuda"; default: the CPU.
         seed: Seed of random methods.
         progress: Show progress bars; default: on a terminal.
+        scale: The number by which the merged deltas are multiplied at the end, as by `scaled`.
         overrides: What some modules do differently, such as ``{"modules": "*.mlp.*", "method": "ties", "options":
             {"density": 0.3}}``; the first override that matches a module wins. See `Override`.
         before: Calibrations of the adapters, in this order: names, or name to options (`list_calibrations`).
@@ -139,10 +141,11 @@ def merge_adapters(  # noqa: PLR0913  (every choice of a merge, by name)
     loaded = load_adapters(adapters, base_model=lazy_base(base_model, dequantize=dequantize))
     opened = [open_statistics(one) for one in statistics]
     what = {"weights": weights, "space": space, "scope": scope, "rank": rank, "options": options}
-    how = {"overrides": overrides, "before": before, "after": after, "chain": chain, "seed": seed}
+    how = {"scale": scale, "overrides": overrides, "before": before, "after": after}
+    order = {"chain": chain, "seed": seed}
     where = {"base_model": base_model, "dequantize": dequantize, "metric": metric, "format": format}
     beside = {"heads": heads, "head": head, "companions": companions, "tied": tied}
-    recipe = _recipe_of(loaded, opened, method, **what, **how, **where, **beside)
+    recipe = _recipe_of(loaded, opened, method, **what, **how, **order, **where, **beside)
     return merge(
         recipe, loaded, chosen, opened, device=device, progress=progress, max_memory=max_memory
     )
