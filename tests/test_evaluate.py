@@ -157,6 +157,14 @@ def test_outcomes_come_from_the_cache(directory: Path, tmp_path: Path):
     assert other.tasks[0].merged.value > 0.5
 
 
+def test_a_model_that_computes_nan_is_refused(tmp_path: Path):
+    """The largest of its logits is the first one, and so many answers are right."""
+    adapter = load_adapter(ADAPTERS[0])
+    adapter.scaled(1e30).save_pretrained(tmp_path / "large")
+    with pytest.raises(OptionError, match=r"clinc_domain: the model computes nan.*--dtype"):
+        evaluate(tmp_path / "large", [ADAPTERS[0]], BASE, [FILES[0]], limit=2, cache=False)
+
+
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "t5", "llama", "xlm-roberta"])
 def test_a_tokenizer_that_transformers_makes_up_is_none(kind: str, tmp_path: Path):
     """It knows no word: all texts were the same to a model."""

@@ -98,6 +98,17 @@ def test_texts_without_answers_are_measured_by_their_loss(
     assert found.merged.outcomes == pytest.approx(wanted, rel=1e-4)
 
 
+@pytest.mark.parametrize("measure", ["choose", "loss"])
+def test_likelihoods_that_are_nan_are_refused(
+    measure: str, base: Path, adapters: list[Path], merge: Path, tmp_path: Path
+):
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    model.lm_head.weight.data[0] = torch.inf
+    model.save_pretrained(shutil.copytree(base, tmp_path / "base"))
+    with pytest.raises(OptionError, match="adapter1: the model computes nan"):
+        evaluate(merge, adapters[:1], tmp_path / "base", [ROWS], measure=measure, cache=False)
+
+
 @pytest.mark.parametrize("normalised", [False, True])
 def test_the_most_likely_answer_is_chosen(
     base: Path, adapters: list[Path], merge: Path, normalised: bool

@@ -61,7 +61,7 @@ def batches_of(
     """
     if isinstance(data, DataLoader) or not isinstance(data, str | Path | Sequence):
         return data  # type: ignore[return-value]
-    _check_counts(batch_size=batch_size, max_length=max_length, limit=limit)
+    check_counts(batch_size=batch_size, max_length=max_length, limit=limit)
     if labels is not None and (isinstance(labels, str) or not _are_texts(labels)):
         raise OptionError(f"labels is {quoted(labels)}; it must be a list of the classes' names")
     rows = [*spread(read_rows(data), limit)]
@@ -94,8 +94,8 @@ def _are_texts(values: Any) -> bool:
     return isinstance(values, Sequence) and all(isinstance(value, str) for value in values)
 
 
-def _check_counts(**given: object) -> None:
-    """Raise OptionError where one of some numbers is not an integer from 1 to a billion."""
+def check_counts(**given: object) -> None:
+    """Raise OptionError where one of some numbers is not an integer from 1 to a billion; None may stand for all."""
     for name, value in given.items():
         if value is not None and (type(value) is not int or not 1 <= value <= MOST_AT_ONCE):
             raise OptionError(

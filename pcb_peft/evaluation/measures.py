@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pcb_peft.data.batches import IGNORED, name_padding
 from pcb_peft.data.models import accepted_arguments
+from pcb_peft.errors import OptionError
 from pcb_peft.evaluation.choices import (
     Likelihood,
     picked,
@@ -29,9 +31,13 @@ def outcomes_of(runner: Runner, model: Any, task: TextTask) -> list[float]:
 def by_head(runner: Runner, model: Any, task: TextTask) -> list[float]:
     """1 where the class with the largest logit is the right one."""
     texts = [runner.encode(str(row["text"]), row.get("text_pair")) for row in task.rows]
-    predicted = runner.run(
-        texts, lambda batch: model(**batch).logits.argmax(-1).tolist(), task.name
-    )
+
+    def predict(batch: Batch) -> list[int]:
+        logits = model(**batch).logits
+        _refuse_nan(task, logits)
+        return logits.argmax(-1).tolist()
+
+    predicted = runner.run(texts, predict, task.name)
     answers = [task.class_of(row) for row in task.rows]
     return [float(a == b) for a, b in zip(predicted, answers, strict=True)]
 
@@ -51,6 +57,7 @@ def by_nearest(runner: Runner, model: Any, task: TextTask) -> list[float]:
         return torch.nn.functional.normalize(means).tolist()
 
     embedded = torch.tensor(runner.run([*names, *texts], embed, task.name))
+    _refuse_nan(task, embedded)
     nearest = (embedded[len(names) :] @ embedded[: len(names)].T).argmax(-1).tolist()
     answers = [task.class_of(row) for row in task.rows]
     return [float(a == b) for a, b in zip(nearest, answers, strict=True)]
@@ -69,6 +76,7 @@ def by_choice(runner: Runner, model: Any, task: TextTask) -> list[float]:
         every = [text for answers in texts for text in answers]
         scored = iter(_log_likelihoods(runner, model, task.name, every))
         found = [[next(scored) for _ in answers] for answers in texts]
+    _refuse_nan(task, torch.tensor([total for answers in found for total, _ in answers]))
     outcomes: list[float] = []
     for row, likelihoods in zip(task.rows, found, strict=True):
         scores = [total / (n if task.length_normalised else 1) for total, n in likelihoods]
@@ -87,6 +95,7 @@ def by_loss(runner: Runner, model: Any, task: TextTask) -> list[float]:
         else:
             texts.append(_answered(runner, model, task, row, answer))
     scored = _log_likelihoods(runner, model, task.name, texts)
+    _refuse_nan(task, torch.tensor([total for total, _ in scored]))
     return [-total / tokens for total, tokens in scored]
 
 
@@ -178,6 +187,19 @@ def _padding_changes_nothing(
         measure(runner.padded(batch, "right"))[0] for batch in ([short], [short, longer])
     )
     return same_likelihood(alone, beside, dtype)
+
+
+def _refuse_nan(task: TextTask, values: Tensor) -> None:
+    """Refuse answers that are no numbers: the first class, or the first answer, would be taken for the most likely one.
+
+    Raises:
+        OptionError: There are some.
+    """
+    if values.isnan().any():
+        raise OptionError(
+            f"{task.name}: the model computes nan, which is no number: weights are too large, or float16 overflows; "
+            "take bfloat16 or float32 (dtype, --dtype), and look at the adapter with pcb-peft inspect"
+        )
 
 
 def _begins(text: str, answer: str) -> bool:

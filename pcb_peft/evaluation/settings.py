@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from pcb_peft.data.batches import MOST_AT_ONCE
+from pcb_peft.data.batches import check_counts
 from pcb_peft.errors import OptionError
 from pcb_peft.evaluation.budget import parse_budget
 from pcb_peft.evaluation.texts import MEASURES
-from pcb_peft.runtime.shown import quoted
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,12 +65,7 @@ class Settings:
             raise OptionError(
                 f"measure is {self.measure!r}; it must be auto, {', '.join(MEASURES)}"
             )
-        for name in ("limit", "batch_size", "max_length"):
-            value = getattr(self, name)
-            if value is not None and not 1 <= value <= MOST_AT_ONCE:
-                raise OptionError(
-                    f"{name} is {quoted(value)}; it must be from 1 to {MOST_AT_ONCE:,}"
-                )
+        check_counts(limit=self.limit, batch_size=self.batch_size, max_length=self.max_length)
         if not 0 <= self.threshold <= 1:
             raise OptionError(f"threshold is {self.threshold!r}; it must be from 0 to 1")
         if not 0 < self.confidence < 1:
