@@ -114,8 +114,8 @@ def merge_adapters(  # noqa: PLR0913  (every choice of a merge, by name)
             all adapters which have them have alike), "none", or the name of an adapter.
         tied: How the result is folded when only one of two tied matrices changes: "refuse", "untie" or "both".
         chain: Each adapter was trained on top of those before it, not on the bare base model.
-        max_memory: Limit of what is cached between passes, in bytes or as "1G". Peak memory is roughly this, the
-            largest module and the result. It changes how long a merge takes, never the result.
+        max_memory: Limit of what is cached between passes, in bytes or as "1G": it changes only how long a merge takes.
+            Peak memory is roughly this, the largest module and the result.
         statistics: For methods that need data: one file per adapter, from `collect_statistics` or `pcb-peft collect`.
         metric: The directions of a module's inputs that count when adapters are compared, and when the rank is set:
             "random" (those of random tokens in `base_model`, measured once), a ``.jsonl`` file of texts, a file of
@@ -141,11 +141,10 @@ def merge_adapters(  # noqa: PLR0913  (every choice of a merge, by name)
     loaded = load_adapters(adapters, base_model=lazy_base(base_model, dequantize=dequantize))
     opened = [open_statistics(one) for one in statistics]
     what = {"weights": weights, "space": space, "scope": scope, "rank": rank, "options": options}
-    how = {"scale": scale, "overrides": overrides, "before": before, "after": after}
-    order = {"chain": chain, "seed": seed}
+    how = {"scale": scale, "overrides": overrides, "before": before, "after": after, "seed": seed}
     where = {"base_model": base_model, "dequantize": dequantize, "metric": metric, "format": format}
-    beside = {"heads": heads, "head": head, "companions": companions, "tied": tied}
-    recipe = _recipe_of(loaded, opened, method, **what, **how, **order, **where, **beside)
+    beside = {"heads": heads, "head": head, "companions": companions, "tied": tied, "chain": chain}
+    recipe = _recipe_of(loaded, opened, method, **what, **how, **where, **beside)
     return merge(
         recipe, loaded, chosen, opened, device=device, progress=progress, max_memory=max_memory
     )
@@ -219,13 +218,12 @@ def merge(
     pending: dict[str, PendingModule] = {}
     for setting in prepared.plan.settings:
         merger = _merger(setting, chosen, prepared, machine, metric)
-        if not merger.adapter_set.modules:
+        modules = merger.adapter_set.modules
+        if not modules:
             continue  # no direction of these modules was kept
         finish = _finisher(merger, setting, prepared, report)
         if finish.rank == Full():
-            pending |= {
-                module: PendingModule(finish, module) for module in merger.adapter_set.modules
-            }
+            pending |= {module: PendingModule(finish, module) for module in modules}
         else:
             merged |= gather(finish, report)
     merged |= {module: one.entry for module, one in pending.items()}
@@ -306,6 +304,7 @@ def _merger(
     modules = prepared.adapter_set.modules
     kind = setting.method.needs_statistic
     shapes = {module: entry.shape for module, entry in modules.items()}
+    read = functools.partial(_read, prepared.statistics, shapes)
     return ModuleMerger(
         chosen.only(setting.modules),
         setting.weights_in(modules),
@@ -314,9 +313,7 @@ def _merger(
         machine,
         prepared.recipe.seed,
         before=prepared.plan.before,
-        statistic=None
-        if kind is None
-        else (kind, functools.partial(_read, prepared.statistics, shapes)),
+        statistic=None if kind is None else (kind, read),
         side_by_side=setting.space.low_rank_output,
         in_parts=setting.in_parts,
         metric=metric,

@@ -96,13 +96,11 @@ def search(  # noqa: PLR0913  (every choice of a search, by name)
         >>> found.save("best.yaml")
     """
     check_picture(plot)
-    if trials < 1:
-        raise OptionError(f"trials is {trials}; it must be 1 or more")
     chosen, goal, seconds = _settings(settings), Objective.named(objective), _seconds(budget)
     recipe, adapters = _started(start, base_model, dequantize=chosen.dequantize)
     chosen = dataclasses.replace(chosen, dequantize=recipe.dequantize)
     space = search_space(vary, recipe, adapters, layers)
-    trials = int(min(trials, space.size))
+    trials = int(min(_at_least_one(trials), space.size))
     name, notes = _optimiser(optimiser)
     optimiser_named(name, space.knobs, seed, trials)  # before anything is measured
     validation = prepare(recipe, adapters, data, test_data, chosen)
@@ -187,6 +185,12 @@ def _optimiser(given: str) -> tuple[str, list[str]]:
     name = best_installed()
     note = "candidates were drawn at random; better optimisers come with pip install 'pcb-peft[search]'"
     return name, [note] if name == "random" else []
+
+
+def _at_least_one(trials: int) -> int:
+    if trials < 1:
+        raise OptionError(f"trials is {trials}; it must be 1 or more")
+    return trials
 
 
 def _seconds(budget: float | str | None) -> float | None:
