@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 
-from pcb_peft.adapters.adapter import Adapter
-from pcb_peft.base.canonical import LANGUAGE_MODELS
 from pcb_peft.data.batches import longest_text, spread
 from pcb_peft.data.live_heads import Head
 from pcb_peft.data.models import load_tokenizer
@@ -20,54 +18,19 @@ from pcb_peft.evaluation.budget import PROBED, SHARE, parse_budget, texts_within
 from pcb_peft.evaluation.cache import OutcomeCache, default_cache_directory
 from pcb_peft.evaluation.harness import harness_outcomes, harness_version
 from pcb_peft.evaluation.host import ModelHost
-from pcb_peft.evaluation.intervals import wilson_interval
+from pcb_peft.evaluation.jobs import Job, limited
 from pcb_peft.evaluation.measures import outcomes_of
-from pcb_peft.evaluation.pairing import Pair
 from pcb_peft.evaluation.runner import Runner
 from pcb_peft.evaluation.scores import Score
 from pcb_peft.evaluation.settings import Settings
 from pcb_peft.evaluation.subjects import BASE, Subject, head_parameters
-from pcb_peft.evaluation.texts import METRIC, TextTask, read_task
-from pcb_peft.plugins.options import did_you_mean
+from pcb_peft.evaluation.texts import TextTask
 from pcb_peft.runtime.paths import expanded
 from pcb_peft.runtime.processes import current
 from pcb_peft.runtime.progress import Track, tracker
 from pcb_peft.runtime.resources import working_device
-from pcb_peft.runtime.shown import quoted
 
 SAMPLED = 64  # texts whose tokens are counted to estimate those of all
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Job:
-    """A task that is ready to run.
-
-    Attributes:
-        pair: Its name, adapter and data.
-        task_type: PEFT's word for the model it needs.
-        texts: The texts; None where something else measures.
-    """
-
-    pair: Pair
-    task_type: str
-    texts: TextTask | None = None
-
-    @property
-    def name(self) -> str:
-        """The task's name."""
-        return self.pair.name
-
-    @property
-    def adapter(self) -> Adapter | None:
-        """The adapter that was trained on it."""
-        return self.pair.adapter
-
-    @property
-    def metric(self) -> str:
-        """The name of its score."""
-        if self.texts is not None:
-            return METRIC[self.texts.measure]
-        return "accuracy" if self.pair.harness_task else "score"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,91 +161,6 @@ class Bench:
 
         run()  # loads the model
         return current().reduce(tokens_per_second(run), min)
-
-
-def no_better_than_guessing(job: Job, own: Score) -> list[str]:
-    """A note where a task's own adapter does no better on its texts than a guess would; else none."""
-    if own.value <= 0:
-        what = "return a score above 0, such as exp(-loss)"
-        if job.texts:
-            what = (
-                "look whether the texts are those of its task, in the form that it was trained on"
-            )
-        return [
-            f"{job.name}: its own adapter scores {own.value:g}, of which nothing can be kept: {what}"
-        ]
-    chance = job.texts.chance() if job.texts else 0.0
-    if not chance or wilson_interval(sum(own.outcomes), len(own.outcomes))[0] > chance:
-        return []
-    return [
-        f"{job.name}: its own adapter is right on {own.value:.1%} of the texts, no better than a guess ({chance:.1%}): "
-        "look whether the texts are those of its task, and the labels in the order of the head's rows"
-    ]
-
-
-def limited(job: Job, count: int | None) -> Job:
-    """The same job with at most so many texts."""
-    return dataclasses.replace(job, texts=job.texts.first(count)) if job.texts else job
-
-
-def jobs_of(
-    pairs: Sequence[Pair], host: ModelHost, settings: Settings, task_type: str | None = None
-) -> list[Job]:
-    """Read the data of all tasks.
-
-    Args:
-        pairs: The tasks.
-        host: The base model.
-        settings: How they are measured.
-        task_type: As in `job_of`.
-
-    Raises:
-        OptionError: Labels are given for a task that is not there; and what `job_of` raises.
-    """
-    names = [pair.name for pair in pairs]
-    for name in settings.labels:
-        if name not in names:
-            raise OptionError(
-                f"labels (--labels) names {quoted(name)}, which is no task here{did_you_mean(name, names)}; the tasks "
-                f"are {', '.join(names)}"
-            )
-    return [job_of(pair, host, settings, task_type) for pair in pairs]
-
-
-def job_of(pair: Pair, host: ModelHost, settings: Settings, task_type: str | None = None) -> Job:
-    """Read a task's data; errors are `read_task`'s.
-
-    Args:
-        pair: The task.
-        host: The base model.
-        settings: How it is measured.
-        task_type: PEFT's word for the model of a task that no adapter was trained on; None: what the base model says.
-    """
-    head = head_parameters(pair.adapter)
-    stated = pair.adapter.task_type if pair.adapter else task_type
-    task_type = "SEQ_CLS" if head else stated or host.task_type()
-    if pair.harness_task and task_type not in LANGUAGE_MODELS:
-        raise OptionError(
-            f"lm-eval:{pair.harness_task} is for language models, and the task type here is {task_type}; give data "
-            "with labels (data, --data)"
-        )
-    if callable(pair.data) or pair.harness_task:
-        return Job(pair, task_type)
-    classes = pair.adapter.head.classes if pair.adapter and head else None
-    if classes is None and task_type == host.task_type() == "SEQ_CLS":
-        classes = host.config().num_labels
-    texts = read_task(
-        pair.name,
-        pair.data,  # pyright: ignore[reportArgumentType]
-        adapter=pair.adapter,
-        task_type=task_type,
-        classes=classes,
-        measure=settings.measure,
-        labels=settings.labels.get(pair.name),
-        rename=settings.rename,
-        length_normalised=settings.length_normalised,
-    )
-    return Job(pair, task_type, texts)
 
 
 def open_bench(base_model: str, settings: Settings) -> Bench:

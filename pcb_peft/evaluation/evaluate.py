@@ -15,18 +15,11 @@ from pcb_peft.adapters.names import named_apart
 from pcb_peft.adapters.source import Source
 from pcb_peft.base.model import lazy_base
 from pcb_peft.errors import OptionError
-from pcb_peft.evaluation.bench import (
-    Bench,
-    Job,
-    jobs_of,
-    limited,
-    no_better_than_guessing,
-    open_bench,
-    versions,
-)
+from pcb_peft.evaluation.bench import Bench, open_bench, versions
 from pcb_peft.evaluation.card import write_to_card as write_card
 from pcb_peft.evaluation.controls import random_adapter, uniform_soup
 from pcb_peft.evaluation.evaluation import Evaluation
+from pcb_peft.evaluation.jobs import Job, jobs_of, limited, no_better_than_guessing
 from pcb_peft.evaluation.pairing import HARNESS, TaskData, pair
 from pcb_peft.evaluation.scores import Score, TaskScores, worst_first
 from pcb_peft.evaluation.settings import Settings

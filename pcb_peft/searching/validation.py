@@ -11,14 +11,8 @@ from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.response import responses
 from pcb_peft.data.batches import Row
 from pcb_peft.errors import OptionError
-from pcb_peft.evaluation.bench import (
-    Bench,
-    Job,
-    jobs_of,
-    limited,
-    no_better_than_guessing,
-    open_bench,
-)
+from pcb_peft.evaluation.bench import Bench, open_bench
+from pcb_peft.evaluation.jobs import Job, jobs_of, limited, no_better_than_guessing
 from pcb_peft.evaluation.pairing import pair
 from pcb_peft.evaluation.settings import Settings
 from pcb_peft.evaluation.subjects import SubjectMaker
