@@ -20,8 +20,6 @@ from pcb_peft import (
     merge_adapters,
 )
 
-# PEFT 0.21 asks transformers 5.23 for it
-
 OLD, NEW = "1" * 40, "2" * 40  # commits
 
 
@@ -67,6 +65,18 @@ def test_a_directory_is_an_adapter(workshop, spell):
     assert adapter.name == "math"
     assert adapter.source.path.rstrip("/") == str(directory)
     assert adapter.source.sha256 == sha256(directory)
+
+
+@pytest.mark.parametrize("subfolder", [None, "v1"])
+def test_peft_is_told_where_an_adapter_is_in_a_folder_of_the_hubs_cache(workshop, cache, subfolder):
+    directory = workshop.adapter("mlp", lora())
+    put(cache, "someone/math", OLD, directory, subfolder or "")
+    found = Source(str(cache / "models--someone--math"), subfolder=subfolder)
+    model = peft.PeftModel.from_pretrained(workshop.model("mlp"), **found.for_peft())
+    saved = load_file(directory / "adapter_model.safetensors")
+    state = peft.get_peft_model_state_dict(model)
+    assert saved.keys() == state.keys()
+    assert all(torch.equal(saved[key], state[key]) for key in saved)
 
 
 def test_a_loaded_adapter_is_handed_on(workshop):

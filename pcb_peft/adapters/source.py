@@ -79,7 +79,7 @@ class Source:
         """Return the arguments of `PeftModel.from_pretrained` that say where the adapter is."""
         directory = expanded(self.path)
         if directory.is_dir():
-            return {"model_id": str(directory / (self.subfolder or ""))}
+            return {"model_id": str(snapshot_in(directory, self.revision) / (self.subfolder or ""))}
         options = {"revision": self.revision, "subfolder": self.subfolder}
         given = {name: value for name, value in options.items() if value is not None}
         return {"model_id": self.path, **given}

@@ -29,6 +29,7 @@ from pcb_peft.runtime.paths import expanded
 from pcb_peft.runtime.processes import current
 from pcb_peft.runtime.progress import Track, tracker
 from pcb_peft.runtime.resources import working_device
+from pcb_peft.version import __version__
 
 SAMPLED = 64  # texts whose tokens are counted to estimate those of all
 
@@ -218,7 +219,7 @@ def base_digest(base_model: str, cache: OutcomeCache) -> str | None:
 def versions() -> dict[str, str]:
     """Versions of the packages on which outcomes depend."""
     names = ("torch", "transformers", "peft")
-    found = {name: importlib.metadata.version(name) for name in names}
+    found = {"pcb_peft": __version__} | {name: importlib.metadata.version(name) for name in names}
     try:
         return {**found, "lm_eval": harness_version()}
     except OptionError:

@@ -79,7 +79,7 @@ def prepare(
         recipe: Where the search starts.
         adapters: Its adapters, by different names.
         data: Validation texts, as `evaluate` takes them.
-        test_data: Test texts; None: every second text of `data`.
+        test_data: Test texts; None: one half of `data`.
         settings: How tasks are measured.
         own: The score of each adapter alone, where it is known.
 
