@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.live import files_of_model
@@ -19,9 +19,12 @@ from pcb_peft.runtime.threads import in_order
 from pcb_peft.writing.fold import check_fold_target
 from pcb_peft.writing.targets import Overwrite
 
+AdapterLike: TypeAlias = str | Path | Source | tuple[Any, str] | Adapter
+"""An adapter: its directory or hub id, its `Source`, a PeftModel and a name in it, or one that is loaded."""
+
 
 def load_adapter(
-    source: str | Path | Source | tuple[Any, str] | Adapter,
+    source: AdapterLike,
     *,
     revision: str | None = None,
     subfolder: str | None = None,
@@ -61,7 +64,7 @@ def load_adapter(
 
 
 def load_adapters(
-    sources: Sequence[str | Path | Source | tuple[Any, str] | Adapter],
+    sources: Sequence[AdapterLike],
     *,
     base_model: Base,
     hashed: bool = True,
@@ -96,7 +99,7 @@ def _opened(source: object, *, hashed: bool) -> Callable[[Base], Adapter]:
 
 
 def fold_adapter(  # noqa: PLR0913  (every choice, by name)
-    adapter: str | Path | Source | tuple[Any, str] | Adapter,
+    adapter: AdapterLike,
     base_model: str | Path,
     output: str | Path,
     *,

@@ -5,7 +5,7 @@ import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from pcb_peft.writing.tensors_file import save_tensors
 FileFormat: TypeAlias = Literal["peft", "diffusers", "kohya", "comfyui"]
 """The programs whose adapter files can be written."""
 
-FORMATS = ("peft", "diffusers", "kohya", "comfyui")
+FORMATS: tuple[FileFormat, ...] = get_args(FileFormat)
 PEFT: FileFormat = "peft"
 RECIPE_FILE = "merge_recipe.yaml"
 REPORT_FILE = "merge_report.json"

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pcb_peft.adapters.adapter import Adapter
-from pcb_peft.adapters.loading import load_adapter, load_adapters
-from pcb_peft.adapters.source import Source
+from pcb_peft.adapters.loading import AdapterLike, load_adapter, load_adapters
 from pcb_peft.base.model import lazy_base
 from pcb_peft.data.batches import Data, Row, spread
 from pcb_peft.data.models import load_base, task_type_of
@@ -27,8 +26,6 @@ from pcb_peft.writing.model_card import Facts, table
 from pcb_peft.writing.targets import existing
 
 FILE_NAME = "distill_recipe.yaml"
-
-AdapterLike = str | Path | Source | tuple[Any, str] | Adapter
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

@@ -5,14 +5,13 @@ import datetime
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
 from pcb_peft.adapters.adapter import Adapter
-from pcb_peft.adapters.loading import load_adapters
+from pcb_peft.adapters.loading import AdapterLike, load_adapters
 from pcb_peft.adapters.names import named_apart
-from pcb_peft.adapters.source import Source
 from pcb_peft.base.model import lazy_base
 from pcb_peft.errors import OptionError
 from pcb_peft.evaluation.bench import Bench, open_bench, versions
@@ -32,8 +31,6 @@ from pcb_peft.runtime.scratch import shared_directory
 from pcb_peft.writing.lines import append_line
 from pcb_peft.writing.model_card import public_name
 from pcb_peft.writing.targets import check_file_target
-
-AdapterLike: TypeAlias = str | Path | Source | tuple[Any, str] | Adapter
 
 FEW = 100  # texts: with fewer the interval of an accuracy is some 20 points wide
 

@@ -2,12 +2,11 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from pcb_peft.adapters.adapter import Adapter
-from pcb_peft.adapters.loading import load_adapter
+from pcb_peft.adapters.loading import AdapterLike, load_adapter
 from pcb_peft.adapters.source import Source
 from pcb_peft.base.canonical import LANGUAGE_MODELS
 from pcb_peft.data.live_heads import Head
@@ -82,7 +81,7 @@ class SubjectMaker:
     scratch: Path
     cache: OutcomeCache
 
-    def make(self, given: str | Path | Source | tuple[Any, str] | Adapter, name: str) -> Subject:
+    def make(self, given: AdapterLike, name: str) -> Subject:
         """Make something measurable: what is in memory is saved first, a dense merge as a whole model.
 
         Args:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from pcb_peft.adapters.adapter import Adapter
-from pcb_peft.adapters.loading import load_adapter
-from pcb_peft.adapters.source import Source
+from pcb_peft.adapters.loading import AdapterLike, load_adapter
 from pcb_peft.base.model import BaseModel, LazyBase, lazy_base
 from pcb_peft.consumers.check import USUAL_RANK, Check, check
 from pcb_peft.consumers.files import config_of_model
@@ -64,7 +63,7 @@ class Exported:
 
 
 def export(  # noqa: PLR0913  (every choice of an export, by name)
-    adapter: str | Path | Source | tuple[Any, str] | Adapter,
+    adapter: AdapterLike,
     to: str,
     output: str | Path,
     *,
@@ -217,8 +216,8 @@ def _check_rank(adapter: Adapter, profile: Profile) -> None:
     rank = max((entry.rank or 0 for entry in adapter.modules.entries.values()), default=0)
     if profile.max_rank is not None and rank > profile.max_rank:
         raise OptionError(
-            f"{adapter.name} has rank {rank}, and servers take {profile.max_rank} at most; give max_rank=64 "
-            "(--max-rank 64), or fold it: --to transformers"
+            f"{adapter.name} has rank {rank}, and servers take {profile.max_rank} at most; give max_rank={USUAL_RANK} "
+            f"(--max-rank {USUAL_RANK}), or fold it: --to transformers"
         )
     if profile.max_rank is not None and rank > USUAL_RANK:
         warnings.warn(

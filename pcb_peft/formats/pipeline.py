@@ -119,8 +119,8 @@ def _on_weight(
 ) -> LazyDelta:
     """Return the change of a weight in the shape that the layer has, rescaled as a DoRA where it is one."""
     kernel = image.kernel(name)
-    shown = entry.kind is not Dense or multiplies_weight(module)  # by the factors of a LoRA, by W
-    if kernel and not shown:
+    has_its_shape = entry.kind is not Dense or multiplies_weight(module)  # of its factors, of W
+    if kernel and not has_its_shape:
         entry = with_kernel(entry, kernel, name)
     return as_dora(entry, module, name, base) if "dora_scale" in module.names else entry
 

@@ -4,12 +4,10 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pcb_peft.adapters.adapter import Adapter
-from pcb_peft.adapters.loading import load_adapters
+from pcb_peft.adapters.loading import AdapterLike, load_adapters
 from pcb_peft.adapters.names import named_apart
-from pcb_peft.adapters.source import Source
 from pcb_peft.base.model import lazy_base
 from pcb_peft.errors import OptionError, PcbPeftError
 from pcb_peft.inspection.advice import SAME, SHARED_INITIALISATION, advice
@@ -24,7 +22,7 @@ BYTES_PER_VALUE = 4  # of float32
 
 
 def compare_adapters(
-    adapters: Sequence[str | Path | Source | tuple[Any, str] | Adapter],
+    adapters: Sequence[AdapterLike],
     base_model: str | Path | None = None,
     *,
     dequantize: bool = False,

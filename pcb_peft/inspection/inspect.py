@@ -7,8 +7,7 @@ from typing import Any
 
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.companions import companions_beside
-from pcb_peft.adapters.loading import load_adapter
-from pcb_peft.adapters.source import Source
+from pcb_peft.adapters.loading import AdapterLike, load_adapter
 from pcb_peft.base.model import lazy_base
 from pcb_peft.errors import AdapterNotFoundError, PcbPeftError
 from pcb_peft.inspection.concerns import concerns
@@ -23,7 +22,7 @@ from pcb_peft.runtime.progress import tracker
 
 
 def inspect_adapter(
-    adapter: str | Path | Source | tuple[Any, str] | Adapter,
+    adapter: AdapterLike,
     base_model: str | Path | None = None,
     *,
     dequantize: bool = False,

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from pcb_peft.adapters.adapter import Adapter
 from pcb_peft.adapters.delta_mapping import DeltaMapping
-from pcb_peft.adapters.loading import load_adapters
+from pcb_peft.adapters.loading import AdapterLike, load_adapters
 from pcb_peft.adapters.saving import FileFormat
-from pcb_peft.adapters.source import Source
 from pcb_peft.base.model import lazy_base
 from pcb_peft.data.metric import Metric, Subject, open_metric
 from pcb_peft.data.statistics_file import StatisticsLike, TaskStatistics, open_statistics
@@ -54,7 +53,7 @@ from pcb_peft.writing.targets import existing
 
 
 def merge_adapters(  # noqa: PLR0913  (every choice of a merge, by name)
-    adapters: Sequence[str | Path | Source | tuple[Any, str] | Adapter],
+    adapters: Sequence[AdapterLike],
     method: str | MergeMethod = AUTO,
     weights: WeightsLike | None = None,
     space: str = "auto",
