@@ -509,6 +509,26 @@ def test_knobs_that_are_none(vary: Any, message: str):
         space_of(vary)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
+def test_two_searches_do_not_write_one_log(base: Path, adapters: list[Path], tmp_path: Path):
+    log, data = tmp_path / "log.jsonl", [nearness_to(adapter) for adapter in adapters]
+    refused = []
+
+    def run(data: Any) -> int:
+        return len(search(adapters, data, base_model=base, log=log, trials=2, cache=False).trials)
+
+    def searching_too(model: Any) -> float:
+        if log.exists():
+            with pytest.raises(OptionError, match="log of a search that is running; wait"):
+                run(data)
+            refused.append(log)
+        return data[0](model)
+
+    assert run([searching_too, data[1]]) == 2
+    assert refused
+    assert run(data) == 2  # and goes on from it afterwards
+
+
 def test_objectives():
     kept = {"a": 0.5, "b": 1.0}
     assert Objective.named("mean")(kept) == 0.75

@@ -18,6 +18,7 @@ from pcb_peft.evaluation.pairing import TaskData
 from pcb_peft.evaluation.settings import Settings
 from pcb_peft.plugins.options import did_you_mean
 from pcb_peft.recipes.recipe import Recipe, read_recipe
+from pcb_peft.runtime.paths import expanded
 from pcb_peft.searching.knobs import Values
 from pcb_peft.searching.optimisers import AUTO, best_installed, optimiser_named
 from pcb_peft.searching.picture import check_picture
@@ -108,9 +109,9 @@ def search(  # noqa: PLR0913  (every choice of a search, by name)
     make = functools.partial(_trier, recipe, space, goal, data, test_data, chosen, validation.own)
     files = [a.source and (a.source.sha256, a.source.config_sha256) for a in adapters]
     facts = [recipe.to_yaml(), files, repr(space.knobs), validation.facts, goal.worst, name, seed]
-    trial_log = TrialLog(None if log is None else Path(log), digest_of(facts), trials)
+    trial_log = TrialLog(None if log is None else expanded(log), digest_of(facts), trials)
     logged, planned = trial_log.read()
-    with trying(trier, make, workers) as try_all:
+    with trial_log.alone(), trying(trier, make, workers) as try_all:
         run = Run(
             trier=trier,
             optimiser=optimiser_named(name, space.knobs, seed, planned),

@@ -1,8 +1,10 @@
 """Trials of a search, and the log from which it goes on after it was stopped."""
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,6 +18,7 @@ from pcb_peft.runtime.processes import current
 from pcb_peft.runtime.shown import shown
 from pcb_peft.searching.knobs import Candidate
 from pcb_peft.writing.lines import append_line
+from pcb_peft.writing.locks import lock_of
 
 _REPAIR = "take the line out, or give another file: log=…, --log …"
 SEARCH, WITHOUT, TOGETHER = "search", "without", "together"
@@ -217,9 +220,31 @@ class TrialLog:
         ]
         return trials, head.planned
 
+    @contextlib.contextmanager
+    def alone(self) -> Generator[None]:
+        """Keep other searches from the file during a block. All processes must call it together.
+
+        Raises:
+            OptionError: Another search is writing it.
+        """
+        lock = current().reduce(None, lambda _: self._lock())
+        try:
+            yield
+        finally:
+            if lock is not None and current().is_main:
+                os.close(lock)
+
     def append(self, trial: Trial) -> None:
         """Write a trial, and make sure that it is on the disk."""
         self._write(trial.to_json())
+
+    def _lock(self) -> int | None:
+        try:
+            return None if self.path is None else lock_of(self.path)
+        except BlockingIOError as error:
+            raise OptionError(
+                f"{self.path} is the log of a search that is running; wait for it, or give another file: log=…, --log …"
+            ) from error
 
     def _lines(self) -> list[Any]:
         if self.path is None or not self.path.exists():

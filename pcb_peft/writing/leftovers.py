@@ -17,12 +17,8 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TypeAlias
 
+from pcb_peft.writing.locks import lock_of
 from pcb_peft.writing.targets import writing
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 TEMPORARY, ASIDE = ".tmp", ".old"
 Continued: TypeAlias = Callable[[Path], bool]
@@ -98,7 +94,7 @@ def _left_by_a_killed_run(target: Path, continued: Continued) -> tuple[Path, int
     """Lock and return the temporary directory of a killed run that is continued; None if there is none."""
     for path in sorted(_leftovers(target)):
         try:
-            lock = _lock(path)
+            lock = lock_of(path)
         except OSError:  # its run is alive
             continue
         if lock is None:  # no locks here, so nobody knows
@@ -116,7 +112,7 @@ def _made(target: Path, mode: int) -> tuple[Path, int | None]:
         try:
             path.mkdir(mode=mode)
             try:
-                return path, _lock(path)
+                return path, lock_of(path)
             except (BlockingIOError, FileNotFoundError):  # a run that cleans up was quicker
                 continue
         except BaseException:
@@ -171,7 +167,7 @@ def _leftovers(target: Path) -> list[Path]:
 def _taken_over(temporary: Path) -> Generator[bool]:
     """Yield whether the run that made a temporary directory is dead; if so, nobody else repairs it meanwhile."""
     try:
-        lock = _lock(temporary)
+        lock = lock_of(temporary)
     except FileNotFoundError:  # only its old directory is left
         yield True
         return
@@ -185,25 +181,3 @@ def _taken_over(temporary: Path) -> Generator[bool]:
         yield True
     finally:
         os.close(lock)
-
-
-def _lock(directory: Path) -> int | None:
-    """Lock a directory until the returned descriptor is closed; None where this file system has no locks.
-
-    Raises:
-        BlockingIOError: Another process has locked it.
-        FileNotFoundError: It is not there, or not any more.
-    """
-    if fcntl is None:
-        return None
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        directory.stat()  # while it waited for the lock, another run may have removed it
-    except (BlockingIOError, FileNotFoundError):
-        os.close(descriptor)
-        raise
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
