@@ -75,7 +75,7 @@ class Bench:
             "base": self.base_digest,
             "subject": subject.digest,
             "head": own.sha256 if own else None,
-            "task": job.texts.digest() if job.texts else [job.pair.harness_task, self.limit],
+            "task": job.content(self.limit),
             "class": job.task_type,
             "dtype": f"{self.host.dtype}{dequantised}",
             "device": self.host.device.type,

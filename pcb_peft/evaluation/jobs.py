@@ -48,6 +48,10 @@ class Job:
             return METRIC[self.texts.measure]
         return "accuracy" if self.pair.harness_task else "score"
 
+    def content(self, limit: int | None) -> object:
+        """Return what tells it from other tasks: a hash of its texts, or its name in the harness and a limit."""
+        return self.texts.digest() if self.texts else [self.pair.harness_task, limit]
+
 
 def jobs_of(
     pairs: Sequence[Pair], host: ModelHost, settings: Settings, task_type: str | None = None

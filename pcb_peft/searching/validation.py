@@ -120,12 +120,7 @@ def prepare(
         test=test,
         labels={job.name: job.texts.labels for job in jobs if job.texts and job.texts.labels},
         facts=(
-            [
-                job.texts.digest()
-                if job.texts
-                else (job.name, job.pair.harness_task, settings.limit)
-                for job in jobs
-            ],
+            [(job.name, job.content(settings.limit)) for job in jobs],
             bench.base_digest,
             settings.max_length,
             str(settings.dtype),
