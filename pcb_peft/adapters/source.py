@@ -77,9 +77,8 @@ class Source:
 
     def for_peft(self) -> dict[str, Any]:
         """Return the arguments of `PeftModel.from_pretrained` that say where the adapter is."""
-        directory = expanded(self.path)
-        if directory.is_dir():
-            return {"model_id": str(snapshot_in(directory, self.revision) / (self.subfolder or ""))}
+        if (directory := _local(self)) is not None:
+            return {"model_id": str(directory)}
         options = {"revision": self.revision, "subfolder": self.subfolder}
         given = {name: value for name, value in options.items() if value is not None}
         return {"model_id": self.path, **given}

@@ -50,12 +50,8 @@ class Question:
 
     def beginning(self) -> "Question":
         """Return at most eight tokens of the prompt, and four of two answers."""
-        rests, targets = ([row[:4] for row in rows[:2]] for rows in (self.rests, self.targets))
-        return Question(
-            self.prompt[:8],
-            rests,
-            [row[: len(rest) + 1] for row, rest in zip(targets, rests, strict=True)],
-        )
+        rests, targets = self.rests[:2], self.targets[:2]
+        return Question(self.prompt[:8], [rest[:4] for rest in rests], [row[:5] for row in targets])
 
 
 def shared_likelihoods(

@@ -112,7 +112,7 @@ def limited(job: Job, count: int | None) -> Job:
 
 
 def no_better_than_guessing(job: Job, own: Score) -> list[str]:
-    """A note where a task's own adapter does no better on its texts than a guess would; else none."""
+    """A note where a task's own adapter scores 0 or less, or no better on its texts than a guess would; else none."""
     if own.value <= 0:
         what = "return a score above 0, such as exp(-loss)"
         if job.texts:
